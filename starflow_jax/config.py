@@ -1,5 +1,266 @@
-"""Settings: frozen dataclasses, checked when they are made."""
+"""Settings: frozen dataclasses, checked when they are made; an error names field, value and what is allowed.
+
+`Config` is the whole of it. A file in configs/ builds one and hands it to `to_config_dict`, whose result
+ml_collections makes overridable from the command line; `from_config_dict` checks it again. Nothing else in
+the package sees a ConfigDict.
+"""
+
+import dataclasses
+import math
+import typing
+from typing import Any
+
+from ml_collections import ConfigDict
 
 
 class UserError(Exception):
     """Bad input that its user can mend: shown as one line, exit code 2, no traceback."""
+
+
+def _check(settings: Any, field: str, ok: bool, allowed: str) -> None:
+    if not ok:
+        value = getattr(settings, field)
+        raise UserError(f"{type(settings).__name__.lower()}.{field}={value!r}: {allowed}")
+
+
+def _check_positive(settings: Any, *fields: str) -> None:
+    for field in fields:
+        value = getattr(settings, field)
+        _check(settings, field, value > 0 and math.isfinite(value), "has to be greater than 0")
+
+
+def _check_choice(settings: Any, field: str, choices: tuple[str, ...]) -> None:
+    _check(settings, field, getattr(settings, field) in choices, f"has to be one of {', '.join(choices)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The flow f_D o f_S and its denoiser."""
+
+    channels: int  # C of the latents
+    frames: int  # latent frames of a training clip; 1 for an image model
+    height: int  # latent rows
+    width: int  # latent columns
+    shallow_layers: tuple[int, ...]  # Transformer layers of each shallow block, from the data on
+    shallow_width: int
+    deep_layers: int
+    deep_width: int
+    head_dim: int = 64
+    patch_size: int = 1
+    rope_extent: float = 0.0  # the released pt_seq_len; 0: sqrt(height * width) / patch_size
+    local_shallow: bool = True  # shallow blocks see one frame at a time
+    text_length: int = 256
+    text_dim: int = 2048
+    denoiser: str = "first_layer"  # which layers look ahead, or none
+    denoiser_layers: int = 8
+    denoiser_window: int = 10
+    denoiser_lookahead: int = 1
+    noise_std: float = 0.5
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "channels", "frames", "height", "width", "shallow_width", "deep_layers", "deep_width",
+                        "patch_size", "denoiser_layers", "denoiser_window", "noise_std", "text_dim")
+        _check(self, "shallow_layers", len(self.shallow_layers) > 0 and min(self.shallow_layers) > 0,
+               "has to be a tuple of layer counts greater than 0, one per shallow block")
+        _check(self, "head_dim", self.head_dim % 4 == 0 and self.head_dim >= 20, "has to be a multiple of 4, >= 20")
+        for field in ("shallow_width", "deep_width"):
+            _check(self, field, getattr(self, field) % self.head_dim == 0,
+                   f"has to be a multiple of head_dim={self.head_dim}")
+        for field in ("height", "width"):
+            _check(self, field, getattr(self, field) % self.patch_size == 0,
+                   f"has to be a multiple of patch_size={self.patch_size}")
+        _check(self, "text_length", self.text_length >= 0, "has to be 0 (no text) or more")
+        _check(self, "rope_extent", self.rope_extent >= 0, "has to be 0 (from the latent size) or more")
+        _check(self, "denoiser_lookahead", self.denoiser_lookahead >= 0, "has to be 0 or more")
+        _check_choice(self, "denoiser", ("none", "first_layer", "every_layer"))
+        _check_choice(self, "dtype", ("float32", "bfloat16"))
+        _check_choice(self, "remat", ("none", "layer"))
+
+    @property
+    def token_channels(self) -> int:
+        return self.channels * self.patch_size**2
+
+    @property
+    def extent(self) -> float:
+        return self.rope_extent or math.sqrt(self.height * self.width) / self.patch_size
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.height * self.width // self.patch_size**2
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The text encoder: a small T5 trained along with the flow, or frozen flan-t5 features."""
+
+    encoder: str = "trained"
+    vocab_size: int = 320
+    layers: int = 2
+    d_model: int = 128
+    d_kv: int = 32
+    d_ff: int = 256
+    heads: int = 4
+    fps: int = 8  # told to the model in the prompt
+    aspect_ratio: str = "1:1"
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "encoder", ("trained", "frozen"))
+        _check_positive(self, "vocab_size", "layers", "d_model", "d_kv", "d_ff", "heads")
+        _check(self, "fps", self.fps >= 0, "has to be 0 (an image model) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """Pixels <-> latents: the small models' linear patch codec, or the Wan2.2 VAE."""
+
+    kind: str = "patch"
+    stride: int = 4  # pixels per latent, in rows and columns
+    time_stride: int = 4  # frames per latent frame after the first
+    later_frames_scale: float = 1.0  # latents of frames n >= 1 are multiplied by this
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "kind", ("patch", "wan"))
+        _check_positive(self, "stride", "time_stride", "later_frames_scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The built-in moving digits, and how clips, images and captions are mixed (DESIGN: tasks)."""
+
+    directory: str = ""  # "": a cache folder of the user's
+    size: int = 24  # pixels of a frame's side
+    digit_size: int = 15
+    train_clips: int = 40_000
+    validation_clips: int = 500
+    test_clips: int = 1_000
+    image_probability: float = 0.2
+    first_frame_drop: float = 0.25
+    caption_drop: float = 0.1
+    short_caption: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "size", "digit_size", "train_clips", "validation_clips", "test_clips")
+        for field in ("image_probability", "first_frame_drop", "caption_drop", "short_caption"):
+            _check(self, field, 0 <= getattr(self, field) <= 1, "has to be a probability, 0 to 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """The training loop (DESIGN: training constants)."""
+
+    steps: int = 100_000
+    batch_size: int = 192
+    image_batch_size: int = 0  # 0: as many images as a video batch has frames
+    accumulate: int = 1  # microbatches per step
+    learning_rate: float = 5e-5
+    final_learning_rate: float = 1e-6
+    warmup_steps: int = 1_000
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    outlier_factor: float = 8.0  # a step whose gradient norm is this many times its running mean is skipped
+    denoiser_learning_rate: float = 1e-4
+    ema: float = 0.9999
+    seed: int = 0
+    log_every: int = 20
+    checkpoint_every: int = 500
+    evaluate_every: int = 1_000
+    keep_checkpoints: int = 3
+    validation_clips: int = 128
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "steps", "batch_size", "accumulate", "learning_rate", "final_learning_rate",
+                        "denoiser_learning_rate", "clip", "log_every", "checkpoint_every", "evaluate_every",
+                        "keep_checkpoints", "validation_clips")
+        _check(self, "warmup_steps", 0 <= self.warmup_steps <= self.steps, f"has to be 0 to steps={self.steps}")
+        _check(self, "outlier_factor", self.outlier_factor > 1, "has to be greater than 1")
+        _check(self, "ema", 0 <= self.ema < 1, "has to be at least 0 and below 1")
+        _check(self, "weight_decay", self.weight_decay >= 0, "has to be 0 or more")
+        _check(self, "image_batch_size", self.image_batch_size >= 0, "has to be 0 (as many as frames) or more")
+        for field in ("batch_size", "image_batch_size"):
+            _check(self, field, getattr(self, field) % self.accumulate == 0,
+                   f"has to be a multiple of accumulate={self.accumulate}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Generation."""
+
+    prompt: str = ""
+    prompts_file: str = ""
+    count: int = 1  # videos per prompt
+    seed: int = 0
+    guidance: float = 2.5
+    frames: int = 0  # pixel frames; 0: the training length
+    batch_size: int = 32
+    solver: str = "jacobi"
+    block_size: int = 16
+    tolerance: float = 1e-3
+    max_steps: int = 0  # 0: the block size, which is exact
+    context_frames: int = 0  # latents re-encoded when the window moves on; 0: three quarters of it
+    denoise: str = "denoiser"
+    output: str = ""  # "": WORKDIR/samples
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "count", "batch_size", "block_size", "tolerance")
+        _check(self, "guidance", self.guidance >= 0, "has to be 0 (none) or more")
+        _check(self, "frames", self.frames >= 0, "has to be 0 (the training length) or more")
+        _check(self, "max_steps", self.max_steps >= 0, "has to be 0 (the block size) or more")
+        _check(self, "context_frames", self.context_frames >= 0, "has to be 0 (three quarters) or more")
+        _check_choice(self, "solver", ("jacobi", "sequential"))
+        _check_choice(self, "denoise", ("denoiser", "score", "none"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Likelihood and adherence on the test split."""
+
+    clips: int = 1_000  # test clips whose likelihood is taken
+    prompts: int = 500  # fixed test prompts whose samples are read
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "clips", "prompts")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything."""
+
+    name: str
+    model: Model
+    text: Text = Text()
+    codec: Codec = Codec()
+    data: Data = Data()
+    train: Train = Train()
+    sample: Sample = Sample()
+    evaluate: Evaluate = Evaluate()
+
+
+def to_config_dict(config: Config) -> ConfigDict:
+    """The settings as a locked ConfigDict, for ml_collections' command-line overrides."""
+    return ConfigDict(dataclasses.asdict(config)).lock()
+
+
+def from_config_dict(settings: ConfigDict) -> Config:
+    """The checked settings. Raises UserError for unknown or missing fields and bad values."""
+    return _build(Config, settings.to_dict(), "config")
+
+
+def _build(kind: Any, values: dict[str, Any], path: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    for name in values:
+        if name not in fields:
+            raise UserError(f"{path}.{name}: no such setting; there are {', '.join(fields)}")
+    built = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            built[name] = _build(hints[name], value, f"{path}.{name}")
+        else:
+            built[name] = tuple(value) if isinstance(value, list) else value
+    missing = [name for name, field in fields.items()
+               if name not in built and field.default is dataclasses.MISSING]
+    if missing:
+        raise UserError(f"{path}.{missing[0]}: this setting has no default and has to be given")
+    return kind(**built)

@@ -1,0 +1,246 @@
+"""The inverse of the flow: noise -> latents, frame by frame (DESIGN: inversion, tasks).
+
+`decode_frame` is the pure step (params, window state, noise of a frame) -> (u of the frame, state), the
+same for every frame; `generate` drives it over a video of any length, `invert_shallow` finishes frames.
+Sequential decoding is block Jacobi with blocks of one token, which one update solves exactly.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from starflow_jax import jacobi
+from starflow_jax.flow.block import Affine, FlowBlock
+from starflow_jax.flow.guidance import guide
+from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.nn.cache import KVCache
+
+Predict = Callable[[jax.Array, jax.Array, KVCache], tuple[Affine, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """How tokens are solved for: block_size tokens at once until the residual is below tolerance."""
+
+    block_size: int = 1
+    tolerance: float = 1e-3
+    max_steps: int = 0  # 0: block_size, after which the result is exact
+
+
+SEQUENTIAL = Solver(block_size=1)
+
+
+@flax.struct.dataclass
+class Report:
+    """How each block of tokens ended, per sample: (blocks, B) each."""
+
+    steps: jax.Array
+    residual: jax.Array
+    converged: jax.Array
+
+
+@flax.struct.dataclass
+class WindowState:
+    """What the deep block knows of the current window."""
+
+    cache: KVCache  # of both guidance branches: batch (branches * B)
+    last_B1K: jax.Array  # the token before the next slot; SOS at first
+    previous_BSK: jax.Array  # the previous frame, from which the solver starts
+    frame: jax.Array  # int32: index of the next frame within the window
+
+
+def solve_tokens(
+    predict: Predict,
+    z_BSK: jax.Array,
+    start_BSK: jax.Array,
+    last_B1K: jax.Array,
+    cache: KVCache,
+    rope_2SE: jax.Array,
+    solver: Solver,
+    branches: int = 1,
+) -> tuple[jax.Array, KVCache, jax.Array, Report]:
+    """Solve x = mu(x) + sigma(x) z for S tokens behind the cache, block after block.
+
+    predict: what each of N slots sees (B, N, K), their RoPE and the cache -> (Affine, keys and values).
+    Returns the tokens, the cache with their slots written, the last token and the blocks' report.
+    """
+    size = min(solver.block_size, z_BSK.shape[1])
+
+    def solve_block(carry: tuple[KVCache, jax.Array], block: tuple[jax.Array, jax.Array, jax.Array]):
+        (cache, last_B1K), (z, start, rope) = carry, block
+
+        def update(x: jax.Array) -> tuple[jax.Array, Any]:
+            affine, kv = predict(jnp.concatenate([last_B1K, x[:, :-1]], axis=1), rope, cache)
+            return affine.mu_BSC + affine.sigma_BSC * z, _split_branches(kv, branches)
+
+        found = jacobi.solve(update, start, tolerance=solver.tolerance,
+                             max_steps=min(solver.max_steps or size, z.shape[1]), aux_batch_axis=2)
+        cache = cache.append(_join_branches(found.aux))
+        return (cache, found.x[:, -1:]), (found.x, Report(found.steps, found.residual, found.converged))
+
+    whole = z_BSK.shape[1] // size * size
+    blocks = (_to_blocks(z_BSK[:, :whole], size), _to_blocks(start_BSK[:, :whole], size),
+              jnp.moveaxis(rope_2SE[:, :whole].reshape(2, -1, size, rope_2SE.shape[-1]), 1, 0))
+    carry, (x, report) = lax.scan(solve_block, (cache, last_B1K), blocks)
+    x_BSK = jnp.moveaxis(x, 0, 1).reshape(z_BSK.shape[0], whole, -1)
+    if whole < z_BSK.shape[1]:
+        rest = (z_BSK[:, whole:], start_BSK[:, whole:], rope_2SE[:, whole:])
+        carry, (x_rest, report_rest) = solve_block(carry, rest)
+        x_BSK = jnp.concatenate([x_BSK, x_rest], axis=1)
+        report = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), report, report_rest)
+    return x_BSK, carry[0], carry[1], report
+
+
+def _to_blocks(x_BSK: jax.Array, size: int) -> jax.Array:
+    return jnp.moveaxis(x_BSK.reshape(x_BSK.shape[0], -1, size, x_BSK.shape[-1]), 1, 0)
+
+
+def _split_branches(kv, branches: int):
+    """(L, branches*B, ...) -> (L, branches, B, ...), so that the solver finds the samples at axis 2."""
+    return jax.tree.map(lambda a: a.reshape(a.shape[0], branches, -1, *a.shape[2:]), kv)
+
+
+def _join_branches(kv):
+    return jax.tree.map(lambda a: a.reshape(a.shape[0], -1, *a.shape[3:]), kv)
+
+
+@partial(jax.jit, static_argnames=("model", "window", "token_grid"))
+def start_window(
+    model: STARFlow,
+    params: Any,
+    known_BTSK: jax.Array,
+    texts_GBTD: jax.Array | None,
+    *,
+    window: int,
+    token_grid: tuple[int, int],
+) -> WindowState:
+    """Fill the cache with the text and the T >= 0 known frames of u (TI2V, extension, restarts).
+
+    texts: (branches, B, text_length, text_dim), branch 0 conditional; None: a model without text.
+    """
+    batch, known, tokens, channels = known_BTSK.shape
+    branches, text_length = (1, 0) if texts_GBTD is None else (texts_GBTD.shape[0], texts_GBTD.shape[2])
+    text = None if texts_GBTD is None else texts_GBTD.reshape(-1, *texts_GBTD.shape[2:])
+    block = partial(_apply_deep, model, params)
+    config = model.config
+    cache = KVCache.empty(config.deep_layers, branches * batch, text_length + window * tokens,
+                          config.deep_width // config.head_dim, config.head_dim, jnp.dtype(config.dtype))
+    last_B1K = block(FlowBlock.start, batch)
+    if known:
+        flat_BSK = known_BTSK.reshape(batch, -1, channels)
+        rope = model.rope((known, *token_grid), text)
+        _, kv = block(FlowBlock.prefill, jnp.tile(flat_BSK, (branches, 1, 1)), rope, text)
+        cache, last_B1K = cache.append(kv), flat_BSK[:, -1:]
+    elif text is not None:
+        rope = model.rope((1, *token_grid), text)[:, :text_length]
+        cache = cache.append(block(FlowBlock.prefill_text, text, rope))
+    previous = known_BTSK[:, -1] if known else jnp.zeros((batch, tokens, channels), known_BTSK.dtype)
+    return WindowState(cache, last_B1K.astype(previous.dtype), previous, jnp.int32(known))
+
+
+@partial(jax.jit, static_argnames=("model", "solver", "window", "token_grid", "branches"))
+def decode_frame(
+    model: STARFlow,
+    params: Any,
+    state: WindowState,
+    z_BSK: jax.Array,
+    guidance: jax.Array,
+    *,
+    solver: Solver,
+    window: int,
+    token_grid: tuple[int, int],
+    branches: int,
+) -> tuple[jax.Array, WindowState, Report]:
+    """One frame of u = f_D^{-1}(z | earlier frames, text). branches: 2 with guidance, 1 without."""
+    tokens = z_BSK.shape[1]
+    positions = model.rope((window, *token_grid), None)
+    rope = lax.dynamic_slice_in_dim(positions, state.frame * tokens, tokens, axis=1)
+
+    def predict(inputs_BNK: jax.Array, rope_2NE: jax.Array, cache: KVCache) -> tuple[Affine, Any]:
+        inputs = jnp.tile(inputs_BNK, (branches, 1, 1))
+        affine, kv = _apply_deep(model, params, FlowBlock.predict, inputs, rope_2NE, cache)
+        if branches == 1:
+            return affine, kv
+        conditional, unconditional = (Affine(*part) for part in zip(*(jnp.split(a, 2) for a in affine)))
+        return guide(conditional, unconditional, guidance), kv
+
+    u_BSK, cache, last, report = solve_tokens(
+        predict, z_BSK, state.previous_BSK, state.last_B1K, state.cache, rope, solver, branches)
+    return u_BSK, WindowState(cache, last, u_BSK, state.frame + 1), report
+
+
+def _apply_deep(model: STARFlow, params: Any, method: Callable, *args):
+    return model.apply(params, method=lambda m: method(m.deep, *args))
+
+
+def generate(
+    model: STARFlow,
+    params: Any,
+    noise_BTSK: jax.Array,
+    texts_GBTD: jax.Array | None,
+    *,
+    guidance: float = 0.0,
+    solver: Solver = SEQUENTIAL,
+    token_grid: tuple[int, int],
+    known_BTSK: jax.Array | None = None,
+    window: int | None = None,
+    context: int | None = None,
+) -> Iterator[tuple[jax.Array, Report]]:
+    """Yield the frames of u that follow the known ones, (B, S, K) each with its report, as they are done.
+
+    noise: one frame of it per frame to make. texts: conditional features and, with guidance, the null
+    caption's, stacked. Past `window` frames (default: all fit), the last `context` ones are encoded again
+    at positions from 0 and generation goes on.
+    Raises ValueError where the known frames or the context do not fit the window.
+    """
+    batch, total, tokens, channels = noise_BTSK.shape
+    u_BTSK = jnp.zeros((batch, 0, tokens, channels), noise_BTSK.dtype) if known_BTSK is None else known_BTSK
+    window = window or u_BTSK.shape[1] + total
+    context = window * 3 // 4 if context is None else context
+    if u_BTSK.shape[1] >= window and total:
+        u_BTSK = u_BTSK[:, -max(context, 1):]
+    if not 0 < context < window and u_BTSK.shape[1] + total > window:
+        raise ValueError(f"context={context}: has to be at least 1 and less than the window of {window} frames")
+    branches = 1 if texts_GBTD is None else texts_GBTD.shape[0]
+    state = start_window(model, params, u_BTSK, texts_GBTD, window=window, token_grid=token_grid)
+    in_window = u_BTSK.shape[1]
+    for index in range(total):
+        if in_window == window:
+            u_BTSK = u_BTSK[:, -context:]
+            state = start_window(model, params, u_BTSK, texts_GBTD, window=window, token_grid=token_grid)
+            in_window = context
+        frame, state, report = decode_frame(
+            model, params, state, noise_BTSK[:, index], jnp.float32(guidance),
+            solver=solver, window=window, token_grid=token_grid, branches=branches)
+        u_BTSK = jnp.concatenate([u_BTSK, frame[:, None]], axis=1)[:, -window:]
+        in_window += 1
+        yield frame, report
+
+
+@partial(jax.jit, static_argnames=("model", "solver", "token_grid"))
+def invert_shallow(
+    model: STARFlow, params: Any, u_BTSK: jax.Array, *, solver: Solver, token_grid: tuple[int, int]
+) -> tuple[jax.Array, tuple[Report, ...]]:
+    """x = f_S^{-1}(u): latents (B, T, H, W, C), and each block's report from the deepest on."""
+    config = model.config
+    rope = model.shallow_rope((u_BTSK.shape[1], *token_grid))
+    x_BTSK, reports = u_BTSK, []
+    for index in reversed(range(len(config.shallow_layers))):
+        z = model.to_block_order(index, x_BTSK)
+        cache = KVCache.empty(config.shallow_layers[index], z.shape[0], z.shape[1],
+                              config.shallow_width // config.head_dim, config.head_dim, jnp.dtype(config.dtype))
+
+        def apply(method: Callable, *args, index: int = index):
+            return model.apply(params, method=lambda m: method(m.shallow[index], *args))
+
+        first = apply(FlowBlock.start, z.shape[0]).astype(z.dtype)
+        x, _, _, report = solve_tokens(partial(apply, FlowBlock.predict), z, z, first, cache, rope, solver)
+        x_BTSK = model.from_block_order(index, x, x_BTSK.shape)
+        reports.append(report)
+    return model.latents(x_BTSK, token_grid[0]), tuple(reports)

@@ -1,0 +1,49 @@
+"""The causal denoiser s_phi: removes the training noise from samples (DESIGN: flow-score matching, Eq. 7)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from starflow_jax.nn import masks
+from starflow_jax.nn.transformer import Transformer
+
+
+class Denoiser(nn.Module):
+    """Noisy tokens (and text) -> s(x~), with frames attending to a window and `lookahead` frames ahead.
+
+    first_layer_only: the look-ahead is the first layer's alone, so that output n depends on frames <= n +
+    lookahead; otherwise every layer has it and it adds up over the layers (the released weights).
+    """
+
+    channels: int
+    width: int
+    layers: int
+    head_dim: int
+    window: int
+    lookahead: int
+    first_layer_only: bool
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    text: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x_BSC: jax.Array, frames: int, rope_2SE: jax.Array, text_BTD: jax.Array | None = None
+    ) -> jax.Array:
+        """(B, frames*h*w, C) in raster order -> the same shape, float32. rope covers the text, then the tokens."""
+        hidden, prefix = nn.Dense(self.width, dtype=self.dtype, name="proj_in")(x_BSC), 0
+        if self.text and text_BTD is not None:
+            text = nn.Dense(self.width, dtype=self.dtype, name="proj_text")(text_BTD)
+            hidden, prefix = jnp.concatenate([text, hidden], axis=1), text.shape[1]
+        frame_S = jnp.asarray(masks.frame_indices(prefix, frames, x_BSC.shape[1] // frames))
+        ahead = masks.frame_window(frame_S, frame_S, self.window, self.lookahead)
+        causal = masks.frame_window(frame_S, frame_S, self.window, 0)
+        mask, first_mask = (causal, ahead) if self.first_layer_only else (ahead, None)
+        stack = Transformer(self.layers, self.head_dim, self.dtype, self.remat, name="transformer")
+        hidden, _ = stack(hidden, mask, rope_2SE, first_mask_SS=first_mask, keep_kv=False)
+        out = nn.Dense(self.channels, dtype=self.dtype, name="proj_out", kernel_init=nn.initializers.zeros)(
+            hidden[:, prefix:].astype(self.dtype)
+        )
+        return out.astype(jnp.promote_types(out.dtype, jnp.float32))

@@ -1,0 +1,84 @@
+"""Block Jacobi: the fixed point of a triangular update, for many samples at once (DESIGN: inversion).
+
+The solver knows no model. A sample stops when its own update is small; from then on it is frozen, so that
+its solution never depends on the samples beside it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@flax.struct.dataclass
+class Solution:
+    """The fixed point and how each sample's iteration ended."""
+
+    x: jax.Array  # (B, N, C)
+    aux: Any  # what the last update of each sample returned beside its x
+    steps: jax.Array  # (B,) int32: updates that the sample took part in
+    residual: jax.Array  # (B,) ||x+ - x||^2 / ||x+||^2 of its last update
+    converged: jax.Array  # (B,) bool: residual < tolerance, or exact after max_steps = N
+
+
+def residual(new_BNC: jax.Array, old_BNC: jax.Array) -> jax.Array:
+    """(B,) squared relative change per sample; 0 where nothing changed, also at zero."""
+    axes = tuple(range(1, new_BNC.ndim))
+    change = jnp.sum((new_BNC - old_BNC) ** 2, axis=axes)
+    return change / jnp.maximum(jnp.sum(new_BNC**2, axis=axes), jnp.finfo(new_BNC.dtype).tiny)
+
+
+def solve(
+    update: Callable[[jax.Array], tuple[jax.Array, Any]],
+    start_BNC: jax.Array,
+    *,
+    tolerance: float | jax.Array,
+    max_steps: int,
+    aux_batch_axis: int = 0,
+) -> Solution:
+    """Iterate x <- update(x) until each sample's residual is below `tolerance`, at most `max_steps` times.
+
+    update: (B, N, C) -> ((B, N, C), aux); entry n may depend only on entries before n, so that N steps are
+        exact. aux is any pytree whose leaves have the batch at `aux_batch_axis`.
+    Raises ValueError for max_steps < 1.
+    """
+    if max_steps < 1:
+        raise ValueError(f"max_steps={max_steps}: the solver needs at least one step")
+    batch = start_BNC.shape[0]
+    x, aux = update(start_BNC)
+    first_residual = residual(x, start_BNC)
+    first = Solution(x, aux, jnp.ones(batch, jnp.int32), first_residual, first_residual < tolerance)
+
+    def unfinished(carry: tuple[jax.Array, Solution]) -> jax.Array:
+        step, solution = carry
+        return (step < max_steps) & ~jnp.all(solution.converged)
+
+    def step(carry: tuple[jax.Array, Solution]) -> tuple[jax.Array, Solution]:
+        count, old = carry
+        x, aux = update(old.x)
+        change = residual(x, old.x)
+        updated = Solution(x, aux, old.steps + 1, change, change < tolerance)
+        return count + 1, _keep_finished(old, updated, aux_batch_axis)
+
+    _, solution = lax.while_loop(unfinished, step, (jnp.int32(1), first))
+    exact = max_steps >= start_BNC.shape[1]
+    return solution.replace(converged=solution.converged | (exact & (solution.steps >= max_steps)))
+
+
+def _keep_finished(old: Solution, new: Solution, aux_batch_axis: int) -> Solution:
+    done_B = old.converged
+
+    def keep(axis: int):
+        def choose(was: jax.Array, now: jax.Array) -> jax.Array:
+            shape = [1] * was.ndim
+            shape[axis] = done_B.shape[0]
+            return jnp.where(done_B.reshape(shape), was, now)
+
+        return choose
+
+    aux = jax.tree.map(keep(aux_batch_axis), old.aux, new.aux)
+    rest = jax.tree.map(keep(0), old.replace(aux=None), new.replace(aux=None))
+    return rest.replace(aux=aux)

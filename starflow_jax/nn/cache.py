@@ -1,0 +1,27 @@
+"""Keys and values of the slots that a block has seen: pure state that goes in and comes out."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Fixed-size cache of a stack of layers; slots from `length` on are unused."""
+
+    k_LBPHD: jax.Array
+    v_LBPHD: jax.Array
+    length: jax.Array  # int32 scalar
+
+    @classmethod
+    def empty(cls, layers: int, batch: int, slots: int, heads: int, head_dim: int, dtype) -> "KVCache":
+        zeros = jnp.zeros((layers, batch, slots, heads, head_dim), dtype)
+        return cls(zeros, zeros, jnp.int32(0))
+
+    def append(self, kv: tuple[jax.Array, jax.Array]) -> "KVCache":
+        """The cache with the (L, B, S, H, D) keys and values of the next S slots written behind its end."""
+        start = (0, 0, self.length, 0, 0)
+        k, v = (lax.dynamic_update_slice(old, new.astype(old.dtype), start)
+                for old, new in zip((self.k_LBPHD, self.v_LBPHD), kv))
+        return KVCache(k, v, self.length + kv[0].shape[2])

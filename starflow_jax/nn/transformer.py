@@ -1,0 +1,105 @@
+"""The pre-norm Transformer that every part of the method shares (DESIGN: transformer layer).
+
+Layers are scanned: parameters are stacked along a leading layer axis and a 24-layer block compiles as one.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from starflow_jax.kernels.reference import attention
+from starflow_jax.nn.cache import KVCache
+from starflow_jax.nn.rope import apply_rope
+
+KeyValue = tuple[jax.Array, jax.Array]
+
+
+class FinalNorm(nn.Module):
+    """RMSNorm with weight (1 + w), eps 1e-6, in float32."""
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        weight = self.param("weight", nn.initializers.zeros, (x_BSD.shape[-1],))
+        x = x_BSD.astype(jnp.promote_types(x_BSD.dtype, jnp.float32))
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * (1 + weight)
+
+
+class Layer(nn.Module):
+    """LayerNorm, causal or windowed attention with RoPE, residual; LayerNorm, GELU MLP, residual."""
+
+    head_dim: int
+    dtype: Any
+
+    def _norm(self, x_BSD: jax.Array, name: str) -> jax.Array:
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)(x_BSD).astype(self.dtype)
+
+    @nn.compact
+    def __call__(self, x_BSD, past, mask_SS, rope_2SE, past_length):
+        """past: this layer's cached (k, v) or None. Returns (x, this call's (k, v)), the scan's carry and output."""
+        width = x_BSD.shape[-1]
+        heads = width // self.head_dim
+        qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(self._norm(x_BSD, "attention_norm"))
+        q, k, v = (part.reshape(*part.shape[:-1], heads, self.head_dim) for part in jnp.split(qkv, 3, axis=-1))
+        q, k = apply_rope(q, rope_2SE), apply_rope(k, rope_2SE)
+        seen = None if past is None else (*past, past_length)
+        out = attention(q, k, v, mask_SS, seen).reshape(x_BSD.shape)
+        x_BSD = x_BSD + nn.Dense(width, dtype=self.dtype, name="proj")(out)
+        hidden = nn.Dense(4 * width, dtype=self.dtype, name="mlp_in")(self._norm(x_BSD, "mlp_norm"))
+        hidden = nn.gelu(hidden, approximate=False)
+        return x_BSD + nn.Dense(width, dtype=self.dtype, name="mlp_out")(hidden), (k, v)
+
+
+class Transformer(nn.Module):
+    """A scanned stack of layers and the final norm.
+
+    `first_mask_SS`, where given, is the first layer's own mask (the denoiser's look-ahead).
+    """
+
+    layers: int
+    head_dim: int
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        mask_SS: jax.Array,
+        rope_2SE: jax.Array,
+        cache: KVCache | None = None,
+        first_mask_SS: jax.Array | None = None,
+        keep_kv: bool = True,
+    ) -> tuple[jax.Array, KeyValue | None]:
+        """(B, S, D) in, ((B, S, D) float32 normed, (k, v) each (L, B, S, H, D) or None) out."""
+        layer = nn.remat(_BodyLayer, prevent_cse=False) if self.remat == "layer" else _BodyLayer
+        stack = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            out_axes=0,
+            length=self.layers,
+        )(self.head_dim, self.dtype, keep_kv, name="layers")
+        is_first = jnp.arange(self.layers) == 0
+        masks = (mask_SS, first_mask_SS)
+        past = None if cache is None else (cache.k_LBPHD, cache.v_LBPHD)
+        past_length = jnp.int32(0) if cache is None else cache.length
+        x_BSD, kv = stack(x_BSD.astype(self.dtype), past, is_first, masks, rope_2SE, past_length)
+        return FinalNorm(name="final_norm")(x_BSD), kv
+
+
+class _BodyLayer(nn.Module):
+    """A layer as the scan's body: picks its mask and drops keys and values that nobody asked for."""
+
+    head_dim: int
+    dtype: Any
+    keep_kv: bool
+
+    @nn.compact
+    def __call__(self, x_BSD, past, is_first, masks, rope_2SE, past_length):
+        mask_SS = masks[0] if masks[1] is None else jnp.where(is_first, masks[1], masks[0])
+        x_BSD, kv = Layer(self.head_dim, self.dtype, name="layer")(x_BSD, past, mask_SS, rope_2SE, past_length)
+        return x_BSD, kv if self.keep_kv else None
