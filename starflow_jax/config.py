@@ -58,6 +58,7 @@ class Model:
     noise_std: float = 0.5
     dtype: str = "float32"
     remat: str = "none"
+    unroll_layers: bool = False  # faster steps for small models on CPU, for longer compilation
 
     def __post_init__(self) -> None:
         _check_positive(self, "channels", "frames", "height", "width", "shallow_width", "deep_layers", "deep_width",

@@ -38,6 +38,7 @@ class FlowBlock(nn.Module):
     head_dim: int
     dtype: Any = jnp.float32
     remat: str = "none"
+    unroll: bool = False
     text: bool = False  # takes a text prefix: the deep block
 
     def setup(self) -> None:
@@ -45,7 +46,7 @@ class FlowBlock(nn.Module):
         self.proj_in = nn.Dense(self.width, dtype=self.dtype)
         if self.text:
             self.proj_text = nn.Dense(self.width, dtype=self.dtype)
-        self.transformer = Transformer(self.layers, self.head_dim, self.dtype, self.remat)
+        self.transformer = Transformer(self.layers, self.head_dim, self.dtype, self.remat, self.unroll)
         self.proj_out = nn.Dense(2 * self.channels, dtype=self.dtype, kernel_init=nn.initializers.zeros)
 
     def __call__(

@@ -26,6 +26,7 @@ class Denoiser(nn.Module):
     first_layer_only: bool
     dtype: Any = jnp.float32
     remat: str = "none"
+    unroll: bool = False
     text: bool = True
 
     @nn.compact
@@ -41,7 +42,7 @@ class Denoiser(nn.Module):
         ahead = masks.frame_window(frame_S, frame_S, self.window, self.lookahead)
         causal = masks.frame_window(frame_S, frame_S, self.window, 0)
         mask, first_mask = (causal, ahead) if self.first_layer_only else (ahead, None)
-        stack = Transformer(self.layers, self.head_dim, self.dtype, self.remat, name="transformer")
+        stack = Transformer(self.layers, self.head_dim, self.dtype, self.remat, self.unroll, name="transformer")
         hidden, _ = stack(hidden, mask, rope_2SE, first_mask_SS=first_mask, keep_kv=False)
         out = nn.Dense(self.channels, dtype=self.dtype, name="proj_out", kernel_init=nn.initializers.zeros)(
             hidden[:, prefix:].astype(self.dtype)

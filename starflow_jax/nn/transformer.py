@@ -62,6 +62,7 @@ class Transformer(nn.Module):
     head_dim: int
     dtype: Any = jnp.float32
     remat: str = "none"
+    unroll: bool = False
 
     @nn.compact
     def __call__(
@@ -82,6 +83,7 @@ class Transformer(nn.Module):
             in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             out_axes=0,
             length=self.layers,
+            unroll=self.layers if self.unroll else 1,
         )(self.head_dim, self.dtype, keep_kv, name="layers")
         is_first = jnp.arange(self.layers) == 0
         masks = (mask_SS, first_mask_SS)

@@ -31,6 +31,7 @@ class Tokenizer:
 
     def __init__(self, model: bytes):
         """Takes the serialized model; raises UserError if it is none, or has other special ids."""
+        self.model = model
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)

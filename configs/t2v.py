@@ -1,0 +1,52 @@
+"""Text and images to video: python -m starflow_jax.main --config=configs/t2v.py[:tiny|3b|7b]
+
+tiny   moving digits, 13 frames of 24x24 pixels: trains on two CPU cores, nothing is downloaded
+box    the same model, trained for longer: what the package carries
+3b 7b  the paper's sizes: 81 frames of 480x848 pixels in Wan2.2 latents, text by flan-t5-xl
+"""
+
+from starflow_jax.config import Codec, Config, Model, Sample, Text, Train, UserError, to_config_dict
+
+
+def tiny(**train) -> Config:
+    return Config(
+        name="tiny",
+        model=Model(channels=48, frames=4, height=6, width=6, shallow_layers=(1, 1), shallow_width=128,
+                    deep_layers=4, deep_width=192, text_length=28, text_dim=128, denoiser_layers=2,
+                    noise_std=0.15, unroll_layers=True),
+        text=Text(encoder="trained", vocab_size=256, fps=8),
+        codec=Codec(kind="patch", stride=4, time_stride=4),
+        train=Train(**{**TINY_TRAIN, **train}),
+        sample=Sample(guidance=2.0, block_size=12),
+    )
+
+
+TINY_TRAIN = dict(
+    steps=400, batch_size=16, image_batch_size=48, learning_rate=1.5e-3, final_learning_rate=5e-5,
+    denoiser_learning_rate=1.5e-3, warmup_steps=50, ema=0.998, log_every=10, checkpoint_every=100,
+    evaluate_every=400, validation_clips=128)
+
+
+def paper(name: str, deep_layers: int, deep_width: int) -> Config:
+    return Config(
+        name=name,
+        model=Model(channels=48, frames=21, height=30, width=53, shallow_layers=(2, 2, 2, 2, 2), shallow_width=3072,
+                    deep_layers=deep_layers, deep_width=deep_width, rope_extent=40, text_length=256, text_dim=2048,
+                    noise_std=0.5, dtype="bfloat16", remat="layer"),
+        text=Text(encoder="frozen", fps=16, aspect_ratio="16:9"),
+        codec=Codec(kind="wan", stride=16, time_stride=4, later_frames_scale=0.6),
+        train=Train(batch_size=192),
+        sample=Sample(guidance=3.5, block_size=64),
+    )
+
+
+def get_config(variant: str = "tiny"):
+    variants = {
+        "tiny": tiny,
+        "box": lambda: tiny(steps=3_000, checkpoint_every=200, evaluate_every=1_000),
+        "3b": lambda: paper("3b", deep_layers=24, deep_width=3072),
+        "7b": lambda: paper("7b", deep_layers=24, deep_width=4096),
+    }
+    if variant not in variants:
+        raise UserError(f"configs/t2v.py:{variant}: no such variant; there are {', '.join(variants)}")
+    return to_config_dict(variants[variant]())

@@ -1,0 +1,98 @@
+"""Pixels <-> latents without a VAE, for the small models: principal components of space-time patches.
+
+Like the Wan VAE it is causal, takes the first frame by itself and then `time_stride` frames per latent;
+unlike it, it is one orthonormal projection, fitted to the training clips in seconds.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow_jax.config import UserError
+
+FITTED_PATCHES = 200_000
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchShape:
+    """Frames, rows and columns of pixels that one latent stands for."""
+
+    time: int
+    space: int
+
+    @property
+    def pixels(self) -> int:
+        return self.time * self.space**2 * 3
+
+    def latent_frames(self, pixel_frames: int) -> int:
+        """Latent frames of a clip. Raises UserError unless it has 1 + k * time frames."""
+        if pixel_frames < 1 or (pixel_frames - 1) % self.time:
+            raise UserError(f"a clip of {pixel_frames} frames: this codec takes 1 + a multiple of {self.time} frames")
+        return 1 + (pixel_frames - 1) // self.time
+
+
+@flax.struct.dataclass
+class PatchCodec:
+    """The projection: constants that are kept with the model's parameters."""
+
+    mean_P: jax.Array  # of a patch, pixels in [-1, 1]
+    basis_PC: jax.Array  # orthonormal columns, most variance first
+    scale: jax.Array  # latents are coefficients / scale
+
+
+def fit(frames_BTHWC: np.ndarray, shape: PatchShape, channels: int, seed: int = 0) -> PatchCodec:
+    """The principal components of the patches of uint8 clips. The first latent channel gets unit variance."""
+    if not 0 < channels <= shape.pixels:
+        raise UserError(f"model.channels={channels}: the patch codec gives 1 to {shape.pixels} channels")
+    patches = np.asarray(_to_patches(jnp.asarray(to_float(frames_BTHWC)), shape)).reshape(-1, shape.pixels)
+    chosen = np.random.default_rng(seed).permutation(len(patches))[:FITTED_PATCHES]
+    patches = patches[chosen].astype(np.float64)
+    mean = patches.mean(axis=0)
+    variances, vectors = np.linalg.eigh(np.cov(patches - mean, rowvar=False))
+    basis = vectors[:, ::-1][:, :channels]
+    basis = basis * np.sign(basis[np.abs(basis).argmax(axis=0), np.arange(channels)])
+    return PatchCodec(jnp.asarray(mean, jnp.float32), jnp.asarray(basis, jnp.float32),
+                      jnp.float32(np.sqrt(variances[-1])))
+
+
+def to_float(frames: np.ndarray | jax.Array):
+    """uint8 pixels -> [-1, 1] float32."""
+    return frames.astype(np.float32) / 127.5 - 1.0
+
+
+def to_uint8(pixels: jax.Array) -> jax.Array:
+    """[-1, 1] -> uint8, clamped and rounded."""
+    return jnp.clip(jnp.round((pixels + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def encode(codec: PatchCodec, pixels_BTHWC: jax.Array, shape: PatchShape) -> jax.Array:
+    """(B, 1 + k*time, H, W, 3) in [-1, 1] -> latents (B, 1 + k, H/space, W/space, C) float32."""
+    patches = _to_patches(pixels_BTHWC, shape)
+    return (patches - codec.mean_P) @ codec.basis_PC / codec.scale
+
+
+def decode(codec: PatchCodec, latents_BNhwC: jax.Array, shape: PatchShape) -> jax.Array:
+    """Latents -> pixels (B, 1 + (N-1)*time, H, W, 3), not clamped."""
+    patches = latents_BNhwC * codec.scale @ codec.basis_PC.T + codec.mean_P
+    batch, latent_frames, rows, columns, _ = patches.shape
+    size, time = shape.space, shape.time
+    patches = patches.reshape(batch, latent_frames, rows, columns, time, size, size, 3)
+    pixels = patches.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(
+        batch, latent_frames, time, rows * size, columns * size, 3)
+    first = pixels[:, 0].mean(axis=1, keepdims=True)  # its patch held the frame `time` times
+    return jnp.concatenate([first, pixels[:, 1:].reshape(batch, -1, *pixels.shape[3:])], axis=1)
+
+
+def _to_patches(pixels_BTHWC: jax.Array, shape: PatchShape) -> jax.Array:
+    batch, frames, height, width, _ = pixels_BTHWC.shape
+    latent_frames, size, time = shape.latent_frames(frames), shape.space, shape.time
+    if height % size or width % size:
+        raise UserError(f"frames of {height}x{width}: this codec takes multiples of {size} pixels")
+    first = jnp.repeat(pixels_BTHWC[:, :1], time, axis=1)
+    pixels = jnp.concatenate([first, pixels_BTHWC[:, 1:]], axis=1)
+    pixels = pixels.reshape(batch, latent_frames, time, height // size, size, width // size, size, 3)
+    return pixels.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(
+        batch, latent_frames, height // size, width // size, shape.pixels)

@@ -1,0 +1,176 @@
+"""The whole system of a configuration: codec, text encoder and flow, wired together.
+
+`System` holds what is fixed (modules, settings, tokenizer, codec); parameters go in and come out of its
+methods, which are pure and can be jitted.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow_jax.codec import patch
+from starflow_jax.checkpoint import export_arrays, import_arrays
+from starflow_jax.config import Config, UserError
+from starflow_jax.data import moving_digits
+from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.optimizer import Params
+from starflow_jax.text.prompt import EXTEND, format_prompt
+from starflow_jax.text.t5 import T5Config, T5Encoder, mask_padding
+from starflow_jax.text.tokenizer import Tokenizer, train_tokenizer
+from starflow_jax.video_io import atomic_path
+
+FITTED_CLIPS = 1_000  # training clips that the patch codec is fitted to
+TOKENIZED_CLIPS = 3_000  # training clips whose captions the tokenizer is trained on
+
+
+def build_flow(config: Config) -> STARFlow:
+    return STARFlow(config.model)
+
+
+def build_text_encoder(config: Config) -> T5Encoder:
+    """The small T5 that is trained along with the flow."""
+    text = config.text
+    t5 = T5Config(vocab_size=text.vocab_size, d_model=text.d_model, d_kv=text.d_kv, d_ff=text.d_ff,
+                  num_layers=text.layers, num_heads=text.heads)
+    return T5Encoder(t5, dtype=jnp.dtype(config.model.dtype))
+
+
+def pixel_frames(config: Config) -> int:
+    """Frames of a training clip in pixels."""
+    return 1 + (config.model.frames - 1) * config.codec.time_stride
+
+
+def prompt_text(config: Config, caption: str, is_image: bool = False) -> str:
+    """A caption with its metadata, as the text encoder is given it."""
+    fps = 0 if is_image else config.text.fps
+    return format_prompt(caption, fps=fps, aspect_ratio=config.text.aspect_ratio)
+
+
+def patch_shape(config: Config) -> patch.PatchShape:
+    return patch.PatchShape(config.codec.time_stride, config.codec.stride)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class System:
+    """A configuration with its tokenizer and fitted codec."""
+
+    config: Config
+    tokenizer: Tokenizer
+    codec: patch.PatchCodec
+
+    @property
+    def flow(self) -> STARFlow:
+        return build_flow(self.config)
+
+    @property
+    def pixel_frames(self) -> int:
+        """Frames of a training clip."""
+        return pixel_frames(self.config)
+
+    def init(self, seed: int) -> Params:
+        """Parameters at the start of training."""
+        return init_params(self.config, jax.random.key(seed))
+
+    def prompt(self, caption: str, is_image: bool = False) -> str:
+        """The text that the encoder is given for a caption."""
+        return prompt_text(self.config, caption, is_image)
+
+    def text_ids(self, prompts: Sequence[str]) -> np.ndarray:
+        """(B, text_length) int32."""
+        return self.tokenizer.encode(list(prompts), self.config.model.text_length)
+
+    def features(self, params: Params, ids_BS: jax.Array) -> jax.Array:
+        """(B, text_length, text_dim), padding zeroed."""
+        features = build_text_encoder(self.config).apply({"params": params["text"]}, ids_BS)
+        return mask_padding(features, ids_BS)
+
+    def encode(self, frames_BTHWC: jax.Array) -> jax.Array:
+        """uint8 frames -> latents (B, N, h, w, C)."""
+        latents = patch.encode(self.codec, patch.to_float(frames_BTHWC), patch_shape(self.config))
+        return latents * self._frame_scale(latents.shape[1])
+
+    def decode(self, latents_BNhwC: jax.Array) -> jax.Array:
+        """Latents -> uint8 frames."""
+        latents = latents_BNhwC / self._frame_scale(latents_BNhwC.shape[1])
+        return patch.to_uint8(patch.decode(self.codec, latents, patch_shape(self.config)))
+
+    def _frame_scale(self, frames: int) -> jax.Array:
+        later = jnp.full((frames - 1,), self.config.codec.later_frames_scale)
+        return jnp.concatenate([jnp.ones(1), later])[:, None, None, None]
+
+
+def flow_variables(params: Params) -> dict[str, Any]:
+    """What STARFlow's methods take: the flow's parameters and the denoiser's."""
+    denoiser = {"denoiser": params["denoiser"]} if "denoiser" in params else {}
+    return {"params": {**params["flow"], **denoiser}}
+
+
+def init_params(config: Config, key: jax.Array) -> Params:
+    """Fresh parameters; pure, so that jax.eval_shape gives a full-size model's shapes without its memory."""
+    model = config.model
+    flow_key, text_key = jax.random.split(key)
+    x = jnp.zeros((1, model.frames, model.height, model.width, model.channels))
+    text = jnp.zeros((1, model.text_length, model.text_dim)) if model.text_length else None
+    flow = dict(build_flow(config).init(flow_key, x, text)["params"])
+    params: Params = {}
+    if "denoiser" in flow:
+        params["denoiser"] = flow.pop("denoiser")
+    params["flow"] = flow
+    if config.text.encoder == "trained" and model.text_length:
+        ids = jnp.zeros((1, model.text_length), jnp.int32)
+        params["text"] = build_text_encoder(config).init(text_key, ids)["params"]
+    return params
+
+
+def data_source(config: Config, split: str) -> Sequence[dict[str, Any]]:
+    """The built-in data set's examples, made on first use; recorded one latent frame longer than trained on."""
+    data, stride = config.data, config.codec.time_stride
+    settings = moving_digits.MovingDigitsConfig(
+        size=data.size, digit_size=data.digit_size, frames=1 + config.model.frames * stride,
+        train_clips=data.train_clips, validation_clips=data.validation_clips, test_clips=data.test_clips)
+    return moving_digits.source(settings, split, data.directory or default_data_directory())
+
+
+def default_data_directory() -> str:
+    """A cache folder of the user's."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(cache, "starflow_jax", "data")
+
+
+def make_system(config: Config) -> System:
+    """Train the tokenizer on the training captions and fit the codec to training clips; deterministic."""
+    source = data_source(config, "train")
+    frames = np.stack([source[i]["frames"] for i in range(min(FITTED_CLIPS, len(source)))])
+    codec = patch.fit(frames[:, :pixel_frames(config)], patch_shape(config), config.model.channels)
+    texts = []
+    for index in range(min(TOKENIZED_CLIPS, len(source))):
+        example = source[index]
+        for caption in (example["caption_long"].decode(), example["caption_short"].decode(), ""):
+            texts += [prompt_text(config, caption), prompt_text(config, EXTEND + caption),
+                      prompt_text(config, caption, is_image=True)]
+    return System(config, Tokenizer(train_tokenizer(texts, config.text.vocab_size)), codec)
+
+
+def save_system(system: System, folder: Path) -> None:
+    """Write the tokenizer and the codec."""
+    with atomic_path(folder / "tokenizer.model") as path:
+        path.write_bytes(system.tokenizer.model)
+    export_arrays(folder / "codec.safetensors", dataclasses.asdict(system.codec))
+
+
+def load_system(config: Config, folder: Path) -> System:
+    """Read what `save_system` wrote. Raises UserError where a file is missing, damaged or of another model."""
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    codec = patch.PatchCodec(**{name: jnp.asarray(value)
+                                for name, value in import_arrays(folder / "codec.safetensors").items()})
+    expected = (patch_shape(config).pixels, config.model.channels)
+    if codec.basis_PC.shape != expected:
+        raise UserError(f"{folder / 'codec.safetensors'}: its projection is {codec.basis_PC.shape}, this "
+                        f"configuration's is {expected}; use the configuration that made it")
+    return System(config, tokenizer, codec)

@@ -1,0 +1,100 @@
+"""One training step: both losses from one backward pass of the flow, both optimizers (DESIGN: losses)."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from starflow_jax.config import Config
+from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.losses import nll_mean, weighted_loss
+from starflow_jax.optimizer import Params, TrainState, apply_gradients
+from starflow_jax.system import System, flow_variables
+
+Batch = dict[str, Any]  # frames_BTHWC uint8, text_ids_BS int32, drop_first_B bool
+
+
+def clean_latents(system: System, batch: Batch) -> jax.Array:
+    """(B, N, h, w, C) training latents of a batch.
+
+    Video clips are recorded one latent frame longer than the model's: the last one is left out, or, where
+    drop_first_B says so, the first (the model then learns to go on from the middle of a video).
+    """
+    latents = system.encode(batch["frames_BTHWC"])
+    if latents.shape[1] == 1:
+        return latents
+    drop_first = batch["drop_first_B"][:, None, None, None, None]
+    return jnp.where(drop_first, latents[:, 1:], latents[:, :-1])
+
+
+def gradients(system: System, params: Params, noisy: jax.Array, ids_BS: jax.Array) -> tuple[Params, dict]:
+    """Gradients of every parameter, and the losses, from noised latents.
+
+    Flow-score matching: the backward pass of the flow also gives dL/dx~, whose sigma * numel multiple is
+    the denoiser's regression target.
+    """
+    config = system.config.model
+
+    def flow_loss(trained: Params, x: jax.Array):
+        text = system.features(trained, ids_BS)
+        out = system.flow.apply(flow_variables(trained), x, text, method=STARFlow.forward)
+        nll = nll_mean(out)
+        return weighted_loss(nll.loss, config.noise_std), (nll.loss, text)
+
+    trained = {name: value for name, value in params.items() if name != "denoiser"}
+    (_, (loss, text)), (grads, grad_x) = jax.value_and_grad(flow_loss, argnums=(0, 1), has_aux=True)(trained, noisy)
+    if config.denoiser == "none":
+        return grads, {"loss": loss}
+    target = lax.stop_gradient(config.noise_std * noisy.size * grad_x)
+    text = lax.stop_gradient(text)
+
+    def denoiser_loss(denoiser: Params) -> jax.Array:
+        score = system.flow.apply({"params": {"denoiser": denoiser}}, noisy, text, method=STARFlow.score)
+        return jnp.mean((score - target) ** 2)
+
+    regression, denoiser_grads = jax.value_and_grad(denoiser_loss)(params["denoiser"])
+    return {**grads, "denoiser": denoiser_grads}, {"loss": loss, "denoiser_loss": regression}
+
+
+def make_train_step(system: System):
+    """(state, batch) -> (state, scalars on the device); jitted, the state donated."""
+    settings, noise_std = system.config.train, system.config.model.noise_std
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        clean = clean_latents(system, batch)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        noisy = clean + noise_std * jax.random.normal(key, clean.shape)
+        grads, losses = _accumulate(system, state.params, noisy, batch["text_ids_BS"], settings.accumulate)
+        state, norm, skip = apply_gradients(state, grads, settings)
+        return state, {**losses, "bits_per_dim": to_bits(losses["loss"]), "grad_norm": norm,
+                       "skip": skip, "skipped": state.skipped}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _accumulate(system: System, params: Params, noisy: jax.Array, ids_BS: jax.Array, parts: int):
+    """Mean gradients and losses over `parts` microbatches, one after the other."""
+    if parts == 1:
+        return gradients(system, params, noisy, ids_BS)
+    micro = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), (noisy, ids_BS))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
+                        jax.eval_shape(lambda: gradients(system, params, noisy[:1], ids_BS[:1])))
+
+    def add(total: Any, part: tuple[jax.Array, jax.Array]):
+        return jax.tree.map(lambda t, g: t + g / parts, total, gradients(system, params, *part)), None
+
+    return lax.scan(add, zero, micro)[0]
+
+
+def to_bits(loss: jax.Array | float) -> jax.Array | float:
+    """Bits per dimension of the noised latents, constants included, from the mean loss in nats."""
+    return (loss + 0.5 * math.log(2 * math.pi)) / math.log(2)
+
+
+def tokens_of(batch: dict[str, np.ndarray], config: Config) -> int:
+    """Latent tokens that a step on this batch trains on."""
+    clips, frames = batch["frames_BTHWC"].shape[:2]
+    return clips * (1 if frames == 1 else config.model.frames) * config.model.tokens_per_frame
