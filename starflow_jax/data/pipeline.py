@@ -1,0 +1,205 @@
+"""From recorded clips to training batches: shuffled, mixed, sharded, resumable to the exact example.
+
+A source is anything with `len(source)` and `source[i]` -> dict with
+
+    frames         uint8 (T, H, W, 3)
+    caption_long   str or UTF-8 bytes
+    caption_short  str or UTF-8 bytes
+
+The n-th example of a seed is the same whatever the number of processes and of reading threads.
+
+*Dropping the first latent frame.* The codec is causal: the first latent holds `first_latent_pixels`
+pixel frames, every later one `latent_stride`. A clip that begins with a later latent has no place in
+a batch of its own length, so video batches carry one latent more than is trained on,
+`pixel_frames + latent_stride` pixel frames, and say per example which end to cut off after encoding:
+
+    latents[1:] where drop_first_B, with a caption that begins "(extend) "
+    latents[:-1] elsewhere
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from starflow_jax.config import UserError
+
+Source = Sequence[dict[str, Any]]
+Batch = dict[str, np.ndarray]
+EncodeText = Callable[[list[str]], np.ndarray]  # captions -> int32 ids (B, S)
+FormatCaption = Callable[[str, bool], str]  # (caption, is_image) -> the text to encode
+
+
+class Example(NamedTuple):
+    """One clip on its way into a batch; `caption` is formatted already."""
+
+    frames_THWC: np.ndarray
+    caption: str
+    drop_first: bool
+
+
+def train_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    image_batch_size: int,
+    seed: int,
+    image_probability: float = 0.2,
+    first_frame_drop: float = 0.25,
+    caption_drop: float = 0.1,
+    short_caption: float = 0.1,
+    pixel_frames: int,
+    first_latent_pixels: int = 1,
+    latent_stride: int = 4,
+    encode_text: EncodeText,
+    format_caption: FormatCaption,
+    process_index: int = 0,
+    process_count: int = 1,
+    read_threads: int = 2,
+) -> grain.DatasetIterator[Batch]:
+    """Endless batches; every epoch is shuffled anew. Each is a dict of numpy arrays:
+
+        frames_BTHWC  uint8; T = pixel_frames + latent_stride, in an image batch 1
+        text_ids_BS   int32
+        drop_first_B  bool: train on latents[1:] instead of latents[:-1]; all False in an image batch
+
+    batch_size and image_batch_size are global: process i of n gets the i-th part of the same batch.
+    image_probability: the share of image batches, spread evenly; all processes get them at the same
+    steps. first_frame_drop, caption_drop, short_caption: probabilities per example (a dropped caption
+    is "", formatted like any other). pixel_frames: trained on, as the codec counts them.
+
+    The iterator's `get_state()` is a JSON-serialisable dict and `set_state` goes on after it with the
+    very next batch. Raises UserError for settings that don't fit each other or the source.
+    """
+    probabilities = {
+        "image_probability": image_probability,
+        "first_frame_drop": first_frame_drop,
+        "caption_drop": caption_drop,
+        "short_caption": short_caption,
+    }
+    for name, value in probabilities.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} is {value}: a probability is between 0 and 1")
+    if not 0 <= seed < 2**31:
+        raise UserError(f"seed is {seed}: must be between 0 and {2**31 - 1}")
+
+    def pick_caption(record: dict[str, Any], rng: np.random.Generator) -> str:
+        short = rng.random() < short_caption
+        dropped = rng.random() < caption_drop
+        return "" if dropped else _text(record["caption_short" if short else "caption_long"])
+
+    def video_example(record: dict[str, Any], rng: np.random.Generator) -> Example:
+        caption = pick_caption(record, rng)
+        drop_first = bool(rng.random() < first_frame_drop)
+        if drop_first and caption:
+            caption = "(extend) " + caption
+        length = pixel_frames + latent_stride
+        start = rng.integers(len(record["frames"]) - length + 1)
+        frames_THWC = record["frames"][start : start + length]
+        return Example(frames_THWC, format_caption(caption, False), drop_first)
+
+    def image_example(record: dict[str, Any], rng: np.random.Generator) -> Example:
+        caption = pick_caption(record, rng)
+        frame = rng.integers(len(record["frames"]))
+        return Example(record["frames"][frame : frame + 1], format_caption(caption, True), False)
+
+    def collate(examples: Sequence[Example]) -> Batch:
+        return {
+            "frames_BTHWC": np.stack([example.frames_THWC for example in examples]),
+            "text_ids_BS": np.asarray(encode_text([example.caption for example in examples]), np.int32),
+            "drop_first_B": np.array([example.drop_first for example in examples]),
+        }
+
+    def batches(
+        make_example: Callable[[dict[str, Any], np.random.Generator], Example], size: int, stream_seed: int
+    ) -> grain.MapDataset[Batch]:
+        local_size = _local_size(size, process_index, process_count)
+        examples = grain.MapDataset.source(source).seed(stream_seed).shuffle().repeat()
+        parts = examples.random_map(make_example).batch(local_size, drop_remainder=True, batch_fn=collate)
+        # Part i, i + n, i + 2n ...: the i-th slice of each global batch.
+        return parts[process_index::process_count]
+
+    streams, weights = [], []
+    if image_probability < 1:
+        _check_frames(source, pixel_frames, first_latent_pixels, latent_stride)
+        streams.append(batches(video_example, batch_size, 2 * seed))
+        weights.append(1 - image_probability)
+    if image_probability > 0:
+        streams.append(batches(image_example, image_batch_size, 2 * seed + 1))
+        weights.append(image_probability)
+    options = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=8)
+    return iter(grain.MapDataset.mix(streams, weights).to_iter_dataset(options))
+
+
+def evaluation_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    limit: int,
+    pixel_frames: int,
+    encode_text: EncodeText,
+    format_caption: FormatCaption,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """The first `limit` clips (or all) once, in order, with long captions. Each batch is a dict of
+
+        frames_BTHWC  uint8, the first pixel_frames of each clip (1: the captions are an image's)
+        text_ids_BS   int32
+        captions_B    str, as recorded (not formatted)
+        valid_B       bool: False where the last batch repeats the last clip to keep its shape
+
+    batch_size is global: process i of n gets the i-th part of each batch.
+    """
+    local_size = _local_size(batch_size, process_index, process_count)
+    recorded = len(source[0]["frames"])
+    if not 1 <= pixel_frames <= recorded:
+        raise UserError(f"pixel_frames is {pixel_frames}: the clips have 1 to {recorded} frames")
+    count = min(limit, len(source))
+    for begin in range(process_index * local_size, _round_up(count, batch_size), batch_size):
+        indices_B = np.arange(begin, begin + local_size)
+        records = [source[int(index)] for index in np.minimum(indices_B, count - 1)]
+        captions = [_text(record["caption_long"]) for record in records]
+        formatted = [format_caption(caption, pixel_frames == 1) for caption in captions]
+        yield {
+            "frames_BTHWC": np.stack([record["frames"][:pixel_frames] for record in records]),
+            "text_ids_BS": np.asarray(encode_text(formatted), np.int32),
+            "captions_B": np.array(captions),
+            "valid_B": indices_B < count,
+        }
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
+    if not 0 <= process_index < process_count:
+        raise UserError(f"process {process_index} of {process_count}: count from 0 to {process_count - 1}")
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"a global batch of {batch_size} cannot be shared by {process_count} processes: "
+            f"use a multiple of {process_count}"
+        )
+    return batch_size // process_count
+
+
+def _check_frames(source: Source, pixel_frames: int, first_latent_pixels: int, latent_stride: int) -> None:
+    later_pixels = pixel_frames - first_latent_pixels
+    if later_pixels < 0 or later_pixels % latent_stride:
+        raise UserError(
+            f"pixel_frames is {pixel_frames}: the codec takes {first_latent_pixels} frames and then "
+            f"groups of {latent_stride}, such as {first_latent_pixels + 3 * latent_stride}"
+        )
+    recorded = len(source[0]["frames"])
+    if recorded < pixel_frames + latent_stride:
+        raise UserError(
+            f"pixel_frames is {pixel_frames}: with {latent_stride} more for examples without their first "
+            f"latent that is longer than the recorded {recorded} frames; "
+            f"use at most {recorded - latent_stride}, or record longer clips"
+        )
