@@ -5,7 +5,7 @@ box    the same model, trained for longer: what the package carries
 3b 7b  the paper's sizes: 81 frames of 480x848 pixels in Wan2.2 latents, text by flan-t5-xl
 """
 
-from starflow_jax.config import Codec, Config, Model, Sample, Text, Train, UserError, to_config_dict
+from starflow_jax.config import Codec, Config, Data, Model, Sample, Text, Train, UserError, to_config_dict
 
 
 def tiny(**train) -> Config:
@@ -16,6 +16,7 @@ def tiny(**train) -> Config:
                     noise_std=0.15, unroll_layers=True),
         text=Text(encoder="trained", vocab_size=256, fps=8),
         codec=Codec(kind="patch", stride=4, time_stride=4),
+        data=Data(image_probability=0.5),
         train=Train(**{**TINY_TRAIN, **train}),
         sample=Sample(guidance=2.0, block_size=12),
     )
@@ -43,7 +44,7 @@ def paper(name: str, deep_layers: int, deep_width: int) -> Config:
 def get_config(variant: str = "tiny"):
     variants = {
         "tiny": tiny,
-        "box": lambda: tiny(steps=3_000, checkpoint_every=200, evaluate_every=1_000),
+        "box": lambda: tiny(steps=2_000, checkpoint_every=200, evaluate_every=1_000),
         "3b": lambda: paper("3b", deep_layers=24, deep_width=3072),
         "7b": lambda: paper("7b", deep_layers=24, deep_width=4096),
     }

@@ -195,3 +195,20 @@ def _windowed(
         if stop < total and ahead:
             parts[-1] = parts[-1][:, :-ahead]
     return jnp.concatenate(parts, axis=1)
+
+
+def noised_latents(system: System, batch: dict[str, Any], seed: int) -> jax.Array:
+    """Noised latents of an evaluation batch; the noise depends on the clip's place in it and the seed."""
+    latents = system.encode(jnp.asarray(batch["frames_BTHWC"]))
+    return latents + system.config.model.noise_std * jax.random.normal(jax.random.key(seed), latents.shape)
+
+
+def bits_per_frame(system: System, params: Params, batches: Iterator[dict[str, Any]], seed: int = 0) -> np.ndarray:
+    """(clips, N) bits per dimension of each noised latent frame, given its caption and the frames before it."""
+    features = jax.jit(system.features)
+    rows = []
+    for index, batch in enumerate(batches):
+        noisy = noised_latents(system, batch, seed + index)
+        nats_BN = frame_nats(system, params, noisy, features(params, jnp.asarray(batch["text_ids_BS"])))
+        rows.append(np.asarray(nats_BN)[np.asarray(batch["valid_B"])] / np.prod(noisy.shape[2:]) / np.log(2))
+    return np.concatenate(rows)

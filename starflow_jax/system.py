@@ -5,6 +5,7 @@ methods, which are pure and can be jitted.
 """
 
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,15 @@ from starflow_jax.video_io import atomic_path
 
 FITTED_CLIPS = 1_000  # training clips that the patch codec is fitted to
 TOKENIZED_CLIPS = 3_000  # training clips whose captions the tokenizer is trained on
+
+
+def model_fingerprint(config: Config) -> dict[str, Any]:
+    """What a checkpoint's parameters depend on; a workdir holds one such model."""
+    model = dataclasses.asdict(config.model)
+    for name in ("dtype", "remat", "unroll_layers"):
+        del model[name]
+    return json.loads(json.dumps({"model": model, "text": dataclasses.asdict(config.text),
+                                  "codec": dataclasses.asdict(config.codec)}))
 
 
 def build_flow(config: Config) -> STARFlow:

@@ -1,0 +1,63 @@
+"""python -m starflow_jax.main --config=configs/t2v.py[:variant] --workdir=DIR --mode=MODE"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from starflow_jax.config import UserError, from_config_dict
+
+# Each mode is the function of its own name in the module of its own name: (config, workdir) -> None.
+MODES = ("train", "sample", "evaluate", "benchmark")
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: configs/t2v.py[:tiny|box|3b|7b].")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and results; default: runs/NAME.")
+MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"{argv[1]}: not an option; settings are given as --config.sample.guidance=2.5")
+    config = from_config_dict(CONFIG.value)
+    workdir = Path(WORKDIR.value or f"runs/{config.name}")
+    prepare_jax()
+    module = importlib.import_module(f"starflow_jax.{MODE.value}")
+    getattr(module, MODE.value)(config, workdir)
+
+
+def prepare_jax() -> None:
+    """Keep compiled programs for the next run."""
+    import jax
+
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "starflow_jax", "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Read the command line. Raises UserError naming what is wrong with it."""
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if flags.FLAGS["config"].value is None:
+        raise UserError("--config is missing; try --config=configs/t2v.py")
+    return rest
+
+
+def run() -> None:
+    """Run; a UserError becomes one line and exit code 2."""
+    logging.set_verbosity(logging.INFO)
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except UserError as error:
+        print(f"starflow_jax: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()

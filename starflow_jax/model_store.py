@@ -1,0 +1,56 @@
+"""Which model a mode works with: the workdir's newest checkpoint, or the one carried in the package."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from starflow_jax.checkpoint import Checkpoints, export_arrays, import_arrays
+from starflow_jax.config import Config, UserError
+from starflow_jax.optimizer import Params, create_state
+from starflow_jax.system import System, init_params, load_system, model_fingerprint, save_system
+from starflow_jax.video_io import atomic_path
+
+BOX = Path(__file__).parent / "assets" / "tiny"
+
+
+def load_model(config: Config, workdir: Path) -> tuple[System, Params, str]:
+    """(system, averaged parameters, where they come from).
+
+    Raises UserError where the workdir holds another model, or holds none and the package has none either.
+    """
+    if (workdir / "checkpoints").exists():
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
+                                  model_fingerprint=model_fingerprint(config))
+        try:
+            abstract = jax.eval_shape(
+                lambda: create_state(init_params(config, jax.random.key(0)), config.train))
+            restored = checkpoints.restore(abstract)
+        finally:
+            checkpoints.close()
+        if restored is not None:
+            state, _, step = restored
+            return load_system(config, workdir / "system"), state.ema, f"{workdir}, step {step}"
+    return load_box(config, workdir)
+
+
+def load_box(config: Config, workdir: Path) -> tuple[System, Params, str]:
+    """The model in the package."""
+    description = BOX / "model.json"
+    if not description.exists() or json.loads(description.read_text())["fingerprint"] != model_fingerprint(config):
+        raise UserError(f"{workdir} holds no checkpoint, and the package carries none of {config.name}; "
+                        "train one first (--mode=train) or name its folder with --workdir")
+    params = jax.tree.map(jax.numpy.asarray, import_arrays(BOX / "model.safetensors"))
+    return load_system(config, BOX), params, "the model in the package"
+
+
+def save_box(config: Config, system: System, params: Params, facts: dict) -> None:
+    """Write a model into the package: parameters in float16, tokenizer, codec, and what made it."""
+    BOX.mkdir(parents=True, exist_ok=True)
+    export_arrays(BOX / "model.safetensors", jax.tree.map(np.asarray, params), dtype=np.float16)
+    save_system(system, BOX)
+    with atomic_path(BOX / "model.json") as path:
+        path.write_text(json.dumps({"fingerprint": model_fingerprint(config),
+                                    "config": dataclasses.asdict(config), **facts}, indent=1))

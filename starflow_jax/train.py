@@ -1,0 +1,160 @@
+"""The training loop: data in, checkpoints, metrics and sample sheets out; killed and restarted at will."""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from starflow_jax.checkpoint import Checkpoints
+from starflow_jax.config import Config, UserError
+from starflow_jax.data import pipeline
+from starflow_jax.generation import bits_per_frame, generate_clips
+from starflow_jax.metrics import MetricWriter, ProgressBar
+from starflow_jax.optimizer import Params, TrainState, create_state, schedule
+from starflow_jax.system import System, data_source, load_system, make_system, model_fingerprint, save_system
+from starflow_jax.train_step import make_train_step, tokens_of
+from starflow_jax.video_io import contact_sheet
+
+SHEET_CAPTIONS = (
+    "a red seven moves right",
+    "a handwritten three in bright blue drifts slowly to the upper left over a black background",
+    "a green zero glides down",
+    "a yellow 5 floats up and to the right",
+    "the handwritten digit 8, drawn in white, slides steadily left on a black background",
+    "a magenta two moves up",
+    "a cyan 4 drifts to the lower right",
+    "a red 9 slides to the lower left",
+)
+
+
+def open_system(config: Config, workdir: Path) -> System:
+    """The workdir's tokenizer and codec, made from the training data at first."""
+    folder = workdir / "system"
+    if (folder / "codec.safetensors").exists():
+        return load_system(config, folder)
+    system = make_system(config)
+    save_system(system, folder)
+    return system
+
+
+def train_iterator(system: System):
+    """This process's batches, from the start."""
+    config = system.config
+    data, train = config.data, config.train
+    images = train.image_batch_size or train.batch_size * config.model.frames
+    return pipeline.train_batches(
+        data_source(config, "train"), batch_size=train.batch_size, image_batch_size=images, seed=train.seed,
+        image_probability=data.image_probability, first_frame_drop=data.first_frame_drop,
+        caption_drop=data.caption_drop, short_caption=data.short_caption, pixel_frames=system.pixel_frames,
+        latent_stride=config.codec.time_stride, encode_text=system.text_ids, format_caption=system.prompt,
+        process_index=jax.process_index(), process_count=jax.process_count())
+
+
+def train(config: Config, workdir: Path) -> None:
+    """Train to config.train.steps, going on from the workdir's newest whole checkpoint."""
+    if config.codec.kind != "patch" or config.text.encoder != "trained":
+        raise UserError(f"{config.name}: training needs codec.kind=patch and text.encoder=trained as yet; "
+                        "the Wan2.2 VAE and flan-t5 are not built")
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
+                              model_fingerprint=model_fingerprint(config))
+    system = open_system(config, workdir)
+    batches = train_iterator(system)
+    state = jax.jit(lambda: create_state(system.init(config.train.seed), config.train))()
+    restored = checkpoints.restore(jax.eval_shape(lambda: state))
+    if restored is not None:
+        state, position, step = restored
+        batches.set_state(position)
+        logging.info("going on from step %d", step)
+    writer = MetricWriter(workdir, start_step=int(state.step))
+    try:
+        state = _run(system, state, batches, checkpoints, writer)
+    finally:
+        checkpoints.close()
+        writer.close()
+    _say_what_next(config, workdir, int(state.step))
+
+
+def _run(system: System, state: TrainState, batches: Any, checkpoints: Checkpoints, writer: MetricWriter) -> TrainState:
+    settings = system.config.train
+    step_fn, rate = make_train_step(system), schedule(settings)
+    stop = _StopOnTerm()
+    since, tokens, step = time.perf_counter(), 0, int(state.step)
+    with ProgressBar(settings.steps, "train", initial=step) as progress:
+        while step < settings.steps and not stop.asked:
+            batch = next(batches)
+            tokens += tokens_of(batch, system.config)
+            state, scalars = step_fn(state, batch)
+            step += 1
+            if step % settings.log_every == 0 or step == settings.steps:
+                row = _row(scalars, float(rate(step - 1 - int(scalars["skipped"]))), time.perf_counter() - since, tokens)
+                since, tokens = time.perf_counter(), 0
+                writer.scalars(step, row)
+                progress.update(step, bits_per_dim=row["bits_per_dim"], skipped=row["skipped"])
+            evaluated = step % settings.evaluate_every == 0 or step == settings.steps
+            metrics = _evaluate(system, state.ema, step, writer) if evaluated else None
+            if evaluated or step % settings.checkpoint_every == 0:
+                checkpoints.save(step, _own(state), batches.get_state(), metrics)
+        if stop.asked and checkpoints.latest_step() != step:
+            checkpoints.save(step, _own(state), batches.get_state(), None)
+        checkpoints.wait()
+    return state
+
+
+def _own(state: TrainState) -> TrainState:
+    """A copy that the asynchronous writer can read while the next step reuses the donated buffers."""
+    return jax.tree.map(jnp.copy, state)
+
+
+def _row(scalars: dict[str, jax.Array], rate: float, seconds: float, tokens: int) -> dict[str, float]:
+    row = {name: float(value) for name, value in scalars.items() if name != "skip"}
+    row["skipped"] = int(row["skipped"])
+    return {**row, "learning_rate": rate, "seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+class _StopOnTerm:
+    """Turns SIGTERM into a wish to stop, so that the step under way ends and is saved."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+
+def validation_batches(system: System, split: str, limit: int) -> Iterator[dict[str, np.ndarray]]:
+    return pipeline.evaluation_batches(
+        data_source(system.config, split), batch_size=64, limit=limit, pixel_frames=system.pixel_frames,
+        encode_text=system.text_ids, format_caption=system.prompt)
+
+
+def _evaluate(system: System, params: Params, step: int, writer: MetricWriter) -> dict[str, float]:
+    """Validation likelihood and a sample sheet, by the averaged parameters."""
+    bits = bits_per_frame(system, params, validation_batches(system, "validation",
+                                                             system.config.train.validation_clips))
+    metrics = {"validation_bits_per_dim": float(bits.mean())}
+    clips = generate_clips(system, params, SHEET_CAPTIONS, range(len(SHEET_CAPTIONS)), system.config.sample)
+    contact_sheet(writer.workdir / "sheets" / f"samples_step_{step:07d}.png", clips.frames_BTHWC, SHEET_CAPTIONS,
+                  scale=3)
+    writer.scalars(step, metrics)
+    writer.picture(step, "samples", np.concatenate([np.concatenate(list(c), axis=1) for c in clips.frames_BTHWC]))
+    return metrics
+
+
+def _say_what_next(config: Config, workdir: Path, step: int) -> None:
+    if step < config.train.steps:
+        print(f"stopped at step {step} of {config.train.steps}, saved; the same command goes on from there")
+        return
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    bits = next(row["validation_bits_per_dim"] for row in reversed(rows) if "validation_bits_per_dim" in row)
+    print(f"trained {step} steps: validation {bits:.4f} bits per dimension of the noised latents\n"
+          f"samples: {workdir / 'sheets' / f'samples_step_{step:07d}.png'}\n"
+          f"next: python -m starflow_jax.main --config=configs/t2v.py:{config.name} --workdir={workdir} "
+          '--mode=sample --config.sample.prompt="a blue three moves right"')
