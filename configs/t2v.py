@@ -8,9 +8,9 @@ box    the same model, trained for longer: what the package carries
 from starflow_jax.config import Codec, Config, Data, Model, Sample, Text, Train, UserError, to_config_dict
 
 
-def tiny(**train) -> Config:
+def tiny(name: str = "tiny", **train) -> Config:
     return Config(
-        name="tiny",
+        name=name,
         model=Model(channels=48, frames=4, height=6, width=6, shallow_layers=(1, 1), shallow_width=128,
                     deep_layers=4, deep_width=192, text_length=28, text_dim=128, denoiser_layers=2,
                     noise_std=0.15, unroll_layers=True),
@@ -23,9 +23,9 @@ def tiny(**train) -> Config:
 
 
 TINY_TRAIN = dict(
-    steps=400, batch_size=16, image_batch_size=48, learning_rate=1.5e-3, final_learning_rate=5e-5,
+    steps=280, batch_size=16, image_batch_size=48, learning_rate=1.5e-3, final_learning_rate=5e-5,
     denoiser_learning_rate=1.5e-3, warmup_steps=50, ema=0.998, log_every=10, checkpoint_every=100,
-    evaluate_every=400, validation_clips=128)
+    evaluate_every=280, validation_clips=128)
 
 
 def paper(name: str, deep_layers: int, deep_width: int) -> Config:
@@ -44,7 +44,7 @@ def paper(name: str, deep_layers: int, deep_width: int) -> Config:
 def get_config(variant: str = "tiny"):
     variants = {
         "tiny": tiny,
-        "box": lambda: tiny(steps=2_000, checkpoint_every=200, evaluate_every=1_000),
+        "box": lambda: tiny("box", steps=1_200, checkpoint_every=200, evaluate_every=1_000),
         "3b": lambda: paper("3b", deep_layers=24, deep_width=3072),
         "7b": lambda: paper("7b", deep_layers=24, deep_width=4096),
     }

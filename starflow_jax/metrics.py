@@ -1,86 +1,160 @@
-"""Scalars, pictures, progress and tables: what a person sees of a run."""
+"""What a run reports: scalars and pictures on disk, progress and tables on the screen, small measures.
+
+`metrics.jsonl` holds one JSON object per line, each with its `step`; the same numbers go to TensorBoard.
+"""
 
 import json
+import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import tensorboardX
-import tqdm
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from starflow_jax.video_io import atomic_path
+
+METRICS_FILE = "metrics.jsonl"
+Item = TypeVar("Item")
 
 
 class MetricWriter:
-    """Writes metrics.jsonl, one JSON object a line, and TensorBoard files into a workdir.
+    """Writes scalars to `workdir/metrics.jsonl` and scalars and pictures to `workdir/tensorboard`.
 
-    start_step: where a resumed run goes on; what a killed run wrote for later steps is taken out, so that
-    the file is an uninterrupted run's.
+    `resume_step` is the step of the checkpoint that the run goes on from (0: a new run). Lines of later
+    steps, left by a run that was killed, are dropped first, and so is a last line cut in the middle: the
+    file ends up the one of a run that was never killed. TensorBoard hides the same steps by itself.
     """
 
-    def __init__(self, workdir: Path, start_step: int = 0):
-        self.workdir = workdir
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "metrics.jsonl"
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= start_step]
-        path.write_text("".join(line + "\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+    def __init__(self, workdir: str | os.PathLike[str], resume_step: int = 0):
+        self.path = Path(workdir) / METRICS_FILE
+        kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("".join(_json_line(line) for line in kept))
+        self._file = open(self.path, "a")
+        self._tensorboard = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=resume_step + 1)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line {"step": step, **values} and flushes it. Numbers that are not finite become null."""
+        numbers = {name: _plain_number(value) for name, value in values.items()}
+        self._file.write(_json_line({"step": int(step), **numbers}))
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        for name, number in numbers.items():
+            if number is not None:
+                self._tensorboard.add_scalar(name, number, int(step))
 
-    def picture(self, step: int, name: str, image_HWC: np.ndarray) -> None:
-        """A uint8 picture for TensorBoard."""
-        self._board.add_image(name, image_HWC, step, dataformats="HWC")
+    def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
+        """Shows a picture (H, W, 3) uint8 in TensorBoard."""
+        self._tensorboard.add_image(name, image_HWC, int(step), dataformats="HWC")
+        self._tensorboard.flush()
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        self._tensorboard.close()
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The lines that a killed run finished writing."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of `workdir/metrics.jsonl`, in order; a line that was cut or damaged is left out."""
+    lines = []
+    path = Path(workdir) / METRICS_FILE
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def _json_line(line: Mapping[str, Any]) -> str:
+    return json.dumps(line) + "\n"
+
+
+def _plain_number(value: Any) -> int | float | None:
+    """A Python number from a NumPy or JAX scalar; None stands for NaN and infinity, which JSON lacks."""
+    number = np.asarray(value).item()
+    if isinstance(number, bool):
+        return int(number)
+    return number if math.isfinite(number) else None
 
 
 class ProgressBar:
-    """A bar with rate and time left; on something that is no terminal, a line every now and then."""
+    """A tqdm bar: what is done, the loss in bits per dimension, rate and time left.
 
-    def __init__(self, total: int, label: str, initial: int = 0, unit: str = "step"):
-        interval = 0.2 if sys.stderr.isatty() else 30.0
-        self._bar = tqdm.tqdm(total=total, desc=label, initial=initial, unit=unit, mininterval=interval,
-                              dynamic_ncols=True)
+    Where the screen is no terminal (a log file) it prints a line at most every 30 seconds.
+    """
 
-    def update(self, position: int, **shown: Any) -> None:
-        """Move to `position` and show these values beside the bar."""
-        self._bar.set_postfix({name: f"{value:.4f}" if isinstance(value, float) else value
-                               for name, value in shown.items()}, refresh=False)
-        self._bar.update(position - self._bar.n)
+    def __init__(self, description: str, total: int, initial: int = 0, unit: str = "step"):
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            desc=description,
+            total=total,
+            initial=initial,
+            unit=unit,
+            ascii=not terminal,
+            dynamic_ncols=terminal,
+            mininterval=0.1 if terminal else 30,
+            maxinterval=10 if terminal else 60,
+        )
+
+    def update(self, count: int = 1, bits_per_dim: float | None = None) -> None:
+        """Moves on by `count`; a new `bits_per_dim` is shown at the right."""
+        if bits_per_dim is not None:
+            self._bar.set_postfix_str(f"{bits_per_dim:.4f} bits/dim", refresh=False)
+        self._bar.update(count)
+
+    def write(self, message: str) -> None:
+        """Prints a line above the bar."""
+        self._bar.write(message, file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
 
     def __enter__(self) -> "ProgressBar":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self._bar.close()
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
-def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
-    """An aligned text table."""
-    cells = [[str(cell) for cell in row] for row in (headers, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+def progress(items: Iterable[Item], description: str, total: int, unit: str = "it") -> Iterator[Item]:
+    """Yields `items` under a ProgressBar."""
+    with ProgressBar(description, total, unit=unit) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
+    """An aligned text table; columns of numbers go to the right, floats with four significant digits."""
+    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    columns = []
+    for index, header in enumerate(headers):
+        texts = [header, *(row[index] for row in cells)]
+        width = max(map(len, texts))
+        is_number = all(isinstance(row[index], int | float) for row in rows)
+        texts.insert(1, "-" * width)
+        columns.append([text.rjust(width) if is_number else text.ljust(width) for text in texts])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def temporal_flickering(frames_THWC: np.ndarray) -> float:
-    """VBench's temporal flickering, 0 to 1, higher is steadier: (255 - mean |frame - next frame|) / 255."""
-    frames = frames_THWC.astype(np.float64)
-    return float((255.0 - np.abs(frames[1:] - frames[:-1]).mean(axis=(1, 2, 3)).mean()) / 255.0)
+    """VBench's temporal flickering of a clip (T, H, W, C), values 0 to 255, or of clips (B, T, H, W, C).
+
+    (255 − m) / 255, m the mean absolute difference of consecutive frames, averaged over clips: 1 is a
+    still picture. Raises ValueError for fewer than two frames.
+    """
+    if frames_THWC.ndim not in (4, 5) or frames_THWC.shape[-4] < 2:
+        raise ValueError(f"temporal flickering needs (…, T ≥ 2, H, W, C), not {frames_THWC.shape}")
+    frames = frames_THWC.astype(np.float32)
+    difference = np.abs(frames[..., 1:, :, :, :] - frames[..., :-1, :, :, :])
+    return float((255 - difference.mean(dtype=np.float64)) / 255)
+
+
+def bits_per_dim(nats_total: float, dims: int) -> float:
+    """Bits per dimension of a negative log-likelihood in nats over `dims` dimensions."""
+    return nats_total / (dims * math.log(2))

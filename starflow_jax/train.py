@@ -1,6 +1,5 @@
 """The training loop: data in, checkpoints, metrics and sample sheets out; killed and restarted at will."""
 
-import json
 import signal
 import time
 from collections.abc import Iterator
@@ -10,13 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
-from starflow_jax.checkpoint import Checkpoints
+from starflow_jax.checkpoint import BEST, Checkpoints
 from starflow_jax.config import Config, UserError
 from starflow_jax.data import pipeline
 from starflow_jax.generation import bits_per_frame, generate_clips
-from starflow_jax.metrics import MetricWriter, ProgressBar
+from starflow_jax.metrics import MetricWriter, ProgressBar, read_metrics
 from starflow_jax.optimizer import Params, TrainState, create_state, schedule
 from starflow_jax.system import System, data_source, load_system, make_system, model_fingerprint, save_system
 from starflow_jax.train_step import make_train_step, tokens_of
@@ -71,8 +69,8 @@ def train(config: Config, workdir: Path) -> None:
     if restored is not None:
         state, position, step = restored
         batches.set_state(position)
-        logging.info("going on from step %d", step)
-    writer = MetricWriter(workdir, start_step=int(state.step))
+        print(f"going on from step {step}")
+    writer = MetricWriter(workdir, resume_step=int(state.step))
     try:
         state = _run(system, state, batches, checkpoints, writer)
     finally:
@@ -86,7 +84,7 @@ def _run(system: System, state: TrainState, batches: Any, checkpoints: Checkpoin
     step_fn, rate = make_train_step(system), schedule(settings)
     stop = _StopOnTerm()
     since, tokens, step = time.perf_counter(), 0, int(state.step)
-    with ProgressBar(settings.steps, "train", initial=step) as progress:
+    with ProgressBar("train", settings.steps, initial=step) as progress:
         while step < settings.steps and not stop.asked:
             batch = next(batches)
             tokens += tokens_of(batch, system.config)
@@ -96,7 +94,8 @@ def _run(system: System, state: TrainState, batches: Any, checkpoints: Checkpoin
                 row = _row(scalars, float(rate(step - 1 - int(scalars["skipped"]))), time.perf_counter() - since, tokens)
                 since, tokens = time.perf_counter(), 0
                 writer.scalars(step, row)
-                progress.update(step, bits_per_dim=row["bits_per_dim"], skipped=row["skipped"])
+                progress.update(0, row["bits_per_dim"])
+            progress.update()
             evaluated = step % settings.evaluate_every == 0 or step == settings.steps
             metrics = _evaluate(system, state.ema, step, writer) if evaluated else None
             if evaluated or step % settings.checkpoint_every == 0:
@@ -139,12 +138,12 @@ def _evaluate(system: System, params: Params, step: int, writer: MetricWriter) -
     """Validation likelihood and a sample sheet, by the averaged parameters."""
     bits = bits_per_frame(system, params, validation_batches(system, "validation",
                                                              system.config.train.validation_clips))
-    metrics = {"validation_bits_per_dim": float(bits.mean())}
+    metrics = {BEST: float(bits.mean())}
     clips = generate_clips(system, params, SHEET_CAPTIONS, range(len(SHEET_CAPTIONS)), system.config.sample)
-    contact_sheet(writer.workdir / "sheets" / f"samples_step_{step:07d}.png", clips.frames_BTHWC, SHEET_CAPTIONS,
+    contact_sheet(writer.path.parent / "sheets" / f"samples_step_{step:07d}.png", clips.frames_BTHWC, SHEET_CAPTIONS,
                   scale=3)
     writer.scalars(step, metrics)
-    writer.picture(step, "samples", np.concatenate([np.concatenate(list(c), axis=1) for c in clips.frames_BTHWC]))
+    writer.image(step, "samples", np.concatenate([np.concatenate(list(c), axis=1) for c in clips.frames_BTHWC]))
     return metrics
 
 
@@ -152,8 +151,7 @@ def _say_what_next(config: Config, workdir: Path, step: int) -> None:
     if step < config.train.steps:
         print(f"stopped at step {step} of {config.train.steps}, saved; the same command goes on from there")
         return
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    bits = next(row["validation_bits_per_dim"] for row in reversed(rows) if "validation_bits_per_dim" in row)
+    bits = next(row[BEST] for row in reversed(read_metrics(workdir)) if BEST in row)
     print(f"trained {step} steps: validation {bits:.4f} bits per dimension of the noised latents\n"
           f"samples: {workdir / 'sheets' / f'samples_step_{step:07d}.png'}\n"
           f"next: python -m starflow_jax.main --config=configs/t2v.py:{config.name} --workdir={workdir} "

@@ -1,6 +1,7 @@
 """One training step: both losses from one backward pass of the flow, both optimizers (DESIGN: losses)."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,16 +32,23 @@ def clean_latents(system: System, batch: Batch) -> jax.Array:
 
 
 def gradients(system: System, params: Params, noisy: jax.Array, ids_BS: jax.Array) -> tuple[Params, dict]:
-    """Gradients of every parameter, and the losses, from noised latents.
+    """Gradients of every parameter, and the losses, from noised latents; the text encoder is trained along."""
+    return gradients_from_features(system.flow, params, noisy, lambda trained: system.features(trained, ids_BS))
+
+
+def gradients_from_features(
+    flow: STARFlow, params: Params, noisy: jax.Array, features: Callable[[Params], jax.Array]
+) -> tuple[Params, dict]:
+    """The same for any source of text features: a function of the parameters.
 
     Flow-score matching: the backward pass of the flow also gives dL/dx~, whose sigma * numel multiple is
     the denoiser's regression target.
     """
-    config = system.config.model
+    config = flow.config
 
     def flow_loss(trained: Params, x: jax.Array):
-        text = system.features(trained, ids_BS)
-        out = system.flow.apply(flow_variables(trained), x, text, method=STARFlow.forward)
+        text = features(trained)
+        out = flow.apply(flow_variables(trained), x, text, method=STARFlow.forward)
         nll = nll_mean(out)
         return weighted_loss(nll.loss, config.noise_std), (nll.loss, text)
 
@@ -52,7 +60,7 @@ def gradients(system: System, params: Params, noisy: jax.Array, ids_BS: jax.Arra
     text = lax.stop_gradient(text)
 
     def denoiser_loss(denoiser: Params) -> jax.Array:
-        score = system.flow.apply({"params": {"denoiser": denoiser}}, noisy, text, method=STARFlow.score)
+        score = flow.apply({"params": {"denoiser": denoiser}}, noisy, text, method=STARFlow.score)
         return jnp.mean((score - target) ** 2)
 
     regression, denoiser_grads = jax.value_and_grad(denoiser_loss)(params["denoiser"])

@@ -157,8 +157,6 @@ def contact_sheet(
         padded = _pad_cells(_enlarge(clip_THWC[shown], scale))
         strip_HWC = np.concatenate(list(padded), axis=1)
         rows.append(np.concatenate([_caption_picture(caption, strip_HWC.shape[1]), strip_HWC], axis=0))
-    height = max(row.shape[0] for row in rows)
-    rows = [np.pad(row, ((0, height - row.shape[0]), (0, 0), (0, 0)), constant_values=255) for row in rows]
     with atomic_path(path) as temporary:
         Image.fromarray(np.concatenate(rows, axis=0)).save(temporary, format="PNG", optimize=True)
 

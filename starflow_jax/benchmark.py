@@ -1,0 +1,127 @@
+"""Speed, as ratios within one run: a training step in forward passes, and the matrix rate that is reached."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow_jax.config import Config, Model
+from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.losses import nll_mean
+from starflow_jax.metrics import ProgressBar, table
+from starflow_jax.optimizer import Params, apply_gradients, create_state
+from starflow_jax.system import flow_variables
+from starflow_jax.train_step import gradients_from_features
+from starflow_jax.video_io import atomic_path
+
+ROUNDS = 7
+CLIPS = 2
+BENCHMARK_MODEL = Model(
+    channels=16, frames=8, height=8, width=8, shallow_layers=(1, 1, 1, 1, 1), shallow_width=256, deep_layers=8,
+    deep_width=512, text_length=16, text_dim=64, denoiser_layers=8, unroll_layers=True)
+
+
+def benchmark(config: Config, workdir: Path) -> None:
+    """Time the benchmark model and write WORKDIR/benchmark.json."""
+    config = dataclasses.replace(config, model=BENCHMARK_MODEL)
+    results = train_step_ratio(config)
+    with atomic_path(workdir / "benchmark.json") as path:
+        path.write_text(json.dumps(results, indent=1))
+    rows = [("forward pass", f"{results['forward_seconds']:.3f} s", "1.00"),
+            ("training step", f"{results['step_seconds']:.3f} s", f"{results['step_in_forward_passes']:.2f}"),
+            ("matrix products alone", f"{results['matrix_seconds']:.3f} s",
+             f"{results['matrix_seconds'] / results['forward_seconds']:.2f}")]
+    print(table(rows, ("", "median", "forward passes")))
+    print(f"\nthe forward pass reaches {results['forward_matrix_fraction']:.0%} of this machine's measured float32 "
+          f"matrix rate ({results['matrix_gflops']:.0f} GFLOP/s)\nwritten: {workdir / 'benchmark.json'}")
+
+
+def train_step_ratio(config: Config) -> dict[str, Any]:
+    """Forward pass (flow and denoiser), whole training step (both losses, both optimizers) and bare matrix
+    products, timed in turns so that a busy machine slows all alike."""
+    model = config.model
+    flow = STARFlow(model)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (CLIPS, model.frames, model.height, model.width, model.channels))
+    text = jax.random.normal(keys[1], (CLIPS, model.text_length, model.text_dim))
+    weights = dict(jax.jit(flow.init)(keys[2], x, text)["params"])
+    params: Params = {"denoiser": weights.pop("denoiser"), "flow": weights}
+    state = jax.jit(lambda p: create_state(p, config.train))(params)
+
+    def forward(params: Params) -> tuple[jax.Array, jax.Array]:
+        out, score = flow.apply(flow_variables(params), x, text)
+        return nll_mean(out).loss, jnp.mean(score**2)
+
+    def step(state):
+        grads, losses = gradients_from_features(flow, state.params, x, lambda _: text)
+        return apply_gradients(state, grads, config.train)[0], losses
+
+    flops = forward_flops(params, model)
+    side = 2048
+    matrix = jax.random.normal(keys[0], (side, side))
+    seconds = _interleaved({
+        "forward": _repeat(jax.jit(forward), params),
+        "step": _carry(jax.jit(step, donate_argnums=0), state),
+        "matrix": _repeat(jax.jit(lambda a: a @ a), matrix),
+    })
+    rate = 2 * side**3 / seconds["matrix"]
+    return {
+        "device": jax.devices()[0].device_kind,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "forward_seconds": seconds["forward"],
+        "step_seconds": seconds["step"],
+        "step_in_forward_passes": seconds["step"] / seconds["forward"],
+        "forward_gflop": flops / 1e9,
+        "matrix_gflops": rate / 1e9,
+        "matrix_seconds": flops / rate,
+        "forward_matrix_fraction": flops / rate / seconds["forward"],
+        "rounds": ROUNDS,
+    }
+
+
+def forward_flops(params: Params, model: Model) -> float:
+    """Multiply-adds of the forward pass times 2: weights per token, and attention's two products."""
+    tokens = CLIPS * model.frames * model.tokens_per_frame
+    prefixed = tokens + CLIPS * model.text_length
+    weights = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in
+               (*params["flow"].items(), ("denoiser", params["denoiser"]))}
+    shallow = sum(size for name, size in weights.items() if name.startswith("shallow"))
+    matrices = shallow * tokens + (weights["deep"] + weights["denoiser"]) * prefixed
+    long = prefixed * prefixed / CLIPS
+    attention = 2 * (model.deep_layers * model.deep_width + model.denoiser_layers * model.shallow_width) * long
+    attention += 2 * sum(model.shallow_layers) * model.shallow_width * tokens * model.tokens_per_frame
+    return 2.0 * (matrices + attention)
+
+
+def _repeat(function: Callable, *args: Any) -> Callable[[], None]:
+    return lambda: jax.block_until_ready(function(*args))
+
+
+def _carry(step: Callable, state: Any) -> Callable[[], None]:
+    held = [state]
+
+    def run() -> None:
+        held[0], losses = step(held[0])
+        jax.block_until_ready((held[0], losses))
+
+    return run
+
+
+def _interleaved(cases: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Median seconds of each case, all of them run once a round."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    with ProgressBar("benchmark", ROUNDS + 1, unit="round") as progress:
+        for round_ in range(ROUNDS + 1):
+            for name, run in cases.items():
+                began = time.perf_counter()
+                run()
+                if round_:  # the first compiles
+                    times[name].append(time.perf_counter() - began)
+            progress.update()
+    return {name: float(np.median(values)) for name, values in times.items()}

@@ -1,0 +1,150 @@
+"""Likelihood, adherence and denoising on the built-in test set: evaluate.json and a table."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow_jax.config import Config
+from starflow_jax.data import adherence, pipeline
+from starflow_jax.generation import bits_per_frame, generate_clips, noised_latents
+from starflow_jax.metrics import ProgressBar, table, temporal_flickering
+from starflow_jax.model_store import load_model
+from starflow_jax.optimizer import Params
+from starflow_jax.system import System, data_source
+from starflow_jax.video_io import atomic_path, contact_sheet
+
+BASELINE_CLIPS = 2_000  # training clips that the baselines are fitted to
+DENOISE_CHOICES = ("denoiser", "score", "none")
+SHOWN = 12  # clips on the sheet
+
+
+def evaluate(config: Config, workdir: Path) -> None:
+    """Measure the workdir's model, or the one in the package, and write WORKDIR/evaluate.json."""
+    began = time.perf_counter()
+    system, params, source = load_model(config, workdir)
+    print(f"model: {source}")
+    captions, labels = test_prompts(system, config.evaluate.prompts)
+    likelihood = test_likelihood(system, params)
+    choices = {}
+    for how in DENOISE_CHOICES:
+        frames = _generate(system, params, captions, how)
+        choices[how] = read(labels, frames)
+        if how == config.sample.denoise:
+            contact_sheet(workdir / "evaluate_samples.png", frames[:SHOWN], captions[:SHOWN], scale=3)
+    results = {
+        "model": source,
+        **likelihood,
+        "adherence": {key: choices[config.sample.denoise][key] for key in ("digit", "colour", "direction")},
+        "temporal_flickering": choices[config.sample.denoise]["temporal_flickering"],
+        "denoising": choices,
+        "real_clips": read(*_real_clips(system, config.evaluate.prompts)),
+        "prompts": len(captions),
+        "sample_settings": dataclasses.asdict(config.sample),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    with atomic_path(workdir / "evaluate.json") as path:
+        path.write_text(json.dumps(results, indent=1))
+    _print(results, workdir)
+
+
+def test_prompts(system: System, count: int) -> tuple[list[str], np.ndarray]:
+    """The first long captions of the test split and what they ask for: (captions, labels (B, 3))."""
+    source = data_source(system.config, "test")
+    captions = [source[index]["caption_long"].decode() for index in range(min(count, len(source)))]
+    return captions, adherence.labels_of(captions)
+
+
+def _generate(system: System, params: Params, captions: list[str], denoise: str) -> np.ndarray:
+    """One clip per caption, seeds 0, 1, 2, ...; the last batch is filled up to keep its shape."""
+    settings = dataclasses.replace(system.config.sample, denoise=denoise, frames=0)
+    size, parts = settings.batch_size, []
+    with ProgressBar(f"samples ({denoise})", len(captions), unit="clip") as progress:
+        for begin in range(0, len(captions), size):
+            batch = captions[begin:begin + size]
+            filled = batch + [batch[-1]] * (size - len(batch))
+            clips = generate_clips(system, params, filled, range(begin, begin + size), settings)
+            parts.append(clips.frames_BTHWC[:len(batch)])
+            progress.update(len(batch))
+    return np.concatenate(parts)
+
+
+def read(labels_B3: np.ndarray, frames_BTHWC: np.ndarray) -> dict[str, float]:
+    """Adherence to the labels, and steadiness."""
+    flickering = temporal_flickering(frames_BTHWC)
+    return {**adherence.default_reader().adherence(labels_B3, frames_BTHWC), "temporal_flickering": flickering}
+
+
+def _real_clips(system: System, count: int) -> tuple[np.ndarray, np.ndarray]:
+    source = data_source(system.config, "test")
+    examples = [source[index] for index in range(min(count, len(source)))]
+    labels = np.array([(e["digit"], e["colour"], e["direction"]) for e in examples])
+    return labels, np.stack([e["frames"][:system.pixel_frames] for e in examples])
+
+
+def test_likelihood(system: System, params: Params) -> dict[str, Any]:
+    """Bits per dimension of the sigma-noised test latents, constants included, beside two baselines."""
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        return pipeline.evaluation_batches(
+            data_source(system.config, "test"), batch_size=50, limit=system.config.evaluate.clips,
+            pixel_frames=system.pixel_frames, encode_text=system.text_ids, format_caption=system.prompt)
+
+    bits = bits_per_frame(system, params, batches())
+    noisy = np.concatenate([np.asarray(noised_latents(system, batch, index))[batch["valid_B"]]
+                            for index, batch in enumerate(batches())])
+    return {
+        "bits_per_dim": float(bits.mean()),
+        "bits_per_dim_standard_error": float(bits.mean(axis=1).std() / np.sqrt(len(bits))),
+        "bits_per_dim_per_frame": [float(value) for value in bits.mean(axis=0)],
+        "bits_per_dim_of": f"test latents with noise {system.config.model.noise_std}, given the caption",
+        "baselines": baselines(_train_latents(system), noisy),
+        "test_clips": len(bits),
+    }
+
+
+def _train_latents(system: System) -> np.ndarray:
+    source = data_source(system.config, "train")
+    count = min(BASELINE_CLIPS, len(source))
+    frames = np.stack([source[index]["frames"][:system.pixel_frames] for index in range(count)])
+    encode = jax.jit(system.encode)
+    latents = np.concatenate([np.asarray(encode(jnp.asarray(part))) for part in np.array_split(frames, 10)])
+    noise = np.random.default_rng(0).normal(0, system.config.model.noise_std, latents.shape)
+    return latents + noise.astype(np.float32)
+
+
+def baselines(train_BNhwC: np.ndarray, test_BNhwC: np.ndarray) -> dict[str, float]:
+    """Bits per dimension of two simple models of the same noised latents, fitted to training clips.
+
+    gaussian: one Gaussian per dimension. last_frame: the first frame by those Gaussians, each later frame
+    as the frame before it with noise fitted per dimension.
+    """
+    mean, std = train_BNhwC.mean(axis=0), train_BNhwC.std(axis=0) + 1e-6
+    gaussian = _gaussian_bits(test_BNhwC - mean, std)
+    change = train_BNhwC[:, 1:] - train_BNhwC[:, :-1]
+    spread = np.sqrt((change**2).mean(axis=0)) + 1e-6
+    repeated = _gaussian_bits(test_BNhwC[:, 1:] - test_BNhwC[:, :-1], spread)
+    last_frame = np.concatenate([gaussian[:, :1], repeated], axis=1)
+    return {"gaussian": float(gaussian.mean()), "last_frame": float(last_frame.mean())}
+
+
+def _gaussian_bits(error: np.ndarray, std: np.ndarray) -> np.ndarray:
+    return (0.5 * (error / std) ** 2 + np.log(std) + 0.5 * np.log(2 * np.pi)) / np.log(2)
+
+
+def _print(results: dict[str, Any], workdir: Path) -> None:
+    print(table([("this model", f"{results['bits_per_dim']:.4f}"),
+                 *((f"baseline: {name}", f"{value:.4f}") for name, value in results["baselines"].items())],
+                ("bits per dimension of noised test latents", "")))
+    print()
+    keys = ("digit", "colour", "direction", "temporal_flickering")
+    rows = [(f"denoise={name}", *(f"{scores[key]:.3f}" for key in keys)) for name, scores in results["denoising"].items()]
+    rows.append(("real test clips", *(f"{results['real_clips'][key]:.3f}" for key in keys)))
+    print(table(rows, (f"{results['prompts']} test prompts", *keys)))
+    print(f"\nwritten: {workdir / 'evaluate.json'}, {workdir / 'evaluate_samples.png'}")

@@ -1,0 +1,27 @@
+"""Bad input on the command line: one line that names it, exit code 2, no traceback."""
+
+import pytest
+
+from tests.small_run import run
+
+CASES = {
+    "unknown field": (["--config.model.no_such_field=1"], "no_such_field"),
+    "bad value": (["--config.train.batch_size=-3"], "train.batch_size=-3"),
+    "wrong type": (["--config.train.batch_size=many"], "batch_size"),
+    "unknown mode": (["--mode=fly"], "fly"),
+    "unknown variant": (["--config=configs/t2v.py:9000b"], "9000b"),
+    "missing config": (["--config=configs/nothing.py"], "nothing.py"),
+    "missing prompts": (["--mode=sample", "--config.sample.prompts_file=no_such_prompts.txt"], "no_such_prompts.txt"),
+    "no prompt": (["--mode=sample"], "sample.prompt"),
+    "length": (["--mode=sample", "--config.sample.prompt=x", "--config.sample.frames=12"], "sample.frames=12"),
+    "stray argument": (["train"], "train"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_and_exit_code_2(name: str, tmp_path) -> None:
+    arguments, told = CASES[name]
+    result = run(tmp_path / "work", tmp_path, *arguments)
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1 and told in lines[0], result.stderr

@@ -1,0 +1,108 @@
+"""Training as its users run it: killed and restarted it gives what an uninterrupted run gives."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.small_run import ROOT, command, environment, run
+
+TIMES = ("seconds", "tokens_per_second")
+
+
+def losses(workdir: Path) -> dict[int, dict]:
+    """Every step's row of metrics.jsonl without the wall-clock numbers."""
+    rows: dict[int, dict] = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        row = {name: value for name, value in json.loads(line).items() if name not in TIMES}
+        rows.setdefault(row["step"], {}).update(row)
+    return rows
+
+
+def final_arrays(workdir: Path) -> list[np.ndarray]:
+    """All arrays of the last checkpoint."""
+    folder = workdir / "checkpoints" / "8" / "state"
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(ocp.StandardCheckpointer().restore(folder.absolute()))]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    result = run(workdir, data)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "bits per dimension" in result.stdout and "next: " in result.stdout
+    return workdir
+
+
+def interrupt(workdir: Path, data: Path, how: signal.Signals, after_step: int) -> int:
+    """Start a run and send it a signal once it has logged a step; returns its exit status."""
+    process = subprocess.Popen(command(workdir, data), cwd=ROOT, env=environment(data / "compiled"),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = workdir / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and f'"step": {after_step}' in metrics.read_text()):
+        time.sleep(0.02)
+    process.send_signal(how)
+    return process.wait()
+
+
+def test_metrics_have_every_key(uninterrupted: Path) -> None:
+    rows = losses(uninterrupted)
+    keys = {"loss", "bits_per_dim", "denoiser_loss", "grad_norm", "learning_rate", "skipped"}
+    assert sorted(rows) == list(range(1, 9))
+    assert all(keys <= set(row) for row in rows.values())
+    assert "validation_bits_per_dim" in rows[8]
+    assert (uninterrupted / "sheets" / "samples_step_0000008.png").exists()
+    assert list((uninterrupted / "tensorboard").iterdir())
+
+
+def test_killed_and_restarted_equals_uninterrupted(uninterrupted: Path, data: Path, tmp_path: Path) -> None:
+    assert interrupt(tmp_path, data, signal.SIGKILL, after_step=5) == -signal.SIGKILL
+    result = run(tmp_path, data)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert losses(tmp_path) == losses(uninterrupted)
+    for ours, expected in zip(final_arrays(tmp_path), final_arrays(uninterrupted), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+def test_sigterm_saves_first(uninterrupted: Path, data: Path, tmp_path: Path) -> None:
+    assert interrupt(tmp_path, data, signal.SIGTERM, after_step=4) == 0
+    saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
+    assert saved >= 4 and saved == max(losses(tmp_path))
+    assert run(tmp_path, data).returncode == 0
+    assert losses(tmp_path) == losses(uninterrupted)
+
+
+def test_workdir_of_another_model_is_refused(uninterrupted: Path, data: Path) -> None:
+    result = run(uninterrupted, data, "--config.model.denoiser_window=3")
+    assert result.returncode == 2
+    assert "denoiser_window" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_sample_and_evaluate_the_trained_model(uninterrupted: Path, data: Path) -> None:
+    result = run(uninterrupted, data, "--mode=sample", "--config.sample.prompt=a blue three moves right")
+    assert result.returncode == 0, result.stderr[-2000:]
+    made = uninterrupted / "samples" / "a_blue_three_moves_right_seed0"
+    facts = json.loads(made.with_suffix(".json").read_text())
+    assert facts["frames"] == 13 and facts["converged"]
+    assert len(facts["deep_steps_per_block"]) == len(facts["deep_residual_per_block"]) == 4 * 3
+    assert np.isfinite(facts["log_likelihood_nats"])
+    assert made.with_suffix(".mp4").exists() and made.with_suffix(".png").exists()
+    result = run(uninterrupted, data, "--mode=evaluate")
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads((uninterrupted / "evaluate.json").read_text())
+    assert set(found["adherence"]) == {"digit", "colour", "direction"}
+    assert all(0 <= value <= 1 for value in found["adherence"].values())
+    assert len(found["bits_per_dim_per_frame"]) == 4
+    np.testing.assert_allclose(np.mean(found["bits_per_dim_per_frame"]), found["bits_per_dim"], rtol=1e-6)
+    assert found["real_clips"]["colour"] == 1.0
