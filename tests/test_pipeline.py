@@ -96,11 +96,11 @@ def test_every_caption_belongs_to_its_clip_and_its_kind():
 
 
 def test_rates_are_the_given_probabilities():
-    batches = take(train(FakeSource(250), batch_size=100, image_batch_size=100), 100)
+    batches = take(train(FakeSource(250), batch_size=50, image_batch_size=50), 100)
     videos = [batch for batch in batches if not is_image(batch)]
     assert len(videos) == 80
     texts = [text for batch in batches for text in texts_of(batch)]
-    count, video_count = 10_000, 8_000
+    count, video_count = 5_000, 4_000
 
     def check(hits, probability, trials):  # within four standard deviations
         assert abs(hits / trials - probability) < 4 * np.sqrt(probability * (1 - probability) / trials)
@@ -116,14 +116,18 @@ def test_zero_and_one_are_never_and_always():
         assert not is_image(batch) and not batch["drop_first_B"].any()
         assert texts_of(batch) == [f"video:long {clip}" for clip in clip_ids(batch)]
     assert all(is_image(batch) for batch in take(train(image_probability=1.0), 20))
-    assert all(batch["drop_first_B"].all() for batch in take(train(image_probability=0, first_frame_drop=1), 5))
+    assert all(
+        batch["drop_first_B"].all() for batch in take(train(image_probability=0, first_frame_drop=1), 5)
+    )
 
 
 def test_images_are_spread_evenly_and_show_every_frame():
     batches = take(train(), 100)
     for begin in range(0, 100, 5):
         assert sum(map(is_image, batches[begin : begin + 5])) == 1
-    shown = {int(green) for batch in batches if is_image(batch) for green in batch["frames_BTHWC"][:, 0, 0, 0, 1]}
+    shown = {
+        int(green) for batch in batches if is_image(batch) for green in batch["frames_BTHWC"][:, 0, 0, 0, 1]
+    }
     assert shown == set(range(RECORDED))
 
 
@@ -216,7 +220,11 @@ def evaluate(clips=10, **changes):
 @pytest.mark.parametrize("clips,limit", [(10, 100), (30, 10)])
 def test_evaluation_reads_each_clip_once_in_order_with_long_captions(clips, limit):
     batches = evaluate(clips, limit=limit)
-    assert [batch["valid_B"].tolist() for batch in batches] == [[True] * 4, [True] * 4, [True, True, False, False]]
+    assert [batch["valid_B"].tolist() for batch in batches] == [
+        [True] * 4,
+        [True] * 4,
+        [True, True, False, False],
+    ]
     valid_ids = np.concatenate([np.array(clip_ids(batch))[batch["valid_B"]] for batch in batches])
     assert valid_ids.tolist() == list(range(10))
     for batch in batches:
