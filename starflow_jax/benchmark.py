@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Config, Model
-from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.losses import nll_mean
 from starflow_jax.metrics import ProgressBar, table
 from starflow_jax.optimizer import Params, apply_gradients, create_state
@@ -55,7 +55,8 @@ def train_step_ratio(config: Config) -> dict[str, Any]:
     state = jax.jit(lambda p: create_state(p, config.train))(params)
 
     def forward(params: Params) -> tuple[jax.Array, jax.Array]:
-        out, score = flow.apply(flow_variables(params), x, text)
+        out = apply_flow(flow, flow_variables(params), STARFlow.forward, x, text)
+        score = apply_flow(flow, flow_variables(params), STARFlow.score, x, text)
         return nll_mean(out).loss, jnp.mean(score**2)
 
     def step(state):

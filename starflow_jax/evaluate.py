@@ -144,7 +144,8 @@ def _print(results: dict[str, Any], workdir: Path) -> None:
                 ("bits per dimension of noised test latents", "")))
     print()
     keys = ("digit", "colour", "direction", "temporal_flickering")
-    rows = [(f"denoise={name}", *(f"{scores[key]:.3f}" for key in keys)) for name, scores in results["denoising"].items()]
+    rows = [(f"denoise={name}", *(f"{scores[key]:.3f}" for key in keys))
+            for name, scores in results["denoising"].items()]
     rows.append(("real test clips", *(f"{results['real_clips'][key]:.3f}" for key in keys)))
     print(table(rows, (f"{results['prompts']} test prompts", *keys)))
     print(f"\nwritten: {workdir / 'evaluate.json'}, {workdir / 'evaluate_samples.png'}")

@@ -11,7 +11,7 @@ import numpy as np
 
 from starflow_jax.config import Sample, UserError
 from starflow_jax.flow import decode
-from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.losses import REFERENCE_NOISE, nats
 from starflow_jax.optimizer import Params
 from starflow_jax.system import System, flow_variables
@@ -36,7 +36,8 @@ def latent_frames(system: System, settings: Sample) -> int:
     frames = settings.frames or system.pixel_frames
     if (frames - 1) % stride:
         near = (frames - 1) // stride * stride + 1
-        raise UserError(f"sample.frames={frames}: has to be 1 + a multiple of {stride}, such as {near} or {near + stride}")
+        raise UserError(
+            f"sample.frames={frames}: has to be 1 + a multiple of {stride}, such as {near} or {near + stride}")
     return 1 + (frames - 1) // stride
 
 
@@ -76,7 +77,7 @@ def generate_clips(
     known, known_latents = None, None
     if known_BTHWC is not None:
         known_latents = _noised(system, known_BTHWC, seeds)
-        known = flow.apply(variables, known_latents, method=STARFlow.shallow_forward)[0][-1]
+        known = apply_flow(flow, variables, STARFlow.shallow_forward, known_latents)[0][-1]
         noise = noise[:, known.shape[1]:]
     solver = deep_solver(settings)
     made, reports = [], []
@@ -127,10 +128,10 @@ def _noised(system: System, frames_BTHWC: np.ndarray, seeds: Sequence[int]) -> j
 def _collect(frames, noisy, nats_BN, reports, shallow, batch: int) -> Clips:
     steps = np.concatenate([np.asarray(r.steps) for r in reports]).T
     residual = np.concatenate([np.asarray(r.residual) for r in reports]).T
-    converged = np.concatenate([np.asarray(r.converged) for r in reports]).T.all(axis=1)
+    converged = np.all(np.concatenate([np.asarray(r.converged) for r in reports]), axis=0)
     per_frame = [np.asarray(r.steps).sum(axis=0).reshape(batch, -1).max(axis=1) for r in shallow]
     for report in shallow:
-        converged &= np.asarray(report.converged).all(axis=0).reshape(batch, -1).all(axis=1)
+        converged &= np.all(np.asarray(report.converged), axis=0).reshape(batch, -1).all(axis=1)
     return Clips(np.asarray(frames), np.asarray(noisy), np.asarray(nats_BN).sum(axis=1), steps, residual,
                  np.sum(per_frame, axis=0), converged)
 
@@ -156,14 +157,15 @@ def denoise(system: System, params: Params, noisy: jax.Array, text: jax.Array, h
 
 def _denoiser_step(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
     """x~ - 0.3 s(x~)."""
-    return noisy - REFERENCE_NOISE * system.flow.apply(flow_variables(params), noisy, text, method=STARFlow.score)
+    score = apply_flow(system.flow, flow_variables(params), STARFlow.score, noisy, text)
+    return noisy - REFERENCE_NOISE * score
 
 
 def _score_step(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
     """x~ + sigma^2 d log p / dx~, Tweedie's formula with the gradient taken through the flow."""
 
     def total_nats(x: jax.Array) -> jax.Array:
-        return jnp.sum(nats(system.flow.apply(flow_variables(params), x, text, method=STARFlow.forward)))
+        return jnp.sum(_nats_of_window(system, params, x, text))
 
     return noisy - system.config.model.noise_std**2 * jax.grad(total_nats)(noisy)
 
@@ -175,7 +177,7 @@ def frame_nats(system: System, params: Params, noisy: jax.Array, text: jax.Array
 
 
 def _nats_of_window(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
-    return nats(system.flow.apply(flow_variables(params), noisy, text, method=STARFlow.forward))
+    return nats(apply_flow(system.flow, flow_variables(params), STARFlow.forward, noisy, text))
 
 
 def _windowed(

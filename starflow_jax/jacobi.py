@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-@flax.struct.dataclass
-class Solution:
+class Solution(flax.struct.PyTreeNode):
     """The fixed point and how each sample's iteration ended."""
 
     x: jax.Array  # (B, N, C)

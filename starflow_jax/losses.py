@@ -22,7 +22,7 @@ class NLL(NamedTuple):
 def nll_mean(out: FlowOutput) -> NLL:
     """mean(z^2 / 2) - sum over blocks of mean(log-determinant)."""
     loss_z = 0.5 * jnp.mean(out.z_BTSK**2)
-    loss_logdet = -sum(jnp.mean(logdet) for logdet in out.logdets)
+    loss_logdet = -jnp.sum(jnp.stack([jnp.mean(logdet) for logdet in out.logdets]))
     return NLL(loss_z + loss_logdet, loss_z, loss_logdet)
 
 

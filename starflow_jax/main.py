@@ -33,7 +33,7 @@ def prepare_jax() -> None:
     import jax
 
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    if not jax.config.jax_compilation_cache_dir:
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "starflow_jax", "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

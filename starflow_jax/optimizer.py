@@ -16,8 +16,7 @@ NORM_MEMORY = 0.98  # of the running mean of gradient norms
 NORM_WARMUP = 50  # accepted steps before a norm can count as an outlier
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that a step changes."""
 
     step: jax.Array  # int32

@@ -14,8 +14,6 @@ from starflow_jax.config import Config, UserError
 from starflow_jax.generation import Clips, generate_clips
 from starflow_jax.metrics import table
 from starflow_jax.model_store import load_model
-from starflow_jax.optimizer import Params
-from starflow_jax.system import System
 from starflow_jax.video_io import atomic_path, contact_sheet, write_mp4
 
 SHOWN_PIXELS = 240  # small models' frames are enlarged to about this height

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.codec import patch
 from starflow_jax.checkpoint import export_arrays, import_arrays
+from starflow_jax.codec import patch
 from starflow_jax.config import Config, UserError
 from starflow_jax.data import moving_digits
 from starflow_jax.flow.starflow import STARFlow
@@ -97,7 +97,7 @@ class System:
 
     def features(self, params: Params, ids_BS: jax.Array) -> jax.Array:
         """(B, text_length, text_dim), padding zeroed."""
-        features = build_text_encoder(self.config).apply({"params": params["text"]}, ids_BS)
+        features: Any = build_text_encoder(self.config).apply({"params": params["text"]}, ids_BS)
         return mask_padding(features, ids_BS)
 
     def encode(self, frames_BTHWC: jax.Array) -> jax.Array:

@@ -79,7 +79,9 @@ def train(config: Config, workdir: Path) -> None:
     _say_what_next(config, workdir, int(state.step))
 
 
-def _run(system: System, state: TrainState, batches: Any, checkpoints: Checkpoints, writer: MetricWriter) -> TrainState:
+def _run(
+    system: System, state: TrainState, batches: Any, checkpoints: Checkpoints, writer: MetricWriter
+) -> TrainState:
     settings = system.config.train
     step_fn, rate = make_train_step(system), schedule(settings)
     stop = _StopOnTerm()
@@ -91,7 +93,8 @@ def _run(system: System, state: TrainState, batches: Any, checkpoints: Checkpoin
             state, scalars = step_fn(state, batch)
             step += 1
             if step % settings.log_every == 0 or step == settings.steps:
-                row = _row(scalars, float(rate(step - 1 - int(scalars["skipped"]))), time.perf_counter() - since, tokens)
+                learning_rate = float(rate(step - 1 - int(scalars["skipped"])))
+                row = _row(scalars, learning_rate, time.perf_counter() - since, tokens)
                 since, tokens = time.perf_counter(), 0
                 writer.scalars(step, row)
                 progress.update(0, row["bits_per_dim"])

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from starflow_jax.config import Config
-from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.losses import nll_mean, weighted_loss
 from starflow_jax.optimizer import Params, TrainState, apply_gradients
 from starflow_jax.system import System, flow_variables
@@ -48,7 +48,7 @@ def gradients_from_features(
 
     def flow_loss(trained: Params, x: jax.Array):
         text = features(trained)
-        out = flow.apply(flow_variables(trained), x, text, method=STARFlow.forward)
+        out = apply_flow(flow, flow_variables(trained), STARFlow.forward, x, text)
         nll = nll_mean(out)
         return weighted_loss(nll.loss, config.noise_std), (nll.loss, text)
 
@@ -60,7 +60,7 @@ def gradients_from_features(
     text = lax.stop_gradient(text)
 
     def denoiser_loss(denoiser: Params) -> jax.Array:
-        score = flow.apply({"params": {"denoiser": denoiser}}, noisy, text, method=STARFlow.score)
+        score = apply_flow(flow, {"params": {"denoiser": denoiser}}, STARFlow.score, noisy, text)
         return jnp.mean((score - target) ** 2)
 
     regression, denoiser_grads = jax.value_and_grad(denoiser_loss)(params["denoiser"])

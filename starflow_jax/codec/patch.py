@@ -34,8 +34,7 @@ class PatchShape:
         return 1 + (pixel_frames - 1) // self.time
 
 
-@flax.struct.dataclass
-class PatchCodec:
+class PatchCodec(flax.struct.PyTreeNode):
     """The projection: constants that are kept with the model's parameters."""
 
     mean_P: jax.Array  # of a patch, pixels in [-1, 1]

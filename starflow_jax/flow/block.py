@@ -82,7 +82,7 @@ class FlowBlock(nn.Module):
         hidden, kv = self.transformer(hidden, masks.causal(hidden.shape[1]), rope_2NE, cache)
         return self._affine(hidden), kv
 
-    def _run(self, inputs_BSC, rope_2SE, text_BTD, keep_kv: bool) -> tuple[Affine, KeyValue | None]:
+    def _run(self, inputs_BSC, rope_2SE, text_BTD, keep_kv: bool) -> tuple[Affine, Any]:
         hidden, prefix = self.proj_in(inputs_BSC.astype(self.dtype)), 0
         if text_BTD is not None:
             text = self.proj_text(text_BTD.astype(self.dtype))

@@ -36,8 +36,7 @@ class Solver:
 SEQUENTIAL = Solver(block_size=1)
 
 
-@flax.struct.dataclass
-class Report:
+class Report(flax.struct.PyTreeNode):
     """How each block of tokens ended, per sample: (blocks, B) each."""
 
     steps: jax.Array
@@ -45,8 +44,7 @@ class Report:
     converged: jax.Array
 
 
-@flax.struct.dataclass
-class WindowState:
+class WindowState(flax.struct.PyTreeNode):
     """What the deep block knows of the current window."""
 
     cache: KVCache  # of both guidance branches: batch (branches * B)

@@ -4,6 +4,9 @@ A shallow stack f_S of flow blocks that see one frame at a time, then one deep c
 frames, conditioned on text. Tokens are kept as (B, T, S, K): frame, raster position in it, channels.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -15,8 +18,7 @@ from starflow_jax.flow.denoiser import Denoiser
 from starflow_jax.nn.patch import patchify, unpatchify
 
 
-@flax.struct.dataclass
-class FlowOutput:
+class FlowOutput(flax.struct.PyTreeNode):
     """The forward pass: noise, and what every block did, from the data on."""
 
     z_BTSK: jax.Array
@@ -32,7 +34,7 @@ class STARFlow(nn.Module):
     def setup(self) -> None:
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        common = dict(channels=c.token_channels, head_dim=c.head_dim, dtype=dtype, remat=c.remat,
+        common: dict[str, Any] = dict(channels=c.token_channels, head_dim=c.head_dim, dtype=dtype, remat=c.remat,
                       unroll=c.unroll_layers)
         self.shallow = [FlowBlock(width=c.shallow_width, layers=layers, **common) for layers in c.shallow_layers]
         self.deep = FlowBlock(width=c.deep_width, layers=c.deep_layers, text=c.text_length > 0, **common)
@@ -112,3 +114,8 @@ class STARFlow(nn.Module):
 
 def _join_frames(tokens_BTSK: jax.Array) -> jax.Array:
     return tokens_BTSK.reshape(tokens_BTSK.shape[0], -1, tokens_BTSK.shape[-1])
+
+
+def apply_flow(flow: STARFlow, variables: Any, method: Callable, *args: Any) -> Any:
+    """`flow.apply` of one method, typed by what that method returns rather than by Linen's union."""
+    return flow.apply(variables, *args, method=method)

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-@flax.struct.dataclass
-class KVCache:
+class KVCache(flax.struct.PyTreeNode):
     """Fixed-size cache of a stack of layers; slots from `length` on are unused."""
 
     k_LBPHD: jax.Array

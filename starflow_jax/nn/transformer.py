@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from starflow_jax.kernels.reference import attention
 from starflow_jax.nn.cache import KVCache
@@ -68,12 +69,12 @@ class Transformer(nn.Module):
     def __call__(
         self,
         x_BSD: jax.Array,
-        mask_SS: jax.Array,
+        mask_SS: jax.Array | np.ndarray,
         rope_2SE: jax.Array,
         cache: KVCache | None = None,
         first_mask_SS: jax.Array | None = None,
         keep_kv: bool = True,
-    ) -> tuple[jax.Array, KeyValue | None]:
+    ) -> tuple[jax.Array, Any]:
         """(B, S, D) in, ((B, S, D) float32 normed, (k, v) each (L, B, S, H, D) or None) out."""
         layer = nn.remat(_BodyLayer, prevent_cse=False) if self.remat == "layer" else _BodyLayer
         stack = nn.scan(
