@@ -234,6 +234,8 @@ def invert_shallow(
         cache = KVCache.empty(config.shallow_layers[index], z.shape[0], z.shape[1],
                               config.shallow_width // config.head_dim, config.head_dim, jnp.dtype(config.dtype))
 
+        cache = lax.optimization_barrier(cache)  # or XLA computes on the empty cache while it compiles
+
         def apply(method: Callable, *args, index: int = index):
             return model.apply(params, method=lambda m: method(m.shallow[index], *args))
 
