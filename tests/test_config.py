@@ -1,0 +1,115 @@
+"""Settings: bad ones fail when they are made, naming field and value."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict
+
+from starflow_jax import config
+from starflow_jax.config import Config, UserError, from_config_dict, to_config_dict
+from tests.helpers import tiny_model
+
+MODEL = {field.name: getattr(tiny_model(), field.name) for field in dataclasses.fields(config.Model)}
+
+BAD = [
+    (config.Model, "channels", 0, "greater than 0"),
+    (config.Model, "frames", -1, "greater than 0"),
+    (config.Model, "noise_std", float("inf"), "greater than 0"),
+    (config.Model, "shallow_layers", (), "layer counts"),
+    (config.Model, "shallow_layers", (2, 0), "layer counts"),
+    (config.Model, "head_dim", 22, "multiple of 4"),
+    (config.Model, "head_dim", 16, ">= 20"),
+    (config.Model, "shallow_width", 50, "head_dim=20"),
+    (config.Model, "deep_width", 50, "head_dim=20"),
+    (config.Model, "text_length", -1, "no text"),
+    (config.Model, "rope_extent", -1.0, "0 "),
+    (config.Model, "denoiser_lookahead", -1, "0 or more"),
+    (config.Model, "denoiser", "all", "none, first_layer, every_layer"),
+    (config.Model, "dtype", "float16", "float32, bfloat16"),
+    (config.Model, "remat", "all", "none, layer"),
+    (config.Text, "encoder", "clip", "trained, frozen"),
+    (config.Text, "heads", 0, "greater than 0"),
+    (config.Text, "fps", -1, "image model"),
+    (config.Codec, "kind", "jpeg", "patch, wan"),
+    (config.Codec, "stride", 0, "greater than 0"),
+    (config.Codec, "later_frames_scale", float("nan"), "greater than 0"),
+    (config.Data, "size", 0, "greater than 0"),
+    (config.Data, "caption_drop", 1.5, "probability"),
+    (config.Data, "image_probability", -0.1, "probability"),
+    (config.Train, "learning_rate", 0.0, "greater than 0"),
+    (config.Train, "warmup_steps", 200_000, "steps=100000"),
+    (config.Train, "outlier_factor", 1.0, "greater than 1"),
+    (config.Train, "ema", 1.0, "below 1"),
+    (config.Train, "weight_decay", -1e-4, "0 or more"),
+    (config.Sample, "guidance", -0.5, "0 (none)"),
+    (config.Sample, "frames", -1, "training length"),
+    (config.Sample, "max_steps", -1, "block size"),
+    (config.Sample, "context_frames", -1, "three quarters"),
+    (config.Sample, "solver", "newton", "jacobi, sequential"),
+    (config.Sample, "denoise", "blur", "denoiser, score, none"),
+    (config.Evaluate, "prompts", 0, "greater than 0"),
+]
+
+
+@pytest.mark.parametrize("kind, field, value, allowed", BAD, ids=[f"{k.__name__}.{f}={v}" for k, f, v, _ in BAD])
+def test_a_bad_value_names_itself(kind: Any, field: str, value: Any, allowed: str) -> None:
+    good = MODEL if kind is config.Model else {}
+    kind(**good)
+    with pytest.raises(UserError) as error:
+        kind(**{**good, field: value})
+    message = str(error.value)
+    assert message.startswith(f"{kind.__name__.lower()}.{field}={value!r}: ")
+    assert allowed in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("field, value", [("height", 3), ("width", 5)])
+def test_patches_have_to_tile_the_latents(field: str, value: int) -> None:
+    with pytest.raises(UserError, match=f"model.{field}={value}: .*patch_size=2"):
+        tiny_model(**{"height": 4, "width": 6, "patch_size": 2, field: value})
+
+
+@pytest.mark.parametrize("field", ["batch_size", "image_batch_size"])
+def test_microbatches_have_to_divide_the_batch(field: str) -> None:
+    with pytest.raises(UserError, match=f"train.{field}=10: .*accumulate=4"):
+        config.Train(**{"batch_size": 8, "accumulate": 4, field: 10})
+
+
+def settings() -> Config:
+    return Config(name="a", model=tiny_model(noise_std=0.25), sample=config.Sample(guidance=1.5))
+
+
+def test_round_trip() -> None:
+    again = from_config_dict(to_config_dict(settings()))
+    assert again == settings()
+    assert isinstance(again.model.shallow_layers, tuple)
+    assert again != dataclasses.replace(settings(), name="b")
+
+
+def test_overrides_are_checked_again() -> None:
+    overridden = to_config_dict(settings())
+    overridden.train.steps = 2_000
+    assert from_config_dict(overridden).train.steps == 2_000
+    overridden.sample.solver = "newton"
+    with pytest.raises(UserError, match="sample.solver='newton'"):
+        from_config_dict(overridden)
+    with pytest.raises(AttributeError):
+        overridden.train.step = 1  # locked: a mistyped override does not pass in silence
+
+
+def test_unknown_and_missing_fields() -> None:
+    values = to_config_dict(settings()).to_dict()
+    unknown = {**values, "train": {**values["train"], "lr": 1.0}}
+    with pytest.raises(UserError, match=r"config.train.lr: no such setting; there are steps, "):
+        from_config_dict(ConfigDict(unknown))
+    values["model"].pop("channels")
+    with pytest.raises(UserError, match=r"config.model.channels: this setting has no default"):
+        from_config_dict(ConfigDict(values))
+
+
+def test_settings_that_follow_from_others() -> None:
+    model = tiny_model(height=4, width=6, patch_size=2)
+    assert (model.token_channels, model.tokens_per_frame) == (8, 6)
+    assert model.extent == pytest.approx(24**0.5 / 2)
+    assert tiny_model(rope_extent=40).extent == 40
