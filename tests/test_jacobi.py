@@ -44,14 +44,11 @@ def test_as_many_steps_as_tokens_are_exact() -> None:
 
 def iterated(matrix: np.ndarray, constant: np.ndarray, tolerance: float) -> tuple[np.ndarray, int, float]:
     """x <- c + A x of one sample until ||x+ - x||^2 / ||x+||^2 < tolerance, written out."""
-    old = np.zeros(constant.shape)
-    for step in range(1, TOKENS + 1):
-        new = constant + matrix @ old
-        residual = np.sum((new - old) ** 2) / np.sum(new**2)
-        if residual < tolerance:
-            break
-        old = new
-    return new, step, residual
+    new, steps, residual = np.zeros(constant.shape), 0, np.inf
+    while residual >= tolerance and steps < TOKENS:
+        old, new = new, constant + matrix @ new
+        residual, steps = np.sum((new - old) ** 2) / np.sum(new**2), steps + 1
+    return new, steps, residual
 
 
 def test_stops_at_the_tolerance() -> None:
