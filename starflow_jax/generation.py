@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.config import Sample, UserError
+from starflow_jax.config import Config, Sample, UserError
 from starflow_jax.flow import decode
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.losses import REFERENCE_NOISE, nats
 from starflow_jax.optimizer import Params
-from starflow_jax.system import System, flow_variables
+from starflow_jax.system import System, flow_variables, pixel_frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +30,19 @@ class Clips:
     converged_B: np.ndarray  # every block of tokens ended below the tolerance, or exact
 
 
-def latent_frames(system: System, settings: Sample) -> int:
+def latent_frames(config: Config, settings: Sample) -> int:
     """Latent frames of a video of settings.frames pixel frames. Raises UserError for a length that can't be."""
-    stride = system.config.codec.time_stride
-    frames = settings.frames or system.pixel_frames
+    stride = config.codec.time_stride
+    frames = settings.frames or pixel_frames(config)
     if (frames - 1) % stride:
         near = (frames - 1) // stride * stride + 1
         raise UserError(
             f"sample.frames={frames}: has to be 1 + a multiple of {stride}, such as {near} or {near + stride}")
-    return 1 + (frames - 1) // stride
+    total = 1 + (frames - 1) // stride
+    if total > config.model.frames < 3:
+        raise UserError(f"sample.frames={frames}: a window of {config.model.frames} latent frames is too short to move "
+                        f"on; up to {pixel_frames(config)} frames are possible")
+    return total
 
 
 def noise_for(seeds: Sequence[int], shape_NSK: tuple[int, int, int]) -> jax.Array:
@@ -64,7 +68,7 @@ def generate_clips(
 
     Raises UserError for a length that the codec or the window does not allow.
     """
-    model, total = system.config.model, latent_frames(system, settings)
+    model, total = system.config.model, latent_frames(system.config, settings)
     flow, variables = system.flow, flow_variables(params)
     grid = flow.grid((1, 1, model.height, model.width, model.channels))[1:]
     prompts = [system.prompt(caption, is_image=total == 1) for caption in captions]

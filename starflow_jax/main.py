@@ -42,7 +42,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Read the command line. Raises UserError naming what is wrong with it."""
     try:
         rest = flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+    except OSError as error:
+        given = next((arg for arg in reversed(argv) if arg.startswith("--config=")), "--config")
+        raise UserError(f"{given}: this file can't be read; try --config=configs/t2v.py") from error
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
     if flags.FLAGS["config"].value is None:
         raise UserError("--config is missing; try --config=configs/t2v.py")

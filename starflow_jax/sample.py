@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from starflow_jax.config import Config, UserError
-from starflow_jax.generation import Clips, generate_clips
+from starflow_jax.generation import Clips, generate_clips, latent_frames
 from starflow_jax.metrics import table
 from starflow_jax.model_store import load_model
 from starflow_jax.video_io import atomic_path, contact_sheet, write_mp4
@@ -36,6 +36,7 @@ class Request:
 def sample(config: Config, workdir: Path) -> None:
     """Make config.sample's videos with the workdir's model, or with the one in the package."""
     requests = read_requests(config)
+    latent_frames(config, config.sample)  # before anything is loaded
     system, params, source = load_model(config, workdir)
     folder = Path(config.sample.output or workdir / "samples")
     print(f"model: {source}")
