@@ -1,13 +1,14 @@
 """Checkpoints by orbax: the whole state with the data position, asynchronous, atomic and verified."""
 
 import json
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -24,7 +25,7 @@ CHECKSUMS = "checksums"
 
 
 class Checkpoints:
-    """The checkpoints of one model in one folder: the newest `keep`, and the best by validation.
+    """The checkpoints of one model in one folder: the newest `keep`, and the best by validation besides.
 
     Raises UserError where the folder holds another model's.
     """
@@ -33,45 +34,59 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
         _check_fingerprint(self.directory / "model.json", model_fingerprint)
-        policies = [ocp.checkpoint_managers.LatestN(keep),
-                    ocp.checkpoint_managers.BestN(get_metric_fn=lambda metrics: -metrics[BEST], n=1,
-                                                  keep_checkpoints_without_metrics=False)]
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-            enable_async_checkpointing=True, create=True)
-        self._manager = ocp.CheckpointManager(epath.Path(self.directory), options=options)
+        _drop_unreadable_metrics(self.directory)
+        self._damaged: list[int] = []
+        latest = ocp.checkpoint_managers.LatestN(keep)
+        best = ocp.checkpoint_managers.BestN(
+            get_metric_fn=_bits, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        self._manager = ocp.CheckpointManager(epath.Path(self.directory), options=ocp.CheckpointManagerOptions(
+            best_fn=_bits, best_mode="min",  # without best_fn orbax drops the metrics
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([latest, best]),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums)))
 
     def save(self, step: int, state: Any, data_state: dict[str, Any], metrics: dict[str, float] | None) -> None:
-        """Begin to write a checkpoint; the folder gets its final name when all of it is on disk."""
-        self._write_checksums()
+        """Begin to write a checkpoint; the folder gets its final name when all of it is on disk.
+
+        metrics[BEST], where given and finite, ranks it. A damaged checkpoint that `restore` passed over is
+        deleted now: its step comes again.
+        """
+        self.wait()
+        while self._damaged:
+            self._manager.delete(self._damaged.pop())
+        ranked = metrics is not None and math.isfinite(metrics[BEST])
         self._manager.save(step, args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)), metrics=metrics, force=True)
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)),
+            metrics=metrics if ranked else None, force=True)
 
     def wait(self) -> None:
         """Until all that was begun is on disk."""
         self._manager.wait_until_finished()
-        self._write_checksums()
 
     def close(self) -> None:
         self.wait()
         self._manager.close()
 
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
-
-    def best_step(self) -> int | None:
-        """The step of the best validation likelihood so far."""
-        scored = [(info.metrics[BEST], info.step) for info in self._manager._checkpoints  # noqa: SLF001
-                  if info.metrics and BEST in info.metrics]
-        return min(scored)[1] if scored else None
+        """The newest checkpoint not found damaged."""
+        return max(set(self._manager.all_steps()) - set(self._damaged), default=None)
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
         """(state, data position, step) of the newest whole checkpoint, or None where there is none at all.
 
-        abstract_state: a pytree of jax.ShapeDtypeStruct. A damaged checkpoint is reported and the one before
-        it is taken; raises UserError where all are damaged.
+        abstract_state: a pytree of jax.ShapeDtypeStruct, restored to their shardings where they have one.
+        A damaged checkpoint is reported and the one before it is taken; raises UserError where all are
+        damaged, and where a whole one holds other arrays than abstract_state.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        return self._restore_first(sorted(self._manager.all_steps(), reverse=True), abstract_state)
+
+    def restore_best(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
+        """As `restore`, but the best by validation, or the newest where none has been validated."""
+        best = self._manager.best_step()
+        newest_first = sorted(self._manager.all_steps(), key=lambda step: (step == best, step), reverse=True)
+        return self._restore_first(newest_first, abstract_state)
+
+    def _restore_first(self, steps: list[int], abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
+        damaged: list[int] = []
         for step in steps:
             folder = self.directory / str(step)
             damage = _damage(folder)
@@ -79,48 +94,72 @@ class Checkpoints:
                 try:
                     found = self._manager.restore(step, args=ocp.args.Composite(
                         state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()))
-                    return found["state"], found["data"], step
-                except Exception as error:  # whatever orbax or tensorstore raise for what they can't read
-                    damage = str(error).splitlines()[0] if str(error) else type(error).__name__
-            logging.error("checkpoint %s is damaged (%s); trying the one before it", folder, damage)
-            self._manager.delete(step)
+                except Exception as error:  # whatever orbax and tensorstore raise
+                    raise UserError(f"{folder} is whole but does not fit this configuration ({_first_line(error)}); "
+                                    "use the one it was trained with, or another --workdir") from error
+                self._damaged = damaged
+                return found["state"], found["data"], step
+            logging.error("checkpoint %s is damaged (%s); using the one before it", folder, damage)
+            damaged.append(step)
         if steps:
             raise UserError(f"{self.directory}: all checkpoints are damaged; start in another --workdir")
         return None
 
     def _write_checksums(self) -> None:
-        """For every finished checkpoint that has none yet: what its files' contents should be."""
-        for step in self._manager.all_steps(read=True):
-            folder = self.directory / str(step)
-            if (folder / "_CHECKPOINT_METADATA").exists() and not (folder / CHECKSUMS).exists():
-                with atomic_path(folder / CHECKSUMS) as path:
-                    path.write_text(json.dumps(_checksums(folder)))
+        """Called by orbax when a checkpoint is complete under its temporary name, just before its commit."""
+        for folder in self.directory.glob("*.orbax-checkpoint-tmp"):
+            if not (folder / CHECKSUMS).exists():
+                # The files directly in the folder hold no data, and change with the commit.
+                names = sorted(str(path.relative_to(folder)) for path in folder.glob("*/**/*") if path.is_file())
+                (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder, names)))
 
 
-def _checksums(folder: Path) -> dict[str, int]:
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS and p.name[0] != ".")
+def _bits(metrics: Any) -> float:
+    return metrics[BEST]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _checksums(folder: Path, names: Iterable[str]) -> dict[str, int | None]:
+    """CRC-32 of each file, None for one that is missing."""
+    def checksum(name: str) -> int | None:
+        value = 0
+        try:
+            with open(folder / name, "rb") as file:
+                while chunk := file.read(1 << 24):
+                    value = zlib.crc32(chunk, value)
+        except FileNotFoundError:
+            return None
+        return value
+
+    names = list(names)
     with ThreadPoolExecutor() as pool:
-        sums = pool.map(lambda path: zlib.crc32(path.read_bytes()), paths)
-    return {str(path.relative_to(folder)): value for path, value in zip(paths, sums)}
+        return dict(zip(names, pool.map(checksum, names)))
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None. One without checksums was killed before they were
-    written; orbax's own commit then says that it is whole."""
-    path = folder / CHECKSUMS
-    if not path.exists():
-        return None
+    """What is wrong with a checkpoint's files, or None."""
     try:
-        expected = json.loads(path.read_text())
-    except ValueError:
-        return f"{CHECKSUMS} is unreadable"
-    found = _checksums(folder)
+        expected = json.loads((folder / CHECKSUMS).read_text())
+        found = _checksums(folder, expected)
+    except (OSError, ValueError) as error:
+        return _first_line(error)
     for name, value in expected.items():
-        if name not in found:
-            return f"{name} is missing"
         if found[name] != value:
-            return f"{name} has changed"
+            return f"{name} is missing" if found[name] is None else f"{name} has changed"
     return None
+
+
+def _drop_unreadable_metrics(directory: Path) -> None:
+    """Orbax reads every checkpoint's metrics when it opens a folder, and fails on damaged ones."""
+    for path in directory.glob("*/metrics/metrics"):
+        try:
+            float(json.loads(path.read_text())[BEST])
+        except (ValueError, KeyError, TypeError):
+            logging.error("%s is damaged; it is deleted", path)
+            path.unlink()
 
 
 def _check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
@@ -128,7 +167,10 @@ def _check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(fingerprint, indent=1))
         return
-    held = traverse_util.flatten_dict(json.loads(path.read_text()), sep=".")
+    try:
+        held = traverse_util.flatten_dict(json.loads(path.read_text()), sep=".")
+    except (ValueError, AssertionError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it if this workdir holds this model") from error
     asked = traverse_util.flatten_dict(json.loads(json.dumps(fingerprint)), sep=".")
     for name in (*asked, *held):
         if held.get(name) != asked.get(name):
@@ -139,9 +181,9 @@ def _check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
 def export_arrays(path: Path, params: Mapping[str, Any], dtype: Any = None,
                   metadata: dict[str, str] | None = None) -> None:
     """Write a pytree of dicts of arrays as one safetensors file with names a/b/c; dtype: of floats on disk."""
-    flat = {name: np.ascontiguousarray(value) for name, value in traverse_util.flatten_dict(params, sep="/").items()}
+    flat = {name: np.array(value, order="C") for name, value in traverse_util.flatten_dict(params, sep="/").items()}
     if dtype is not None:
-        flat = {name: v.astype(dtype) if np.issubdtype(v.dtype, np.floating) else v for name, v in flat.items()}
+        flat = {name: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v for name, v in flat.items()}
     with atomic_path(Path(path)) as temporary:
         save_file(flat, str(temporary), metadata)
 
@@ -156,6 +198,6 @@ def import_arrays(path: Path) -> dict[str, Any]:
             flat = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: can't be read as safetensors ({error})") from error
-    small = (np.float16, jax.numpy.bfloat16)
+    small = (np.float16, jnp.bfloat16)
     return traverse_util.unflatten_dict(
         {name: v.astype(np.float32) if v.dtype in small else v for name, v in flat.items()}, sep="/")
