@@ -18,7 +18,7 @@ from starflow_jax.metrics import ProgressBar, table, temporal_flickering
 from starflow_jax.model_store import load_model
 from starflow_jax.optimizer import Params
 from starflow_jax.system import System, data_source
-from starflow_jax.video_io import atomic_path, contact_sheet
+from starflow_jax.video_io import atomic_path, contact_sheet, write_gif
 
 BASELINE_CLIPS = 2_000  # training clips that the baselines are fitted to
 DENOISE_CHOICES = ("denoiser", "score", "none")
@@ -38,6 +38,8 @@ def evaluate(config: Config, workdir: Path) -> None:
         choices[how] = read(labels, frames)
         if how == config.sample.denoise:
             contact_sheet(workdir / "evaluate_samples.png", frames[:SHOWN], captions[:SHOWN], scale=3)
+            write_gif(workdir / "evaluate_samples.gif", frames[:SHOWN], captions[:SHOWN], config.text.fps or 1,
+                      columns=3, scale=8)
     results = {
         "model": source,
         **likelihood,
@@ -148,4 +150,4 @@ def _print(results: dict[str, Any], workdir: Path) -> None:
             for name, scores in results["denoising"].items()]
     rows.append(("real test clips", *(f"{results['real_clips'][key]:.3f}" for key in keys)))
     print(table(rows, (f"{results['prompts']} test prompts", *keys)))
-    print(f"\nwritten: {workdir / 'evaluate.json'}, {workdir / 'evaluate_samples.png'}")
+    print(f"\nwritten to {workdir}: evaluate.json, evaluate_samples.png, evaluate_samples.gif")

@@ -1,14 +1,17 @@
-"""One flow block: its log-determinant, its order and its prefix."""
+"""One flow block: its log-determinant, its order, its inverse and its prefix."""
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from starflow_jax.flow import decode
 from starflow_jax.flow.block import FlowBlock, block_rope
+from starflow_jax.nn.cache import KVCache
 from tests.helpers import HEAD_DIM, randomised
 
 GRID, CHANNELS, TEXT = (2, 2, 2), 2, 3
@@ -64,6 +67,29 @@ def test_jacobian_is_triangular_in_the_blocks_order() -> None:
     _, logdet = case.forward(case.x_BSC)
     own = jacobian[np.arange(TOKENS), :, np.arange(TOKENS), :]  # a token's channels do not mix
     np.testing.assert_allclose(own, np.exp(logdet[0])[:, :, None] * np.eye(CHANNELS), atol=1e-12)
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_inverse_of_forward_is_the_input(with_text: bool) -> None:
+    case = Case(with_text)
+    z, _ = case.forward(case.x_BSC)
+    assert np.abs(z - case.x_BSC).max() > 0.1
+
+    @jax.jit
+    def inverse(z: jax.Array) -> Any:
+        apply = partial(case.block.apply, case.variables)
+        cache = KVCache.empty(2, 2, case.text_length + TOKENS, 2, HEAD_DIM, jnp.float64)
+        if with_text:
+            cache = cache.append(apply(case.text_BTD, case.rope[:, :TEXT], method=FlowBlock.prefill_text))
+        return decode.solve_tokens(
+            partial(apply, method=FlowBlock.predict), z, jnp.zeros_like(z), apply(2, method=FlowBlock.start), cache,
+            case.rope[:, case.text_length:], decode.SEQUENTIAL)
+
+    x, filled, last, report = inverse(z)
+    np.testing.assert_allclose(x, case.x_BSC, atol=1e-9)
+    np.testing.assert_array_equal(last, x[:, -1:])
+    assert int(filled.length) == case.text_length + TOKENS
+    assert np.array_equal(report.steps, np.ones((TOKENS, 2)))
 
 
 def test_prefill_predicts_as_forward_does_and_text_alone_is_its_prefix() -> None:

@@ -20,7 +20,6 @@ class KVCache(flax.struct.PyTreeNode):
 
     def append(self, kv: tuple[jax.Array, jax.Array]) -> "KVCache":
         """The cache with the (L, B, S, H, D) keys and values of the next S slots written behind its end."""
-        start = (0, 0, self.length, 0, 0)
-        k, v = (lax.dynamic_update_slice(old, new.astype(old.dtype), start)
+        k, v = (lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), self.length, axis=2)
                 for old, new in zip((self.k_LBPHD, self.v_LBPHD), kv))
         return KVCache(k, v, self.length + kv[0].shape[2])

@@ -1,0 +1,89 @@
+"""The inverse of the flow: exactness, prefixes, windows, guidance, and one sample beside another."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from starflow_jax.flow import decode
+from starflow_jax.flow.decode import SEQUENTIAL, Solver
+from starflow_jax.flow.starflow import STARFlow
+from tests.helpers import latents, random_flow, text, tiny_model
+
+MODEL = tiny_model(frames=3, deep_layers=1)
+GRID = (2, 3)
+
+
+@pytest.fixture(scope="module")
+def setting() -> tuple[STARFlow, Any]:
+    return random_flow(MODEL)
+
+
+def noise(batch: int = 1, frames: int = 3) -> jax.Array:
+    """(B, T, S, K)."""
+    return jnp.asarray(np.random.default_rng(4).normal(size=(batch, frames, 6, 2)), jnp.float32)
+
+
+def run(setting: tuple[STARFlow, Any], z: jax.Array, texts: jax.Array | None = None, **options: Any) -> np.ndarray:
+    """All frames that `generate` yields, (B, T, S, K)."""
+    flow, variables = setting
+    texts = text(MODEL, z.shape[0])[None] if texts is None else texts
+    frames = decode.generate(flow, variables, z, texts, token_grid=GRID, **options)
+    return np.stack([np.asarray(frame) for frame, _ in frames], axis=1)
+
+
+@pytest.mark.parametrize("solver", [SEQUENTIAL, Solver(block_size=4, tolerance=1e-12)], ids=["one", "blocks"])
+def test_inverse_of_forward_is_the_input(setting: tuple[STARFlow, Any], solver: Solver) -> None:
+    """Blocks of four do not divide a frame of six tokens."""
+    flow, variables = setting
+    x = latents(MODEL)
+    forward: Callable[[jax.Array], Any] = jax.jit(
+        lambda x: flow.apply(variables, x, text(MODEL), method=STARFlow.forward))
+    out = forward(x)
+    assert np.abs(flow.latents(out.z_BTSK, 2) - x).max() > 0.1
+    u = run(setting, out.z_BTSK, solver=solver)
+    np.testing.assert_allclose(u, out.block_outputs[-2], atol=1e-4)
+    inverse, _ = decode.invert_shallow(flow, variables, jnp.asarray(u), solver=solver, token_grid=GRID)
+    np.testing.assert_allclose(inverse, x, atol=1e-4)
+
+
+def test_known_frames_are_gone_on_from_as_if_sampled(setting: tuple[STARFlow, Any]) -> None:
+    whole = run(setting, noise())
+    for known in (1, 2):
+        rest = run(setting, noise()[:, known:], known_BTSK=jnp.asarray(whole[:, :known]))
+        np.testing.assert_allclose(rest, whole[:, known:], atol=1e-4)
+    other = run(setting, noise()[:, 1:], known_BTSK=jnp.asarray(whole[:, :1]) + 1.0)
+    assert np.abs(other - whole[:, 1:]).max() > 1e-2
+
+
+def test_a_sliding_window_restarts_from_its_last_frames(setting: tuple[STARFlow, Any]) -> None:
+    plain, sliding = run(setting, noise()), run(setting, noise(), window=2, context=1)
+    np.testing.assert_allclose(sliding[:, :2], plain[:, :2], atol=1e-4)
+    assert np.abs(sliding[:, 2] - plain[:, 2]).max() > 1e-3  # it has forgotten the first frame
+    restarted = run(setting, noise()[:, 2:], known_BTSK=jnp.asarray(plain[:, 1:2]))
+    np.testing.assert_allclose(sliding[:, 2:], restarted, atol=1e-4)
+
+
+@pytest.mark.parametrize("context", [0, 2])
+def test_context_has_to_fit_the_window(setting: tuple[STARFlow, Any], context: int) -> None:
+    with pytest.raises(ValueError, match=f"context={context}"):
+        run(setting, noise(), window=2, context=context)
+
+
+def test_guidance_of_weight_zero_is_none(setting: tuple[STARFlow, Any]) -> None:
+    texts = jnp.stack([text(MODEL), text(MODEL, seed=30)])
+    z = noise(frames=2)
+    np.testing.assert_allclose(run(setting, z, texts, guidance=0.0), run(setting, z), atol=1e-4)
+    assert np.abs(run(setting, z, texts, guidance=2.0) - run(setting, z)).max() > 1e-2
+
+
+def test_a_sample_does_not_depend_on_its_batch_mates(setting: tuple[STARFlow, Any]) -> None:
+    """With a tolerance that samples meet after different numbers of steps, and frames start from."""
+    z = noise(batch=2, frames=2) * jnp.array([1.0, 3.0])[:, None, None, None]
+    features, solver = text(MODEL, 2), Solver(block_size=6, tolerance=1e-3)
+    together = run(setting, z, features[None], solver=solver)
+    alone = run(setting, z[:1], features[None, :1], solver=solver)
+    np.testing.assert_allclose(together[:1], alone, atol=1e-5)

@@ -1,0 +1,35 @@
+"""Gradients of a training step: microbatches, and which loss reaches which parameters."""
+
+import jax
+import numpy as np
+
+from starflow_jax.system import init_params
+from starflow_jax.train_step import _accumulate, gradients
+from tests.helpers import latents, randomised, tiny_model
+from tests.test_losses import IDS, system
+
+
+def test_gradients_of_microbatches_average_to_the_whole_batchs() -> None:
+    whole = system(tiny_model(denoiser="first_layer", denoiser_layers=1, deep_layers=1))
+    params = randomised(init_params(whole.config, jax.random.key(0)))
+    x = latents(whole.config.model, batch=2)
+    once, losses = jax.jit(lambda p: gradients(whole, p, x, IDS))(params)
+    twice, micro_losses = jax.jit(lambda p: _accumulate(whole, p, x, IDS, 2))(params)
+    for expected, ours in zip(jax.tree.leaves((once, losses)), jax.tree.leaves((twice, micro_losses))):
+        np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-5 * max(1.0, np.abs(expected).max()))
+
+
+def test_the_denoisers_error_reaches_the_denoiser_alone() -> None:
+    """Other denoiser parameters: another denoiser gradient, the same one of flow and text, bit for bit."""
+    whole = system(tiny_model(denoiser="first_layer", denoiser_layers=1, deep_layers=1))
+    params = randomised(init_params(whole.config, jax.random.key(0)))
+    x = latents(whole.config.model, batch=2)
+    run = jax.jit(lambda p: gradients(whole, p, x, IDS)[0])
+    first, second = run(params), run({**params, "denoiser": randomised(params["denoiser"], seed=9)})
+    assert set(first) == {"flow", "denoiser", "text"}
+    for name in ("flow", "text"):
+        for a, b in zip(jax.tree.leaves(first[name]), jax.tree.leaves(second[name])):
+            np.testing.assert_array_equal(a, b)
+        assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(first[name])) > 1e-4
+    difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), first["denoiser"], second["denoiser"])
+    assert max(jax.tree.leaves(difference)) > 1e-3
