@@ -13,7 +13,7 @@ import numpy as np
 
 from starflow_jax.config import Config
 from starflow_jax.data import adherence, pipeline
-from starflow_jax.generation import bits_per_frame, generate_clips, noised_latents
+from starflow_jax.generation import bits_per_frame, denoise, generate_clips, noised_latents
 from starflow_jax.metrics import ProgressBar, table, temporal_flickering
 from starflow_jax.model_store import load_model
 from starflow_jax.optimizer import Params
@@ -33,8 +33,8 @@ def evaluate(config: Config, workdir: Path) -> None:
     captions, labels = test_prompts(system, config.evaluate.prompts)
     likelihood = test_likelihood(system, params)
     choices = {}
-    for how in DENOISE_CHOICES:
-        frames = _generate(system, params, captions, how)
+    made = _generate(system, params, captions)
+    for how, frames in made.items():
         choices[how] = read(labels, frames)
         if how == config.sample.denoise:
             contact_sheet(workdir / "evaluate_samples.png", frames[:SHOWN], captions[:SHOWN], scale=3)
@@ -63,18 +63,26 @@ def test_prompts(system: System, count: int) -> tuple[list[str], np.ndarray]:
     return captions, adherence.labels_of(captions)
 
 
-def _generate(system: System, params: Params, captions: list[str], denoise: str) -> np.ndarray:
-    """One clip per caption, seeds 0, 1, 2, ...; the last batch is filled up to keep its shape."""
-    settings = dataclasses.replace(system.config.sample, denoise=denoise, frames=0)
-    size, parts = settings.batch_size, []
-    with ProgressBar(f"samples ({denoise})", len(captions), unit="clip") as progress:
+def _generate(system: System, params: Params, captions: list[str]) -> dict[str, np.ndarray]:
+    """One clip per caption, seeds 0, 1, 2, ..., denoised in every way: frames (B, T, H, W, 3) each.
+
+    The last batch is filled up to keep its shape.
+    """
+    settings = dataclasses.replace(system.config.sample, denoise="none", frames=0)
+    size = settings.batch_size
+    parts: dict[str, list[np.ndarray]] = {how: [] for how in DENOISE_CHOICES}
+    features, decode = jax.jit(system.features), jax.jit(system.decode)
+    with ProgressBar("samples", len(captions), unit="clip") as progress:
         for begin in range(0, len(captions), size):
             batch = captions[begin:begin + size]
             filled = batch + [batch[-1]] * (size - len(batch))
             clips = generate_clips(system, params, filled, range(begin, begin + size), settings)
-            parts.append(clips.frames_BTHWC[:len(batch)])
+            text = features(params, jnp.asarray(system.text_ids([system.prompt(caption) for caption in filled])))
+            for how in DENOISE_CHOICES:
+                clean = denoise(system, params, jnp.asarray(clips.noisy_BNhwC), text, how)
+                parts[how].append(np.asarray(decode(clean))[:len(batch)])
             progress.update(len(batch))
-    return np.concatenate(parts)
+    return {how: np.concatenate(frames) for how, frames in parts.items()}
 
 
 def read(labels_B3: np.ndarray, frames_BTHWC: np.ndarray) -> dict[str, float]:
