@@ -74,7 +74,7 @@ def apply_gradients(state: TrainState, grads: Params, settings: Train) -> tuple[
 
     Returns (state, norm of the flow's gradient, whether the step was skipped).
     """
-    norm, denoiser_norm = (optax.global_norm(part) for part in split(grads))
+    norm, denoiser_norm = (optax.tree.norm(part) for part in split(grads))
     accepted = state.step - state.skipped
     outlier = (accepted >= NORM_WARMUP) & (norm > settings.outlier_factor * state.norm_mean)
     skip = outlier | ~jnp.isfinite(norm) | ~jnp.isfinite(denoiser_norm)
