@@ -1,7 +1,7 @@
 """Text and images to video: python -m starflow_jax.main --config=configs/t2v.py[:tiny|3b|7b]
 
 tiny   moving digits, 13 frames of 24x24 pixels: trains on two CPU cores, nothing is downloaded
-box    the same model, trained for longer: what the package carries
+box    the same model, trained for longer with larger batches, on a GPU: what the package carries
 3b 7b  the paper's sizes: 81 frames of 480x848 pixels in Wan2.2 latents, text by flan-t5-xl
 """
 
@@ -27,6 +27,10 @@ TINY_TRAIN = dict(
     denoiser_learning_rate=1.5e-3, warmup_steps=50, ema=0.998, log_every=10, checkpoint_every=100,
     evaluate_every=280, validation_clips=128)
 
+BOX_TRAIN = dict(
+    steps=14_000, batch_size=64, image_batch_size=192, ema=0.999, log_every=50, checkpoint_every=1_000,
+    evaluate_every=2_000, adherence_prompts=128)
+
 
 def paper(name: str, deep_layers: int, deep_width: int) -> Config:
     return Config(
@@ -44,7 +48,7 @@ def paper(name: str, deep_layers: int, deep_width: int) -> Config:
 def get_config(variant: str = "tiny"):
     variants = {
         "tiny": tiny,
-        "box": lambda: tiny("box", steps=1_200, checkpoint_every=200, evaluate_every=1_000),
+        "box": lambda: tiny("box", **BOX_TRAIN),
         "3b": lambda: paper("3b", deep_layers=24, deep_width=3072),
         "7b": lambda: paper("7b", deep_layers=24, deep_width=4096),
     }

@@ -8,12 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from flax import traverse_util
+from jax.sharding import SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -73,7 +75,8 @@ class Checkpoints:
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
         """(state, data position, step) of the newest whole checkpoint, or None where there is none at all.
 
-        abstract_state: a pytree of jax.ShapeDtypeStruct, restored to their shardings where they have one.
+        abstract_state: a pytree of jax.ShapeDtypeStruct, restored to their shardings, or to this process's
+        first device where they have none: whatever devices wrote it.
         A damaged checkpoint is reported and the one before it is taken; raises UserError where all are
         damaged, and where a whole one holds other arrays than abstract_state.
         """
@@ -87,6 +90,7 @@ class Checkpoints:
 
     def _restore_first(self, steps: list[int], abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
         damaged: list[int] = []
+        abstract_state = jax.tree.map(_placed, abstract_state)
         for step in steps:
             folder = self.directory / str(step)
             damage = _damage(folder)
@@ -112,6 +116,13 @@ class Checkpoints:
                 # The files directly in the folder hold no data, and change with the commit.
                 names = sorted(str(path.relative_to(folder)) for path in folder.glob("*/**/*") if path.is_file())
                 (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder, names)))
+
+
+def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """With a sharding; without one orbax would look for the devices that wrote the checkpoint."""
+    if leaf.sharding is not None:
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(jax.local_devices()[0]))
 
 
 def _bits(metrics: Any) -> float:

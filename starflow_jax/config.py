@@ -140,9 +140,11 @@ class Data:
     first_frame_drop: float = 0.25
     caption_drop: float = 0.1
     short_caption: float = 0.1
+    workers: int = 0  # processes that decode clips; 0: threads of the training process
 
     def __post_init__(self) -> None:
         _check_positive(self, "size", "digit_size", "train_clips", "validation_clips", "test_clips")
+        _check(self, "workers", self.workers >= 0, "has to be 0 (threads) or more")
         for field in ("image_probability", "first_frame_drop", "caption_drop", "short_caption"):
             _check(self, field, 0 <= getattr(self, field) <= 1, "has to be a probability, 0 to 1")
 
@@ -169,12 +171,14 @@ class Train:
     evaluate_every: int = 1_000
     keep_checkpoints: int = 3
     validation_clips: int = 128
+    adherence_prompts: int = 0  # validation captions whose samples are read at each evaluation; 0: none
 
     def __post_init__(self) -> None:
         _check_positive(self, "steps", "batch_size", "accumulate", "learning_rate", "final_learning_rate",
                         "denoiser_learning_rate", "clip", "log_every", "checkpoint_every", "evaluate_every",
                         "keep_checkpoints", "validation_clips")
         _check(self, "warmup_steps", 0 <= self.warmup_steps <= self.steps, f"has to be 0 to steps={self.steps}")
+        _check(self, "adherence_prompts", self.adherence_prompts >= 0, "has to be 0 (none) or more")
         _check(self, "outlier_factor", self.outlier_factor > 1, "has to be greater than 1")
         _check(self, "ema", 0 <= self.ema < 1, "has to be at least 0 and below 1")
         _check(self, "weight_decay", self.weight_decay >= 0, "has to be 0 or more")
@@ -201,6 +205,7 @@ class Sample:
     max_steps: int = 0  # 0: the block size, which is exact
     context_frames: int = 0  # latents re-encoded when the window moves on; 0: three quarters of it
     denoise: str = "denoiser"
+    checkpoint: str = "newest"  # or "best" by validation; also what is evaluated and packaged
     output: str = ""  # "": WORKDIR/samples
 
     def __post_init__(self) -> None:
@@ -211,6 +216,7 @@ class Sample:
         _check(self, "context_frames", self.context_frames >= 0, "has to be 0 (three quarters) or more")
         _check_choice(self, "solver", ("jacobi", "sequential"))
         _check_choice(self, "denoise", ("denoiser", "score", "none"))
+        _check_choice(self, "checkpoint", ("newest", "best"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from starflow_jax.config import Config
 from starflow_jax.data import adherence, pipeline
-from starflow_jax.generation import bits_per_frame, denoise, generate_clips, noised_latents
+from starflow_jax.generation import bits_per_frame, denoise, fixed_prompts, generate_clips, noised_latents
 from starflow_jax.metrics import ProgressBar, table, temporal_flickering
 from starflow_jax.model_store import load_model
 from starflow_jax.optimizer import Params
@@ -30,7 +30,7 @@ def evaluate(config: Config, workdir: Path) -> None:
     began = time.perf_counter()
     system, params, source = load_model(config, workdir)
     print(f"model: {source}")
-    captions, labels = test_prompts(system, config.evaluate.prompts)
+    captions, labels = fixed_prompts(system, "test", config.evaluate.prompts)
     likelihood = test_likelihood(system, params)
     choices = {}
     made = _generate(system, params, captions)
@@ -54,13 +54,6 @@ def evaluate(config: Config, workdir: Path) -> None:
     with atomic_path(workdir / "evaluate.json") as path:
         path.write_text(json.dumps(results, indent=1))
     _print(results, workdir)
-
-
-def test_prompts(system: System, count: int) -> tuple[list[str], np.ndarray]:
-    """The first long captions of the test split and what they ask for: (captions, labels (B, 3))."""
-    source = data_source(system.config, "test")
-    captions = [source[index]["caption_long"].decode() for index in range(min(count, len(source)))]
-    return captions, adherence.labels_of(captions)
 
 
 def _generate(system: System, params: Params, captions: list[str]) -> dict[str, np.ndarray]:

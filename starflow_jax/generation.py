@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Config, Sample, UserError
+from starflow_jax.data import adherence
 from starflow_jax.flow import decode
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.losses import REFERENCE_NOISE, nats
 from starflow_jax.optimizer import Params
-from starflow_jax.system import System, flow_variables, pixel_frames
+from starflow_jax.system import System, data_source, flow_variables, pixel_frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +73,11 @@ def generate_clips(
     flow, variables = system.flow, flow_variables(params)
     grid = flow.grid((1, 1, model.height, model.width, model.channels))[1:]
     prompts = [system.prompt(caption, is_image=total == 1) for caption in captions]
-    text = system.features(params, jnp.asarray(system.text_ids(prompts)))
+    features = jax.jit(system.features)
+    text = features(params, jnp.asarray(system.text_ids(prompts)))
     texts = text[None]
     if settings.guidance:
-        null = system.features(params, jnp.asarray(system.text_ids([system.prompt("", is_image=total == 1)])))
+        null = features(params, jnp.asarray(system.text_ids([system.prompt("", is_image=total == 1)])))
         texts = jnp.stack([text, jnp.broadcast_to(null, text.shape)])
     noise = noise_for(seeds, (total, model.tokens_per_frame, model.token_channels))
     known, known_latents = None, None
@@ -97,6 +99,26 @@ def generate_clips(
     clean = denoise(system, params, noisy, text, settings.denoise)
     frames = jax.jit(system.decode)(clean)
     return _collect(frames, noisy, frame_nats(system, params, noisy, text), reports, shallow, len(captions))
+
+
+def fixed_prompts(system: System, split: str, count: int) -> tuple[list[str], np.ndarray]:
+    """The first long captions of a split and what they ask for: (captions, labels (B, 3))."""
+    source = data_source(system.config, split)
+    captions = [source[index]["caption_long"].decode() for index in range(min(count, len(source)))]
+    return captions, adherence.labels_of(captions)
+
+
+def adherence_of_samples(system: System, params: Params, split: str, count: int) -> dict[str, float]:
+    """Shares of clips, generated from a split's first captions with seeds 0, 1, ..., that do as asked."""
+    captions, labels_B3 = fixed_prompts(system, split, count)
+    settings = dataclasses.replace(system.config.sample, frames=0)
+    frames = []
+    for begin in range(0, len(captions), settings.batch_size):
+        batch = captions[begin:begin + settings.batch_size]
+        filled = batch + [batch[-1]] * (settings.batch_size - len(batch))  # one shape, one compilation
+        clips = generate_clips(system, params, filled, range(begin, begin + len(filled)), settings)
+        frames.append(clips.frames_BTHWC[:len(batch)])
+    return adherence.default_reader().adherence(labels_B3, np.concatenate(frames))
 
 
 def deep_solver(settings: Sample) -> decode.Solver:

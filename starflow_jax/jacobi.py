@@ -7,6 +7,7 @@ its solution never depends on the samples beside it.
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,7 @@ def solve(
         raise ValueError(f"max_steps={max_steps}: the solver needs at least one step")
     batch = start_BNC.shape[0]
     x, aux = update(start_BNC)
+    chex.assert_equal_shape((x, start_BNC))
     first_residual = residual(x, start_BNC)
     first = Solution(x, aux, jnp.ones(batch, jnp.int32), first_residual, first_residual < tolerance)
 

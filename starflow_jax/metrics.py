@@ -7,9 +7,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -18,7 +18,6 @@ from tqdm import tqdm
 from starflow_jax.video_io import atomic_path
 
 METRICS_FILE = "metrics.jsonl"
-Item = TypeVar("Item")
 
 
 class MetricWriter:
@@ -121,14 +120,6 @@ class ProgressBar:
         self.close()
 
 
-def progress(items: Iterable[Item], description: str, total: int, unit: str = "it") -> Iterator[Item]:
-    """Yields `items` under a ProgressBar."""
-    with ProgressBar(description, total, unit=unit) as bar:
-        for item in items:
-            yield item
-            bar.update()
-
-
 def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
     """An aligned text table; columns of numbers go to the right, floats with four significant digits."""
     cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
@@ -153,8 +144,3 @@ def temporal_flickering(frames_THWC: np.ndarray) -> float:
     frames = frames_THWC.astype(np.float32)
     difference = np.abs(frames[..., 1:, :, :, :] - frames[..., :-1, :, :, :])
     return float((255 - difference.mean(dtype=np.float64)) / 255)
-
-
-def bits_per_dim(nats_total: float, dims: int) -> float:
-    """Bits per dimension of a negative log-likelihood in nats over `dims` dimensions."""
-    return nats_total / (dims * math.log(2))

@@ -1,4 +1,4 @@
-"""Which model a mode works with: the workdir's newest checkpoint, or the one carried in the package."""
+"""Which model a mode works with: the workdir's newest or best checkpoint, or the one carried in the package."""
 
 import dataclasses
 import json
@@ -27,7 +27,8 @@ def load_model(config: Config, workdir: Path) -> tuple[System, Params, str]:
         try:
             abstract = jax.eval_shape(
                 lambda: create_state(init_params(config, jax.random.key(0)), config.train))
-            restored = checkpoints.restore(abstract)
+            best = config.sample.checkpoint == "best"
+            restored = checkpoints.restore_best(abstract) if best else checkpoints.restore(abstract)
         finally:
             checkpoints.close()
         if restored is not None:

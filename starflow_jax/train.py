@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,18 @@ import numpy as np
 from starflow_jax.checkpoint import BEST, Checkpoints
 from starflow_jax.config import Config, UserError
 from starflow_jax.data import pipeline
-from starflow_jax.generation import bits_per_frame, generate_clips
+from starflow_jax.generation import adherence_of_samples, bits_per_frame, generate_clips
 from starflow_jax.metrics import MetricWriter, ProgressBar, read_metrics
 from starflow_jax.optimizer import Params, TrainState, create_state, schedule
-from starflow_jax.system import System, data_source, load_system, make_system, model_fingerprint, save_system
+from starflow_jax.system import (
+    System,
+    data_source,
+    load_system,
+    make_system,
+    model_fingerprint,
+    prompt_text,
+    save_system,
+)
 from starflow_jax.train_step import make_train_step, tokens_of
 from starflow_jax.video_io import contact_sheet
 
@@ -51,7 +60,9 @@ def train_iterator(system: System):
         data_source(config, "train"), batch_size=train.batch_size, image_batch_size=images, seed=train.seed,
         image_probability=data.image_probability, first_frame_drop=data.first_frame_drop,
         caption_drop=data.caption_drop, short_caption=data.short_caption, pixel_frames=system.pixel_frames,
-        latent_stride=config.codec.time_stride, encode_text=system.text_ids, format_caption=system.prompt,
+        latent_stride=config.codec.time_stride,
+        encode_text=partial(system.tokenizer.encode, length=config.model.text_length),
+        format_caption=partial(prompt_text, config), workers=data.workers,
         process_index=jax.process_index(), process_count=jax.process_count())
 
 
@@ -74,6 +85,7 @@ def train(config: Config, workdir: Path) -> None:
     try:
         state = _run(system, state, batches, checkpoints, writer)
     finally:
+        batches.close()
         checkpoints.close()
         writer.close()
     _say_what_next(config, workdir, int(state.step))
@@ -142,6 +154,9 @@ def _evaluate(system: System, params: Params, step: int, writer: MetricWriter) -
     bits = bits_per_frame(system, params, validation_batches(system, "validation",
                                                              system.config.train.validation_clips))
     metrics = {BEST: float(bits.mean())}
+    if system.config.train.adherence_prompts:
+        shares = adherence_of_samples(system, params, "validation", system.config.train.adherence_prompts)
+        metrics |= {f"adherence_{name}": share for name, share in shares.items()}
     clips = generate_clips(system, params, SHEET_CAPTIONS, range(len(SHEET_CAPTIONS)), system.config.sample)
     contact_sheet(writer.path.parent / "sheets" / f"samples_step_{step:07d}.png", clips.frames_BTHWC, SHEET_CAPTIONS,
                   scale=3)

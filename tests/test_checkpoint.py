@@ -89,6 +89,24 @@ def test_restored_bit_for_bit(copy: Path) -> None:
     assert (data_state, step) == ({"position": 20}, 20)
 
 
+def test_restored_on_other_devices_than_wrote_it(tmp_path: Path) -> None:
+    script = f"""
+        import jax, jax.numpy as jnp
+        from pathlib import Path
+        from tests.test_checkpoint import make_state, open_checkpoints
+        state = jax.device_put(make_state(4), jax.devices()[12])
+        checkpoints = open_checkpoints(Path({str(tmp_path)!r}))
+        checkpoints.save(1, state, {{}}, None)
+        checkpoints.close()
+    """
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=16"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, env=environment)
+    checkpoints = open_checkpoints(tmp_path)
+    state, _, _ = restore(checkpoints)
+    checkpoints.close()
+    assert bits(state) == bits(make_state(4))
+
+
 def test_empty_folder_restores_nothing(tmp_path: Path) -> None:
     checkpoints = open_checkpoints(tmp_path / "new")
     assert checkpoints.restore(abstract_state()) is None and checkpoints.restore_best(abstract_state()) is None

@@ -72,8 +72,14 @@ def test_given_frames_come_back_and_the_rest_follows(system: System, params) -> 
     made = generate_clips(system, params, CAPTIONS, [5, 6, 7], SETTINGS, known_BTHWC=known)
     assert made.frames_BTHWC.shape == (3, 9, 8, 8, 3)
     clean = np.asarray(system.encode(jnp.asarray(known)))
-    noise = made.noisy_BNhwC[:, :2] - clean
-    assert 0.5 * CONFIG.model.noise_std < noise.std() < 1.5 * CONFIG.model.noise_std
+    noise = noise_for([seed ^ 0x5EED for seed in (5, 6, 7)], (2, 4, 4)).reshape(clean.shape)
+    np.testing.assert_allclose(made.noisy_BNhwC[:, :2], clean + CONFIG.model.noise_std * noise, atol=1e-6)
+    # The made frame is the inverse of its own noise, given the noised ones.
+    text = system.features(params, jnp.asarray(system.text_ids([system.prompt(c) for c in CAPTIONS])))
+    unguided = generate_clips(system, params, CAPTIONS, [5, 6, 7], dataclasses.replace(SETTINGS, guidance=0.0),
+                              known_BTHWC=known)
+    out = system.flow.apply(flow_variables(params), jnp.asarray(unguided.noisy_BNhwC), text, method="forward")
+    np.testing.assert_allclose(out.z_BTSK[:, 2], noise_for([5, 6, 7], out.z_BTSK.shape[1:])[:, 2], atol=2e-3)
 
 
 def test_long_videos_pass_the_window(system: System, params, clips: Clips) -> None:

@@ -81,10 +81,8 @@ def test_progress_in_a_log_is_a_few_lines(monkeypatch):
     with metrics.ProgressBar("train", total=5000, initial=1000) as bar:
         for _ in range(4000):
             bar.update(bits_per_dim=1.23456)
-    assert list(metrics.progress(range(3), "clips", total=3)) == [0, 1, 2]
     text = log.getvalue()
     assert "train" in text and "5000/5000" in text and "1.2346 bits/dim" in text and "step/s" in text
-    assert "clips" in text and "3/3" in text
     assert text.count("\r") + text.count("\n") < 12
 
 
@@ -111,8 +109,3 @@ def test_temporal_flickering():
     assert metrics.temporal_flickering(both_BTHWC) == pytest.approx(0.5, abs=1e-12)
     with pytest.raises(ValueError, match="T ≥ 2"):
         metrics.temporal_flickering(still_THWC[:1])
-
-
-def test_bits_per_dim():
-    # A uniform density over [0, 256) per dimension costs 8 bits.
-    assert metrics.bits_per_dim(10 * np.log(256), 10) == pytest.approx(8, rel=1e-12)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from starflow_jax.config import Config, UserError, from_config_dict
-from starflow_jax.generation import bits_per_frame
+from starflow_jax.generation import adherence_of_samples, bits_per_frame
 from starflow_jax.model_store import BOX, load_model
 from starflow_jax.package import LARGEST, package
 from starflow_jax.system import init_params
@@ -65,3 +65,10 @@ def test_other_models_are_not_in_the_box(tmp_path: Path) -> None:
 def test_parameters_come_back_as_float32(tmp_path: Path) -> None:
     _, params, _ = load_model(tiny(), tmp_path)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_the_box_does_as_it_is_asked(tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny(), sample=dataclasses.replace(tiny().sample, batch_size=16))
+    system, params, _ = load_model(config, tmp_path)
+    shares = adherence_of_samples(system, params, "validation", 16)
+    assert min(shares.values()) > 0.8

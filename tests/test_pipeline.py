@@ -179,6 +179,17 @@ def test_a_saved_state_goes_on_with_the_next_batch(done):
     same(expected, take(train(), done + 10)[done:])
 
 
+def test_worker_processes_give_the_same_batches_and_states():
+    here = train()
+    workers = train(workers=2)
+    expected = take(here, 6)
+    same(take(workers, 4), expected[:4])
+    state = workers.get_state()
+    workers.close()
+    here.set_state(state)
+    same(take(here, 2), expected[4:])
+
+
 def test_longer_recordings_are_cut_at_random():
     starts = set()
     for batch in take(train(pixel_frames=5, image_probability=0), 40):

@@ -6,6 +6,7 @@ unlike it, it is one orthonormal projection, fitted to the training clips in sec
 
 import dataclasses
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,7 @@ def decode(codec: PatchCodec, latents_BNhwC: jax.Array, shape: PatchShape) -> ja
 
 
 def _to_patches(pixels_BTHWC: jax.Array, shape: PatchShape) -> jax.Array:
+    chex.assert_shape(pixels_BTHWC, (None, None, None, None, 3))
     batch, frames, height, width, _ = pixels_BTHWC.shape
     latent_frames, size, time = shape.latent_frames(frames), shape.space, shape.time
     if height % size or width % size:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 
 from starflow_jax.config import UserError
 
@@ -57,7 +58,8 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     read_threads: int = 2,
-) -> grain.DatasetIterator[Batch]:
+    workers: int = 0,
+) -> "BatchIterator":
     """Endless batches; every epoch is shuffled anew. Each is a dict of numpy arrays:
 
         frames_BTHWC  uint8; T = pixel_frames + latent_stride, in an image batch 1
@@ -67,10 +69,10 @@ def train_batches(
     batch_size and image_batch_size are global: process i of n gets the i-th part of the same batch.
     image_probability: the share of image batches, spread evenly; all processes get them at the same
     steps. first_frame_drop, caption_drop, short_caption: probabilities per example (a dropped caption
-    is "", formatted like any other). pixel_frames: trained on, as the codec counts them.
+    is "", formatted like any other). pixel_frames: trained on, as the codec counts them. workers:
+    processes that decode (0: in this one); encode_text and format_caption are pickled for them.
 
-    The iterator's `get_state()` is a JSON-serialisable dict and `set_state` goes on after it with the
-    very next batch. Raises UserError for settings that don't fit each other or the source.
+    Raises UserError for settings that don't fit each other or the source.
     """
     probabilities = {
         "image_probability": image_probability,
@@ -128,8 +130,49 @@ def train_batches(
     if image_probability > 0:
         streams.append(batches(image_example, image_batch_size, 2 * seed + 1))
         weights.append(image_probability)
-    options = grain.ReadOptions(num_threads=read_threads, prefetch_buffer_size=8)
-    return iter(grain.MapDataset.mix(streams, weights).to_iter_dataset(options))
+    return BatchIterator(grain.MapDataset.mix(streams, weights), read_threads, workers)
+
+
+class BatchIterator(Iterator[Batch]):
+    """Batches in order, read ahead. Its state is how many were taken, so that a run may go on with
+    another number of workers or threads."""
+
+    def __init__(self, batches: grain.MapDataset[Batch], read_threads: int, workers: int) -> None:
+        self._all, self._read_threads, self._workers = batches, read_threads, workers
+        self._ahead: grain.DatasetIterator[Batch] | None = None
+        self.set_state({"batches": 0})
+
+    def __next__(self) -> Batch:
+        if self._ahead is None:
+            self._ahead = self._open()
+        batch = next(self._ahead)
+        self._taken += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """JSON-serialisable."""
+        return {"batches": self._taken}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Go on with the very next batch after `state` was taken."""
+        self.close()
+        self._taken = state["batches"]
+
+    def close(self) -> None:
+        """End the reading ahead and its processes; the next batch would start it again."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def _open(self) -> grain.DatasetIterator[Batch]:
+        options = grain.ReadOptions(num_threads=self._read_threads, prefetch_buffer_size=8)
+        batches = self._all[self._taken:].to_iter_dataset(options)
+        if self._workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which a notebook never parses
+            processes = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=4)
+            batches = batches.mp_prefetch(processes)
+        return iter(batches)
 
 
 def evaluation_batches(

@@ -7,6 +7,7 @@ frames, conditioned on text. Tokens are kept as (B, T, S, K): frame, raster posi
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import flax.linen as nn
 import flax.struct
 import jax
@@ -51,6 +52,8 @@ class STARFlow(nn.Module):
 
     def forward(self, x_BTHWC: jax.Array, text_BTD: jax.Array | None = None) -> FlowOutput:
         """Latents -> noise. text: (B, text_length, text_dim) features, a prefix of the deep block."""
+        if text_BTD is not None:
+            chex.assert_shape(text_BTD, (x_BTHWC.shape[0], None, None))
         grid = self.grid(x_BTHWC.shape)
         outputs, logdets = self.shallow_forward(x_BTHWC)
         u_BSK = _join_frames(outputs[-1])
@@ -77,7 +80,8 @@ class STARFlow(nn.Module):
         return self.latents(out_BSK.reshape(x_BTHWC.shape[0], frames, height * width, -1), height)
 
     def tokens(self, x_BTHWC: jax.Array) -> jax.Array:
-        """Latents -> (B, T, S, K) tokens in raster order."""
+        """Latents -> (B, T, S, K) tokens in raster order. Raises AssertionError for another number of channels."""
+        chex.assert_shape(x_BTHWC, (None, None, None, None, self.config.channels))
         patches = patchify(x_BTHWC, self.config.patch_size)
         return patches.reshape(*patches.shape[:2], -1, patches.shape[-1])
 

@@ -41,6 +41,9 @@ class Tokenizer:
         if special != (PAD_ID, EOS_ID, UNK_ID):
             raise UserError(f"the tokenizer has pad, eos, unk ids {special}, not T5's (0, 1, 2)")
 
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
+        return Tokenizer, (self.model,)
+
     @classmethod
     def load(cls, source: str | Path | bytes) -> "Tokenizer":
         """From a file or from the bytes of one; raises UserError if it can't be read."""
