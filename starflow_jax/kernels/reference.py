@@ -1,53 +1,179 @@
-"""The attention core in plain jax.numpy: the definition that every kernel has to meet."""
+"""The attention core in plain jax.numpy: the definition that every kernel has to meet.
+
+Short sequences are one product (`attention`), which autodiff takes apart as fast as anything does on CPU.
+Long ones go block by block (`forward`, `backward`): memory grows with the length, not with its square.
+"""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from starflow_jax.kernels.mask import HIDDEN, Mask, seen, visible_blocks
+
 MASKED = -1e30
+Q_CHUNK, K_CHUNK = 512, 1024
+
+Past = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def attention(
     q_BSHD: jax.Array,
-    k_BKHD: jax.Array,
-    v_BKHD: jax.Array,
-    mask_SK: jax.Array,
-    past: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    k_BKGD: jax.Array,
+    v_BKGD: jax.Array,
+    mask: Mask | jax.Array | np.ndarray,
+    past: Past | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v over the keys that `mask_SK` allows; softmax in float32 at least.
+    """softmax(q k^T / sqrt(D)) v over the keys that the mask allows, all at once; softmax in float32 at least.
 
-    past: (k_BPHD, v_BPHD, length) of earlier slots, of which all queries see the first `length`.
+    mask: a Mask, or (S, K) of bool. past: (k_BPGD, v_BPGD, length) of earlier slots, of which all queries see
+    the first `length` (int32, one for all samples or (B,)). H has to be a multiple of G.
     Returns (B, S, H, D) in q's dtype.
     """
+    queries, keys = q_BSHD.shape[1], k_BKGD.shape[1]
+    mask_SK = mask
+    if isinstance(mask, Mask):
+        mask_SK = seen(mask, np.arange(queries)[:, None], np.arange(keys), keys)
     # Heads go in front of both products: a batched product of plain matrices is several times faster on
     # CPU than the same contraction over strided heads.
     q_BHSD = (q_BSHD * q_BSHD.shape[-1] ** -0.5).transpose(0, 2, 1, 3)
-    scores = _scores(q_BHSD, k_BKHD, mask_SK)
+    scores = _scores(q_BHSD, k_BKGD, mask_SK)
     largest = jnp.max(scores, axis=-1, keepdims=True)
     past_scores = None
     if past is not None:
-        past_k_BPHD, past_v_BPHD, length = past
-        past_scores = _scores(q_BHSD, past_k_BPHD, jnp.arange(past_k_BPHD.shape[1])[None, :] < length)
+        past_k_BPGD, past_v_BPGD, length = past
+        in_past = jnp.arange(past_k_BPGD.shape[1]) < jnp.reshape(length, (-1, 1, 1, 1))
+        past_scores = _scores(q_BHSD, past_k_BPGD, in_past)
         largest = jnp.maximum(largest, jnp.max(past_scores, axis=-1, keepdims=True))
     largest = lax.stop_gradient(largest)
-    out, total = _weighted_sum(scores, largest, v_BKHD)
+    out, total = _weighted_sum(scores, largest, v_BKGD)
     if past_scores is not None:
-        past_out, past_total = _weighted_sum(past_scores, largest, past_v_BPHD)
+        past_out, past_total = _weighted_sum(past_scores, largest, past_v_BPGD)
         out, total = out + past_out, total + past_total
     return (out / total).transpose(0, 2, 1, 3).astype(q_BSHD.dtype)
 
 
-def _scores(q_BHSD: jax.Array, k_BKHD: jax.Array, mask_SK: jax.Array) -> jax.Array:
-    scores = jnp.matmul(q_BHSD, k_BKHD.transpose(0, 2, 3, 1), preferred_element_type=_wide(q_BHSD.dtype))
-    return jnp.where(mask_SK, scores, MASKED)
+def forward(q_BSHD, k_BKGD, v_BKGD, mask: Mask, length_B):
+    """As `attention` without its scale, block by block: (out (B, S, H, D), log-sum-exp (B, H, S) float32 at least).
+
+    length_B: how many keys of each sample count, or None for all. A query that sees none gets out 0 and MASKED.
+    """
+    blocks, q_NBHSD = _Blocks(q_BSHD, k_BKGD, v_BKGD, mask, length_B), _chunks(q_BSHD, Q_CHUNK)
+
+    def q_chunk(_, xs):
+        q_BHSD, q_index, visible_K = xs
+
+        def k_chunk(carry, index):
+            out, largest, total = carry
+            k_BHKD, v_BHKD, allowed = blocks.take(q_index, index)
+            scores = jnp.where(allowed, _product(q_BHSD, k_BHKD.mT), MASKED)
+            new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1))
+            weights = jnp.where(allowed, jnp.exp(scores - new_largest[..., None]), 0)
+            shrink = jnp.exp(largest - new_largest)
+            out = out * shrink[..., None] + _product(weights.astype(v_BHKD.dtype), v_BHKD)
+            return out, new_largest, total * shrink + jnp.sum(weights, axis=-1)
+
+        rows = jnp.zeros(q_BHSD.shape[:-1], _wide(q_BSHD.dtype))
+        start = (jnp.zeros(q_BHSD.shape, rows.dtype), rows + MASKED, rows)
+        out, largest, total = _scan_visible(k_chunk, start, visible_K)
+        safe = jnp.where(total > 0, total, 1)
+        lse = jnp.where(total > 0, largest + jnp.log(safe), MASKED)
+        return None, ((out / safe[..., None]).astype(q_BSHD.dtype), lse)
+
+    _, (out_NBHSD, lse_NBHS) = lax.scan(q_chunk, None, (q_NBHSD, *blocks.rows))
+    lse_BHS = jnp.moveaxis(lse_NBHS, 0, 2).reshape(*lse_NBHS.shape[1:3], -1)[..., : q_BSHD.shape[1]]
+    return _join(out_NBHSD, q_BSHD.shape[1]), lse_BHS
 
 
-def _weighted_sum(scores_BHSK: jax.Array, largest: jax.Array, v_BKHD: jax.Array) -> tuple[jax.Array, jax.Array]:
+def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, mask: Mask, length_B):
+    """Gradients (dq, dk, dv) of `forward`. delta: sum over D of out * dout, less the gradient of lse."""
+    blocks = _Blocks(q_BSHD, k_BKGD, v_BKGD, mask, length_B)
+    rows = [jnp.moveaxis(_pad(x, 2, Q_CHUNK).reshape(*x.shape[:2], -1, Q_CHUNK), 2, 0) for x in (lse_BHS, delta_BHS)]
+    groups = (k_BKGD.shape[2], -1)
+
+    def q_chunk(dkv, xs):
+        q_BHSD, dout_BHSD, lse, delta, q_index, visible_K = xs
+
+        def k_chunk(carry, index):
+            dq, dk_NBGKD, dv_NBGKD = carry
+            k_BHKD, v_BHKD, allowed = blocks.take(q_index, index)
+            scores = _product(q_BHSD, k_BHKD.mT)
+            weights = jnp.where(allowed, jnp.exp(scores - lse[..., None]), 0)
+            dscores = weights * (_product(dout_BHSD, v_BHKD.mT) - delta[..., None])
+            dscores, weights = dscores.astype(k_BHKD.dtype), weights.astype(k_BHKD.dtype)
+            dk, dv = _product(dscores.mT, q_BHSD), _product(weights.mT, dout_BHSD)
+            dk, dv = (jnp.sum(x.reshape(x.shape[0], *groups, *x.shape[2:]), axis=2) for x in (dk, dv))
+            return dq + _product(dscores, k_BHKD), dk_NBGKD.at[index].add(dk), dv_NBGKD.at[index].add(dv)
+
+        dq = jnp.zeros(q_BHSD.shape, _wide(q_BSHD.dtype))
+        dq, *dkv = _scan_visible(k_chunk, (dq, *dkv), visible_K)
+        return tuple(dkv), dq.astype(q_BSHD.dtype)
+
+    zeros = jnp.zeros(blocks.k_NBGKD.shape, _wide(k_BKGD.dtype))
+    xs = (_chunks(q_BSHD, Q_CHUNK), _chunks(dout_BSHD, Q_CHUNK), *rows, *blocks.rows)
+    (dk, dv), dq = lax.scan(q_chunk, (zeros, zeros), xs)
+    keys = k_BKGD.shape[1]
+    return _join(dq, q_BSHD.shape[1]), *(_join(x, keys).astype(k_BKGD.dtype) for x in (dk, dv))
+
+
+class _Blocks:
+    """Keys and values in chunks, and what the mask says of each pair of chunks."""
+
+    def __init__(self, q_BSHD, k_BKGD, v_BKGD, mask: Mask, length_B):
+        queries, self.keys, self.group = q_BSHD.shape[1], k_BKGD.shape[1], q_BSHD.shape[2] // k_BKGD.shape[2]
+        self.mask, self.k_NBGKD, self.v_NBGKD = mask, _chunks(k_BKGD, K_CHUNK), _chunks(v_BKGD, K_CHUNK)
+        visible = visible_blocks(mask, queries, self.keys, Q_CHUNK, K_CHUNK) != HIDDEN
+        self.rows = (jnp.arange(len(visible)), jnp.asarray(visible))
+        self.length_B111 = self.keys if length_B is None else length_B[:, None, None, None]
+
+    def take(self, q_index, index):
+        """Chunk `index` of keys and values, (B, H, K, D) each, and who sees it, (B or 1, 1, S, K)."""
+        query, key = q_index * Q_CHUNK + jnp.arange(Q_CHUNK)[:, None], index * K_CHUNK + jnp.arange(K_CHUNK)
+        allowed = seen(self.mask, query, key, self.keys, jnp) & (key < self.length_B111)
+        k, v = (jnp.repeat(x[index], self.group, axis=1) for x in (self.k_NBGKD, self.v_NBGKD))
+        return k, v, allowed
+
+
+def _scan_visible(step, carry, visible_K: jax.Array):
+    def visit(carry, xs):
+        index, visible = xs
+        return lax.cond(visible, step, lambda carry, _: carry, carry, index), None
+
+    return lax.scan(visit, carry, (jnp.arange(len(visible_K)), visible_K))[0]
+
+
+def _chunks(x_BSHD: jax.Array, size: int) -> jax.Array:
+    """(chunks, B, H, size, D), zeros at the end."""
+    batch, _, heads, dim = x_BSHD.shape
+    return _pad(x_BSHD, 1, size).reshape(batch, -1, size, heads, dim).transpose(1, 0, 3, 2, 4)
+
+
+def _join(x_NBHSD: jax.Array, length: int) -> jax.Array:
+    """(B, length, H, D): `_chunks` undone."""
+    x = x_NBHSD.transpose(1, 0, 3, 2, 4)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, widths)
+
+
+def _scores(q_BHSD: jax.Array, k_BKGD: jax.Array, mask) -> jax.Array:
+    k_BKHD = jnp.repeat(k_BKGD, q_BHSD.shape[1] // k_BKGD.shape[2], axis=2)
+    return jnp.where(mask, _product(q_BHSD, k_BKHD.transpose(0, 2, 3, 1)), MASKED)
+
+
+def _weighted_sum(scores_BHSK: jax.Array, largest: jax.Array, v_BKGD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """exp(scores - largest) times the values, and its sum: the softmax before it is divided."""
     weights = jnp.exp(scores_BHSK - largest)
-    out = jnp.matmul(weights.astype(v_BKHD.dtype), v_BKHD.transpose(0, 2, 1, 3),
-                     preferred_element_type=weights.dtype)
-    return out, jnp.sum(weights, axis=-1, keepdims=True)
+    v_BKHD = jnp.repeat(v_BKGD, scores_BHSK.shape[1] // v_BKGD.shape[2], axis=2)
+    return _product(weights.astype(v_BKHD.dtype), v_BKHD.transpose(0, 2, 1, 3)), weights.sum(-1, keepdims=True)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, preferred_element_type=_wide(a.dtype))
 
 
 def _wide(dtype) -> jnp.dtype:

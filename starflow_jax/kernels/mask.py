@@ -1,0 +1,108 @@
+"""Who may attend to whom, as one interval of keys per query: nothing here has the size queries x keys.
+
+Every mask says for query i: it sees the first `prefix` keys and the keys low_i .. high_i - 1. Neither bound
+falls from one query to the next, so the blocks of keys that a block of queries sees are two runs, and the
+blocks of queries that see a block of keys are one.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+HIDDEN, PARTLY, WHOLLY = 0, 1, 2  # what a block of queries sees of a block of keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal:
+    """Slot i sees slots 0..i. A text prefix is simply the first slots of the sequence."""
+
+    prefix = 0
+
+    def interval(self, query, keys: int, xp=np) -> tuple[Any, Any]:
+        """(low, high) of each query; xp: numpy or jax.numpy, whichever the queries are of."""
+        return 0, query + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Full:
+    """Every query sees every key."""
+
+    prefix = 0
+
+    def interval(self, query, keys: int, xp=np) -> tuple[Any, Any]:
+        return 0, keys
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameWindow:
+    """Frame n sees frames n-window+1 .. n+lookahead, wholly, and the text, which is the first `prefix` slots.
+
+    Text queries see all text and frames 0 .. lookahead (as frame 0 would).
+    """
+
+    prefix: int
+    tokens: int  # per frame
+    window: int
+    lookahead: int
+
+    def interval(self, query, keys: int, xp=np) -> tuple[Any, Any]:
+        divide = lax.div if xp is jnp else np.floor_divide
+        frame = divide(xp.maximum(query - self.prefix, 0), xp.full_like(query, self.tokens))
+        low = self.prefix + xp.maximum(frame - (self.window - 1), 0) * self.tokens
+        return low, xp.minimum(self.prefix + (frame + (self.lookahead + 1)) * self.tokens, keys)
+
+
+Mask: TypeAlias = Causal | Full | FrameWindow
+
+
+def seen(mask: Mask, query, key, keys: int, xp=np):
+    """Elementwise: whether a query sees a key, as slot numbers; any integer arrays that broadcast."""
+    low, high = mask.interval(query, keys, xp)
+    inside = key < high if isinstance(low, int) else (key >= low) & (key < high)
+    return inside | (key < mask.prefix) if mask.prefix else inside
+
+
+class Bounds(NamedTuple):
+    """Query i sees key j where j < prefix or low_S[i] <= j < high_S[i]; int32."""
+
+    prefix: int
+    low_S: np.ndarray
+    high_S: np.ndarray
+
+
+def bounds(mask: Mask, queries: int, keys: int, q_block: int = 1) -> Bounds:
+    """The mask's intervals, for queries up to a multiple of q_block (those beyond see what the last one sees).
+
+    Raises ValueError where the mask needs as many queries as keys (the same slots) and they differ.
+    """
+    if queries != keys and not isinstance(mask, Full):
+        raise ValueError(f"{mask} joins as many queries as keys, not {queries} and {keys}")
+    query = np.minimum(np.arange(-(-queries // q_block) * q_block), queries - 1)
+    low, high = (np.broadcast_to(x, query.shape).astype(np.int32) for x in mask.interval(query, keys))
+    return Bounds(mask.prefix, low, high)
+
+
+def visible_blocks(mask: Mask, queries: int, keys: int, q_block: int, k_block: int) -> np.ndarray:
+    """(query blocks, key blocks) of HIDDEN, PARTLY or WHOLLY; keys from `keys` on are hidden."""
+    prefix, low_S, high_S = bounds(mask, queries, keys, q_block)
+    low, high = low_S.reshape(-1, q_block), high_S.reshape(-1, q_block)
+    start = np.arange(-(-keys // k_block)) * k_block
+    stop = start + k_block
+    some = (start < prefix) | ((stop > low.min(1, keepdims=True)) & (start < high.max(1, keepdims=True)))
+    joined = (np.maximum(start, prefix) >= low.max(1, keepdims=True)) & (stop <= high.min(1, keepdims=True))
+    return np.where((stop <= prefix) | joined, WHOLLY, np.where(some, PARTLY, HIDDEN))
+
+
+def block_runs(visible: np.ndarray, in_front: int = 0) -> np.ndarray:
+    """(4, rows): first and last + 1 of the blocks that each row sees, then of those it sees wholly.
+
+    The first `in_front` blocks are left out.
+    """
+    def run(some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        first = in_front + some[:, in_front:].argmax(1)
+        return first, first + some[:, in_front:].sum(1)
+
+    return np.stack(run(visible != HIDDEN) + run(visible == WHOLLY)).astype(np.int32)
