@@ -65,7 +65,7 @@ def forward(q_BSHD, k_BKGD, v_BKGD, *, mask: Mask, length_B, blocks: Blocks | No
     runs = block_runs(visible_blocks(mask, queries, keys, q_tile, k_block), in_front)
     tiles, stages = runs.shape[1], blocks.forward_stages
 
-    def kernel(q_ref, k_ref, v_ref, runs_ref, length_ref, out_ref, lse_ref, scratch):
+    def kernel(q_ref, k_ref, v_ref, runs_ref, length_ref, out_ref, lse_ref, *, scratch):
         qo_smem, k_smem, v_smem, lse_smem, q_full, k_full, v_full, k_free, v_free = scratch
         batch, head, warpgroup = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
         tile = tiles - 1 - lax.axis_index("tile")  # under a causal mask the last ones take longest
@@ -200,7 +200,7 @@ def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, *, mask: Mas
     tiles, missing = runs.shape[1], -queries % q_block
 
     def kernel(q_ref, k_ref, v_ref, lse_ref, delta_ref, dout_ref, runs_ref, length_ref, dq_ref, dk_ref, dv_ref,
-               scratch):
+               *, scratch):
         (k_smem, v_smem, q_smem, dout_smem, lse_smem, delta_smem, ds_smem, dq_smem,
          kv_full, full, free, ds_full) = scratch
         batch, kv_head, warpgroup = lax.axis_index("batch"), lax.axis_index("kv_head"), lax.axis_index("warpgroup")
