@@ -1,11 +1,11 @@
 """Flash attention for Hopper GPUs in Pallas's Mosaic GPU dialect: wgmma, TMA copies, warp specialisation.
 
-Two warpgroups compute, a third one only copies blocks into shared memory ahead of them. Softmax runs in
+Some warpgroups compute, the last one only copies blocks into shared memory ahead of them. Softmax runs in
 float32 and base 2. Blocks that the mask rules out are neither copied nor computed; only blocks which it cuts
 are compared with it, element by element.
 
-Forward: a program has 128 queries, 64 per computing warpgroup, and walks over the keys; the two take turns, so
-that one's softmax runs beside the other's products.
+Forward: a program has 64 queries per computing warpgroup and walks over the keys; the softmax of one block runs
+beside the product of the last one's weights and values.
 Backward: a program has 128 keys and walks over the queries. All five products are taken once; dq, to which
 every program contributes, is summed in float32 in device memory by the copy engine's add (so its last bits
 depend on the order of the programs).
@@ -25,22 +25,25 @@ from starflow_jax.kernels.reference import MASKED
 from starflow_jax.kernels.unsupported import Unsupported
 
 ROWS = 64  # of a wgmma instruction, and so of a warpgroup's tile; also the width of a 128 byte swizzle
-COMPUTING = 2  # warpgroups; the third one copies
+COMPUTING = 2  # warpgroups in the backward kernel; one more copies
+# By how many compute: the most each of those and of the copying one may have of an SM's 65,536.
+REGISTERS = {2: (240, 24), 3: (160, 32)}
 LOG2_E = math.log2(math.e)
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # as wgmma reads 16 bit operands
 SWIZZLED_F32 = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 
 class Blocks(NamedTuple):
-    """Sizes that may be tuned: keys per step forward, queries per step backward, buffers of each."""
+    """Sizes that may be tuned: computing warpgroups and keys per step forward, queries per step backward, buffers."""
 
+    forward_computing: int
     k_forward: int
     forward_stages: int
     q_backward: int
     backward_stages: int
 
 
-TUNED = {64: Blocks(128, 4, 128, 2), 128: Blocks(128, 2, 64, 2)}
+TUNED = {64: Blocks(3, 128, 3, 128, 2), 128: Blocks(2, 128, 2, 64, 2)}
 
 
 def check(q_BSHD: jax.Array, k_BKGD: jax.Array) -> None:
@@ -60,7 +63,8 @@ def forward(q_BSHD, k_BKGD, v_BKGD, *, mask: Mask, length_B, blocks: Blocks | No
     batch, queries, heads, dim = q_BSHD.shape
     keys, group = k_BKGD.shape[1], heads // k_BKGD.shape[2]
     q_BSHD, k_BKGD, v_BKGD = _pad(q_BSHD, k_BKGD, v_BKGD)
-    q_tile, k_block = COMPUTING * ROWS, blocks.k_forward
+    computing, k_block = blocks.forward_computing, blocks.k_forward
+    q_tile, (registers, registers_to_copy) = computing * ROWS, REGISTERS[computing]
     in_front = -(-mask.prefix // k_block)  # blocks with prefix in them, which all queries see
     runs = block_runs(visible_blocks(mask, queries, keys, q_tile, k_block), in_front)
     tiles, stages = runs.shape[1], blocks.forward_stages
@@ -78,9 +82,9 @@ def forward(q_BSHD, k_BKGD, v_BKGD, *, mask: Mask, length_B, blocks: Blocks | No
         def block_of(step):
             return jnp.where(step < in_front, step, step + (first - in_front))
 
-        @pl.when(warpgroup == COMPUTING)
+        @pl.when(warpgroup == computing)
         def _copy():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(registers_to_copy, action="decrease")
             kv_head = lax.div(head, jnp.int32(group))
 
             def fetch(step, slot):
@@ -99,9 +103,9 @@ def forward(q_BSHD, k_BKGD, v_BKGD, *, mask: Mask, length_B, blocks: Blocks | No
 
                 pl.when(step < steps)(lambda: fetch(step, slot))
 
-        @pl.when(warpgroup < COMPUTING)
+        @pl.when(warpgroup < computing)
         def _compute():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(registers, action="increase")
             q_start = tile * q_tile + warpgroup * ROWS
             qo, lse_row = qo_smem.at[warpgroup], lse_smem.at[warpgroup]
             plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(q_start, ROWS), head], qo, q_full.at[warpgroup])
@@ -171,16 +175,16 @@ def forward(q_BSHD, k_BKGD, v_BKGD, *, mask: Mask, length_B, blocks: Blocks | No
         block = plgpu.SMEM((stages, k_block, dim), q_BSHD.dtype, transforms=SWIZZLED)
         pl.run_scoped(
             lambda *scratch: kernel(*refs, scratch=scratch),
-            plgpu.SMEM((COMPUTING, ROWS, dim), q_BSHD.dtype, transforms=SWIZZLED), block, block,
-            plgpu.SMEM((COMPUTING, ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=COMPUTING), *2 * [plgpu.Barrier(num_barriers=stages)],
-            *2 * [plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages)],
+            plgpu.SMEM((computing, ROWS, dim), q_BSHD.dtype, transforms=SWIZZLED), block, block,
+            plgpu.SMEM((computing, ROWS), jnp.float32),
+            plgpu.Barrier(num_barriers=computing), *2 * [plgpu.Barrier(num_barriers=stages)],
+            *2 * [plgpu.Barrier(num_arrivals=computing, num_barriers=stages)],
             collective_axes="warpgroup",
         )
 
     out_type = (jax.ShapeDtypeStruct(q_BSHD.shape, q_BSHD.dtype),
                 jax.ShapeDtypeStruct((batch, heads, tiles * q_tile), jnp.float32))
-    launch = _launcher(entry, out_type, "attention_forward", tile=tiles, head=heads, batch=batch)
+    launch = _launcher(entry, out_type, "attention_forward", computing, tile=tiles, head=heads, batch=batch)
     out, lse_BHS = launch(q_BSHD, k_BKGD, v_BKGD, runs, _lengths(length_B, batch, keys))
     return out[:, :queries], lse_BHS[..., :queries]
 
@@ -217,7 +221,7 @@ def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, *, mask: Mas
 
         @pl.when(warpgroup == COMPUTING)
         def _copy():
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(REGISTERS[COMPUTING][1], action="decrease")
 
             def fetch(step, slot):
                 head, block = place(step)
@@ -237,7 +241,7 @@ def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, *, mask: Mas
 
         @pl.when(warpgroup < COMPUTING)
         def _compute():
-            plgpu.set_max_registers(240, action="increase")
+            plgpu.set_max_registers(REGISTERS[COMPUTING][0], action="increase")
             k_start = tile * k_tile + warpgroup * ROWS
             for panel in range(panels):
                 source = (batch, pl.ds(k_start, ROWS), kv_head, pl.ds(panel * ROWS, ROWS))
@@ -331,7 +335,7 @@ def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, *, mask: Mas
     dq_BSHD = jax.new_ref(jnp.zeros((batch, queries + missing, heads, dim), jnp.float32))
     rows = [jnp.pad(row, ((0, 0), (0, 0), (0, missing))) for row in (lse_BHS * LOG2_E, delta_BHS)]
     out_type = 2 * (jax.ShapeDtypeStruct(k_BKGD.shape, k_BKGD.dtype),)
-    launch = _launcher(entry, out_type, "attention_backward", tile=tiles, kv_head=kv_heads, batch=batch)
+    launch = _launcher(entry, out_type, "attention_backward", COMPUTING, tile=tiles, kv_head=kv_heads, batch=batch)
     dk_BKGD, dv_BKGD = launch(
         q_BSHD, k_BKGD, v_BKGD, *rows, dout_BSHD, runs, _lengths(length_B, batch, keys), dq_BSHD)
     return dq_BSHD[...][:, :queries].astype(q_BSHD.dtype), dk_BKGD[:, :keys], dv_BKGD[:, :keys]
@@ -342,9 +346,9 @@ def _pad(*arrays_BSHD: jax.Array) -> list[jax.Array]:
     return [jnp.pad(x, ((0, 0), (0, -x.shape[1] % SWIZZLED[0].tiling[0]), (0, 0), (0, 0))) for x in arrays_BSHD]
 
 
-def _launcher(entry, out_type, name: str, **grid: int):
+def _launcher(entry, out_type, name: str, computing: int, **grid: int):
     # Not plgpu.kernel, which takes no mutable array (dq).
-    mesh = plgpu.Mesh(grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=COMPUTING + 1,
+    mesh = plgpu.Mesh(grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=computing + 1,
                       thread_name="warpgroup")
     return pl.kernel(entry, out_type, mesh=mesh, name=name,
                      compiler_params=plgpu.CompilerParams(approx_math=True))
