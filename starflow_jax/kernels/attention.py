@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from starflow_jax.kernels import pallas_gpu, pallas_triton, reference
+from starflow_jax.kernels import pallas_gpu, pallas_tpu, pallas_triton, reference
 from starflow_jax.kernels.mask import Full, Mask
 from starflow_jax.kernels.reference import Past
 from starflow_jax.kernels.unsupported import Unsupported
@@ -20,6 +20,7 @@ from starflow_jax.kernels.unsupported import Unsupported
 # a machine other than this one.
 KERNELS: dict[str, dict[str, ModuleType]] = {
     "cuda": {"gpu": pallas_gpu, "triton": pallas_triton},
+    "tpu": {"tpu": pallas_tpu},
 }
 IMPLEMENTATIONS = {"reference": reference} | {name: kernel for kernels in KERNELS.values()
                                               for name, kernel in kernels.items()}
