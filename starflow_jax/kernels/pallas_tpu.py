@@ -264,7 +264,7 @@ class _Call:
             pad = ((0, 0), (0, -x_BSHD.shape[1] % block), (0, 0), (0, self.dim - self.head_dim))
             return jnp.pad(x_BSHD, pad).transpose(0, 2, 3, 1)
 
-        return [(turn(x, spec.block_shape[-1]), spec) for x, spec in arrays_and_specs]
+        return [(turn(x, self.k_block if spec is self.k_spec else self.q_block), spec) for x, spec in arrays_and_specs]
 
     def turn_back(self, x_BHDS: jax.Array, length: int) -> jax.Array:
         return x_BHDS.transpose(0, 3, 1, 2)[:, :length, :, : self.head_dim]
