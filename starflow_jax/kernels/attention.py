@@ -42,8 +42,11 @@ def attention(
     (int32, one for all samples or (B,)). RoPE is the caller's.
     implementation: one of IMPLEMENTATIONS. By default the best that serves this call, of the platform that the
     program is lowered for.
-    Raises Unsupported where the one asked for does not serve this call, ValueError for shapes that do not fit.
+    Raises Unsupported where the one asked for does not serve this call, ValueError where there is no such one and
+    for shapes that do not fit.
     """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"no implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}")
     if q_BSHD.shape[2] % k_BKGD.shape[2] or k_BKGD.shape != v_BKGD.shape:
         raise ValueError(f"queries {q_BSHD.shape} do not fit keys {k_BKGD.shape} and values {v_BKGD.shape}")
     longest = max(k_BKGD.shape[1], 0 if past is None else past[0].shape[1])

@@ -1,0 +1,324 @@
+"""The attention core: every implementation against a dense float64 computation, dispatch, and what it compiles to."""
+
+import functools
+import importlib.util
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from starflow_jax.kernels import attention as core
+from starflow_jax.kernels import pallas_gpu, pallas_tpu, pallas_triton, reference
+from starflow_jax.kernels.mask import HIDDEN, WHOLLY, Causal, FrameWindow, Full, Mask, seen, visible_blocks
+from starflow_jax.kernels.unsupported import Unsupported
+
+# Relative error (Frobenius) of outputs and gradients; inputs are rounded to the dtype first.
+TOLERANCE = {"float64": 1e-13, "float32": 1e-6, "float16": 7e-4, "bfloat16": 5e-3}
+WINDOW = FrameWindow(prefix=21, tokens=37, window=3, lookahead=1)
+MASKS = [Causal(), Full(), WINDOW, FrameWindow(prefix=0, tokens=48, window=1, lookahead=0),
+         FrameWindow(prefix=130, tokens=50, window=2, lookahead=2)]
+# The 7B model: 256 text tokens and 21 frames of 30 x 53, deep block and denoiser.
+SLOTS, HEADS, HEAD_DIM = 256 + 21 * 1590, 64, 64
+DENOISER, DENOISER_HEADS = FrameWindow(prefix=256, tokens=1590, window=10, lookahead=1), 48
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks in a few hundred slots, and Pallas kernels that a CPU can run (as `... on CPU`)."""
+    monkeypatch.setattr(core, "SHORT", 0)
+    monkeypatch.setattr(reference, "Q_CHUNK", 64)
+    monkeypatch.setattr(reference, "K_CHUNK", 96)
+    for name, kernel in (("tpu", pallas_tpu), ("triton", pallas_triton)):
+        on_cpu = types.SimpleNamespace(
+            check=kernel.check, forward=functools.partial(kernel.forward, interpret=True),
+            backward=functools.partial(kernel.backward, interpret=True))
+        monkeypatch.setitem(core.IMPLEMENTATIONS, f"{name} on CPU", on_cpu)
+
+
+@pytest.fixture
+def small_tpu_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pallas_tpu, "BLOCK", 128)
+    monkeypatch.setattr(pallas_tpu, "PART", 64)
+
+
+def allowed(mask: Mask, queries: int, keys: int) -> np.ndarray:
+    """(S, K) from the words of the definition, one pair at a time."""
+    def sees(query: int, key: int) -> bool:
+        if isinstance(mask, Full):
+            return True
+        if isinstance(mask, Causal):
+            return key <= query
+        query_frame = max(query - mask.prefix, 0) // mask.tokens
+        if key < mask.prefix:
+            return True
+        key_frame = (key - mask.prefix) // mask.tokens
+        return query_frame - mask.window < key_frame <= query_frame + mask.lookahead
+
+    return np.array([[sees(query, key) for key in range(keys)] for query in range(queries)])
+
+
+def dense(q, k, v, allowed_BSK, dout) -> list[np.ndarray]:
+    """[out, dq, dk, dv] in float64 by the formulas, everything at once."""
+    group, scale = q.shape[2] // k.shape[2], q.shape[-1] ** -0.5
+    k_BKHD, v_BKHD = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
+    scores = np.einsum("bshd,bkhd->bhsk", q, k_BKHD) * scale
+    scores = np.where(allowed_BSK[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    out = np.einsum("bhsk,bkhd->bshd", weights, v_BKHD)
+    dweights = np.einsum("bshd,bkhd->bhsk", dout, v_BKHD)
+    dscores = weights * (dweights - (weights * dweights).sum(-1, keepdims=True)) * scale
+    dk, dv = np.einsum("bhsk,bshd->bkhd", dscores, q), np.einsum("bhsk,bshd->bkhd", weights, dout)
+    dk, dv = (x.reshape(*k.shape[:3], group, -1).sum(3) for x in (dk, dv))
+    return [out, np.einsum("bhsk,bkhd->bshd", dscores, k_BKHD), dk, dv]
+
+
+def arrays(dtype: str, *shapes: tuple[int, ...], seed: int = 0) -> list[jax.Array]:
+    random = np.random.default_rng(seed)
+    return [jnp.asarray(random.normal(size=shape), dtype) for shape in shapes]
+
+
+def assert_near(ours, theirs, dtype: str) -> None:
+    names = ("out", "dq", "dk", "dv")
+    wide = [np.asarray(x, np.float64) for x in ours]
+    errors = {name: np.linalg.norm(a - b) / np.linalg.norm(b) for name, a, b in zip(names, wide, theirs)}
+    assert max(errors.values()) < TOLERANCE[dtype], errors
+
+
+def with_gradients(function, dout, *inputs):
+    out, pull_back = jax.vjp(function, *inputs)
+    return [out, *pull_back(dout)]
+
+
+# implementation, dtype, (S, H, G, D), mask
+CASES = [
+    ("reference", "float32", (301, 2, 2, 64), Causal()),
+    ("reference", "bfloat16", (280, 4, 2, 20), WINDOW),
+    ("reference", "float16", (240, 1, 1, 64), MASKS[3]),
+    ("reference", "float64", (333, 2, 1, 128), MASKS[4]),
+    ("tpu on CPU", "float32", (301, 2, 2, 64), Causal()),
+    ("tpu on CPU", "bfloat16", (280, 4, 2, 20), WINDOW),
+    ("tpu on CPU", "bfloat16", (384, 1, 1, 64), MASKS[3]),
+    ("tpu on CPU", "float32", (333, 2, 1, 128), MASKS[4]),
+    ("triton on CPU", "float32", (301, 2, 2, 64), Causal()),
+    ("triton on CPU", "bfloat16", (280, 4, 2, 20), WINDOW),
+    ("triton on CPU", "float16", (240, 1, 1, 64), MASKS[3]),
+    ("triton on CPU", "float32", (333, 2, 1, 128), MASKS[4]),
+]
+
+
+@pytest.mark.parametrize("implementation, dtype, shape, mask", CASES)
+@pytest.mark.usefixtures("small_tpu_blocks")
+def test_values_and_gradients(implementation: str, dtype: str, shape: tuple[int, ...], mask: Mask) -> None:
+    slots, heads, kv_heads, dim = shape
+    of_keys = (2, slots, kv_heads, dim)
+    with jax.enable_x64(dtype == "float64"):
+        q, k, v, dout = arrays(dtype, (2, slots, heads, dim), of_keys, of_keys, (2, slots, heads, dim))
+        function = functools.partial(core.attention, mask=mask, implementation=implementation)
+        ours = jax.jit(functools.partial(with_gradients, function))(dout, q, k, v)
+        assert all(x.dtype == dtype for x in ours)
+        expected = dense(*(np.asarray(x, np.float64) for x in (q, k, v)), allowed(mask, slots, slots)[None],
+                         np.asarray(dout, np.float64))
+        assert_near(ours, expected, dtype)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tpu on CPU", "triton on CPU"])
+@pytest.mark.usefixtures("small_tpu_blocks")
+def test_each_sample_sees_its_own_length_of_the_cache(implementation: str) -> None:
+    slots, capacity, lengths = 70, 300, [0, 131, 300]
+    q, k, v, past_k, past_v = arrays(
+        "float32", (3, slots, 2, 64), *2 * [(3, slots, 1, 64)], *2 * [(3, capacity, 1, 64)])
+    past = (past_k, past_v, jnp.asarray(lengths))
+    dout, = arrays("float32", q.shape, seed=1)
+
+    def function(q, k, v):
+        return core.attention(q, k, v, Causal(), past, implementation)
+
+    ours = jax.jit(functools.partial(with_gradients, function))(dout, q, k, v)
+    cached = np.arange(capacity) < np.reshape(lengths, (3, 1, 1))
+    allowed_BSK = np.concatenate([np.broadcast_to(cached, (3, slots, capacity)),
+                                  np.broadcast_to(allowed(Causal(), slots, slots), (3, slots, slots))], axis=2)
+    keys, values = np.concatenate([past_k, k], axis=1), np.concatenate([past_v, v], axis=1)
+    out, dq, dk, dv = dense(*(np.asarray(x, np.float64) for x in (q, keys, values)), allowed_BSK, np.asarray(dout))
+    assert_near(ours, [out, dq, dk[:, capacity:], dv[:, capacity:]], "float32")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tpu on CPU", "triton on CPU"])
+def test_a_query_that_sees_nothing_gets_nothing(implementation: str) -> None:
+    q, k, v, dout = arrays("float32", *4 * [(2, 40, 1, 16)])
+    kernel, length_B = core.IMPLEMENTATIONS[implementation], jnp.asarray([0, 7])
+    out, lse = kernel.forward(q, k, v, mask=Full(), length_B=length_B)
+    delta = jnp.zeros(lse.shape)
+    gradients = kernel.backward(q, k, v, lse, delta, dout, mask=Full(), length_B=length_B)
+    assert all((x[0] == 0).all() and (x[1] != 0).any() for x in (out, *gradients))
+    assert (lse[0] == np.float32(reference.MASKED)).all() and (jnp.abs(lse[1]) < 100).all()
+    assert all((x[1, 7:] == 0).all() for x in gradients[1:])
+
+
+@pytest.mark.usefixtures("small_tpu_blocks")
+def test_tpu_queries_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head whose dq is too large for the memory of the core."""
+    monkeypatch.setattr(pallas_tpu, "DQ_BYTES", 2 * 64 * 128 * 12)  # two blocks of queries of five
+    mask = FrameWindow(prefix=50, tokens=53, window=2, lookahead=0)
+    q, k, v, dout = arrays("float32", *4 * [(1, 580, 1, 64)])
+    run = functools.partial(with_gradients, functools.partial(core.attention, mask=mask, implementation="tpu on CPU"))
+    assert "f32[1,1,3,64,640]" in str(jax.make_jaxpr(run)(dout, q, k, v))  # dk of each chunk
+    expected = dense(*(np.asarray(x, np.float64) for x in (q, k, v)), allowed(mask, 580, 580)[None], np.asarray(dout))
+    assert_near(jax.jit(run)(dout, q, k, v), expected, "float32")
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks(mask: Mask) -> None:
+    """Elementwise and in blocks, both as defined; block sizes that divide nothing."""
+    slots, q_block, k_block = 321, 48, 80
+    expected = allowed(mask, slots, slots)
+    for xp in (np, jnp):
+        sees_SK = seen(mask, xp.arange(slots)[:, None], xp.arange(slots), slots, xp)
+        np.testing.assert_array_equal(np.broadcast_to(sees_SK, expected.shape), expected)
+    visible = visible_blocks(mask, slots, slots, q_block, k_block)
+    for (row, column), sees in np.ndenumerate(visible):
+        block = expected[row * q_block:(row + 1) * q_block, column * k_block:(column + 1) * k_block]
+        assert (sees == HIDDEN) == (not block.any())
+        assert sees != WHOLLY or (block.all() and block.shape[1] == k_block)
+    assert isinstance(mask, Full) or (visible == HIDDEN).any()
+
+
+def test_masks_of_queries_need_as_many_keys() -> None:
+    with pytest.raises(ValueError, match="not 5 and 7"):
+        visible_blocks(Causal(), 5, 7, 4, 4)
+
+
+# What the text of a lowered program has of each kernel.
+MARKS = {"gpu": "@mosaic_gpu", "triton": "__gpu$xla.gpu.triton", "tpu": "@tpu_custom_call"}
+
+
+def lowered(platform: str, dtype, heads: int = 2, dim: int = 64, slots: int = 1000, mask: Mask = Causal(),  # noqa: B008
+            implementation: str | None = None, backward: bool = False) -> set[str]:
+    """The kernels in the program that is lowered for that platform, without one at hand."""
+    x = jax.ShapeDtypeStruct((1, slots, heads, dim), dtype)
+    function = functools.partial(core.attention, mask=mask, implementation=implementation)
+    traced = jax.jit(functools.partial(with_gradients, function) if backward else function).trace(*(3 + backward) * [x])
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    return {name for name, mark in MARKS.items() if mark in text}
+
+
+@pytest.mark.parametrize("platform, dtype, dim, kernels", [
+    ("cuda", "bfloat16", 64, {"gpu"}), ("cuda", "float32", 64, {"triton"}), ("cuda", "bfloat16", 20, {"triton"}),
+    ("cuda", "float32", 256, set()), ("tpu", "bfloat16", 64, {"tpu"}), ("tpu", "float32", 20, {"tpu"}),
+    ("tpu", "float16", 64, set()), ("cpu", "bfloat16", 64, set()),
+])
+def test_dispatch_takes_the_first_that_serves(platform: str, dtype: str, dim: int, kernels: set[str]) -> None:
+    assert lowered(platform, dtype, dim=dim) == kernels
+
+
+def test_dispatch_can_be_forced() -> None:
+    assert lowered("cuda", "bfloat16", implementation="triton") == {"triton"}
+    assert lowered("tpu", "bfloat16", implementation="reference") == set()
+    with pytest.raises(Unsupported, match="float32"):
+        lowered("cuda", "float32", implementation="gpu")
+    with pytest.raises(ValueError, match="abacus.*reference"):
+        lowered("cpu", "float32", implementation="abacus")
+
+
+def test_short_sequences_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lowered("tpu", "float32", slots=64) == {"tpu"}
+    monkeypatch.setattr(core, "SHORT", 64)
+    assert lowered("tpu", "float32", slots=64) == set()
+    assert lowered("tpu", "float32", slots=65) == {"tpu"}
+
+
+@pytest.mark.parametrize("kernel, dtype, dim, reason", [
+    (pallas_gpu, "float32", 64, "float32: .*bfloat16"), (pallas_gpu, "bfloat16", 80, r"head_dim 80: .*\[64, 128\]"),
+    (pallas_triton, "float32", 192, "head_dim 192: at most 128"), (pallas_triton, "int8", 64, "int8"),
+    (pallas_tpu, "float16", 64, "float16"), (pallas_tpu, "bfloat16", 512, "head_dim 512: at most 256"),
+])
+def test_kernels_decline_with_a_reason(kernel, dtype: str, dim: int, reason: str) -> None:
+    x = jnp.zeros((1, 8, 1, dim), dtype)
+    with pytest.raises(Unsupported, match=reason):
+        kernel.check(x, x)
+
+
+def test_shapes_that_do_not_fit() -> None:
+    q, k = arrays("float32", (1, 8, 3, 16), (1, 8, 2, 16))
+    with pytest.raises(ValueError, match="3, 16.*2, 16"):
+        core.attention(q, k, k, Causal())
+
+
+def test_memory_of_the_reference_grows_with_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "Q_CHUNK", 512)
+    monkeypatch.setattr(reference, "K_CHUNK", 1024)
+
+    def temporary_bytes(function, slots: int) -> int:
+        x = jax.ShapeDtypeStruct((1, slots, 1, 64), jnp.float32)
+        program = jax.jit(functools.partial(with_gradients, functools.partial(function, mask=Causal())))
+        return program.lower(x, x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    in_blocks = functools.partial(core.attention, implementation="reference")
+    assert temporary_bytes(in_blocks, 32_768) < 32_768**2 / 16  # an array of scores has 4 bytes for each pair
+    assert temporary_bytes(in_blocks, 65_536) < 2.1 * temporary_bytes(in_blocks, 32_768)
+    assert temporary_bytes(reference.attention, 2048) > 4 * 2048**2  # else this test measures nothing
+
+
+@pytest.mark.parametrize("heads, mask", [(HEADS, Causal()), (DENOISER_HEADS, DENOISER)])
+def test_gpu_kernels_lower_at_full_size(heads: int, mask: Mask) -> None:
+    for implementation in ("gpu", "triton"):
+        assert lowered("cuda", jnp.bfloat16, heads, HEAD_DIM, SLOTS, mask, implementation, backward=True) == {
+            implementation}
+
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+slow = pytest.mark.slow
+
+
+@pytest.fixture
+def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> jax.sharding.Sharding:
+    """One chip of a kind of TPU that is not here."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, TPUs' compiler, is not installed: pip install -e '.[tpu]'")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[request.param])
+    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
+@pytest.mark.parametrize("chip, heads, mask, backward, calls", [
+    pytest.param(chip, heads, mask, backward, 1 + backward, marks=[] if quick else [slow],
+                 id=f"{chip}-{'causal' if mask == Causal() else 'denoiser'}-{'backward' if backward else 'forward'}")
+    for chip in TOPOLOGIES for heads, mask in ((HEADS, Causal()), (DENOISER_HEADS, DENOISER))
+    for backward in (False, True) for quick in [chip == "v5p" and mask == Causal() and not backward]
+], indirect=["chip"])
+def test_tpu_kernels_compile_at_full_size(chip, heads: int, mask: Mask, backward: bool, calls: int) -> None:
+    x = jax.ShapeDtypeStruct((1, SLOTS, heads, HEAD_DIM), jnp.bfloat16, sharding=chip)
+    function = functools.partial(core.attention, mask=mask)
+    program = jax.jit(functools.partial(with_gradients, function) if backward else function)
+    compiled = program.lower(*(3 + backward) * [x]).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == calls
+    # What the compiler counts is what the kernels say of themselves: four operations per channel and pair forward,
+    # ten backward; not less than the mask leaves, and little more.
+    low, high = (np.asarray(bound, np.int64) for bound in np.broadcast_arrays(*mask.interval(np.arange(SLOTS), SLOTS)))
+    pairs = int((high - low).sum()) + mask.prefix * SLOTS
+    operations = (14 if backward else 4) * HEAD_DIM * heads * pairs
+    assert operations < compiled.cost_analysis()["flops"] < 1.2 * operations
+    operands = SLOTS * heads * HEAD_DIM * 2
+    assert compiled.memory_analysis().temp_size_in_bytes < (8 if backward else 5) * operands
+
+
+@slow
+@pytest.mark.parametrize("chip", ["v5p"], indirect=True)
+def test_tpu_decoding_reads_the_cache_where_it_is(chip) -> None:
+    """A cache of whole blocks is turned by its layout: no copy of it is made."""
+    def of(slots: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((2, slots, HEADS, HEAD_DIM), jnp.bfloat16, sharding=chip)
+
+    def step(q, k, v, past_k, past_v, length_B):
+        return core.attention(q, k, v, Causal(), (past_k, past_v, length_B))
+
+    capacity = 33 * pallas_tpu.BLOCK
+    length_B = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=chip)
+    compiled = jax.jit(step).lower(*3 * [of(256)], *2 * [of(capacity)], length_B).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    assert compiled.memory_analysis().temp_size_in_bytes < capacity * HEADS * HEAD_DIM * 2 / 10
