@@ -194,22 +194,36 @@ class Sample:
 
     prompt: str = ""
     prompts_file: str = ""
+    negative_prompt: str = ""  # what guidance leads away from; "": the empty caption
+    changes: str = ""  # "25: a red seven moves left; 49: ...": another prompt from that frame on
+    image: str = ""  # a picture file: the video's first frame (TI2V)
+    video: str = ""  # a video file that is gone on from
     count: int = 1  # videos per prompt
+    keep: int = 0  # of these, the most likely ones are kept; 0: all
     seed: int = 0
     guidance: float = 2.5
-    frames: int = 0  # pixel frames; 0: the training length
+    frames: int = 0  # pixel frames, given ones included; 0: the training length, beyond a given video
+    fps: int = 0  # told to the model, and of the file; 0: as trained
+    aspect_ratio: str = ""  # told to the model; "": as trained
     batch_size: int = 32
+    stream: bool = False  # write each video while it is made
+    devices: int = 1  # of a stream: 1, or 2 and more: the deep block on the first, the rest on the second
     solver: str = "jacobi"
-    block_size: int = 16
-    tolerance: float = 1e-3
+    block_size: int = 0  # tokens solved for at once; 0: as calibrated, or a frame's
+    frames_per_step: int = 0  # frames solved for at once; 0: as calibrated, or one
+    tolerance: float = 1e-3  # 0: exact
     max_steps: int = 0  # 0: the block size, which is exact
+    certify: bool = False  # encode the sample again and report the distance to its noise
     context_frames: int = 0  # latents re-encoded when the window moves on; 0: three quarters of it
     denoise: str = "denoiser"
     checkpoint: str = "newest"  # or "best" by validation; also what is evaluated and packaged
     output: str = ""  # "": WORKDIR/samples
 
     def __post_init__(self) -> None:
-        _check_positive(self, "count", "batch_size", "block_size", "tolerance")
+        _check_positive(self, "count", "batch_size", "devices")
+        for field in ("keep", "fps", "block_size", "frames_per_step", "tolerance"):
+            _check(self, field, getattr(self, field) >= 0, "has to be 0 or more")
+        _check(self, "keep", self.keep <= self.count, f"has to be at most count={self.count}")
         _check(self, "guidance", self.guidance >= 0, "has to be 0 (none) or more")
         _check(self, "frames", self.frames >= 0, "has to be 0 (the training length) or more")
         _check(self, "max_steps", self.max_steps >= 0, "has to be 0 (the block size) or more")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from starflow_jax.flow import decode
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.losses import REFERENCE_NOISE, nats
 from starflow_jax.optimizer import Params
-from starflow_jax.system import System, data_source, flow_variables, pixel_frames
+from starflow_jax.system import System, data_source, flow_variables, pixel_frames, prompt_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Clips:
     deep_residual_BK: np.ndarray
     shallow_steps_B: np.ndarray  # summed over the shallow blocks' blocks of tokens; the frames' largest
     converged_B: np.ndarray  # every block of tokens ended below the tolerance, or exact
+    certificate_B: np.ndarray | None = None  # with sample.certify: see `certificate`
 
 
 def latent_frames(config: Config, settings: Sample) -> int:
@@ -57,6 +59,75 @@ def noise_for(seeds: Sequence[int], shape_NSK: tuple[int, int, int]) -> jax.Arra
     return jax.vmap(of_clip)(jnp.asarray(seeds, jnp.uint32))
 
 
+class Conditions(flax.struct.PyTreeNode):
+    """All that a batch of videos depends on, on the device; frames are latent ones."""
+
+    texts: dict[int, jax.Array]  # (branches, B, text_length, text_dim) by the frame from which on it holds
+    noise_BNSK: jax.Array  # of the frames to make
+    known_BTSK: jax.Array | None  # u of the given frames
+    known_BThwC: jax.Array | None  # and their noised latents
+    guess_BSK: jax.Array | None
+
+    @property
+    def text(self) -> dict[int, jax.Array]:
+        """The conditional features, by the frame of the whole video."""
+        given = 0 if self.known_BTSK is None else self.known_BTSK.shape[1]
+        return {at + given if at else 0: texts[0] for at, texts in self.texts.items()}
+
+
+def prepare(
+    system: System,
+    params: Params,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    settings: Sample,
+    known_BTHWC: np.ndarray | None = None,
+) -> Conditions:
+    """Captions, seeds and given frames as the flow takes them. Raises UserError for what can't be."""
+    model, total = system.config.model, latent_frames(system.config, settings)
+    features, is_image = jax.jit(system.features), total == 1
+
+    def encode(prompts: Sequence[str]) -> jax.Array:
+        told = partial(prompt_text, system.config, is_image=is_image, fps=settings.fps,
+                       aspect_ratio=settings.aspect_ratio)
+        return features(params, jnp.asarray(system.text_ids([told(prompt) for prompt in prompts])))
+
+    def branches(prompts: Sequence[str]) -> jax.Array:
+        text = encode(prompts)
+        if not settings.guidance:
+            return text[None]
+        return jnp.stack([text, jnp.broadcast_to(encode([settings.negative_prompt]), text.shape)])
+
+    noise = noise_for(seeds, (total, model.tokens_per_frame, model.token_channels))
+    known, known_latents, given = None, None, 0
+    if known_BTHWC is not None:
+        known_latents = _noised(system, known_BTHWC, seeds)
+        given = known_latents.shape[1]
+        if given >= total:
+            raise UserError(f"sample.frames={settings.frames}: the {known_BTHWC.shape[1]} given frames fill it; "
+                            f"ask for {known_BTHWC.shape[1] + system.config.codec.time_stride} or more")
+        known = jax.jit(shallow_tokens, static_argnums=0)(system, params, known_latents)
+    texts = {0: branches(captions)}
+    for frame, prompt in prompt_changes(system.config, settings).items():
+        texts[frame - given] = branches([prompt] * len(captions))
+    if min(texts) < 0:
+        raise UserError(f"sample.changes={settings.changes!r}: the prompt of given frames can't be changed")
+    guess = None if system.guess is None or given else system.guess(texts[0][0])
+    return Conditions(texts, noise[:, given:], known, known_latents, guess)
+
+
+def prompt_changes(config: Config, settings: Sample) -> dict[int, str]:
+    """{latent frame: prompt} of sample.changes. Raises UserError where it can't be read."""
+    changes = {}
+    for part in filter(str.strip, settings.changes.split(";")):
+        frame, colon, prompt = part.partition(":")
+        if not colon or not frame.strip().isdigit() or int(frame) < 1:
+            raise UserError(f'sample.changes={settings.changes!r}: write "25: a prompt; 49: another one", '
+                            "frames from 1")
+        changes[-(-int(frame) // config.codec.time_stride)] = prompt.strip()
+    return changes
+
+
 def generate_clips(
     system: System,
     params: Params,
@@ -65,40 +136,67 @@ def generate_clips(
     settings: Sample,
     known_BTHWC: np.ndarray | None = None,
 ) -> Clips:
-    """One clip per caption and seed. known: uint8 first frames (one: TI2V, more: extension), kept as given.
+    """One clip per caption and seed. known: uint8 first frames (one: TI2V, more: extension), encoded, noised
+    like training data and denoised with the rest.
 
     Raises UserError for a length that the codec or the window does not allow.
     """
-    model, total = system.config.model, latent_frames(system.config, settings)
     flow, variables = system.flow, flow_variables(params)
-    grid = flow.grid((1, 1, model.height, model.width, model.channels))[1:]
-    prompts = [system.prompt(caption, is_image=total == 1) for caption in captions]
-    features = jax.jit(system.features)
-    text = features(params, jnp.asarray(system.text_ids(prompts)))
-    texts = text[None]
-    if settings.guidance:
-        null = features(params, jnp.asarray(system.text_ids([system.prompt("", is_image=total == 1)])))
-        texts = jnp.stack([text, jnp.broadcast_to(null, text.shape)])
-    noise = noise_for(seeds, (total, model.tokens_per_frame, model.token_channels))
-    known, known_latents = None, None
-    if known_BTHWC is not None:
-        known_latents = _noised(system, known_BTHWC, seeds)
-        known = apply_flow(flow, variables, STARFlow.shallow_forward, known_latents)[0][-1]
-        noise = noise[:, known.shape[1]:]
-    solver = deep_solver(settings)
+    given = prepare(system, params, captions, seeds, settings, known_BTHWC)
     made, reports = [], []
-    for frame, report in decode.generate(
-            flow, variables, noise, texts, guidance=settings.guidance, solver=solver, token_grid=grid,
-            known_BTSK=known, window=model.frames, context=context_frames(system, settings)):
-        made.append(frame)
+    for frames, report in deep_frames(system, variables, given, settings):
+        made.append(frames)
         reports.append(report)
-    u = jnp.stack(made, axis=1)
-    noisy, shallow = decode.invert_shallow(flow, variables, u, solver=shallow_solver(settings), token_grid=grid)
-    if known_latents is not None:
-        noisy = jnp.concatenate([known_latents, noisy], axis=1)
-    clean = denoise(system, params, noisy, text, settings.denoise)
+    noisy, shallow = decode.invert_shallow(flow, variables, jnp.concatenate(made, axis=1),
+                                           solver=shallow_solver(settings), token_grid=token_grid(system))
+    if given.known_BThwC is not None:
+        noisy = jnp.concatenate([given.known_BThwC, noisy], axis=1)
+    clean = denoise(system, params, noisy, given.text, settings.denoise)
     frames = jax.jit(system.decode)(clean)
-    return _collect(frames, noisy, frame_nats(system, params, noisy, text), reports, shallow, len(captions))
+    clips = _collect(frames, noisy, frame_nats(system, params, noisy, given.text), reports, shallow, len(captions))
+    if not settings.certify:
+        return clips
+    return dataclasses.replace(clips, certificate_B=certificate(system, params, clips, given))
+
+
+def deep_frames(system: System, variables: Any, given: Conditions, settings: Sample):
+    """u of the frames to make, a step's at a time: decode.generate's pairs."""
+    return decode.generate(
+        system.flow, variables, given.noise_BNSK, given.texts, guidance=settings.guidance,
+        solver=deep_solver(system, settings), token_grid=token_grid(system), known_BTSK=given.known_BTSK,
+        window=system.config.model.frames, context=context_frames(system, settings), guess_BSK=given.guess_BSK)
+
+
+def token_grid(system: System) -> tuple[int, int]:
+    """Rows and columns of a frame's tokens."""
+    model = system.config.model
+    return model.height // model.patch_size, model.width // model.patch_size
+
+
+def certificate(system: System, params: Params, clips: Clips, given: Conditions) -> np.ndarray:
+    """(B,) ||z - f(x)||^2 / ||z||^2 of unguided samples: the forward flow's noise beside the one sampled from.
+
+    Guidance changes the map that is inverted, so its samples have no such certificate: raises UserError. Of
+    videos beyond the window the first window is encoded.
+    """
+    if given.texts[0].shape[0] > 1 or len(given.texts) > 1:
+        raise UserError("sample.certify: the forward flow knows neither guidance nor changes of prompt; "
+                        "set sample.guidance=0 and no sample.changes")
+    window = system.config.model.frames
+    known = 0 if given.known_BTSK is None else given.known_BTSK.shape[1]
+    noise_of = jax.jit(_noise_of, static_argnums=0)
+    z = noise_of(system, params, jnp.asarray(clips.noisy_BNhwC[:, :window]), given.texts[0][0])[:, known:]
+    error, asked = z - given.noise_BNSK[:, :z.shape[1]], given.noise_BNSK[:, :z.shape[1]]
+    return np.asarray(jnp.sum(error**2, axis=(1, 2, 3)) / jnp.sum(asked**2, axis=(1, 2, 3)))
+
+
+def shallow_tokens(system: System, params: Params, x: jax.Array) -> jax.Array:
+    """Noised latents -> u, the tokens that the deep block sees, (B, T, S, K)."""
+    return apply_flow(system.flow, flow_variables(params), STARFlow.shallow_forward, x)[0][-1]
+
+
+def _noise_of(system: System, params: Params, x: jax.Array, text: jax.Array) -> jax.Array:
+    return apply_flow(system.flow, flow_variables(params), STARFlow.forward, x, text).z_BTSK
 
 
 def fixed_prompts(system: System, split: str, count: int) -> tuple[list[str], np.ndarray]:
@@ -121,10 +219,14 @@ def adherence_of_samples(system: System, params: Params, split: str, count: int)
     return adherence.default_reader().adherence(labels_B3, np.concatenate(frames))
 
 
-def deep_solver(settings: Sample) -> decode.Solver:
+def deep_solver(system: System, settings: Sample) -> decode.Solver:
+    """Block size and frames per step as asked for, as calibrated, or a frame at a time; a stream's steps are
+    single frames, so that each leaves as soon as it can."""
     if settings.solver == "sequential":
         return decode.SEQUENTIAL
-    return decode.Solver(settings.block_size, settings.tolerance, settings.max_steps)
+    frames = settings.frames_per_step or (0 if settings.stream else system.calibrated.frames_per_step) or 1
+    block = settings.block_size or system.calibrated.block_size or frames * system.config.model.tokens_per_frame
+    return decode.Solver(block, settings.tolerance, settings.max_steps, frames)
 
 
 def shallow_solver(settings: Sample) -> decode.Solver:
@@ -173,12 +275,26 @@ def windows(total: int, size: int, context: int) -> Iterator[tuple[int, int, int
         done = stop
 
 
-def denoise(system: System, params: Params, noisy: jax.Array, text: jax.Array, how: str) -> jax.Array:
+Text = jax.Array | dict[int, jax.Array]  # features, or those that hold from a frame on
+
+
+def _text_at(text: Text, frame: int) -> jax.Array:
+    return text[max(at for at in text if at <= frame)] if isinstance(text, dict) else text
+
+
+def denoise(system: System, params: Params, noisy: jax.Array, text: Text, how: str) -> jax.Array:
     """Latents without the training noise: by the denoiser, by the flow's own score, or as they are."""
+    return _windowed(system, noisy, lambda window, frame: denoise_window(system, params, window, frame, text, how))
+
+
+def denoise_window(
+    system: System, params: Params, noisy: jax.Array, frame: int, text: Text, how: str
+) -> jax.Array:
+    """The same for a window of at most the training length; `frame` is the first that is wanted from it."""
     if how == "none" or (how == "denoiser" and system.config.model.denoiser == "none"):
         return noisy
     step = jax.jit(_denoiser_step if how == "denoiser" else _score_step, static_argnums=0)
-    return _windowed(system, noisy, lambda window: step(system, params, window, text))
+    return step(system, params, noisy, _text_at(text, frame))
 
 
 def _denoiser_step(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
@@ -196,10 +312,10 @@ def _score_step(system: System, params: Params, noisy: jax.Array, text: jax.Arra
     return noisy - system.config.model.noise_std**2 * jax.grad(total_nats)(noisy)
 
 
-def frame_nats(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
+def frame_nats(system: System, params: Params, noisy: jax.Array, text: Text) -> jax.Array:
     """(B, N) exact -log p(x~_n | earlier frames of its window, text) in nats, constants included."""
     run = jax.jit(_nats_of_window, static_argnums=0)
-    return _windowed(system, noisy, lambda window: run(system, params, window, text), lookahead=0)
+    return _windowed(system, noisy, lambda window, frame: run(system, params, window, _text_at(text, frame)), 0)
 
 
 def _nats_of_window(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
@@ -207,22 +323,25 @@ def _nats_of_window(system: System, params: Params, noisy: jax.Array, text: jax.
 
 
 def _windowed(
-    system: System, noisy: jax.Array, run: Callable[[jax.Array], jax.Array], lookahead: int | None = None
+    system: System, noisy: jax.Array, run: Callable[[jax.Array, int], jax.Array], lookahead: int | None = None
 ) -> jax.Array:
-    """`run` over a clip of any length, in windows of the training length with noisy frames as context."""
-    model = system.config.model
-    ahead = model.denoiser_lookahead if lookahead is None else lookahead
-    total, size = noisy.shape[1], model.frames
+    """`run` (of a window, and of the first frame wanted from it) over a clip of any length."""
+    ahead = system.config.model.denoiser_lookahead if lookahead is None else lookahead
+    spans = output_windows(system.config, noisy.shape[1], ahead)
+    return jnp.concatenate([run(noisy[:, start:stop], begin)[:, begin - start:end - start]
+                            for start, stop, begin, end in spans], axis=1)
+
+
+def output_windows(config: Config, total: int, ahead: int) -> list[tuple[int, int, int, int]]:
+    """(start, stop, begin, end) of the windows of the training length that cover a clip: frames start to stop go
+    in, noisy ones before `begin` for context, and frames begin to end are taken from what comes out."""
+    size = config.model.frames
     if total <= size:
-        return run(noisy)
-    context = max(1, min(model.denoiser_window, size * 3 // 4) - ahead)
-    parts: list[Any] = []
+        return [(0, total, 0, total)]
+    context = max(1, min(config.model.denoiser_window, size * 3 // 4) - ahead)
     # A window's last `ahead` frames lack their look-ahead, so the next window makes them again.
-    for start, stop, first in windows(total, size, context + ahead):
-        parts.append(run(noisy[:, start:stop])[:, max(first - ahead, 0) - start:])
-        if stop < total and ahead:
-            parts[-1] = parts[-1][:, :-ahead]
-    return jnp.concatenate(parts, axis=1)
+    return [(start, stop, max(first - ahead, 0), stop if stop == total else stop - ahead)
+            for start, stop, first in windows(total, size, context + ahead)]
 
 
 def noised_latents(system: System, batch: dict[str, Any], seed: int) -> jax.Array:

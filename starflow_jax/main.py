@@ -11,7 +11,7 @@ from ml_collections import config_flags
 from starflow_jax.config import UserError, from_config_dict
 
 # Each mode is the function of its own name in the module of its own name: (config, workdir) -> None.
-MODES = ("train", "sample", "evaluate", "benchmark", "package")
+MODES = ("train", "calibrate", "sample", "evaluate", "benchmark", "package")
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: configs/t2v.py[:tiny|box|3b|7b].")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and results; default: runs/NAME.")
@@ -54,7 +54,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def run() -> None:
     """Run; a UserError becomes one line and exit code 2."""
-    logging.set_verbosity(logging.WARNING)  # orbax tells every step it takes
+    logging.set_verbosity(logging.ERROR)  # orbax and TFDS tell every step they take
     try:
         app.run(main, flags_parser=parse_flags)
     except UserError as error:

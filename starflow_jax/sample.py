@@ -11,10 +11,21 @@ import jax
 import numpy as np
 
 from starflow_jax.config import Config, UserError
-from starflow_jax.generation import Clips, generate_clips, latent_frames
-from starflow_jax.metrics import table
+from starflow_jax.generation import Clips, generate_clips, latent_frames, prompt_changes
+from starflow_jax.metrics import ProgressBar, table
 from starflow_jax.model_store import load_model
-from starflow_jax.video_io import atomic_path, contact_sheet, write_mp4
+from starflow_jax.optimizer import Params
+from starflow_jax.stream import Timeline, draw_timeline, stream_clips
+from starflow_jax.system import System, pixel_frames
+from starflow_jax.video_io import (
+    atomic_path,
+    contact_sheet,
+    growing_mp4,
+    read_image,
+    read_video,
+    resize_crop,
+    write_mp4,
+)
 
 SHOWN_PIXELS = 240  # small models' frames are enlarged to about this height
 
@@ -36,20 +47,103 @@ class Request:
 def sample(config: Config, workdir: Path) -> None:
     """Make config.sample's videos with the workdir's model, or with the one in the package."""
     requests = read_requests(config)
-    latent_frames(config, config.sample)  # before anything is loaded
+    prompt_changes(config, config.sample)  # errors before anything is loaded
+    known_THWC = given_frames(config)
+    config = with_length(config, known_THWC)
+    latent_frames(config, config.sample)
     system, params, source = load_model(config, workdir)
     folder = Path(config.sample.output or workdir / "samples")
     print(f"model: {source}")
-    rows = []
-    for batch in _batches(requests, config.sample.batch_size):
-        began = time.perf_counter()
-        clips = generate_clips(system, params, [r.prompt for r in batch], [r.seed for r in batch], config.sample)
-        seconds = time.perf_counter() - began
-        for index, request in enumerate(batch):
-            rows.append(_write(folder, config, request, clips, index, seconds / len(batch)))
-    print(table(rows, ("video", "bits/dim", "Jacobi steps", "seconds")))
-    if len(requests) > 1:
+    make = _stream_all if config.sample.stream else _make_all
+    rows, headers = make(folder, system, params, requests, known_THWC)
+    print(table(rows, headers))
+    if len(rows) > 1:
         print(f"all in {folder}")
+
+
+def given_frames(config: Config) -> np.ndarray | None:
+    """(T, H, W, 3) uint8 of sample.image or sample.video at the model's size and frame rate; None without.
+
+    T is 1 + a multiple of the codec's time stride: of a longer video the last frames.
+    """
+    settings, stride = config.sample, config.codec.time_stride
+    height, width = config.model.height * config.codec.stride, config.model.width * config.codec.stride
+    if settings.image and settings.video:
+        raise UserError("sample.image and sample.video are both given; leave one out")
+    if settings.image:
+        return resize_crop(read_image(settings.image)[None], height, width)
+    if not settings.video:
+        return None
+    frames_THWC, fps = read_video(settings.video)
+    wanted = settings.fps or config.text.fps or fps
+    count = max(1, round(len(frames_THWC) * wanted / fps))
+    frames_THWC = frames_THWC[np.minimum(np.arange(count) * fps / wanted, len(frames_THWC) - 1).astype(int)]
+    return resize_crop(frames_THWC[(len(frames_THWC) - 1) % stride:], height, width)
+
+
+def with_length(config: Config, known_THWC: np.ndarray | None) -> Config:
+    """A given video is gone on from by the training length where no length is asked for."""
+    if known_THWC is None or config.sample.frames or not config.sample.video:
+        return config
+    frames = len(known_THWC) + pixel_frames(config) - 1
+    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, frames=frames))
+
+
+def _make_all(folder: Path, system: System, params: Params, requests: list[Request], known_THWC: np.ndarray | None):
+    """Whole clips, batch by batch; of each prompt's the most likely are kept. Returns the table."""
+    settings, made = system.config.sample, []
+    with ProgressBar("samples", len(requests), unit="video") as progress:
+        for batch in _batches(requests, settings.batch_size):
+            began = time.perf_counter()
+            known = None if known_THWC is None else np.broadcast_to(known_THWC, (len(batch), *known_THWC.shape))
+            clips = generate_clips(system, params, [r.prompt for r in batch], [r.seed for r in batch], settings, known)
+            seconds = (time.perf_counter() - began) / len(batch)
+            made += [(request, clips, index, seconds) for index, request in enumerate(batch)]
+            progress.update(len(batch))
+    if settings.keep:
+        made = most_likely(made, settings.keep)
+    rows = [_write(folder, system.config, *one) for one in made]
+    return rows, ("video", "bits/dim", "Jacobi steps", "seconds")
+
+
+def most_likely(made: list[tuple[Request, Clips, int, float]], keep: int) -> list[tuple[Request, Clips, int, float]]:
+    """Each prompt's `keep` videos of greatest exact log-likelihood, the best first; prompts in their order."""
+    by_prompt: dict[str, list] = {}
+    for one in made:
+        by_prompt.setdefault(one[0].prompt, []).append(one)
+    return [one for group in by_prompt.values()
+            for one in sorted(group, key=lambda one: one[1].nats_B[one[2]])[:keep]]
+
+
+def _stream_all(folder: Path, system: System, params: Params, requests: list[Request], known_THWC: np.ndarray | None):
+    """Each batch's videos grow on disk while they are made; the pipeline's times are drawn beside them."""
+    settings, rows = system.config.sample, []
+    for batch in _batches(requests, settings.batch_size):
+        known = None if known_THWC is None else np.broadcast_to(known_THWC, (len(batch), *known_THWC.shape))
+        scale = max(1, SHOWN_PIXELS // (system.config.model.height * system.config.codec.stride))
+        paths = [folder / f"{request.name}_stream.mp4" for request in batch]
+        writers = [growing_mp4(path, settings.fps or system.config.text.fps or 1, scale) for path in paths]
+        timeline, began, first, frames = Timeline(), time.perf_counter(), 0.0, 0
+        prompts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
+        with ProgressBar("stream", settings.frames or system.pixel_frames, unit="frame") as progress:
+            for part_BTHWC in stream_clips(system, params, prompts, seeds, settings, known, timeline):
+                first = first or time.perf_counter() - began
+                frames += part_BTHWC.shape[1]
+                for writer, part_THWC in zip(writers, part_BTHWC):
+                    writer.write(part_THWC)
+                progress.update(part_BTHWC.shape[1])
+        seconds = time.perf_counter() - began
+        events = timeline.close()
+        for writer, path, request in zip(writers, paths, batch):
+            writer.close()
+            facts = {"prompt": request.prompt, "seed": request.seed, "frames": frames, "seconds": round(seconds, 3),
+                     "seconds_to_first_frame": round(first, 3), "settings": dataclasses.asdict(settings),
+                     "timeline": [dataclasses.asdict(event) for event in events]}
+            with atomic_path(path.with_suffix(".json")) as temporary:
+                temporary.write_text(json.dumps(facts, indent=1))
+            draw_timeline(path.with_suffix(".timeline.png"), events)
+            rows.append((str(path), f"{first:.2f}", f"{frames / seconds:.2f}"))
+    return rows, ("video", "seconds to the first frame", "frames per second")
 
 
 def read_requests(config: Config) -> list[Request]:
@@ -83,7 +177,7 @@ def _write(folder: Path, config: Config, request: Request, clips: Clips, index: 
     frames = clips.frames_BTHWC[index]
     scale = max(1, SHOWN_PIXELS // frames.shape[1])
     path = folder / f"{request.name}.mp4"
-    write_mp4(path, frames, config.text.fps or 1, scale)
+    write_mp4(path, frames, config.sample.fps or config.text.fps or 1, scale)
     contact_sheet(path.with_suffix(".png"), frames[None], [request.prompt], scale=max(1, scale // 2))
     dims = clips.noisy_BNhwC[index].size
     facts = describe(config, request, clips, index, seconds)
@@ -106,6 +200,7 @@ def describe(config: Config, request: Request, clips: Clips, index: int, seconds
         "deep_residual_per_block": [float(f"{r:.3g}") for r in clips.deep_residual_BK[index]],
         "shallow_steps": int(clips.shallow_steps_B[index]),
         "converged": bool(clips.converged_B[index]),
+        "certificate": None if clips.certificate_B is None else float(clips.certificate_B[index]),
         "seconds": round(seconds, 3),
         "device": jax.devices()[0].device_kind,
     }

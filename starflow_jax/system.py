@@ -19,6 +19,7 @@ from starflow_jax.checkpoint import export_arrays, import_arrays
 from starflow_jax.codec import patch
 from starflow_jax.config import Config, UserError
 from starflow_jax.data import moving_digits
+from starflow_jax.flow.first_guess import FirstGuess
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.optimizer import Params
 from starflow_jax.text.prompt import EXTEND, format_prompt
@@ -56,14 +57,22 @@ def pixel_frames(config: Config) -> int:
     return 1 + (config.model.frames - 1) * config.codec.time_stride
 
 
-def prompt_text(config: Config, caption: str, is_image: bool = False) -> str:
-    """A caption with its metadata, as the text encoder is given it."""
-    fps = 0 if is_image else config.text.fps
-    return format_prompt(caption, fps=fps, aspect_ratio=config.text.aspect_ratio)
+def prompt_text(config: Config, caption: str, is_image: bool = False, fps: int = 0, aspect_ratio: str = "") -> str:
+    """A caption with its metadata, as the text encoder is given it; fps and aspect ratio: as trained by default."""
+    return format_prompt(caption, fps=0 if is_image else fps or config.text.fps,
+                         aspect_ratio=aspect_ratio or config.text.aspect_ratio)
 
 
 def patch_shape(config: Config) -> patch.PatchShape:
     return patch.PatchShape(config.codec.time_stride, config.codec.stride)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """Decoding settings measured by --mode=calibrate; 0: none, a whole frame at a time is taken."""
+
+    block_size: int = 0
+    frames_per_step: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,6 +82,8 @@ class System:
     config: Config
     tokenizer: Tokenizer
     codec: patch.PatchCodec
+    guess: FirstGuess | None = None  # fitted by --mode=calibrate
+    calibrated: Calibrated = Calibrated()
 
     @property
     def flow(self) -> STARFlow:
@@ -109,6 +120,11 @@ class System:
         """Latents -> uint8 frames."""
         latents = latents_BNhwC / self._frame_scale(latents_BNhwC.shape[1])
         return patch.to_uint8(patch.decode(self.codec, latents, patch_shape(self.config)))
+
+    def decode_next(self, latents_B1hwC: jax.Array) -> jax.Array:
+        """The frames of one latent after the first, for streams."""
+        first = jnp.zeros_like(latents_B1hwC)
+        return self.decode(jnp.concatenate([first, latents_B1hwC], axis=1))[:, 1:]
 
     def _frame_scale(self, frames: int) -> jax.Array:
         later = jnp.full((frames - 1,), self.config.codec.later_frames_scale)
@@ -172,6 +188,16 @@ def save_system(system: System, folder: Path) -> None:
     with atomic_path(folder / "tokenizer.model") as path:
         path.write_bytes(system.tokenizer.model)
     export_arrays(folder / "codec.safetensors", dataclasses.asdict(system.codec))
+    if system.guess is not None:
+        save_decoding(system, folder)
+
+
+def save_decoding(system: System, folder: Path) -> None:
+    """Write what calibration found."""
+    assert system.guess is not None
+    export_arrays(folder / "first_guess.safetensors", dataclasses.asdict(system.guess), dtype=np.float16)
+    with atomic_path(folder / "decoding.json") as path:
+        path.write_text(json.dumps(dataclasses.asdict(system.calibrated), indent=1))
 
 
 def load_system(config: Config, folder: Path) -> System:
@@ -183,4 +209,8 @@ def load_system(config: Config, folder: Path) -> System:
     if codec.basis_PC.shape != expected:
         raise UserError(f"{folder / 'codec.safetensors'}: its projection is {codec.basis_PC.shape}, this "
                         f"configuration's is {expected}; use the configuration that made it")
-    return System(config, tokenizer, codec)
+    guess, calibrated = None, Calibrated()
+    if (folder / "decoding.json").exists():
+        guess = FirstGuess(**import_arrays(folder / "first_guess.safetensors"))
+        calibrated = Calibrated(**json.loads((folder / "decoding.json").read_text()))
+    return System(config, tokenizer, codec, guess, calibrated)

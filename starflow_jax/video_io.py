@@ -1,7 +1,8 @@
 """Video and picture files in and out: PyAV for MP4, Pillow for images.
 
 Frames are uint8 RGB everywhere, 0 to 255, axes in the name: T frames, H rows, W columns, C = 3 colours,
-B clips. Files appear whole or not at all: each is written under a temporary name, then renamed.
+B clips. Files appear whole or not at all, each written under a temporary name and then renamed; but for
+`growing_mp4`, which is there to be watched while it is written.
 """
 
 import contextlib
@@ -49,29 +50,60 @@ def write_mp4(
     repeated once. Raises ValueError for another shape or dtype.
     """
     _check_frames(frames_THWC)
-    frames_THWC = _enlarge(frames_THWC, scale)
-    _, height, width, _ = frames_THWC.shape
-    frames_THWC = np.pad(frames_THWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with atomic_path(path) as temporary, av.open(
-        str(temporary), "w", format="mp4", options={"movflags": "+faststart"}
-    ) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(60060))
-        stream.height, stream.width = frames_THWC.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "16"}
+    with atomic_path(path) as temporary:
+        writer = Mp4Writer(temporary, fps, scale, {"movflags": "+faststart"}, {"crf": "16"})
+        writer.write(frames_THWC)
+        writer.close()
+
+
+class Mp4Writer:
+    """An H.264 yuv420p MP4 that frames are written to as they come; settings are ffmpeg's."""
+
+    def __init__(self, path: str | os.PathLike[str], fps: float, scale: int, container: dict[str, str],
+                 codec: dict[str, str]) -> None:
+        self._scale, self._codec = scale, codec
+        self._rate = Fraction(fps).limit_denominator(60060)
+        self._container = av.open(str(path), "w", format="mp4", options=container)
+        self._stream: av.VideoStream | None = None
+
+    def write(self, frames_THWC: np.ndarray) -> None:
+        """Append frames (T, H, W, 3) uint8, all of one size."""
+        _check_frames(frames_THWC)
+        frames_THWC = _enlarge(frames_THWC, self._scale)
+        _, height, width, _ = frames_THWC.shape
+        frames_THWC = np.pad(frames_THWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if self._stream is None:
+            self._stream = self._open_stream(*frames_THWC.shape[1:3])
+        for frame_HWC in frames_THWC:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+            frame = frame.reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            )
+            self._container.mux(self._stream.encode(frame))
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._container.mux(self._stream.encode(None))
+        self._container.close()
+
+    def _open_stream(self, height: int, width: int) -> av.VideoStream:
+        stream = self._container.add_stream("libx264", rate=self._rate)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.options = {**self._codec}
         # Tagged and converted as BT.709: untagged files are shown as BT.601 or BT.709 as the player likes.
         context = stream.codec_context
         context.colorspace = Colorspace.ITU709
         context.color_primaries = ColorPrimaries.BT709
         context.color_trc = ColorTrc.BT709
         context.color_range = ColorRange.MPEG
-        for frame_HWC in frames_THWC:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
-            frame = frame.reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-            )
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+        return stream
+
+
+def growing_mp4(path: str | os.PathLike[str], fps: float, scale: int = 1) -> Mp4Writer:
+    """An MP4 that plays while it grows: every frame is a fragment of its own, on disk as soon as it is written."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return Mp4Writer(path, fps, scale, {"movflags": "+frag_every_frame+empty_moov+default_base_moof",
+                                        "flush_packets": "1"}, {"crf": "16", "tune": "zerolatency"})
 
 
 def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:

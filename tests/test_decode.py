@@ -32,7 +32,7 @@ def run(setting: tuple[STARFlow, Any], z: jax.Array, texts: jax.Array | None = N
     flow, variables = setting
     texts = text(MODEL, z.shape[0])[None] if texts is None else texts
     frames = decode.generate(flow, variables, z, texts, token_grid=GRID, **options)
-    return np.stack([np.asarray(frame) for frame, _ in frames], axis=1)
+    return np.concatenate([np.asarray(made) for made, _ in frames], axis=1)
 
 
 @pytest.mark.parametrize("solver", [SEQUENTIAL, Solver(block_size=4, tolerance=1e-12)], ids=["one", "blocks"])

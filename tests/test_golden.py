@@ -102,7 +102,7 @@ class FlowCase:
         texts = jnp.stack([self.text, self.null]) if guidance else self.text[None]
         frames = decode.generate(self.model, self.params, noise, texts, guidance=guidance, solver=solver,
                                  token_grid=self.grid[1:], known_BTSK=known, **window)
-        u = jnp.stack([frame for frame, _ in frames], axis=1)
+        u = jnp.concatenate([made for made, _ in frames], axis=1)
         u = u if known is None else jnp.concatenate([known, u], axis=1)
         x, _ = decode.invert_shallow(self.model, self.params, u, solver=decode.SEQUENTIAL, token_grid=self.grid[1:])
         return self.to_golden(x), self.to_golden(self.model.latents(u, self.grid[1]))
@@ -130,7 +130,7 @@ def check_forward(flow: FlowCase, compare: Comparison) -> None:
     compare("loss_z", loss.loss_z)
     compare("loss_logdet", loss.loss_logdet)
     u, _ = zip(*decode.generate(flow.model, flow.params, out.z_BTSK, flow.text[None], token_grid=flow.grid[1:]))
-    x, _ = decode.invert_shallow(flow.model, flow.params, jnp.stack(u, axis=1),
+    x, _ = decode.invert_shallow(flow.model, flow.params, jnp.concatenate(u, axis=1),
                                  solver=decode.SEQUENTIAL, token_grid=flow.grid[1:])
     compare("reverse_of_z", flow.to_golden(x))
     if flow.config.denoiser != "none":

@@ -1,8 +1,9 @@
 """The inverse of the flow: noise -> latents, frame by frame (DESIGN: inversion, tasks).
 
-`decode_frame` is the pure step (params, window state, noise of a frame) -> (u of the frame, state), the
+`decode_frames` is the pure step (params, window state, noise of a frame or of several) -> (u, state), the
 same for every frame; `generate` drives it over a video of any length, `invert_shallow` finishes frames.
-Sequential decoding is block Jacobi with blocks of one token, which one update solves exactly.
+Sequential decoding is block Jacobi with blocks of one token, which one update solves exactly. Blocks may
+be as long as a step's frames: several frames then converge together, in fewer passes than one by one.
 """
 
 import dataclasses
@@ -29,8 +30,9 @@ class Solver:
     """How tokens are solved for: block_size tokens at once until the residual is below tolerance."""
 
     block_size: int = 1
-    tolerance: float = 1e-3
+    tolerance: float = 1e-3  # 0: until nothing changes, at most block_size steps
     max_steps: int = 0  # 0: block_size, after which the result is exact
+    frames: int = 1  # frames that a decoding step solves for; blocks do not reach beyond them
 
 
 SEQUENTIAL = Solver(block_size=1)
@@ -49,7 +51,7 @@ class WindowState(flax.struct.PyTreeNode):
 
     cache: KVCache  # of both guidance branches: batch (branches * B)
     last_B1K: jax.Array  # the token before the next slot; SOS at first
-    previous_BSK: jax.Array  # the previous frame, from which the solver starts
+    previous_BSK: jax.Array  # the previous frame or, before the first, a guess: where the solver starts
     frame: jax.Array  # int32: index of the next frame within the window
 
 
@@ -117,10 +119,12 @@ def start_window(
     *,
     window: int,
     token_grid: tuple[int, int],
+    guess_BSK: jax.Array | None = None,
 ) -> WindowState:
     """Fill the cache with the text and the T >= 0 known frames of u (TI2V, extension, restarts).
 
     texts: (branches, B, text_length, text_dim), branch 0 conditional; None: a model without text.
+    guess: of the first frame, where none is known; 0 by default.
     """
     batch, known, tokens, channels = known_BTSK.shape
     branches, text_length = (1, 0) if texts_GBTD is None else (texts_GBTD.shape[0], texts_GBTD.shape[2])
@@ -138,16 +142,17 @@ def start_window(
     elif text is not None:
         rope = model.rope((1, *token_grid), text)[:, :text_length]
         cache = cache.append(block(FlowBlock.prefill_text, text, rope))
-    previous = known_BTSK[:, -1] if known else jnp.zeros((batch, tokens, channels), known_BTSK.dtype)
+    guess = jnp.zeros((batch, tokens, channels), known_BTSK.dtype) if guess_BSK is None else guess_BSK
+    previous = known_BTSK[:, -1] if known else guess
     return WindowState(cache, last_B1K.astype(previous.dtype), previous, jnp.int32(known))
 
 
 @partial(jax.jit, static_argnames=("model", "solver", "window", "token_grid", "branches"))
-def decode_frame(
+def decode_frames(
     model: STARFlow,
     params: Any,
     state: WindowState,
-    z_BSK: jax.Array,
+    z_BGSK: jax.Array,
     guidance: jax.Array,
     *,
     solver: Solver,
@@ -155,10 +160,10 @@ def decode_frame(
     token_grid: tuple[int, int],
     branches: int,
 ) -> tuple[jax.Array, WindowState, Report]:
-    """One frame of u = f_D^{-1}(z | earlier frames, text). branches: 2 with guidance, 1 without."""
-    tokens = z_BSK.shape[1]
+    """The next G frames of u = f_D^{-1}(z | earlier frames, text). branches: 2 with guidance, 1 without."""
+    batch, frames, tokens, channels = z_BGSK.shape
     positions = model.rope((window, *token_grid), None)
-    rope = lax.dynamic_slice_in_dim(positions, state.frame * tokens, tokens, axis=1)
+    rope = lax.dynamic_slice_in_dim(positions, state.frame * tokens, frames * tokens, axis=1)
 
     def predict(inputs_BNK: jax.Array, rope_2NE: jax.Array, cache: KVCache) -> tuple[Affine, Any]:
         inputs = jnp.tile(inputs_BNK, (branches, 1, 1))
@@ -168,9 +173,11 @@ def decode_frame(
         conditional, unconditional = (Affine(*part) for part in zip(*(jnp.split(a, 2) for a in affine)))
         return guide(conditional, unconditional, guidance), kv
 
-    u_BSK, cache, last, report = solve_tokens(
-        predict, z_BSK, state.previous_BSK, state.last_B1K, state.cache, rope, solver, branches)
-    return u_BSK, WindowState(cache, last, u_BSK, state.frame + 1), report
+    u, cache, last, report = solve_tokens(
+        predict, z_BGSK.reshape(batch, -1, channels), jnp.tile(state.previous_BSK, (1, frames, 1)),
+        state.last_B1K, state.cache, rope, solver, branches)
+    u_BGSK = u.reshape(z_BGSK.shape)
+    return u_BGSK, WindowState(cache, last, u_BGSK[:, -1], state.frame + frames), report
 
 
 def _apply_deep(model: STARFlow, params: Any, method: Callable, *args):
@@ -181,7 +188,7 @@ def generate(
     model: STARFlow,
     params: Any,
     noise_BTSK: jax.Array,
-    texts_GBTD: jax.Array | None,
+    texts: jax.Array | dict[int, jax.Array] | None,
     *,
     guidance: float = 0.0,
     solver: Solver = SEQUENTIAL,
@@ -189,12 +196,14 @@ def generate(
     known_BTSK: jax.Array | None = None,
     window: int | None = None,
     context: int | None = None,
+    guess_BSK: jax.Array | None = None,
 ) -> Iterator[tuple[jax.Array, Report]]:
-    """Yield the frames of u that follow the known ones, (B, S, K) each with its report, as they are done.
+    """Yield the frames of u that follow the known ones, (B, G, S, K) with their report, as they are done.
 
-    noise: one frame of it per frame to make. texts: conditional features and, with guidance, the null
-    caption's, stacked. Past `window` frames (default: all fit), the last `context` ones are encoded again
-    at positions from 0 and generation goes on.
+    noise: one frame of it per frame to make. texts: (branches, B, text_length, text_dim), conditional
+    features and, with guidance, what they are guided away from; or a dict of them by the index of the made
+    frame from which on they hold (0 has to be there). Past `window` frames (default: all fit), or with
+    another text, the last `context` frames are encoded again at positions from 0 and generation goes on.
     Raises ValueError where the known frames or the context do not fit the window.
     """
     batch, total, tokens, channels = noise_BTSK.shape
@@ -205,20 +214,25 @@ def generate(
         u_BTSK = u_BTSK[:, -max(context, 1):]
     if not 0 < context < window and u_BTSK.shape[1] + total > window:
         raise ValueError(f"context={context}: has to be at least 1 and less than the window of {window} frames")
-    branches = 1 if texts_GBTD is None else texts_GBTD.shape[0]
-    state = start_window(model, params, u_BTSK, texts_GBTD, window=window, token_grid=token_grid)
-    in_window = u_BTSK.shape[1]
-    for index in range(total):
-        if in_window == window:
-            u_BTSK = u_BTSK[:, -context:]
-            state = start_window(model, params, u_BTSK, texts_GBTD, window=window, token_grid=token_grid)
-            in_window = context
-        frame, state, report = decode_frame(
-            model, params, state, noise_BTSK[:, index], jnp.float32(guidance),
-            solver=solver, window=window, token_grid=token_grid, branches=branches)
-        u_BTSK = jnp.concatenate([u_BTSK, frame[:, None]], axis=1)[:, -window:]
-        in_window += 1
-        yield frame, report
+    text_of = texts if isinstance(texts, dict) else {0: texts}
+    begin = partial(start_window, model, params, window=window, token_grid=token_grid)
+    index, in_window, state = 0, 0, None
+    while index < total:
+        changed = index > 0 and index in text_of
+        if index in text_of:
+            text_GBTD = text_of[index]
+        if state is None or changed or in_window == window:
+            if state is not None:
+                u_BTSK = u_BTSK[:, -(context if in_window == window else in_window):]
+            state, in_window = begin(u_BTSK, text_GBTD, guess_BSK=guess_BSK), u_BTSK.shape[1]
+        next_change = min((at for at in text_of if at > index), default=total)
+        frames = min(solver.frames, window - in_window, next_change - index, total - index)
+        made_BGSK, state, report = decode_frames(
+            model, params, state, noise_BTSK[:, index:index + frames], jnp.float32(guidance), solver=solver,
+            window=window, token_grid=token_grid, branches=1 if text_GBTD is None else text_GBTD.shape[0])
+        u_BTSK = jnp.concatenate([u_BTSK, made_BGSK], axis=1)[:, -window:]
+        index, in_window = index + frames, in_window + frames
+        yield made_BGSK, report
 
 
 @partial(jax.jit, static_argnames=("model", "solver", "token_grid"))

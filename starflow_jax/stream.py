@@ -1,0 +1,196 @@
+"""Frames that leave as they are made: a pipeline of the deep block and of all that comes after it.
+
+The deep block runs on the first device; the shallow stack, the denoiser and the codec on the second where
+there is one. JAX dispatches without waiting, so the deep block is asked for its next frame before the one
+before it is fetched, and never waits for the rest. The frames equal those of the whole clip: each stage is
+causal, and the denoiser, which looks one frame ahead, is one frame late.
+"""
+
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageDraw
+
+from starflow_jax.config import Sample, UserError
+from starflow_jax.flow import decode
+from starflow_jax.generation import (
+    Conditions,
+    deep_frames,
+    denoise_window,
+    output_windows,
+    prepare,
+    shallow_solver,
+    token_grid,
+)
+from starflow_jax.optimizer import Params
+from starflow_jax.system import System, flow_variables
+from starflow_jax.video_io import atomic_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """When a stage's work on one latent frame was asked for and done, in seconds from the stream's start."""
+
+    stage: str  # "deep", or "rest": shallow stack, denoiser, codec
+    frame: int
+    asked: float
+    done: float
+
+
+class Timeline:
+    """Waits, in threads of its own, for what was dispatched, and notes when it was done."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.events: list[Event] = []
+        self._queues: dict[str, queue.Queue] = {}
+        self._threads: list[threading.Thread] = []
+
+    def watch(self, stage: str, frame: int, result: Any) -> None:
+        if stage not in self._queues:
+            self._queues[stage] = queue.Queue()
+            self._threads.append(threading.Thread(target=self._wait, args=(stage, self._queues[stage]), daemon=True))
+            self._threads[-1].start()
+        self._queues[stage].put((frame, time.perf_counter() - self._began, result))
+
+    def close(self) -> list[Event]:
+        """All events, once the last is done."""
+        for waiting in self._queues.values():
+            waiting.put(None)
+        for thread in self._threads:
+            thread.join()
+        return sorted(self.events, key=lambda event: event.done)
+
+    def _wait(self, stage: str, waiting: queue.Queue) -> None:
+        while (item := waiting.get()) is not None:
+            frame, asked, result = item
+            jax.block_until_ready(result)
+            self.events.append(Event(stage, frame, asked, time.perf_counter() - self._began))
+
+
+def stream_devices(count: int) -> tuple[jax.Device, jax.Device]:
+    """(the deep block's, everything else's). Raises UserError where there are not as many."""
+    devices = jax.local_devices()
+    if count > len(devices):
+        raise UserError(f"sample.devices={count}: this machine has {len(devices)}; on a CPU, set XLA_FLAGS="
+                        f"--xla_force_host_platform_device_count={count}")
+    return devices[0], devices[min(count, 2) - 1]
+
+
+def stream_clips(
+    system: System,
+    params: Params,
+    captions: list[str],
+    seeds: list[int],
+    settings: Sample,
+    known_BTHWC: np.ndarray | None = None,
+    timeline: Timeline | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield the clips' next frames, uint8 (B, T, H, W, 3), T = 1 for the first latent frame and the codec's time
+    stride for each after it; the given ones come first."""
+    deep, rest = stream_devices(settings.devices)
+    given = prepare(system, params, captions, seeds, settings, known_BTHWC)
+    variables = jax.device_put(flow_variables(params), deep)
+    finish = _Finisher(system, jax.device_put(params, rest), given, settings)
+    timeline = timeline or Timeline()
+    index = 0 if given.known_BTSK is None else given.known_BTSK.shape[1]
+    pending: list[jax.Array] = []
+    for u_BGSK, _ in deep_frames(system, variables, jax.device_put(given, deep), settings):
+        timeline.watch("deep", index, u_BGSK)
+        # What was asked for a step ago is fetched only now, with the deep block at work on the next.
+        yield from (np.asarray(frames) for frames in pending)
+        pending = finish(jax.device_put(u_BGSK, rest))
+        if pending:
+            timeline.watch("rest", index, pending)
+        index += u_BGSK.shape[1]
+    yield from (np.asarray(frames) for frames in pending)
+
+
+class _Finisher:
+    """From u to pixels, frame after frame: what is known so far, and how much of it has left."""
+
+    def __init__(self, system: System, params: Params, given: Conditions, settings: Sample) -> None:
+        model = system.config.model
+        self._system, self._params, self._settings = system, params, settings
+        device = jax.tree.leaves(params)[0].device
+        self._text = jax.device_put(given.text, device)
+        batch, made = given.noise_BNSK.shape[:2]
+        known = given.known_BThwC
+        self._ready = 0 if known is None else known.shape[1]
+        self._left = 0
+        shape = (batch, self._ready + made, model.height, model.width, model.channels)
+        # Frames that are not made yet are 0: nothing that is taken depends on them.
+        noisy = jnp.zeros(shape) if known is None else jnp.zeros(shape).at[:, :self._ready].set(known)
+        self._noisy = jax.device_put(noisy, device)
+        self._windows = output_windows(system.config, shape[1], model.denoiser_lookahead)
+
+    def __call__(self, u_BGSK: jax.Array) -> list[jax.Array]:
+        """Take the next frames of u; returns the pixels that they complete."""
+        noisy, _ = decode.invert_shallow(
+            self._system.flow, flow_variables(self._params), u_BGSK, solver=shallow_solver(self._settings),
+            token_grid=token_grid(self._system))
+        self._noisy = _place(self._noisy, noisy, self._ready)
+        self._ready += u_BGSK.shape[1]
+        total = self._noisy.shape[1]
+        done = total if self._ready == total else self._ready - latency(self._system, self._settings)
+        out = []
+        while self._left < done:
+            out.append(self._pixels(self._left))
+            self._left += 1
+        return out
+
+    def _pixels(self, frame: int) -> jax.Array:
+        start, stop, begin, _ = next(w for w in self._windows if w[2] <= frame < w[3])
+        clean = denoise_window(self._system, self._params, self._noisy[:, start:stop], begin, self._text,
+                               self._settings.denoise)
+        latent = clean[:, frame - start:frame - start + 1]
+        return _decoder(self._system, frame == 0)(latent)
+
+
+def latency(system: System, settings: Sample) -> int:
+    """Latent frames that have to be there beyond one that leaves."""
+    model = system.config.model
+    if settings.denoise == "none" or model.denoiser == "none":
+        return 0
+    if settings.denoise == "score":
+        raise UserError("sample.denoise=score: the score of a frame depends on all frames after it; "
+                        "stream with denoiser or none")
+    return model.denoiser_lookahead * (model.denoiser_layers if model.denoiser == "every_layer" else 1)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _place(noisy: jax.Array, frames: jax.Array, at: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(noisy, frames, at, axis=1)
+
+
+def _decoder(system: System, first: bool):
+    return jax.jit(system.decode if first else system.decode_next)
+
+
+def draw_timeline(path: Path, events: list[Event], width: int = 900) -> None:
+    """A PNG: one row per stage, one bar per latent frame, from when its work could begin to when it was done."""
+    end = max((event.done for event in events), default=1.0) or 1.0
+    image = Image.new("RGB", (width, 34 * 2 + 24), "white")
+    draw, left = ImageDraw.Draw(image), 50
+    scale = (width - left - 10) / end
+    for row, stage in enumerate(("deep", "rest")):
+        draw.text((4, row * 34 + 10), stage, fill="black")
+        free = 0.0
+        for event in (event for event in events if event.stage == stage):
+            begin, free = max(event.asked, free), event.done
+            x0, x1 = left + begin * scale, left + event.done * scale
+            box = (x0, row * 34 + 4, max(x1, x0 + 1), row * 34 + 30)
+            draw.rectangle(box, fill=("#4C78A8", "#F58518")[event.frame % 2])
+            draw.text((box[0] + 2, row * 34 + 10), str(event.frame), fill="white")
+    draw.text((left, 72), f"0 to {end:.2f} s; bars are latent frames", fill="black")
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
