@@ -52,6 +52,7 @@ class Timeline:
     def __init__(self) -> None:
         self._began = time.perf_counter()
         self.events: list[Event] = []
+        self.asked: dict[str, int] = {}  # results dispatched so far, by stage
         self._queues: dict[str, queue.Queue] = {}
         self._threads: list[threading.Thread] = []
 
@@ -60,6 +61,7 @@ class Timeline:
             self._queues[stage] = queue.Queue()
             self._threads.append(threading.Thread(target=self._wait, args=(stage, self._queues[stage]), daemon=True))
             self._threads[-1].start()
+        self.asked[stage] = self.asked.get(stage, 0) + 1
         self._queues[stage].put((frame, time.perf_counter() - self._began, result))
 
     def close(self) -> list[Event]:

@@ -9,7 +9,8 @@ import pytest
 FAST_COMPILATION = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if version("jaxlib").startswith("0.10."):  # XLA ends the process at a flag that it does not know
     FAST_COMPILATION.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FAST_COMPILATION]).strip()
+DEVICES = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FAST_COMPILATION, DEVICES]).strip()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

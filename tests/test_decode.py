@@ -87,3 +87,35 @@ def test_a_sample_does_not_depend_on_its_batch_mates(setting: tuple[STARFlow, An
     together = run(setting, z, features[None], solver=solver)
     alone = run(setting, z[:1], features[None, :1], solver=solver)
     np.testing.assert_allclose(together[:1], alone, atol=1e-5)
+
+
+def test_several_frames_a_step_are_the_same_frames(setting: tuple[STARFlow, Any]) -> None:
+    z = noise(2, 5)
+    one_by_one = run(setting, z)
+    for frames, block in ((2, 12), (3, 18), (2, 5)):
+        together = run(setting, z, solver=Solver(block_size=block, tolerance=0.0, frames=frames))
+        np.testing.assert_allclose(together, one_by_one, atol=1e-4)
+
+
+def test_a_guess_changes_where_the_solver_starts_and_not_where_it_ends(setting: tuple[STARFlow, Any]) -> None:
+    flow, variables = setting
+    exact = run(setting, noise(1, 1))
+
+    def steps(guess: jax.Array | None) -> int:
+        solver = Solver(block_size=6, tolerance=1e-10)
+        (u, report), = decode.generate(flow, variables, noise(1, 1), text(MODEL, 1)[None], token_grid=GRID,
+                                       solver=solver, guess_BSK=guess)
+        np.testing.assert_allclose(u, exact, atol=1e-4)
+        return int(report.steps.sum())
+
+    assert steps(jnp.asarray(exact[:, 0])) < steps(None)
+
+
+def test_another_text_holds_from_its_frame_on(setting: tuple[STARFlow, Any]) -> None:
+    first, second = text(MODEL, 1)[None], text(MODEL, 1)[None] + 1.0
+    plain = run(setting, noise(1, 4), texts=first, window=4, context=2)
+    changed = run(setting, noise(1, 4), texts={0: first, 2: second}, window=4, context=2)
+    np.testing.assert_array_equal(changed[:, :2], plain[:, :2])
+    assert np.abs(changed[:, 2:] - plain[:, 2:]).max() > 1e-3
+    alone = run(setting, noise(1, 4)[:, 2:], texts=second, known_BTSK=jnp.asarray(plain[:, :2]), window=4)
+    np.testing.assert_allclose(changed[:, 2:], alone, atol=1e-5)

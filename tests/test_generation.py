@@ -113,3 +113,31 @@ def test_lengths_that_cannot_be_are_refused(system: System, params) -> None:
         generate_clips(system, params, CAPTIONS, [0, 1, 2], dataclasses.replace(SETTINGS, frames=12))
     with pytest.raises(UserError, match="context_frames=3"):
         generate_clips(system, params, CAPTIONS, [0, 1, 2], dataclasses.replace(SETTINGS, frames=25, context_frames=3))
+
+
+def test_certificate_of_an_unguided_sample(system: System, params) -> None:
+    exact = dataclasses.replace(SETTINGS, guidance=0.0, tolerance=0.0, certify=True)
+    clips = generate_clips(system, params, CAPTIONS, [5, 6, 7], exact)
+    assert clips.certificate_B is not None and clips.certificate_B.max() < 1e-7
+    loose = generate_clips(system, params, CAPTIONS, [5, 6, 7],
+                           dataclasses.replace(exact, max_steps=1, block_size=4, tolerance=1e-3))
+    assert loose.certificate_B.min() > 1e-4 and not loose.converged_B.any()
+    with pytest.raises(UserError, match="sample.certify"):
+        generate_clips(system, params, CAPTIONS, [5, 6, 7], dataclasses.replace(SETTINGS, certify=True))
+
+
+def test_negative_prompt_and_metadata_reach_the_model(system: System, params, clips: Clips) -> None:
+    for change in (dict(negative_prompt=CAPTIONS[1]), dict(fps=12), dict(aspect_ratio="16:9")):
+        other = generate_clips(system, params, CAPTIONS, [5, 6, 7], dataclasses.replace(SETTINGS, **change))
+        assert np.abs(other.noisy_BNhwC - clips.noisy_BNhwC).max() > 1e-4, change
+
+
+def test_changes_of_prompt(system: System, params, clips: Clips) -> None:
+    settings = dataclasses.replace(SETTINGS, changes="5: a blue three drifts left")
+    changed = generate_clips(system, params, CAPTIONS, [5, 6, 7], settings)
+    np.testing.assert_allclose(changed.noisy_BNhwC[:, :2], clips.noisy_BNhwC[:, :2], atol=1e-4)
+    assert np.abs(changed.noisy_BNhwC[0, 2] - clips.noisy_BNhwC[0, 2]).max() > 1e-4
+    np.testing.assert_allclose(changed.noisy_BNhwC[1], clips.noisy_BNhwC[1], atol=1e-4)  # it says the same
+    for wrong in ("a prompt", "x: a prompt", "0: a prompt"):
+        with pytest.raises(UserError, match="sample.changes"):
+            generate_clips(system, params, CAPTIONS, [5, 6, 7], dataclasses.replace(SETTINGS, changes=wrong))

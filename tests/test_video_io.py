@@ -187,3 +187,16 @@ def test_gif_moves_and_is_small(tmp_path):
     shown_HWC = last_HWC[top : top + 64 : 2, 0:96:2].astype(int)
     assert np.abs(shown_HWC - clips_BTHWC[4, 15]).max() <= 12
     assert path.stat().st_size < 60_000
+
+
+def test_growing_mp4_plays_before_it_is_closed(tmp_path):
+    frames_THWC = moving_square(8)
+    writer = video_io.growing_mp4(tmp_path / "grows.mp4", fps=8)
+    writer.write(frames_THWC[:5])
+    (tmp_path / "copy.mp4").write_bytes((tmp_path / "grows.mp4").read_bytes())
+    early_THWC, rate = video_io.read_video(tmp_path / "copy.mp4")
+    assert len(early_THWC) >= 3 and rate == 8
+    assert np.abs(early_THWC[0].astype(int) - frames_THWC[0]).mean() < 4
+    writer.write(frames_THWC[5:])
+    writer.close()
+    assert len(video_io.read_video(tmp_path / "grows.mp4")[0]) == 8

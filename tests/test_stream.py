@@ -1,0 +1,63 @@
+"""Streams: the frames of the whole clip, on one device or two, as early as they can be."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from starflow_jax.config import UserError
+from starflow_jax.generation import generate_clips
+from starflow_jax.stream import Timeline, draw_timeline, latency, stream_clips, stream_devices
+from starflow_jax.system import System
+from tests.test_generation import CAPTIONS, SETTINGS, params, system
+
+__all__ = ["params", "system"]  # fixtures
+SEEDS = [5, 6, 7]
+
+
+@pytest.mark.parametrize("frames,devices", [(9, 1), (9, 2), (21, 2), (9, 4)])
+def test_stream_equals_the_whole_clip(system: System, params, frames: int, devices: int) -> None:
+    """Bit for bit, within the window and beyond it."""
+    settings = dataclasses.replace(SETTINGS, frames=frames, devices=devices, frames_per_step=1)
+    whole = generate_clips(system, params, CAPTIONS, SEEDS, settings)
+    parts = list(stream_clips(system, params, CAPTIONS, SEEDS, settings))
+    assert [part.shape[1] for part in parts] == [1] + [4] * ((frames - 1) // 4)
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole.frames_BTHWC)
+
+
+def test_given_frames_lead_the_stream(system: System, params) -> None:
+    known = np.random.default_rng(1).integers(0, 256, (3, 5, 8, 8, 3), np.uint8)
+    settings = dataclasses.replace(SETTINGS, frames_per_step=1)
+    whole = generate_clips(system, params, CAPTIONS, SEEDS, settings, known)
+    streamed = np.concatenate(list(stream_clips(system, params, CAPTIONS, SEEDS, settings, known)), axis=1)
+    np.testing.assert_array_equal(streamed, whole.frames_BTHWC)
+
+
+def test_a_frame_leaves_one_frame_after_it_is_made(system: System, params) -> None:
+    """The deep block has made n + 2 frames, and no more, when frame n is handed out."""
+    timeline = Timeline()
+    frames = stream_clips(system, params, CAPTIONS, SEEDS, dataclasses.replace(SETTINGS, frames=21), timeline=timeline)
+    asked = []
+    for _ in frames:
+        asked.append(timeline.asked["deep"])
+    assert asked[:4] == [3, 4, 5, 6]
+    events = timeline.close()
+    assert sorted(e.frame for e in events if e.stage == "deep") == list(range(6))
+    assert all(e.asked <= e.done for e in events)
+
+
+def test_timeline_is_drawn(tmp_path: Path) -> None:
+    timeline = Timeline()
+    timeline.watch("deep", 0, jax.numpy.ones(3))
+    timeline.watch("rest", 0, jax.numpy.ones(3))
+    draw_timeline(tmp_path / "timeline.png", timeline.close())
+    assert (tmp_path / "timeline.png").stat().st_size > 200
+
+
+def test_what_cannot_be_streamed_is_refused(system: System) -> None:
+    with pytest.raises(UserError, match="sample.devices=999"):
+        stream_devices(999)
+    with pytest.raises(UserError, match="sample.denoise=score"):
+        latency(system, dataclasses.replace(SETTINGS, denoise="score"))
