@@ -40,7 +40,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_tpu_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pallas_tpu, "BLOCK", 128)
-    monkeypatch.setattr(pallas_tpu, "PART", 64)
+    monkeypatch.setattr(pallas_tpu, "FORWARD_PART", 64)
+    monkeypatch.setattr(pallas_tpu, "BACKWARD_PART", 64)
 
 
 def allowed(mask: Mask, queries: int, keys: int) -> np.ndarray:

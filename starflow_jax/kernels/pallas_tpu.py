@@ -31,7 +31,9 @@ from starflow_jax.kernels.unsupported import Unsupported
 
 LANES, SUBLANES = 128, 16  # of a bfloat16 tile
 BLOCK = 1024  # queries and keys of a visit
-PART = 512  # keys whose scores are held at a time
+# Keys whose scores are held at a time: few, so that registers hold them while the next ones are multiplied; in the
+# backward kernel, whose products take longer than all else, as many as are overlapped well.
+FORWARD_PART, BACKWARD_PART = 128, 512
 LARGEST_HEAD = 256
 DQ_BYTES = 24 * 2**20  # what a head's dq may take of the VMEM, whose 64 MiB on a TPU7x are the least of all
 VMEM_BYTES = 52 * 2**20
@@ -102,16 +104,22 @@ def _forward_kernel(visits_ref, length_ref, q_ref, k_ref, v_ref, out_ref, lse_re
         total_ref[...] = jnp.zeros_like(total_ref)
         largest_ref[...] = jnp.full_like(largest_ref, MASKED)
 
-    @visit.each_part
-    def _(part, cut):
-        scores_KQ = _dot(k_ref[:, part], q_ref[...], 0, 0)
-        if cut:
-            scores_KQ = visit.hide(scores_KQ, part, mask, keys)
-        before, largest = largest_ref[...], jnp.maximum(largest_ref[...], scores_KQ.max(axis=0, keepdims=True))
-        weights_KQ, shrink = jnp.exp(scores_KQ - largest), jnp.exp(before - largest)
-        largest_ref[...] = largest
-        total_ref[...] = total_ref[...] * shrink + weights_KQ.sum(axis=0, keepdims=True)
-        sum_ref[...] = sum_ref[...] * shrink + _dot(v_ref[:, part], weights_KQ.astype(v_ref.dtype), 1, 0)
+    @visit.when_cut_or_whole
+    def _(cut):
+        def scores_of(part):
+            scores_KQ = _dot(k_ref[:, part], q_ref[...], 0, 0)
+            return visit.hide(scores_KQ, part, mask, keys) if cut else scores_KQ
+
+        parts = visit.parts_of_keys(FORWARD_PART)
+        largest, total, following_KQ = largest_ref[...], total_ref[...], scores_of(parts[0])
+        for part, next_part in zip(parts, [*parts[1:], None]):
+            # The product of the next part is asked for first: it runs beside the softmax of this one.
+            scores_KQ, following_KQ = following_KQ, None if next_part is None else scores_of(next_part)
+            before, largest = largest, jnp.maximum(largest, scores_KQ.max(axis=0, keepdims=True))
+            weights_KQ, shrink = jnp.exp(scores_KQ - largest), jnp.exp(before - largest)
+            total = total * shrink + weights_KQ.sum(axis=0, keepdims=True)
+            sum_ref[...] = sum_ref[...] * shrink + _dot(v_ref[:, part], weights_KQ.astype(v_ref.dtype), 1, 0)
+        largest_ref[...], total_ref[...] = largest, total
 
     @pl.when(visit.is_last)
     def _():
@@ -137,19 +145,21 @@ def _backward_kernel(visits_ref, length_ref, q_ref, k_ref, v_ref, dout_ref, lse_
         dk_sum_ref[...] = jnp.zeros_like(dk_sum_ref)
         dv_sum_ref[...] = jnp.zeros_like(dv_sum_ref)
 
-    @visit.each_part
-    def _(part, cut):
-        q, k, dout = q_ref[...], k_ref[:, part], dout_ref[...]
-        scores_KQ = _dot(k, q, 0, 0)
-        if cut:
-            scores_KQ = visit.hide(scores_KQ, part, mask, keys)
-        weights_KQ = jnp.exp(scores_KQ - lse_ref[...])
-        if cut:  # the log-sum-exp of a query that saw nothing is as low as its scores
-            weights_KQ = jnp.where(scores_KQ > MASKED / 2, weights_KQ, 0.0)
-        dv_sum_ref[:, part] += _dot(dout, weights_KQ.astype(dout.dtype), 1, 1)
-        dscores_KQ = (weights_KQ * (_dot(v_ref[:, part], dout, 0, 0) - delta_ref[...])).astype(q.dtype)
-        dk_sum_ref[:, part] += _dot(q, dscores_KQ, 1, 1)
-        dq_sum_ref[in_sum] += _dot(k, dscores_KQ, 1, 0)
+    @visit.when_cut_or_whole
+    def _(cut):
+        q, dout = q_ref[...], dout_ref[...]
+        for part in visit.parts_of_keys(BACKWARD_PART):
+            k = k_ref[:, part]
+            scores_KQ = _dot(k, q, 0, 0)
+            if cut:
+                scores_KQ = visit.hide(scores_KQ, part, mask, keys)
+            weights_KQ = jnp.exp(scores_KQ - lse_ref[...])
+            if cut:  # the log-sum-exp of a query that saw nothing is as low as its scores
+                weights_KQ = jnp.where(scores_KQ > MASKED / 2, weights_KQ, 0.0)
+            dv_sum_ref[:, part] += _dot(dout, weights_KQ.astype(dout.dtype), 1, 1)
+            dscores_KQ = (weights_KQ * (_dot(v_ref[:, part], dout, 0, 0) - delta_ref[...])).astype(q.dtype)
+            dk_sum_ref[:, part] += _dot(q, dscores_KQ, 1, 1)
+            dq_sum_ref[in_sum] += _dot(k, dscores_KQ, 1, 0)
 
     @pl.when(visit.is_last)
     def _():
@@ -192,13 +202,13 @@ class _Visit:
         here = chunk(self.index)
         return (self.index == 0) | (chunk(before) != here), (self.index == last) | (chunk(after) != here)
 
-    def each_part(self, body) -> None:
-        """Calls body(slice of the block of keys, whether the mask cuts the block) where something is seen."""
+    def when_cut_or_whole(self, body) -> None:
+        """Runs body(whether the mask cuts this block), compiled for either case, where something is seen."""
         for cut in (True, False):
-            @pl.when(self.runs & (self.is_whole != cut))
-            def _(cut=cut):
-                for start in range(0, self.k_size, PART):
-                    body(slice(start, min(start + PART, self.k_size)), cut)
+            pl.when(self.runs & (self.is_whole != cut))(functools.partial(body, cut))
+
+    def parts_of_keys(self, size: int) -> list[slice]:
+        return [slice(start, min(start + size, self.k_size)) for start in range(0, self.k_size, size)]
 
     def hide(self, scores_KQ, part: slice, mask: Mask, keys: int):
         key = self.k_block * self.k_size + part.start + lax.broadcasted_iota(jnp.int32, scores_KQ.shape, 0)
