@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow_jax import benchmark_decode
 from starflow_jax.config import Config, Model
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.losses import nll_mean
@@ -28,9 +29,12 @@ BENCHMARK_MODEL = Model(
 
 
 def benchmark(config: Config, workdir: Path) -> None:
-    """Time the benchmark model and write WORKDIR/benchmark.json."""
-    config = dataclasses.replace(config, model=BENCHMARK_MODEL)
-    results = train_step_ratio(config)
+    """Time training and decoding and write WORKDIR/benchmark.json and benchmark_decoding.png."""
+    decoding: dict[str, Any] = {"trained": benchmark_decode.trained_model(config, workdir),
+                                "lengths": benchmark_decode.lengths(config, workdir),
+                                "random": benchmark_decode.random_model(BENCHMARK_MODEL)}
+    benchmark_decode.plot(workdir / "benchmark_decoding.png", decoding["trained"])
+    results = train_step_ratio(dataclasses.replace(config, model=BENCHMARK_MODEL)) | {"decoding": decoding}
     with atomic_path(workdir / "benchmark.json") as path:
         path.write_text(json.dumps(results, indent=1))
     rows = [("forward pass", f"{results['forward_seconds']:.3f} s", "1.00"),
@@ -38,6 +42,13 @@ def benchmark(config: Config, workdir: Path) -> None:
             ("matrix products alone", f"{results['matrix_seconds']:.3f} s",
              f"{results['matrix_seconds'] / results['forward_seconds']:.2f}")]
     print(table(rows, ("", "median", "forward passes")))
+    print()
+    for name in ("trained", "lengths"):
+        print(table([list(row.values()) for row in decoding[name]], list(decoding[name][0])) + "\n")
+    random = decoding["random"]
+    print(f"random weights: a guided video takes {random['video_in_guided_forward_passes']:.2f} guided forward passes "
+          f"({random['passes']:.0f} frame passes), sequential decoding "
+          f"{random['sequential_in_guided_forward_passes']:.2f}; error {random['error']:.1e}")
     print(f"\nthe forward pass reaches {results['forward_matrix_fraction']:.0%} of this machine's measured float32 "
           f"matrix rate ({results['matrix_gflops']:.0f} GFLOP/s)\nwritten: {workdir / 'benchmark.json'}")
 

@@ -33,6 +33,7 @@ class Solver:
     tolerance: float = 1e-3  # 0: until nothing changes, at most block_size steps
     max_steps: int = 0  # 0: block_size, after which the result is exact
     frames: int = 1  # frames that a decoding step solves for; blocks do not reach beyond them
+    start: str = "previous"  # each frame from the one before; or from its own "noise"
 
 
 SEQUENTIAL = Solver(block_size=1)
@@ -173,9 +174,10 @@ def decode_frames(
         conditional, unconditional = (Affine(*part) for part in zip(*(jnp.split(a, 2) for a in affine)))
         return guide(conditional, unconditional, guidance), kv
 
+    z = z_BGSK.reshape(batch, -1, channels)
+    start = z if solver.start == "noise" else jnp.tile(state.previous_BSK, (1, frames, 1))
     u, cache, last, report = solve_tokens(
-        predict, z_BGSK.reshape(batch, -1, channels), jnp.tile(state.previous_BSK, (1, frames, 1)),
-        state.last_B1K, state.cache, rope, solver, branches)
+        predict, z, start, state.last_B1K, state.cache, rope, solver, branches)
     u_BGSK = u.reshape(z_BGSK.shape)
     return u_BGSK, WindowState(cache, last, u_BGSK[:, -1], state.frame + frames), report
 

@@ -1,0 +1,165 @@
+"""How fast the flow is inverted: passes, time and error by block size, against sequential decoding."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow_jax.calibrate import decode_deep, relative_error
+from starflow_jax.config import Config, Model
+from starflow_jax.flow import decode
+from starflow_jax.flow.decode import Solver
+from starflow_jax.flow.starflow import STARFlow, apply_flow
+from starflow_jax.generation import deep_frames, fixed_prompts, prepare
+from starflow_jax.metrics import ProgressBar
+from starflow_jax.model_store import load_box
+from starflow_jax.system import System, flow_variables
+
+PROMPTS = 8
+ROUNDS = 3
+LENGTHS = (1, 4, 32)  # times the training length
+
+
+def trained_model(config: Config, workdir: Path) -> list[dict[str, Any]]:
+    """The model in the box, guided: each scheme's passes, error against sequential decoding and time, one video
+    at a time and several together. The base line starts each frame from the one before, the first from 0."""
+    system, params, _ = load_box(config, workdir)
+    captions, _ = fixed_prompts(system, "test", PROMPTS)
+    settings = dataclasses.replace(config.sample, frames=0)
+    plain = dataclasses.replace(system, guess=None)
+    tokens, window = config.model.tokens_per_frame, config.model.frames
+    cases: list[tuple[str, System, int, int]] = [("sequential", plain, 1, 1)]
+    cases += [("base line", plain, block, 1) for block in (tokens // 6, tokens // 3, tokens // 2, tokens)]
+    cases += [("first guess", system, tokens, 1)]
+    cases += [("first guess, several frames", system, tokens * frames, frames) for frames in (window // 2, window)]
+    exact, rows = None, []
+    with ProgressBar("decoding", len(cases), unit="scheme") as progress:
+        for name, of, block, frames in cases:
+            solver = "sequential" if name == "sequential" else "jacobi"
+            tried = dataclasses.replace(settings, solver=solver, block_size=block, frames_per_step=frames)
+            u, passes, seconds = _median(partial(decode_deep, of, params, captions, tried))
+            _, _, alone = _median(partial(decode_deep, of, params, captions[:1], tried))
+            exact = u if exact is None else exact
+            rows.append({"scheme": name, "block": block, "frames_per_step": frames, "passes": passes,
+                         "error": relative_error(u, exact), "seconds_one_video": alone,
+                         f"seconds_{PROMPTS}_videos": seconds})
+            progress.update()
+    return rows
+
+
+def _median(run: Callable[[], tuple[np.ndarray, float, float]]) -> tuple[np.ndarray, float, float]:
+    """The result, with the median of its seconds; the first run compiles."""
+    results = [run() for _ in range(ROUNDS + 1)][1:]
+    return results[0][0], results[0][1], float(np.median([seconds for _, _, seconds in results]))
+
+
+def random_model(model: Model, guidance: float = 2.0) -> dict[str, float]:
+    """A whole guided video (both stacks inverted) in guided forward passes, with random weights, B one frame."""
+    flow = STARFlow(model)
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (1, model.frames, model.height, model.width, model.channels))
+    texts = jax.random.normal(keys[1], (2, 1, model.text_length, model.text_dim))
+    params = {"params": _random_weights(jax.jit(flow.init)(keys[2], x, texts[0])["params"], keys[3])}
+    grid, tokens = (model.height, model.width), model.tokens_per_frame
+    z = jax.random.normal(keys[3], (1, model.frames, tokens, model.channels))
+
+    @jax.jit
+    def forward(params: Any) -> tuple[jax.Array, ...]:
+        return tuple(apply_flow(flow, params, STARFlow.forward, x, text).z_BTSK for text in texts)
+
+    def video(solver: Solver) -> tuple[jax.Array, float]:
+        made, reports = zip(*decode.generate(flow, params, z, texts, guidance=guidance, solver=solver, token_grid=grid))
+        shallow = decode.SEQUENTIAL if solver == decode.SEQUENTIAL else Solver(1 << 30, solver.tolerance / 10)
+        out, _ = decode.invert_shallow(flow, params, jnp.concatenate(made, axis=1), solver=shallow, token_grid=grid)
+        return out, sum(float(report.steps.sum()) for report in reports)
+
+    jacobi = Solver(tokens, 1e-3)
+    exact, fast = video(decode.SEQUENTIAL)[0], video(jacobi)
+    times: dict[str, list[float]] = {"forward": [], "jacobi": [], "sequential": []}
+    cases: dict[str, Callable] = {"forward": lambda: forward(params), "jacobi": lambda: video(jacobi)[0],
+                                  "sequential": lambda: video(decode.SEQUENTIAL)[0]}
+    jax.block_until_ready(forward(params))
+    for _ in range(ROUNDS):
+        for name, run in cases.items():
+            began = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - began)
+    seconds = {name: float(np.median(values)) for name, values in times.items()}
+    return {"guided_forward_seconds": seconds["forward"], "video_seconds": seconds["jacobi"],
+            "sequential_seconds": seconds["sequential"], "passes": fast[1],
+            "video_in_guided_forward_passes": seconds["jacobi"] / seconds["forward"],
+            "sequential_in_guided_forward_passes": seconds["sequential"] / seconds["forward"],
+            "error": relative_error(np.asarray(fast[0]), np.asarray(exact))}
+
+
+def _random_weights(params: Any, key: jax.Array) -> Any:
+    """Matrices N(0, 0.9^2 / fan-in), output projections 0.35^2 / fan-in, SOS N(0, 1); the rest as initialised."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    keys = jax.random.split(key, len(leaves))
+
+    def weight(path: Any, leaf: jax.Array, key: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if "sos" in name:
+            return jax.random.normal(key, leaf.shape)
+        if "kernel" not in name:
+            return leaf
+        scale = 0.35 if "proj_out" in name else 0.9
+        return scale * leaf.shape[-2] ** -0.5 * jax.random.normal(key, leaf.shape)
+
+    return jax.tree_util.tree_unflatten(tree, [weight(path, leaf, k) for (path, leaf), k in zip(leaves, keys)])
+
+
+def lengths(config: Config, workdir: Path) -> list[dict[str, Any]]:
+    """Longer and longer videos by the same compiled step: programs, cache and time per latent frame."""
+    system, params, _ = load_box(config, workdir)
+    captions, _ = fixed_prompts(system, "test", 1)
+    rows = []
+    for times in LENGTHS:
+        frames = 1 + (config.model.frames * times - 1) * config.codec.time_stride
+        settings = dataclasses.replace(config.sample, frames=frames, frames_per_step=1)
+        given = prepare(system, params, captions, [0], settings)
+        before, began, made = _programs(), time.perf_counter(), 0
+        for u, _ in deep_frames(system, flow_variables(params), given, settings):
+            made += jax.block_until_ready(u).shape[1]
+        rows.append({"times_training_length": times, "latent_frames": made,
+                     "decoding_programs_added": _programs() - before,
+                     "cache_megabytes": cache_bytes(system, settings.guidance > 0) / 1e6,
+                     "live_megabytes": sum(a.nbytes for a in jax.live_arrays()) / 1e6,
+                     "seconds_per_latent_frame": (time.perf_counter() - began) / made})
+    return rows
+
+
+def _programs() -> int:
+    return decode.decode_frames._cache_size()  # type: ignore[attr-defined]
+
+
+def cache_bytes(system: System, guided: bool) -> int:
+    """Of one video's window: keys and values of all layers and slots."""
+    model = system.config.model
+    slots = model.text_length + model.frames * model.tokens_per_frame
+    return 2 * (1 + guided) * model.deep_layers * slots * model.deep_width * jnp.dtype(model.dtype).itemsize
+
+
+def plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Time and passes against block size (the paper's Fig. 3)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, key, label in zip(figure.subplots(1, 2), ("passes", "seconds_one_video"), ("passes of the deep block",
+                                                                                         "seconds, one video")):
+        for name in dict.fromkeys(row["scheme"] for row in rows):
+            points = [(row["block"], row[key]) for row in rows if row["scheme"] == name]
+            axes.plot(*zip(*points), marker="o", label=name)
+        axes.set_xlabel("block size (tokens)")
+        axes.set_ylabel(label)
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
