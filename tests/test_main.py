@@ -12,6 +12,7 @@ CASES = {
     "unknown variant": (["--config=configs/t2v.py:9000b"], "9000b"),
     "missing config": (["--config=configs/nothing.py"], "nothing.py"),
     "missing prompts": (["--mode=sample", "--config.sample.prompts_file=no_such_prompts.txt"], "no_such_prompts.txt"),
+    "missing image": (["--mode=sample", "--config.sample.prompt=x", "--config.sample.image=none.png"], "none.png"),
     "no prompt": (["--mode=sample"], "sample.prompt"),
     "length": (["--mode=sample", "--config.sample.prompt=x", "--config.sample.frames=12"], "sample.frames=12"),
     "stray argument": (["train"], "train"),
