@@ -8,7 +8,7 @@ import pytest
 from starflow_jax.flow.block import block_rope
 from starflow_jax.flow.denoiser import Denoiser
 from starflow_jax.flow.starflow import STARFlow
-from starflow_jax.nn import masks
+from starflow_jax.kernels.mask import FrameWindow, seen
 from tests.helpers import HEAD_DIM, depends, latents, random_flow, randomised, text, tiny_model
 
 FRAMES, TEXT = 6, 3
@@ -71,12 +71,13 @@ def test_text_is_seen_by_all_and_sees_the_first_frames() -> None:
 
 def test_mask_of_text_and_window() -> None:
     """Two text tokens, then frames 0 0 1 1 2 2 3 3; window 2, look-ahead 1."""
-    frame = jnp.asarray(masks.frame_indices(2, 4, 2))
     rows = ["11 11 11 00 00", "11 11 11 00 00",
             "11 11 11 00 00", "11 11 11 00 00", "11 11 11 11 00", "11 11 11 11 00",
             "11 00 11 11 11", "11 00 11 11 11", "11 00 00 11 11", "11 00 00 11 11"]
     expected = np.array([[c == "1" for c in row.replace(" ", "")] for row in rows])
-    np.testing.assert_array_equal(masks.frame_window(frame, frame, 2, 1), expected)
+    slot = np.arange(10)
+    found = seen(FrameWindow(prefix=2, tokens=2, window=2, lookahead=1), slot[:, None], slot, 10, np)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("placement", ["first_layer", "every_layer"])

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.nn import masks, rope
+from starflow_jax.kernels.mask import Causal
+from starflow_jax.nn import rope
 from starflow_jax.nn.cache import KVCache
 from starflow_jax.nn.transformer import KeyValue, Transformer
 
@@ -74,12 +75,12 @@ class FlowBlock(nn.Module):
     def prefill_text(self, text_BTD: jax.Array, rope_2TE: jax.Array) -> KeyValue:
         """Keys and values of the text alone, each (L, B, T, H, D)."""
         text = self.proj_text(text_BTD)
-        return self.transformer(text, masks.causal(text.shape[1]), rope_2TE)[1]
+        return self.transformer(text, Causal(), rope_2TE)[1]
 
     def predict(self, inputs_BNC: jax.Array, rope_2NE: jax.Array, cache: KVCache) -> tuple[Affine, KeyValue]:
         """The next N slots' predictions from what each slot sees; the cache is only read."""
         hidden = self.proj_in(inputs_BNC.astype(self.dtype))
-        hidden, kv = self.transformer(hidden, masks.causal(hidden.shape[1]), rope_2NE, cache)
+        hidden, kv = self.transformer(hidden, Causal(), rope_2NE, cache)
         return self._affine(hidden), kv
 
     def _run(self, inputs_BSC, rope_2SE, text_BTD, keep_kv: bool) -> tuple[Affine, Any]:
@@ -87,8 +88,7 @@ class FlowBlock(nn.Module):
         if text_BTD is not None:
             text = self.proj_text(text_BTD.astype(self.dtype))
             hidden, prefix = jnp.concatenate([text, hidden], axis=1), text.shape[1]
-        mask = masks.causal(hidden.shape[1])
-        hidden, kv = self.transformer(hidden, mask, rope_2SE, keep_kv=keep_kv)
+        hidden, kv = self.transformer(hidden, Causal(), rope_2SE, keep_kv=keep_kv)
         return self._affine(hidden[:, prefix:]), kv
 
     def _affine(self, hidden_BSD: jax.Array) -> Affine:

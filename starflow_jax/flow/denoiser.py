@@ -1,12 +1,13 @@
 """The causal denoiser s_phi: removes the training noise from samples (DESIGN: flow-score matching, Eq. 7)."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from starflow_jax.nn import masks
+from starflow_jax.kernels.mask import FrameWindow
 from starflow_jax.nn.transformer import Transformer
 
 
@@ -38,12 +39,11 @@ class Denoiser(nn.Module):
         if self.text and text_BTD is not None:
             text = nn.Dense(self.width, dtype=self.dtype, name="proj_text")(text_BTD)
             hidden, prefix = jnp.concatenate([text, hidden], axis=1), text.shape[1]
-        frame_S = jnp.asarray(masks.frame_indices(prefix, frames, x_BSC.shape[1] // frames))
-        ahead = masks.frame_window(frame_S, frame_S, self.window, self.lookahead)
-        causal = masks.frame_window(frame_S, frame_S, self.window, 0)
+        ahead = FrameWindow(prefix, x_BSC.shape[1] // frames, self.window, self.lookahead)
+        causal = dataclasses.replace(ahead, lookahead=0)
         mask, first_mask = (causal, ahead) if self.first_layer_only else (ahead, None)
         stack = Transformer(self.layers, self.head_dim, self.dtype, self.remat, self.unroll, name="transformer")
-        hidden, _ = stack(hidden, mask, rope_2SE, first_mask_SS=first_mask, keep_kv=False)
+        hidden, _ = stack(hidden, mask, rope_2SE, first_mask=first_mask, keep_kv=False)
         out = nn.Dense(self.channels, dtype=self.dtype, name="proj_out", kernel_init=nn.initializers.zeros)(
             hidden[:, prefix:].astype(self.dtype)
         )

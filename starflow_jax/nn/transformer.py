@@ -3,14 +3,16 @@
 Layers are scanned: parameters are stacked along a leading layer axis and a 24-layer block compiles as one.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 
-from starflow_jax.kernels.reference import attention
+from starflow_jax.kernels.attention import attention
+from starflow_jax.kernels.mask import Mask
 from starflow_jax.nn.cache import KVCache
 from starflow_jax.nn.rope import apply_rope
 
@@ -28,17 +30,22 @@ class FinalNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """LayerNorm, causal or windowed attention with RoPE, residual; LayerNorm, GELU MLP, residual."""
+    """LayerNorm, causal or windowed attention with RoPE, residual; LayerNorm, GELU MLP, residual.
+
+    `first_mask`, where given, is the mask of the stack's first layer.
+    """
 
     head_dim: int
     dtype: Any
+    mask: Mask
+    first_mask: Mask | None
 
     def _norm(self, x_BSD: jax.Array, name: str) -> jax.Array:
         dtype = jnp.promote_types(self.dtype, jnp.float32)
         return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)(x_BSD).astype(self.dtype)
 
     @nn.compact
-    def __call__(self, x_BSD, past, mask_SS, rope_2SE, past_length):
+    def __call__(self, x_BSD, past, is_first, rope_2SE, past_length):
         """past: this layer's cached (k, v) or None. Returns (x, this call's (k, v)), the scan's carry and output."""
         width = x_BSD.shape[-1]
         heads = width // self.head_dim
@@ -46,8 +53,12 @@ class Layer(nn.Module):
         q, k, v = (part.reshape(*part.shape[:-1], heads, self.head_dim) for part in jnp.split(qkv, 3, axis=-1))
         q, k = apply_rope(q, rope_2SE), apply_rope(k, rope_2SE)
         seen = None if past is None else (*past, past_length)
-        out = attention(q, k, v, mask_SS, seen).reshape(x_BSD.shape)
-        x_BSD = x_BSD + nn.Dense(width, dtype=self.dtype, name="proj")(out)
+        attend = partial(attention, mask=self.mask, past=seen)
+        if self.first_mask is None:
+            out = attend(q, k, v)
+        else:
+            out = lax.cond(is_first, partial(attention, mask=self.first_mask, past=seen), attend, q, k, v)
+        x_BSD = x_BSD + nn.Dense(width, dtype=self.dtype, name="proj")(out.reshape(x_BSD.shape))
         hidden = nn.Dense(4 * width, dtype=self.dtype, name="mlp_in")(self._norm(x_BSD, "mlp_norm"))
         hidden = nn.gelu(hidden, approximate=False)
         return x_BSD + nn.Dense(width, dtype=self.dtype, name="mlp_out")(hidden), (k, v)
@@ -56,7 +67,7 @@ class Layer(nn.Module):
 class Transformer(nn.Module):
     """A scanned stack of layers and the final norm.
 
-    `first_mask_SS`, where given, is the first layer's own mask (the denoiser's look-ahead).
+    `first_mask`, where given, is the first layer's own mask (the denoiser's look-ahead).
     """
 
     layers: int
@@ -69,10 +80,10 @@ class Transformer(nn.Module):
     def __call__(
         self,
         x_BSD: jax.Array,
-        mask_SS: jax.Array | np.ndarray,
+        mask: Mask,
         rope_2SE: jax.Array,
         cache: KVCache | None = None,
-        first_mask_SS: jax.Array | None = None,
+        first_mask: Mask | None = None,
         keep_kv: bool = True,
     ) -> tuple[jax.Array, Any]:
         """(B, S, D) in, ((B, S, D) float32 normed, (k, v) each (L, B, S, H, D) or None) out."""
@@ -81,28 +92,29 @@ class Transformer(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),
             out_axes=0,
             length=self.layers,
             unroll=self.layers if self.unroll else 1,
-        )(self.head_dim, self.dtype, keep_kv, name="layers")
+        )(self.head_dim, self.dtype, mask, first_mask, keep_kv, name="layers")
         is_first = jnp.arange(self.layers) == 0
-        masks = (mask_SS, first_mask_SS)
         past = None if cache is None else (cache.k_LBPHD, cache.v_LBPHD)
         past_length = jnp.int32(0) if cache is None else cache.length
-        x_BSD, kv = stack(x_BSD.astype(self.dtype), past, is_first, masks, rope_2SE, past_length)
+        x_BSD, kv = stack(x_BSD.astype(self.dtype), past, is_first, rope_2SE, past_length)
         return FinalNorm(name="final_norm")(x_BSD), kv
 
 
 class _BodyLayer(nn.Module):
-    """A layer as the scan's body: picks its mask and drops keys and values that nobody asked for."""
+    """A layer as the scan's body: drops keys and values that nobody asked for."""
 
     head_dim: int
     dtype: Any
+    mask: Mask
+    first_mask: Mask | None
     keep_kv: bool
 
     @nn.compact
-    def __call__(self, x_BSD, past, is_first, masks, rope_2SE, past_length):
-        mask_SS = masks[0] if masks[1] is None else jnp.where(is_first, masks[1], masks[0])
-        x_BSD, kv = Layer(self.head_dim, self.dtype, name="layer")(x_BSD, past, mask_SS, rope_2SE, past_length)
+    def __call__(self, x_BSD, past, is_first, rope_2SE, past_length):
+        layer = Layer(self.head_dim, self.dtype, self.mask, self.first_mask, name="layer")
+        x_BSD, kv = layer(x_BSD, past, is_first, rope_2SE, past_length)
         return x_BSD, kv if self.keep_kv else None
