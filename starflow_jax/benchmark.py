@@ -43,13 +43,10 @@ def benchmark(config: Config, workdir: Path) -> None:
              f"{results['matrix_seconds'] / results['forward_seconds']:.2f}")]
     print(table(rows, ("", "median", "forward passes")))
     print()
-    for name in ("trained", "lengths"):
+    for name in decoding:
+        print(f"decoding, {name}:")
         print(table([list(row.values()) for row in decoding[name]], list(decoding[name][0])) + "\n")
-    random = decoding["random"]
-    print(f"random weights: a guided video takes {random['video_in_guided_forward_passes']:.2f} guided forward passes "
-          f"({random['passes']:.0f} frame passes), sequential decoding "
-          f"{random['sequential_in_guided_forward_passes']:.2f}; error {random['error']:.1e}")
-    print(f"\nthe forward pass reaches {results['forward_matrix_fraction']:.0%} of this machine's measured float32 "
+    print(f"the forward pass reaches {results['forward_matrix_fraction']:.0%} of this machine's measured float32 "
           f"matrix rate ({results['matrix_gflops']:.0f} GFLOP/s)\nwritten: {workdir / 'benchmark.json'}")
 
 

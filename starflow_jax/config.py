@@ -211,6 +211,7 @@ class Sample:
     solver: str = "jacobi"
     block_size: int = 0  # tokens solved for at once; 0: as calibrated, or a frame's
     frames_per_step: int = 0  # frames solved for at once; 0: as calibrated, or one
+    start: str = "previous"  # where the solver starts: the frame before (the first: calibrated guess), or the "noise"
     tolerance: float = 1e-3  # 0: exact
     max_steps: int = 0  # 0: the block size, which is exact
     certify: bool = False  # encode the sample again and report the distance to its noise
@@ -231,6 +232,7 @@ class Sample:
         _check_choice(self, "solver", ("jacobi", "sequential"))
         _check_choice(self, "denoise", ("denoiser", "score", "none"))
         _check_choice(self, "checkpoint", ("newest", "best"))
+        _check_choice(self, "start", ("previous", "noise"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -226,7 +226,7 @@ def deep_solver(system: System, settings: Sample) -> decode.Solver:
         return decode.SEQUENTIAL
     frames = settings.frames_per_step or (0 if settings.stream else system.calibrated.frames_per_step) or 1
     block = settings.block_size or system.calibrated.block_size or frames * system.config.model.tokens_per_frame
-    return decode.Solver(block, settings.tolerance, settings.max_steps, frames)
+    return decode.Solver(block, settings.tolerance, settings.max_steps, frames, settings.start)
 
 
 def shallow_solver(settings: Sample) -> decode.Solver:

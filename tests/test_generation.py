@@ -67,6 +67,11 @@ def test_sequential_equals_jacobi(system: System, params, clips: Clips) -> None:
     assert sequential.deep_steps_BK.max() == 1 and clips.deep_steps_BK.max() > 1
 
 
+def test_the_start_does_not_change_the_end(system: System, params, clips: Clips) -> None:
+    noise = generate_clips(system, params, CAPTIONS, [5, 6, 7], dataclasses.replace(SETTINGS, start="noise"))
+    np.testing.assert_allclose(noise.noisy_BNhwC, clips.noisy_BNhwC, atol=2e-2)
+
+
 def test_given_frames_come_back_and_the_rest_follows(system: System, params) -> None:
     known = np.random.default_rng(1).integers(0, 256, (3, 5, 8, 8, 3), np.uint8)
     made = generate_clips(system, params, CAPTIONS, [5, 6, 7], SETTINGS, known_BTHWC=known)

@@ -33,3 +33,18 @@ def test_the_denoisers_error_reaches_the_denoiser_alone() -> None:
         assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(first[name])) > 1e-4
     difference = jax.tree.map(lambda a, b: np.abs(a - b).max(), first["denoiser"], second["denoiser"])
     assert max(jax.tree.leaves(difference)) > 1e-3
+
+
+def test_bfloat16_gradients_point_as_float32s_and_come_back_in_float32() -> None:
+    x, found = None, {}
+    for dtype in ("float32", "bfloat16"):
+        whole = system(tiny_model(denoiser="first_layer", denoiser_layers=1, deep_layers=1, dtype=dtype))
+        params = randomised(init_params(whole.config, jax.random.key(0)))
+        x = latents(whole.config.model, batch=2)
+        grads, losses = jax.jit(lambda p, whole=whole, x=x: gradients(whole, p, x, IDS))(params)
+        assert {leaf.dtype for leaf in jax.tree.leaves((params, grads))} == {np.dtype("float32")}
+        found[dtype] = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(grads)]), losses
+    (exact, losses), (rough, rough_losses) = found["float32"], found["bfloat16"]
+    np.testing.assert_allclose(rough_losses["loss"], losses["loss"], rtol=0.05, atol=0.02)
+    assert exact @ rough > 0.995 * np.linalg.norm(exact) * np.linalg.norm(rough)
+    assert np.abs(exact - rough).max() > 0  # computed in another precision
