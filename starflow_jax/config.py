@@ -233,6 +233,9 @@ class Sample:
         _check_choice(self, "denoise", ("denoiser", "score", "none"))
         _check_choice(self, "checkpoint", ("newest", "best"))
         _check_choice(self, "start", ("previous", "noise"))
+        for field in ("keep", "certify"):
+            _check(self, field, not (self.stream and getattr(self, field)),
+                   "needs whole clips; leave it out, or set sample.stream=false")
 
 
 @dataclasses.dataclass(frozen=True)

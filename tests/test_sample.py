@@ -60,3 +60,9 @@ def test_prompts_file_gives_count_seeds_each(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("one\n\n two \n")
     requests = read_requests(config(prompts_file=str(tmp_path / "prompts.txt"), count=2, seed=4))
     assert [(r.prompt, r.seed) for r in requests] == [("one", 4), ("one", 5), ("two", 4), ("two", 5)]
+
+
+@pytest.mark.parametrize("settings", [dict(keep=1), dict(certify=True)])
+def test_what_a_stream_cannot_do_is_refused(settings) -> None:
+    with pytest.raises(UserError, match="sample.stream=false"):
+        Sample(stream=True, **settings)
