@@ -23,9 +23,9 @@ def tiny(name: str = "tiny", **train) -> Config:
 
 
 TINY_TRAIN = dict(
-    steps=280, batch_size=16, image_batch_size=48, learning_rate=1.5e-3, final_learning_rate=5e-5,
+    steps=220, batch_size=16, image_batch_size=48, learning_rate=1.5e-3, final_learning_rate=5e-5,
     denoiser_learning_rate=1.5e-3, warmup_steps=50, ema=0.998, log_every=10, checkpoint_every=100,
-    evaluate_every=280, validation_clips=128)
+    evaluate_every=220, validation_clips=128)
 
 BOX_TRAIN = dict(
     steps=14_000, batch_size=64, image_batch_size=192, ema=0.999, log_every=50, checkpoint_every=1_000,
