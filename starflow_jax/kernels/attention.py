@@ -24,7 +24,7 @@ KERNELS: dict[str, dict[str, ModuleType]] = {
 }
 IMPLEMENTATIONS = {"reference": reference} | {name: kernel for kernels in KERNELS.values()
                                               for name, kernel in kernels.items()}
-SHORT = 512  # keys: up to here one product is as fast as a kernel, and autodiff does the rest
+SHORT = 1024  # keys: up to here one product is as fast as a kernel, and autodiff does the rest
 
 
 def attention(
