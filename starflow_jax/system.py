@@ -28,6 +28,7 @@ from starflow_jax.text.tokenizer import Tokenizer, train_tokenizer
 from starflow_jax.video_io import atomic_path
 
 FITTED_CLIPS = 1_000  # training clips that the patch codec is fitted to
+FIRST_GUESS, DECODING = "first_guess.safetensors", "decoding.json"  # what calibration writes
 TOKENIZED_CLIPS = 3_000  # training clips whose captions the tokenizer is trained on
 
 
@@ -190,13 +191,16 @@ def save_system(system: System, folder: Path) -> None:
     export_arrays(folder / "codec.safetensors", dataclasses.asdict(system.codec))
     if system.guess is not None:
         save_decoding(system, folder)
+        return
+    for name in (FIRST_GUESS, DECODING):  # another model's, calibrated in the same folder before
+        (folder / name).unlink(missing_ok=True)
 
 
 def save_decoding(system: System, folder: Path) -> None:
     """Write what calibration found."""
     assert system.guess is not None
-    export_arrays(folder / "first_guess.safetensors", dataclasses.asdict(system.guess), dtype=np.float16)
-    with atomic_path(folder / "decoding.json") as path:
+    export_arrays(folder / FIRST_GUESS, dataclasses.asdict(system.guess), dtype=np.float16)
+    with atomic_path(folder / DECODING) as path:
         path.write_text(json.dumps(dataclasses.asdict(system.calibrated), indent=1))
 
 
@@ -210,7 +214,7 @@ def load_system(config: Config, folder: Path) -> System:
         raise UserError(f"{folder / 'codec.safetensors'}: its projection is {codec.basis_PC.shape}, this "
                         f"configuration's is {expected}; use the configuration that made it")
     guess, calibrated = None, Calibrated()
-    if (folder / "decoding.json").exists():
-        guess = FirstGuess(**import_arrays(folder / "first_guess.safetensors"))
-        calibrated = Calibrated(**json.loads((folder / "decoding.json").read_text()))
+    if (folder / DECODING).exists():
+        guess = FirstGuess(**import_arrays(folder / FIRST_GUESS))
+        calibrated = Calibrated(**json.loads((folder / DECODING).read_text()))
     return System(config, tokenizer, codec, guess, calibrated)

@@ -47,3 +47,10 @@ def test_it_is_kept_beside_the_model_and_the_sample_stays_the_same(system: Syste
     guessed = generate_clips(loaded, params, CAPTIONS, [5, 6, 7], exact)
     plain = generate_clips(system, params, CAPTIONS, [5, 6, 7], exact)
     np.testing.assert_allclose(guessed.noisy_BNhwC, plain.noisy_BNhwC, atol=1e-3)
+
+
+def test_another_models_calibration_is_not_left_behind(system: System, tmp_path: Path) -> None:
+    save_system(with_guess(system, 0.5), tmp_path)
+    save_system(system, tmp_path)
+    loaded = load_system(CONFIG, tmp_path)
+    assert loaded.guess is None and loaded.calibrated == Calibrated()
