@@ -1,0 +1,415 @@
+"""What one run of a compiled program costs a device: operations, bytes of its memory, bytes over the links.
+
+Counted from the optimised program's text. The compiler's own `cost_analysis()` counts a loop's body once; here it
+counts as often as it runs. A Pallas kernel counts what it says of itself (`pl.CostEstimate`).
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from starflow_jax.hlo_text import HBM, Array, Computation, Instruction, Module, leaves, parse
+
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id",
+        "replica-id", "add-dependency", "domain", "while", "conditional", "call", "async-start"}
+SLICES = {"dynamic-slice", "slice", "gather"}
+SAME_ELEMENTS = {"bitcast", "copy", "convert", "reshape", "transpose"}  # a slice of the result is one of the operand
+TRANSCENDENTAL = {"exponential", "exponential-minus-one", "log", "log-plus-one", "logistic", "tanh", "sqrt", "rsqrt",
+                  "cbrt", "power", "sine", "cosine", "tan", "atan2", "erf", "acos", "acosh", "asin", "asinh", "atanh",
+                  "cosh", "sinh"}
+ELEMENTWISE = {"add", "subtract", "multiply", "divide", "remainder", "maximum", "minimum", "compare", "select", "and",
+               "or", "xor", "not", "negate", "abs", "sign", "floor", "ceil", "clamp", "convert", "is-finite",
+               "round-nearest-afz", "round-nearest-even", "shift-left", "shift-right-logical",
+               "shift-right-arithmetic", "real", "imag", "complex", "popcnt", "clz", "reduce-precision"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one device and one run. flops: 2 for each multiply-add of products, and what kernels say of theirs."""
+
+    flops: float = 0.0
+    elementwise: float = 0.0  # arithmetic outside products, one for each element
+    transcendentals: float = 0.0  # exponentials, logarithms, roots, ..., one for each element
+    hbm_bytes: float = 0.0  # read from and written to the main memory
+    collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)  # sent over the links, by kind
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return _combine(lambda a, b: a + b, self, other)
+
+    def times(self, count: float) -> "Cost":
+        return _combine(lambda a, _: a * count, self, self)
+
+
+def count(compiled: Any, unknown_trips: float = 1, once: bool = False) -> Cost:
+    """The cost of a compiled program (`jax.jit(f).lower(...).compile()`), or of its text.
+
+    A loop without a number of trips in it (a solver's) counts `unknown_trips` times; of the branches of a
+    conditional the costliest counts. once: each loop's body counts once, as in the compiler's own analysis.
+    """
+    text = compiled if isinstance(compiled, str) else compiled.as_text()
+    module = parse(text)
+    return _Counter(module, unknown_trips, once).run(module.entry, ())
+
+
+def _combine(function, a: Cost, b: Cost) -> Cost:
+    kinds = dict.fromkeys((*a.collective_bytes, *b.collective_bytes))
+    numbers = [function(getattr(a, name), getattr(b, name))
+               for name in ("flops", "elementwise", "transcendentals", "hbm_bytes")]
+    return Cost(*numbers, {kind: function(a.collective_bytes.get(kind, 0.0), b.collective_bytes.get(kind, 0.0))
+                           for kind in kinds})
+
+
+class _Counter:
+    def __init__(self, module: Module, unknown_trips: float, once: bool):
+        self.module, self.unknown_trips, self.once = module, unknown_trips, once
+        self.seen: dict[tuple, Cost] = {}
+
+    def run(self, name: str, arguments: tuple) -> Cost:
+        """The cost of a computation that runs on its own (not inside a fusion). arguments: as `_Values` has them."""
+        if (name, arguments) not in self.seen:
+            computation = self.module.computations[name]
+            total = Cost()
+            for instruction in computation.instructions.values():
+                total += self._instruction(computation, instruction, arguments)
+            self.seen[name, arguments] = total
+        return self.seen[name, arguments]
+
+    def _instruction(self, computation: Computation, instruction: Instruction, arguments: tuple) -> Cost:
+        opcode = instruction.opcode
+        values = _Values(self.module)
+        if opcode == "while":
+            (body,), (condition,) = instruction.called("body"), instruction.called("condition")
+            trips, state = values.trips(computation, instruction, arguments)
+            trips = 1 if self.once else self.unknown_trips if trips is None else trips
+            return (self.run(body, (state,)) + self.run(condition, (state,))).times(trips)
+        if opcode == "conditional":
+            branches = instruction.called("branch_computations") or [
+                *instruction.called("true_computation"), *instruction.called("false_computation")]
+            costs = [self.run(branch, (values.of(computation, operand, arguments),))
+                     for branch, operand in zip(branches, instruction.operands[1:])]
+            return functools.reduce(functools.partial(_combine, max), costs)
+        if opcode in ("call", "async-start"):
+            called, = instruction.called("to_apply") or instruction.called("calls")
+            return self.run(called, tuple(values.of(computation, name, arguments) for name in instruction.operands))
+        return self._arithmetic(computation, instruction) + Cost(hbm_bytes=self._traffic(computation, instruction))
+
+    def _arithmetic(self, computation: Computation, instruction: Instruction, fused: bool = False) -> Cost:
+        """Operations and what goes over the links: of a fusion, of all that is in it."""
+        opcode = instruction.opcode.removesuffix("-start")
+        if opcode == "fusion":
+            inside = self.module.computations[instruction.called("calls")[0]]
+            return sum((self._arithmetic(inside, part, fused=True) for part in inside.instructions.values()), Cost())
+        if opcode in ("dot", "convolution"):
+            product = _dot_flops if opcode == "dot" else _convolution_flops
+            return Cost(flops=product(instruction, *(computation[name].arrays[0] for name in instruction.operands)))
+        if opcode == "custom-call":
+            return _custom_call(computation, instruction)
+        if opcode in ("reduce", "reduce-window"):
+            values = len(instruction.operands) // 2
+            size = sum(computation[name].arrays[0].elements for name in instruction.operands[:values])
+            return Cost(elementwise=max(size - sum(a.elements for a in instruction.arrays), 0))
+        if opcode in TRANSCENDENTAL:
+            return Cost(transcendentals=instruction.arrays[0].elements)
+        if opcode in ELEMENTWISE:
+            return Cost(elementwise=instruction.arrays[0].elements)
+        if sent := _sent_bytes(computation, instruction, opcode, self.module.devices, fused):
+            return Cost(collective_bytes=sent)
+        return Cost()
+
+    def _traffic(self, computation: Computation, instruction: Instruction) -> float:
+        """Bytes of the main memory that an instruction outside fusions reads and writes."""
+        opcode = instruction.opcode
+        if opcode in FREE or opcode.endswith(("-done", "-update")) or 'target="AllocateBuffer"' in instruction.attributes:
+            return 0.0
+        declared = _declared(instruction)
+        if declared is not None:
+            return declared.hbm_bytes
+        operands = [computation[name] for name in instruction.operands]
+        reads, written = self._shares(instruction, operands)
+        results = list(_result(instruction))
+        return (sum(share * _in_hbm(*operand.arrays) for share, operand in zip(reads, operands))
+                + sum(share * _in_hbm(array) for share, array in zip(written, results)))
+
+    def _shares(self, instruction: Instruction, operands: list[Instruction]) -> tuple[list[float], list[float]]:
+        """Of each operand the share that is read, of each resulting array the share that is written."""
+        reads, written = [1.0] * len(operands), [1.0] * len(list(_result(instruction)))
+        if instruction.opcode == "fusion":
+            inside = self.module.computations[instruction.called("calls")[0]]
+            reads = [self._read(inside, inside.parameters[index].name) for index in range(len(operands))]
+            written = self._written(inside, inside.root)
+        elif instruction.opcode in SLICES:
+            reads[0] = _share(instruction, operands[0])
+        elif instruction.opcode in ("dynamic-update-slice", "scatter"):
+            update = operands[1 if instruction.opcode == "dynamic-update-slice" else len(operands) - 1]
+            written = [_share(update, operands[0])]
+            # A scatter adds to what is there.
+            reads[0] = 0.0 if instruction.opcode == "dynamic-update-slice" else written[0]
+        return reads, written
+
+    def _read(self, inside: Computation, name: str) -> float:
+        """The share of a value in a fusion that those who use it read: less than 1 where all of them take slices."""
+        return min(1.0, sum(self._use(inside, user, name) for user in inside.users[name]))
+
+    def _use(self, inside: Computation, user: Instruction, name: str) -> float:
+        at = [index for index, operand in enumerate(user.operands) if operand == name]
+        if user.opcode in SLICES and at == [0]:
+            return _share(user, inside[name])
+        if user.opcode == "dynamic-update-slice" and at == [0]:
+            return 0.0 if user.name in _ends(inside) else self._read(inside, user.name)
+        if user.opcode in SAME_ELEMENTS and user is not inside.root:
+            return self._read(inside, user.name)
+        if user.opcode == "fusion":
+            within = self.module.computations[user.called("calls")[0]]
+            return sum(self._read(within, within.parameters[index].name) for index in at)
+        return 1.0
+
+    def _written(self, inside: Computation, instruction: Instruction) -> list[float]:
+        """The share of each array of a fusion's result that is written: an update in place writes the update."""
+        if instruction.opcode == "tuple":
+            return [share for name in instruction.operands for share in self._written(inside, inside[name])]
+        if instruction.opcode == "bitcast":
+            return self._written(inside, inside[instruction.operands[0]])
+        if instruction.opcode == "fusion":
+            within = self.module.computations[instruction.called("calls")[0]]
+            return self._written(within, within.root)
+        if instruction.opcode == "dynamic-update-slice":
+            return [_share(inside[instruction.operands[1]], instruction)]
+        return [1.0] * len(instruction.arrays)
+
+
+def _ends(inside: Computation) -> set[str]:
+    """The instructions whose results leave a fusion."""
+    names, found = [inside.root.name], set()
+    while names:
+        name = names.pop()
+        found.add(name)
+        if inside[name].opcode in ("tuple", "bitcast"):
+            names += inside[name].operands
+    return found
+
+
+def _share(part: Instruction, whole: Instruction) -> float:
+    return min(1.0, part.arrays[0].elements / max(whole.arrays[0].elements, 1))
+
+
+def _in_hbm(*arrays: Array) -> float:
+    return sum(array.bytes for array in arrays if array.space == HBM)
+
+
+def _result(instruction: Instruction):
+    """The arrays that an instruction makes; that of a `-start` also has its operands and semaphores in its shape."""
+    shape = instruction.shape
+    if instruction.opcode.endswith("-start") and isinstance(shape, tuple) and instruction.opcode != "all-reduce-start":
+        shape = shape[0 if instruction.opcode == "copy-start" else 1]
+    return leaves(shape)
+
+
+def _dot_flops(instruction: Instruction, left: Array, right: Array) -> float:
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+    summed = math.prod(left.dims[int(dim)] for dim in contracted[1].split(",") if dim) if contracted else 1
+    return 2.0 * instruction.arrays[0].elements * summed
+
+
+def _convolution_flops(instruction: Instruction, left: Array, right: Array) -> float:
+    """2 for each product of two elements that are there: those with padding and between dilated ones are none."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if labels is None:
+        raise ValueError(f"a convolution without dim_labels: {instruction.attributes[:200]!r}")
+    spatial = sorted(label for label in labels[2] if label.isdigit())
+    window = _window(instruction.attributes, len(spatial))
+    out = instruction.arrays[0]
+    pairs = math.prod(
+        _window_pairs(left.dims[labels[1].index(label)], right.dims[labels[2].index(label)],
+                      out.dims[labels[3].index(label)], *window[axis])
+        for axis, label in enumerate(spatial))
+    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
+    batch = left.dims[labels[1].index("b")] // (int(groups[1]) if groups else 1)
+    # The kernel's input features are already those of one feature group.
+    return 2.0 * batch * right.dims[labels[2].index("i")] * right.dims[labels[2].index("o")] * pairs
+
+
+class _Axis(NamedTuple):
+    stride: int
+    pad: int
+    lhs_dilate: int
+    rhs_dilate: int
+
+
+def _window(attributes: str, axes: int) -> list[_Axis]:
+    """window={size=1x4 stride=1x2 pad=0_0x3_3 lhs_dilate=1x2 rhs_dilate=1x1}, what is not there being 1 and 0."""
+    text = re.search(r"window=\{([^}]*)\}", attributes)
+    fields = dict(field.split("=") for field in text[1].split()) if text else {}
+
+    def numbers(field: str, default: int) -> list[int]:
+        return [int(part.split("_")[0]) for part in fields[field].split("x")] if field in fields else axes * [default]
+
+    return [_Axis(*axis) for axis in zip(numbers("stride", 1), numbers("pad", 0), numbers("lhs_dilate", 1),
+                                         numbers("rhs_dilate", 1))]
+
+
+@functools.lru_cache
+def _window_pairs(size: int, kernel: int, out: int, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int) -> int:
+    """How many pairs (position in the result, position in the kernel) meet an element of the input."""
+    few, many = sorted(((out, stride), (kernel, rhs_dilate)))
+    positions = np.arange(many[0]) * many[1] - pad
+    total = 0
+    for index in range(few[0]):
+        at = positions + index * few[1]
+        total += int(((at >= 0) & (at <= (size - 1) * lhs_dilate) & (at % lhs_dilate == 0)).sum())
+    return total
+
+
+def _declared(instruction: Instruction) -> Cost | None:
+    """What a Pallas kernel says that it costs."""
+    estimate = re.search(r'"cost_estimate":\{([^}]*)\}', instruction.attributes)
+    if instruction.opcode != "custom-call" or estimate is None:
+        return None
+    numbers = {name: float(value) for name, value in re.findall(r'"(\w+)":"?(\d+)', estimate[1])}
+    return Cost(flops=numbers.get("flops", 0.0), transcendentals=numbers.get("transcendentals", 0.0),
+                hbm_bytes=numbers.get("bytes_accessed", 0.0))
+
+
+def _custom_call(computation: Computation, instruction: Instruction) -> Cost:
+    """Kernels that say what they cost, and cuBLAS's products."""
+    if declared := _declared(instruction):
+        return dataclasses.replace(declared, hbm_bytes=0.0)
+    if 'custom_call_target="__cublas$' not in instruction.attributes:
+        return Cost()
+    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+    left = computation[instruction.operands[0]].arrays[0]
+    summed = [left.dims[int(dim)] for dim in re.findall(r"\d+", contracted[1])] if contracted else []
+    return Cost(flops=2.0 * instruction.arrays[0].elements * math.prod(summed))
+
+
+def _sent_bytes(computation: Computation, instruction: Instruction, kind: str, devices: int, fused: bool
+                ) -> dict[str, float]:
+    """What a device sends in a collective among n, by the ring's formulas; {} for other instructions."""
+    n = _group_size(instruction.attributes, devices)
+    if fused and kind == "all-reduce" and _only_sliced(computation, instruction):
+        kind = "reduce-scatter"  # TPUs have it as a fusion of an all-reduce and each one's slice
+    factors = {"all-gather": n - 1, "reduce-scatter": (n - 1) / n, "all-reduce": 2 * (n - 1) / n,
+               "all-to-all": (n - 1) / n, "ragged-all-to-all": (n - 1) / n, "collective-permute": 1,
+               "collective-broadcast": 1}
+    if kind not in factors:
+        return {}
+    return {kind: factors[kind] * sum(a.bytes for name in instruction.operands for a in computation[name].arrays)}
+
+
+def _only_sliced(computation: Computation, instruction: Instruction) -> bool:
+    users = computation.users[instruction.name]
+    return bool(users) and all(
+        user.opcode == "dynamic-slice" or (user.opcode in SAME_ELEMENTS | {"get-tuple-element"}
+                                           and _only_sliced(computation, user)) for user in users)
+
+
+def _group_size(attributes: str, devices: int) -> int:
+    """replica_groups as {{0,1},{2,3}}, as [groups,size]<=..., as mesh['a'=2,'b'=4] {'a'}; {} or none: all devices."""
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(found[1])
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])  # 'a':(1)2 is a part of an axis
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    return devices
+
+
+class _Item(NamedTuple):
+    """Element `index` of a loop's state, plus a number."""
+
+    index: int
+    plus: int = 0
+
+
+class _Compare(NamedTuple):
+    direction: str
+    left: Any
+    right: Any
+
+
+class _Values:
+    """Whole numbers that the text fixes, and what a loop does to its counters.
+
+    A value is an int, an _Item, a _Compare, a tuple of values, or None where the text doesn't say.
+    """
+
+    def __init__(self, module: Module):
+        self.module = module
+
+    def trips(self, computation: Computation, loop: Instruction, arguments: tuple) -> tuple[int | None, tuple]:
+        """How often a loop's body runs, None where that isn't fixed; and of its state what never changes."""
+        (body,), (condition,) = (self._named(loop.called(name)) for name in ("body", "condition"))
+        state = tuple(_Item(index) for index in range(len(loop.shape)))  # type: ignore[arg-type]
+        start = self.of(computation, loop.operands[0], arguments)
+        start = start if isinstance(start, tuple) else (None,) * len(state)
+        after = self.of(body, body.root.name, (state,))
+        after = after if isinstance(after, tuple) else (None,) * len(state)
+        fixed = tuple(begin if then == item else None for begin, then, item in zip(start, after, state))
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known[1]), fixed
+        test = self.of(condition, condition.root.name, (state,))
+        return self._trips_of(test, start, after, fixed), fixed
+
+    def _named(self, names: list[str]) -> list[Computation]:
+        return [self.module.computations[name] for name in names]
+
+    @staticmethod
+    def _trips_of(test: Any, start: tuple, after: tuple, fixed: tuple) -> int | None:
+        if not isinstance(test, _Compare):
+            return None
+        left, right = (fixed[side.index] + side.plus if isinstance(side, _Item) and isinstance(fixed[side.index], int)
+                       else side for side in (test.left, test.right))
+        direction = test.direction
+        if isinstance(right, _Item):
+            left, right, direction = right, left, {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE"}.get(direction, "")
+        if not (isinstance(left, _Item) and isinstance(right, int)):
+            return None
+        begin, then = start[left.index], after[left.index]
+        if not (isinstance(begin, int) and isinstance(then, _Item) and then.index == left.index and then.plus):
+            return None
+        distance, step = right - begin - left.plus, then.plus
+        if direction in ("GT", "GE"):
+            distance, step = -distance, -step
+        if direction not in ("LT", "LE", "GT", "GE") or step < 0:
+            return None
+        return max(0, -(-(distance + (direction in ("LE", "GE"))) // step))
+
+    def of(self, computation: Computation, name: str, arguments: tuple) -> Any:
+        instruction = computation[name]
+        opcode, operands = instruction.opcode, instruction.operands
+        if opcode == "parameter":
+            index = int(instruction.literal)
+            return arguments[index] if index < len(arguments) else None
+        if opcode == "tuple":
+            return tuple(self.of(computation, operand, arguments) for operand in operands)
+        if opcode in ("get-tuple-element", "opt-barrier"):
+            whole = self.of(computation, operands[0], arguments)
+            index = re.search(r"index=(\d+)", instruction.attributes)
+            return whole[int(index[1])] if index and type(whole) is tuple else whole if opcode == "opt-barrier" else None
+        if opcode == "fusion" and all(array.elements == 1 for array in instruction.arrays):
+            inside, = self._named(instruction.called("calls"))
+            return self.of(inside, inside.root.name, tuple(self.of(computation, o, arguments) for o in operands))
+        if not (isinstance(instruction.shape, Array) and instruction.shape.elements == 1):
+            return None
+        if opcode == "constant":
+            return int(instruction.literal) if re.fullmatch(r"-?\d+", instruction.literal) else None
+        if opcode in ("bitcast", "copy", "convert", "reshape"):
+            return self.of(computation, operands[0], arguments)
+        if opcode in ("add", "compare"):
+            left, right = (self.of(computation, operand, arguments) for operand in operands)
+            return self._sum(left, right) if opcode == "add" else _Compare(
+                re.search(r"direction=(\w+)", instruction.attributes)[1], left, right)  # type: ignore[index]
+        return None
+
+    @staticmethod
+    def _sum(left: Any, right: Any) -> Any:
+        if isinstance(left, int) and isinstance(right, int):
+            return left + right
+        if isinstance(right, _Item):
+            left, right = right, left
+        return left._replace(plus=left.plus + right) if isinstance(left, _Item) and isinstance(right, int) else None
