@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from starflow_jax.hlo_text import HBM, Array, Computation, Instruction, Module, leaves, parse
+from starflow_jax.hlo_trips import trips, value_of
 
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id",
         "replica-id", "add-dependency", "domain", "while", "conditional", "call", "async-start"}
@@ -57,10 +58,10 @@ def count(compiled: Any, unknown_trips: float = 1, once: bool = False) -> Cost:
 
 def _combine(function, a: Cost, b: Cost) -> Cost:
     kinds = dict.fromkeys((*a.collective_bytes, *b.collective_bytes))
-    numbers = [function(getattr(a, name), getattr(b, name))
-               for name in ("flops", "elementwise", "transcendentals", "hbm_bytes")]
-    return Cost(*numbers, {kind: function(a.collective_bytes.get(kind, 0.0), b.collective_bytes.get(kind, 0.0))
-                           for kind in kinds})
+    numbers = {name: function(getattr(a, name), getattr(b, name))
+               for name in ("flops", "elementwise", "transcendentals", "hbm_bytes")}
+    sent = {kind: function(a.collective_bytes.get(kind, 0.0), b.collective_bytes.get(kind, 0.0)) for kind in kinds}
+    return Cost(**numbers, collective_bytes=sent)
 
 
 class _Counter:
@@ -69,7 +70,7 @@ class _Counter:
         self.seen: dict[tuple, Cost] = {}
 
     def run(self, name: str, arguments: tuple) -> Cost:
-        """The cost of a computation that runs on its own (not inside a fusion). arguments: as `_Values` has them."""
+        """The cost of a computation outside fusions. arguments: what is known of its parameters (hlo_trips.py)."""
         if (name, arguments) not in self.seen:
             computation = self.module.computations[name]
             total = Cost()
@@ -80,21 +81,19 @@ class _Counter:
 
     def _instruction(self, computation: Computation, instruction: Instruction, arguments: tuple) -> Cost:
         opcode = instruction.opcode
-        values = _Values(self.module)
+        values = tuple(value_of(self.module, computation, name, arguments) for name in instruction.operands
+                       ) if opcode in ("conditional", "call", "async-start") else ()
         if opcode == "while":
-            (body,), (condition,) = instruction.called("body"), instruction.called("condition")
-            trips, state = values.trips(computation, instruction, arguments)
-            trips = 1 if self.once else self.unknown_trips if trips is None else trips
-            return (self.run(body, (state,)) + self.run(condition, (state,))).times(trips)
+            number, state = trips(self.module, computation, instruction, arguments)
+            cost = sum((self.run(instruction.called(name)[0], (state,)) for name in ("body", "condition")), Cost())
+            return cost.times(1 if self.once else self.unknown_trips if number is None else number)
         if opcode == "conditional":
             branches = instruction.called("branch_computations") or [
                 *instruction.called("true_computation"), *instruction.called("false_computation")]
-            costs = [self.run(branch, (values.of(computation, operand, arguments),))
-                     for branch, operand in zip(branches, instruction.operands[1:])]
+            costs = [self.run(branch, (value,)) for branch, value in zip(branches, values[1:])]
             return functools.reduce(functools.partial(_combine, max), costs)
         if opcode in ("call", "async-start"):
-            called, = instruction.called("to_apply") or instruction.called("calls")
-            return self.run(called, tuple(values.of(computation, name, arguments) for name in instruction.operands))
+            return self.run((instruction.called("to_apply") or instruction.called("calls"))[0], values)
         return self._arithmetic(computation, instruction) + Cost(hbm_bytes=self._traffic(computation, instruction))
 
     def _arithmetic(self, computation: Computation, instruction: Instruction, fused: bool = False) -> Cost:
@@ -123,7 +122,7 @@ class _Counter:
     def _traffic(self, computation: Computation, instruction: Instruction) -> float:
         """Bytes of the main memory that an instruction outside fusions reads and writes."""
         opcode = instruction.opcode
-        if opcode in FREE or opcode.endswith(("-done", "-update")) or 'target="AllocateBuffer"' in instruction.attributes:
+        if opcode in FREE or opcode.endswith(("-done", "-update")) or _is_call(instruction, "AllocateBuffer"):
             return 0.0
         declared = _declared(instruction)
         if declared is not None:
@@ -162,6 +161,8 @@ class _Counter:
             return 0.0 if user.name in _ends(inside) else self._read(inside, user.name)
         if user.opcode in SAME_ELEMENTS and user is not inside.root:
             return self._read(inside, user.name)
+        if user.opcode == "tuple" or _goes_on(inside, user):
+            return 0.0  # the value only passes through
         if user.opcode == "fusion":
             within = self.module.computations[user.called("calls")[0]]
             return sum(self._read(within, within.parameters[index].name) for index in at)
@@ -171,6 +172,8 @@ class _Counter:
         """The share of each array of a fusion's result that is written: an update in place writes the update."""
         if instruction.opcode == "tuple":
             return [share for name in instruction.operands for share in self._written(inside, inside[name])]
+        if instruction.opcode == "parameter" or _goes_on(inside, instruction):
+            return [0.0] * len(instruction.arrays)
         if instruction.opcode == "bitcast":
             return self._written(inside, inside[instruction.operands[0]])
         if instruction.opcode == "fusion":
@@ -178,7 +181,8 @@ class _Counter:
             return self._written(within, within.root)
         if instruction.opcode == "dynamic-update-slice":
             return [_share(inside[instruction.operands[1]], instruction)]
-        return [1.0] * len(instruction.arrays)
+        shares = [1.0] * len(instruction.arrays)
+        return [0.0, *shares[1:]] if _is_call(instruction, "AsyncCollectiveStart") else shares  # [0]: its operand
 
 
 def _ends(inside: Computation) -> set[str]:
@@ -190,6 +194,20 @@ def _ends(inside: Computation) -> set[str]:
         if inside[name].opcode in ("tuple", "bitcast"):
             names += inside[name].operands
     return found
+
+
+def _is_call(instruction: Instruction, target: str) -> bool:
+    return instruction.opcode == "custom-call" and f'custom_call_target="{target}' in instruction.attributes
+
+
+def _goes_on(inside: Computation, instruction: Instruction) -> bool:
+    """Whether this is a further part of a collective that TPUs have spread over several fusions, to run beside them.
+
+    All parts have the whole collective's shape and a chain_id; it is counted at its start.
+    """
+    if "chain_id=" in instruction.attributes:
+        return not any(_is_call(user, "AsyncCollectiveStart") for user in inside.users[instruction.name])
+    return _is_call(instruction, "AsyncCollectiveDone")
 
 
 def _share(part: Instruction, whole: Instruction) -> float:
@@ -277,7 +295,7 @@ def _custom_call(computation: Computation, instruction: Instruction) -> Cost:
     """Kernels that say what they cost, and cuBLAS's products."""
     if declared := _declared(instruction):
         return dataclasses.replace(declared, hbm_bytes=0.0)
-    if 'custom_call_target="__cublas$' not in instruction.attributes:
+    if not _is_call(instruction, "__cublas$"):
         return Cost()
     contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
     left = computation[instruction.operands[0]].arrays[0]
@@ -288,6 +306,8 @@ def _custom_call(computation: Computation, instruction: Instruction) -> Cost:
 def _sent_bytes(computation: Computation, instruction: Instruction, kind: str, devices: int, fused: bool
                 ) -> dict[str, float]:
     """What a device sends in a collective among n, by the ring's formulas; {} for other instructions."""
+    if fused and _goes_on(computation, instruction):
+        return {}
     n = _group_size(instruction.attributes, devices)
     if fused and kind == "all-reduce" and _only_sliced(computation, instruction):
         kind = "reduce-scatter"  # TPUs have it as a fusion of an all-reduce and each one's slice
@@ -317,99 +337,3 @@ def _group_size(attributes: str, devices: int) -> int:
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])  # 'a':(1)2 is a part of an axis
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
     return devices
-
-
-class _Item(NamedTuple):
-    """Element `index` of a loop's state, plus a number."""
-
-    index: int
-    plus: int = 0
-
-
-class _Compare(NamedTuple):
-    direction: str
-    left: Any
-    right: Any
-
-
-class _Values:
-    """Whole numbers that the text fixes, and what a loop does to its counters.
-
-    A value is an int, an _Item, a _Compare, a tuple of values, or None where the text doesn't say.
-    """
-
-    def __init__(self, module: Module):
-        self.module = module
-
-    def trips(self, computation: Computation, loop: Instruction, arguments: tuple) -> tuple[int | None, tuple]:
-        """How often a loop's body runs, None where that isn't fixed; and of its state what never changes."""
-        (body,), (condition,) = (self._named(loop.called(name)) for name in ("body", "condition"))
-        state = tuple(_Item(index) for index in range(len(loop.shape)))  # type: ignore[arg-type]
-        start = self.of(computation, loop.operands[0], arguments)
-        start = start if isinstance(start, tuple) else (None,) * len(state)
-        after = self.of(body, body.root.name, (state,))
-        after = after if isinstance(after, tuple) else (None,) * len(state)
-        fixed = tuple(begin if then == item else None for begin, then, item in zip(start, after, state))
-        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
-            return int(known[1]), fixed
-        test = self.of(condition, condition.root.name, (state,))
-        return self._trips_of(test, start, after, fixed), fixed
-
-    def _named(self, names: list[str]) -> list[Computation]:
-        return [self.module.computations[name] for name in names]
-
-    @staticmethod
-    def _trips_of(test: Any, start: tuple, after: tuple, fixed: tuple) -> int | None:
-        if not isinstance(test, _Compare):
-            return None
-        left, right = (fixed[side.index] + side.plus if isinstance(side, _Item) and isinstance(fixed[side.index], int)
-                       else side for side in (test.left, test.right))
-        direction = test.direction
-        if isinstance(right, _Item):
-            left, right, direction = right, left, {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE"}.get(direction, "")
-        if not (isinstance(left, _Item) and isinstance(right, int)):
-            return None
-        begin, then = start[left.index], after[left.index]
-        if not (isinstance(begin, int) and isinstance(then, _Item) and then.index == left.index and then.plus):
-            return None
-        distance, step = right - begin - left.plus, then.plus
-        if direction in ("GT", "GE"):
-            distance, step = -distance, -step
-        if direction not in ("LT", "LE", "GT", "GE") or step < 0:
-            return None
-        return max(0, -(-(distance + (direction in ("LE", "GE"))) // step))
-
-    def of(self, computation: Computation, name: str, arguments: tuple) -> Any:
-        instruction = computation[name]
-        opcode, operands = instruction.opcode, instruction.operands
-        if opcode == "parameter":
-            index = int(instruction.literal)
-            return arguments[index] if index < len(arguments) else None
-        if opcode == "tuple":
-            return tuple(self.of(computation, operand, arguments) for operand in operands)
-        if opcode in ("get-tuple-element", "opt-barrier"):
-            whole = self.of(computation, operands[0], arguments)
-            index = re.search(r"index=(\d+)", instruction.attributes)
-            return whole[int(index[1])] if index and type(whole) is tuple else whole if opcode == "opt-barrier" else None
-        if opcode == "fusion" and all(array.elements == 1 for array in instruction.arrays):
-            inside, = self._named(instruction.called("calls"))
-            return self.of(inside, inside.root.name, tuple(self.of(computation, o, arguments) for o in operands))
-        if not (isinstance(instruction.shape, Array) and instruction.shape.elements == 1):
-            return None
-        if opcode == "constant":
-            return int(instruction.literal) if re.fullmatch(r"-?\d+", instruction.literal) else None
-        if opcode in ("bitcast", "copy", "convert", "reshape"):
-            return self.of(computation, operands[0], arguments)
-        if opcode in ("add", "compare"):
-            left, right = (self.of(computation, operand, arguments) for operand in operands)
-            return self._sum(left, right) if opcode == "add" else _Compare(
-                re.search(r"direction=(\w+)", instruction.attributes)[1], left, right)  # type: ignore[index]
-        return None
-
-    @staticmethod
-    def _sum(left: Any, right: Any) -> Any:
-        if isinstance(left, int) and isinstance(right, int):
-            return left + right
-        if isinstance(right, _Item):
-            left, right = right, left
-        return left._replace(plus=left.plus + right) if isinstance(left, _Item) and isinstance(right, int) else None

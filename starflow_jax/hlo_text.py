@@ -93,7 +93,9 @@ class Module:
 
 def parse(text: str) -> Module:
     """Raises ValueError for what is not the text of a compiled program."""
-    computations, entry, name, found, root = {}, "", "", {}, None
+    computations: dict[str, Computation] = {}
+    found: dict[str, Instruction] = {}
+    entry, name, root = "", "", None
     for line in text.splitlines():
         if line == "}":
             computations[name] = Computation(found, root or list(found.values())[-1])
