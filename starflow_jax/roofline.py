@@ -7,7 +7,7 @@ import numpy as np
 
 from starflow_jax.config import Model, UserError
 from starflow_jax.hlo_cost import Cost
-from starflow_jax.kernels.mask import Causal, FrameWindow, Mask
+from starflow_jax.kernels.mask import Causal, FrameWindow, Mask, bounds
 
 GIB, GB, TERA = 2**30, 1e9, 1e12
 
@@ -125,5 +125,5 @@ def forward_flops(model: Model, frames: int = 0) -> dict[str, float]:
 
 def visible_pairs(mask: Mask, slots: int) -> int:
     """How many pairs of a query and a key the mask allows."""
-    low, high = np.broadcast_arrays(*mask.interval(np.arange(slots, dtype=np.int64), slots))
-    return int((high - low).sum()) + mask.prefix * slots
+    prefix, low_S, high_S = bounds(mask, slots, slots)
+    return int((high_S - low_S).sum(dtype=np.int64)) + prefix * slots
