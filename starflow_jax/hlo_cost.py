@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from starflow_jax.hlo_text import HBM, Array, Computation, Instruction, Module, 
 from starflow_jax.hlo_trips import trips, value_of
 
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "partition-id",
-        "replica-id", "add-dependency", "domain", "while", "conditional", "call", "async-start"}
+        "replica-id", "add-dependency", "domain"}
 SLICES = {"dynamic-slice", "slice", "gather"}
 SAME_ELEMENTS = {"bitcast", "copy", "convert", "reshape", "transpose"}  # a slice of the result is one of the operand
 TRANSCENDENTAL = {"exponential", "exponential-minus-one", "log", "log-plus-one", "logistic", "tanh", "sqrt", "rsqrt",
@@ -48,8 +49,9 @@ class Cost:
 def count(compiled: Any, unknown_trips: float = 1, once: bool = False) -> Cost:
     """The cost of a compiled program (`jax.jit(f).lower(...).compile()`), or of its text.
 
-    A loop without a number of trips in it (a solver's) counts `unknown_trips` times; of the branches of a
-    conditional the costliest counts. once: each loop's body counts once, as in the compiler's own analysis.
+    A loop without a number of trips in it (a solver's) counts `unknown_trips` times; of a conditional the costliest
+    branch counts; of a kernel that declares nothing, its operands and results as bytes, and no operations.
+    once: each loop's body counts once, as in the compiler's own analysis.
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     module = parse(text)
@@ -80,25 +82,25 @@ class _Counter:
         return self.seen[name, arguments]
 
     def _instruction(self, computation: Computation, instruction: Instruction, arguments: tuple) -> Cost:
-        opcode = instruction.opcode
-        values = tuple(value_of(self.module, computation, name, arguments) for name in instruction.operands
-                       ) if opcode in ("conditional", "call", "async-start") else ()
-        if opcode == "while":
+        kind = instruction.kind
+        if kind == "while":
             number, state = trips(self.module, computation, instruction, arguments)
             cost = sum((self.run(instruction.called(name)[0], (state,)) for name in ("body", "condition")), Cost())
             return cost.times(1 if self.once else self.unknown_trips if number is None else number)
-        if opcode == "conditional":
+        if kind in ("conditional", "call", "async"):
+            values = tuple(value_of(self.module, computation, name, arguments) for name in instruction.operands)
+        if kind == "conditional":
             branches = instruction.called("branch_computations") or [
                 *instruction.called("true_computation"), *instruction.called("false_computation")]
             costs = [self.run(branch, (value,)) for branch, value in zip(branches, values[1:])]
             return functools.reduce(functools.partial(_combine, max), costs)
-        if opcode in ("call", "async-start"):
+        if kind in ("call", "async"):
             return self.run((instruction.called("to_apply") or instruction.called("calls"))[0], values)
         return self._arithmetic(computation, instruction) + Cost(hbm_bytes=self._traffic(computation, instruction))
 
     def _arithmetic(self, computation: Computation, instruction: Instruction, fused: bool = False) -> Cost:
         """Operations and what goes over the links: of a fusion, of all that is in it."""
-        opcode = instruction.opcode.removesuffix("-start")
+        opcode = instruction.kind
         if opcode == "fusion":
             inside = self.module.computations[instruction.called("calls")[0]]
             return sum((self._arithmetic(inside, part, fused=True) for part in inside.instructions.values()), Cost())
@@ -136,17 +138,16 @@ class _Counter:
     def _shares(self, instruction: Instruction, operands: list[Instruction]) -> tuple[list[float], list[float]]:
         """Of each operand the share that is read, of each resulting array the share that is written."""
         reads, written = [1.0] * len(operands), [1.0] * len(list(_result(instruction)))
-        if instruction.opcode == "fusion":
+        if instruction.kind == "fusion":
             inside = self.module.computations[instruction.called("calls")[0]]
             reads = [self._read(inside, inside.parameters[index].name) for index in range(len(operands))]
             written = self._written(inside, inside.root)
-        elif instruction.opcode in SLICES:
+        elif instruction.kind in SLICES:
             reads[0] = _share(instruction, operands[0])
-        elif instruction.opcode in ("dynamic-update-slice", "scatter"):
-            update = operands[1 if instruction.opcode == "dynamic-update-slice" else len(operands) - 1]
+        elif instruction.kind in ("dynamic-update-slice", "scatter"):
+            update = operands[1 if instruction.kind == "dynamic-update-slice" else len(operands) - 1]
             written = [_share(update, operands[0])]
-            # A scatter adds to what is there.
-            reads[0] = 0.0 if instruction.opcode == "dynamic-update-slice" else written[0]
+            reads[0] = 0.0 if instruction.kind == "dynamic-update-slice" else written[0]  # a scatter adds to it
         return reads, written
 
     def _read(self, inside: Computation, name: str) -> float:
@@ -211,14 +212,14 @@ def _goes_on(inside: Computation, instruction: Instruction) -> bool:
 
 
 def _share(part: Instruction, whole: Instruction) -> float:
-    return min(1.0, part.arrays[0].elements / max(whole.arrays[0].elements, 1))
+    return min(1.0, sum(array.elements for array in _result(part)) / max(whole.arrays[0].elements, 1))
 
 
 def _in_hbm(*arrays: Array) -> float:
     return sum(array.bytes for array in arrays if array.space == HBM)
 
 
-def _result(instruction: Instruction):
+def _result(instruction: Instruction) -> Iterator[Array]:
     """The arrays that an instruction makes; that of a `-start` also has its operands and semaphores in its shape."""
     shape = instruction.shape
     if instruction.opcode.endswith("-start") and isinstance(shape, tuple) and instruction.opcode != "all-reduce-start":

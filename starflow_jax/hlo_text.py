@@ -51,6 +51,11 @@ class Instruction:
     attributes: str
 
     @property
+    def kind(self) -> str:
+        """The opcode; of an operation that is started here and ends with a `-done`, that operation's."""
+        return self.opcode.removesuffix("-start")
+
+    @property
     def arrays(self) -> list[Array]:
         return list(leaves(self.shape))
 
