@@ -150,6 +150,21 @@ def test_products_by_hand() -> None:
     assert count(program).flops == 2 * 5 * 8 * 16 * 32
 
 
+def test_products_that_gpus_leave_to_their_library() -> None:
+    text = """HloModule gpu
+
+ENTRY %main (a: bf16[5,8,16], b: bf16[5,16,32]) -> bf16[5,8,32] {
+  %a = bf16[5,8,16]{2,1,0} parameter(0)
+  %b = bf16[5,16,32]{2,1,0} parameter(1)
+  %c = (bf16[5,8,32]{2,1,0}, s8[4096]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", \
+backend_config={"gemm_backend_config":{"alpha_real":1,"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],\
+"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+  ROOT %out = bf16[5,8,32]{2,1,0} get-tuple-element(%c), index=0
+}
+"""
+    assert count(text).flops == 2 * 5 * 8 * 16 * 32
+
+
 def test_memory_traffic_takes_slices_for_what_they_are() -> None:
     """Layers of weights are read, and results written, one of many at a time."""
     layers = 50
