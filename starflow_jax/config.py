@@ -260,6 +260,21 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Plan:
+    """What --mode=plan compiles, and for which pod."""
+
+    topology: str = "v5p:4x4x4"  # kind and shape: v4, v5e, v5p, v6e or tpu7x
+    step: str = "train"  # or "sample": all programs that make videos of the training length
+    videos: int = 1  # sampled together
+    updates: int = 8  # of the solver per block of tokens that the bound of sampling is reckoned with
+    search: bool = False  # try meshes and rematerialisations, and rank what fits
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "step", ("train", "sample"))
+        _check_positive(self, "videos", "updates")
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluate:
     """Likelihood and adherence on the test split."""
 
@@ -282,6 +297,7 @@ class Config:
     train: Train = Train()
     sample: Sample = Sample()
     mesh: Mesh = Mesh()
+    plan: Plan = Plan()
     evaluate: Evaluate = Evaluate()
 
 

@@ -143,6 +143,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch",)))
 
 
+def cache_sharding(mesh: Mesh, batch: int) -> NamedSharding:
+    """Of the keys and values of a stack of layers, (L, B, slots, H, D)."""
+    return NamedSharding(mesh, spec((None, *_dividing(("batch",), (batch,), mesh.abstract_mesh), None, "heads", None)))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())

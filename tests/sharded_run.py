@@ -45,7 +45,7 @@ def fresh_state() -> Any:
     """On one device, with parameters in which nothing is zero."""
     state = jax.jit(lambda: create_state(init_params(SYSTEM.config, jax.random.key(0)), SYSTEM.config.train))()
     params = randomised(jax.tree.map(np.asarray, state.params))
-    return jax.tree.map(np.asarray, state).replace(params=params, ema=params)
+    return jax.tree.map(np.asarray, state.replace(params=params, ema=params))
 
 
 def trained(mesh: Any, state: Any) -> Any:
