@@ -242,8 +242,11 @@ def _advice(config: Config, row: dict[str, Any]) -> str:
             helps.append("mesh.fsdp instead of mesh.data")
         helps.append("a larger mesh.sequence or mesh.tensor")
     else:
-        helps += ["a larger mesh.tensor", "--config.plan.videos=1" if config.plan.videos > 1 else "--config.model.dtype="
-                  "bfloat16" if config.model.dtype != "bfloat16" else "more chips"]
+        helps.append("a larger mesh.tensor")
+        if config.plan.videos > 1:
+            helps.append("--config.plan.videos=1")
+        if config.model.dtype != "bfloat16":
+            helps.append("--config.model.dtype=bfloat16")
     return f"does not fit by {over:.1f} GiB a chip; what would help: {'; '.join(helps)}; or more or larger chips"
 
 
@@ -252,7 +255,8 @@ def _line(row: dict[str, Any]) -> str:
         f"{axis}={size}" for axis, size in row["mesh"].items() if size > 1) + f", remat {row['remat']}"
     if not row["fits"]:
         return f"{where}: {row['advice']}"
-    return (f"{where}: fits, {row['peak_bytes_per_chip'] / GIB:.1f} of {row['hbm_bytes_per_chip'] / GIB:.0f} GiB a chip, "
+    used, there = row["peak_bytes_per_chip"] / GIB, row["hbm_bytes_per_chip"] / GIB
+    return (f"{where}: fits, {used:.1f} of {there:.0f} GiB a chip, "
             f"at least {row['bound_seconds_per_step']:.2f} s a step, MFU at most {row['bound_mfu']:.2f}")
 
 
