@@ -2,6 +2,7 @@
 # What the launchers share; sourced by them.
 
 dry_run=
+((BASH_VERSINFO[0] >= 5)) || { echo "${0##*/}: needs bash 5 or newer, this is $BASH_VERSION" >&2; exit 2; }
 
 die() {
     printf '%s: %s\n' "${0##*/}" "$1" >&2
@@ -43,8 +44,19 @@ need() {
     [[ $dry_run ]] || command -v "$1" > /dev/null || die "$1 is not installed; $2"
 }
 
-# gs://BUCKET/FOLDER or a path, else one line that says so.
-check_workdir() {
-    [[ $1 =~ ^gs://[a-z0-9][a-z0-9._-]+/.+ || $1 == /* ]] ||
-        die "--workdir=$1: has to be gs://BUCKET/FOLDER, or the full path of a disk that all workers share"
+is_bucket_folder() {
+    [[ $1 =~ ^gs://[a-z0-9][a-z0-9._-]+/.+ ]]
+}
+
+# gcloud's own setting, such as compute/zone; nothing where there is none.
+setting() {
+    [[ $dry_run ]] || gcloud config get-value "$1" 2> /dev/null || true
+}
+
+# fetch_bucket gs://BUCKET/FOLDER DIR CHECKPOINTS PROJECT: checkpoints too where CHECKPOINTS is not empty.
+fetch_bucket() {
+    local exclude=(--exclude='^checkpoints/.*')
+    [[ ! $3 ]] || exclude=()
+    run mkdir -p "$2"
+    run gcloud storage rsync --recursive ${exclude[@]+"${exclude[@]}"} "$1" "$2" --project="$4"
 }

@@ -103,7 +103,8 @@ check() {
     case $command in
         launch | start | fetch)
             [[ $workdir ]] || die '--workdir is missing: gs://BUCKET/FOLDER, or a path on a disk all workers share'
-            check_workdir "$workdir"
+            is_bucket_folder "$workdir" || [[ $workdir == /* ]] ||
+                die "--workdir=$workdir: has to be gs://BUCKET/FOLDER, or the full path of a disk all workers share"
             ;;
     esac
     case $command in
@@ -125,10 +126,6 @@ check_type() {
         v[234]-*) runtime=tpu-ubuntu2204-base ;;
         *) die "--type=$type: give its --runtime too (gcloud compute tpus tpu-vm versions list --zone=$zone)" ;;
     esac
-}
-
-setting() {
-    [[ $dry_run ]] || gcloud config get-value "$1" 2> /dev/null || true
 }
 
 tpu() {
@@ -302,11 +299,10 @@ status() {
 }
 
 fetch() {
-    run mkdir -p "$results"
     if [[ $workdir == gs://* ]]; then
-        local exclude='--exclude=^checkpoints/.*'
-        run gcloud storage rsync --recursive ${checkpoints:-"$exclude"} "$workdir" "$results" --project="$project"
+        fetch_bucket "$workdir" "$results" "$checkpoints" "$project"
     else
+        run mkdir -p "$results"
         worker 0 pack "$workdir" ${checkpoints:+"$checkpoints"}
         tpu scp "$name:starflow_results.tar.gz" "$results/" --worker=0 --quiet
         run tar --extract --gzip --file="$results/starflow_results.tar.gz" --directory="$results"
