@@ -257,8 +257,9 @@ delete() {
 install() {
     local archive=$scratch/starflow_jax.tar.gz root=${here%/*}
     # With what is not committed yet, without what git ignores.
-    run bash -o pipefail -c 'cd "$1" && git ls-files -z --cached --others --exclude-standard |
-        tar --create --gzip --null --files-from=- --ignore-failed-read --file="$2"' pack "$root" "$archive" ||
+    local list='git ls-files -z --cached --others --exclude-standard'
+    local tar='tar --create --gzip --null --files-from=- --ignore-failed-read --file="$2"'
+    run bash -o pipefail -c "cd \"\$1\" && $list | $tar" pack "$root" "$archive" ||
         die "$root can't be packed; it has to be a git checkout" 1
     tpu scp "$archive" "$name:" --worker=all --quiet
     tpu ssh "$name" --worker=all --quiet --command='mkdir -p starflow_jax && tar -xzf starflow_jax.tar.gz '\
@@ -347,7 +348,7 @@ see_it_through() {
         lines=20
         case $now:$ended in
             UNKNOWN:* | READY:lost) continue ;;
-            READY:gone | READY:143) ;; # rebooted, or ended from outside
+            READY:gone | READY:none | READY:143) ;; # rebooted, or ended from outside
             READY:*) return 0 ;;
         esac
         ((++restarts <= max_restarts)) || die "interrupted $restarts times; that is more than --max-restarts" 1

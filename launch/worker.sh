@@ -143,7 +143,7 @@ status() {
 
 follow() {
     [[ -e $job/pid ]] || die "no job was started on $(hostname)" 1
-    tail --lines="${1:-+1}" --follow --pid="$(cat "$job/pid")" "$job/log"
+    tail --lines="${1:-+1}" --follow --sleep-interval=0.5 --pid="$(cat "$job/pid")" "$job/log"
 }
 
 stop() {
@@ -152,8 +152,9 @@ stop() {
     kill -TERM "$(cat "$job/pid")"
     local seconds
     for ((seconds = 0; seconds < ${STOP_SECONDS:-300}; seconds++)); do
+        sleep 0.2
         running || return 0
-        sleep 1
+        sleep 0.8
     done
     kill -KILL -- "-$(cat "$job/pid")" # setsid made it the leader of its group
 }

@@ -52,7 +52,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--name", default="starflow_jax", help="of the experiment")
     parser.add_argument("--gpu", default="a100", choices=GPUS, help="vertex: the kind of GPU")
     parser.add_argument("--gpus", type=int, default=1, help="vertex: how many of them per run")
-    parser.add_argument("--image", help="vertex: where to push the image, such as REGION-docker.pkg.dev/PROJECT/REPO/X:1")
+    parser.add_argument("--image", help="vertex: where to push the image, such as us-docker.pkg.dev/PROJECT/REPO/X:1")
     parser.add_argument("--python", default=str(ROOT / ".venv/bin/python"), help="local: the Python of starflow_jax")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
     options, rest = parser.parse_known_args(argv[:split])
