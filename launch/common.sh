@@ -13,20 +13,12 @@ say() {
     printf '== %s\n' "$*" >&2
 }
 
-# One argument as a shell would have to read it.
-quote() {
-    if [[ $1 =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then
-        printf '%s' "$1"
-    else
-        printf '%s' "${1@Q}"
-    fi
-}
-
 # A command line that a shell reads back as these arguments.
 command_line() {
-    local line='' argument
-    for argument in "$@"; do
-        line+="${line:+ }$(quote "$argument")"
+    local line='' word
+    for word in "$@"; do
+        [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q}
+        line+="${line:+ }$word"
     done
     printf '%s\n' "$line"
 }

@@ -257,9 +257,9 @@ delete() {
 install() {
     local archive=$scratch/starflow_jax.tar.gz root=${here%/*}
     # With what is not committed yet, without what git ignores.
-    local list='git ls-files -z --cached --others --exclude-standard'
-    local tar='tar --create --gzip --null --files-from=- --ignore-failed-read --file="$2"'
-    run bash -o pipefail -c "cd \"\$1\" && $list | $tar" pack "$root" "$archive" ||
+    # shellcheck disable=SC2016 # expanded by the inner bash
+    run bash -o pipefail -c 'cd "$1" && git ls-files -z --cached --others --exclude-standard | '\
+'tar --create --gzip --null --files-from=- --ignore-failed-read --file="$2"' pack "$root" "$archive" ||
         die "$root can't be packed; it has to be a git checkout" 1
     tpu scp "$archive" "$name:" --worker=all --quiet
     tpu ssh "$name" --worker=all --quiet --command='mkdir -p starflow_jax && tar -xzf starflow_jax.tar.gz '\

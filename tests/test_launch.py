@@ -210,7 +210,7 @@ def test_the_jobs_failure_is_the_exit_code(stand_ins) -> None:
     result = stand_ins.run("tpu_vm.sh", "launch", *RUN, "--delete", f"--results={stand_ins.folder}/results", *FLAGS)
     assert result.returncode == 7, result.stderr
     # Not restarted; each worker's last lines are shown, and results fetched, before it is deleted.
-    assert stand_ins.verbs()[-6:] == ["describe", "ssh log", "gcloud storage rsync", "queued describe", "describe",
+    assert stand_ins.verbs()[-6:] == ["describe", "ssh", "gcloud storage rsync", "queued describe", "describe",
                                       "delete"]
     assert stand_ins.verbs().count("ssh start") == 1
 

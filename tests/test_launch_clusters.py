@@ -1,5 +1,6 @@
 """launch/gke.sh and launch/xmanager.py against stand-ins for xpk, docker, kubectl and the package xmanager."""
 
+import json
 import shlex
 import subprocess
 import sys
@@ -66,7 +67,7 @@ import contextlib, json, os, types
 
 def note(kind, **what):
     with open(os.environ["STAND_INS"] + "/calls", "a") as file:
-        file.write(json.dumps([kind, kind, what]) + "\\n")
+        file.write("\\x1f".join([kind, kind, json.dumps(what), "\\n"]))
 
 class Experiment:
     def package(self, packageables):
@@ -121,8 +122,8 @@ def test_xmanager_local_and_its_failure(stand_ins) -> None:
     result = xmanager(stand_ins, "--workdir=/w", "--sweep=train.seed=0,1", f"--python={sys.executable}", *FLAGS)
     assert result.returncode == 0, result.stderr
     (_, title), *added = stand_ins.calls()
-    assert title == {"title": "starflow_jax"} and len(added) == 2
-    job = added[1][1]
+    assert json.loads(title) == {"title": "starflow_jax"} and len(added) == 2
+    job = json.loads(added[1][1])
     assert job["executable"] == {"spec": ["Local", None], "path": sys.executable, "args": ["-m", "starflow_jax.main"]}
     assert job["args"] == ["--workdir=/w/train.seed=1", *FLAGS[1:], "--config.train.seed=1"]
     one_line(xmanager(stand_ins, "--workdir=/w", "--name=fail", f"--python={sys.executable}", *FLAGS), 1, "code: 3")
@@ -132,7 +133,8 @@ def test_xmanager_vertex(stand_ins) -> None:
     result = xmanager(stand_ins, "--executor=vertex", "--workdir=gs://bucket/x", "--gpu=l4_24th", "--gpus=4",
                       "--image=I", *FLAGS)
     assert result.returncode == 0, result.stderr
-    _, (_, job) = stand_ins.calls()
+    _, (_, noted) = stand_ins.calls()
+    job = json.loads(noted)
     assert job["executable"] == {"spec": ["Vertex", "I"], "file": str(LAUNCH / "Dockerfile")}
     assert job["executor"] == ["Vertex", {"l4_24th": 4}]
     assert job["args"] == ["/gcs/bucket/x", *FLAGS[1:]]  # after the image's entry point: worker.sh run
