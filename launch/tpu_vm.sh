@@ -173,14 +173,21 @@ create() {
     if [[ $queue ]]; then
         create_queued || return
     fi
-    local seen='' now
+    local seen='' now absent=0
     while true; do
         now=$(tpu_state)
         case $now in
             READY) return ;;
             ABSENT)
-                [[ ! $queue || $dry_run ]] || die "$name: its queued resource is active but there is no such TPU" 1
-                [[ $queue ]] || create_node || return
+                if [[ $dry_run && $queue ]]; then return; fi
+                if [[ $queue ]]; then
+                    # Its queued resource was active a moment ago; it may be about to be suspended.
+                    ((++absent <= 20)) || die "$name: its queued resource is active but there is no such TPU" 1
+                    sleep "$poll"
+                    create_queued || return
+                else
+                    create_node || return
+                fi
                 if [[ $dry_run ]]; then return; fi
                 ;;
             PREEMPTED | TERMINATED)
@@ -350,27 +357,42 @@ see_it_through() {
             UNKNOWN:* | READY:lost) continue ;;
             READY:gone | READY:none | READY:143) ;; # rebooted, or ended from outside
             READY:*) return 0 ;;
+            ABSENT:*)
+                # A preempted queued resource may have lost its TPU already; what is gone altogether, someone deleted.
+                if [[ ! $queue || $(state queued state.state) == ABSENT ]]; then
+                    say "$name has been deleted"
+                    ended=1
+                    return 0
+                fi
+                ;;
         esac
-        ((++restarts <= max_restarts)) || die "interrupted $restarts times; that is more than --max-restarts" 1
+        if ((++restarts > max_restarts)); then
+            say "interrupted $restarts times; that is more than --max-restarts"
+            ended=1
+            return 0
+        fi
         say "interruption $restarts ($name is $now, its job $ended): going on from the last checkpoint"
         if [[ $now == READY ]]; then
-            worker all stop
-        else
-            create_again
+            worker all stop 30 # the other workers may wait for the lost one for ever
+        elif create_again; then
             install
+        else
+            say "$name can't be created again"
+            ended=1
+            return 0
         fi
         start
         lines=''
     done
 }
 
+# As `create`, but waits for capacity.
 create_again() {
     local code
     while true; do
         code=0
         create || code=$?
-        ((code != 0)) || return 0
-        ((code == 75)) || die "$name can't be created again" 1
+        ((code == 75)) || return "$code"
         say "no capacity; asking again in $poll s"
         sleep "$poll"
     done

@@ -12,7 +12,7 @@ bash launch/worker.sh COMMAND ...
   start WORKDIR [FLAGS]   the same in the background, over the end of this connection
   status                  one word: none, running, gone (killed without an exit code), or the job's exit code
   follow [LINES]          print the log from LINES before its end (default: all of it) until the job ends
-  stop                    tell the job to save and end; kill it if it has not within STOP_SECONDS (default 300)
+  stop [SECONDS]          tell the job to save and end; kill it if it has not within SECONDS (default 300)
   pack WORKDIR [all]      ~/starflow_results.tar.gz from WORKDIR, checkpoints only with "all"
 
 WORKDIR is a folder that all workers see, or gs://BUCKET/FOLDER: the bucket is then mounted by Cloud Storage FUSE.
@@ -134,6 +134,8 @@ status() {
         echo running
     elif [[ -e $job/exit_code ]]; then
         cat "$job/exit_code"
+    elif [[ -e $job/stopped ]]; then
+        echo 130 # by force
     elif [[ -e $job/pid ]]; then
         echo gone
     else
@@ -151,7 +153,7 @@ stop() {
     touch "$job/stopped"
     kill -TERM "$(cat "$job/pid")"
     local seconds
-    for ((seconds = 0; seconds < ${STOP_SECONDS:-300}; seconds++)); do
+    for ((seconds = 0; seconds < ${1:-300}; seconds++)); do
         sleep 0.2
         running || return 0
         sleep 0.8

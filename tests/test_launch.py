@@ -204,6 +204,30 @@ def test_too_many_interruptions(stand_ins) -> None:
     assert stand_ins.verbs().count("ssh start") == 3
 
 
+@pytest.mark.parametrize("queue", [[], ["--queue"]])
+def test_what_someone_deleted_is_not_created_again(queue: list[str], stand_ins) -> None:
+    stand_ins.answer({"describe": [dict(out="READY\n"), NOT_FOUND], "ssh status": [dict(out="none\n"), dict(code=255)],
+                      "queued describe": [dict(out="ACTIVE\n"), NOT_FOUND]})
+    result = stand_ins.run("tpu_vm.sh", "launch", *RUN, *queue, f"--results={stand_ins.folder}/results", *FLAGS)
+    assert result.returncode == 1 and "flow has been deleted" in result.stderr
+    assert not {"create", "queued create"} & set(stand_ins.verbs())
+
+
+def test_preempted_queued_resource_is_asked_for_again(stand_ins) -> None:
+    stand_ins.answer({
+        "describe": ready(dict(out="READY\n"), NOT_FOUND), "ssh status": [dict(out="none\n"), dict(out="1\n"),
+                                                                         dict(out="0\n")],
+        "queued describe": [dict(out="ACTIVE\n"), dict(out="SUSPENDING\n"), dict(out="SUSPENDED\n"), NOT_FOUND,
+                            dict(out="ACTIVE\n")]})
+    result = stand_ins.run("tpu_vm.sh", "launch", *RUN, "--queue", f"--results={stand_ins.folder}/results", *FLAGS)
+    assert result.returncode == 0, result.stderr
+    verbs = stand_ins.verbs()
+    assert verbs[verbs.index("ssh follow"):] == [
+        "ssh follow", "ssh status", "describe", *["queued describe"] * 2, "queued delete", "queued describe",
+        "queued create", "queued describe", "describe", "scp", "ssh install", "ssh start", "ssh follow", "ssh status",
+        "gcloud storage rsync"]
+
+
 def test_the_jobs_failure_is_the_exit_code(stand_ins) -> None:
     stand_ins.answer({"describe": ready(), "ssh status": [dict(out="none\n"), dict(out="7\n")],
                      "queued describe": [NOT_FOUND]})
@@ -278,6 +302,7 @@ printf '%s\\n' "$@" > "$HOME/arguments"
 case $* in
     *fail*) echo "no such setting" >&2; exit 2 ;;
     *sleep*) trap 'echo saved; exit 0' TERM; echo begun; while true; do sleep 0.05; done ;;
+    *deaf*) trap '' TERM; echo begun; while true; do sleep 0.05; done ;;
     *) echo done ;;
 esac
 """
@@ -302,6 +327,19 @@ def wait_for(condition) -> None:
 
 def status(worker: StandIns) -> str:
     return worker.run("worker.sh", "status").stdout.strip()
+
+
+def alive(group: int) -> list[str]:
+    """The states of a process group's members that are not merely dead and not reaped yet."""
+    states = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group, *_ = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it ended meanwhile
+        if int(its_group) == group and state not in "ZX":
+            states.append(state)
+    return states
 
 
 def test_worker_runs_a_job_to_its_exit_code(worker, tmp_path) -> None:
@@ -329,6 +367,15 @@ def test_worker_stop_lets_it_save(worker, tmp_path) -> None:
     assert worker.run("worker.sh", "stop").returncode == 0
     assert status(worker) == "130"
     assert (worker.folder / "starflow_job/log").read_text().splitlines() == ["begun", "saved"]
+
+
+def test_worker_stop_kills_what_does_not_listen(worker, tmp_path) -> None:
+    worker.run("worker.sh", "start", str(tmp_path), "deaf")
+    wait_for(lambda: "begun" in (worker.folder / "starflow_job/log").read_text())
+    pid = int((worker.folder / "starflow_job/pid").read_text())
+    assert worker.run("worker.sh", "stop", "1").returncode == 0
+    wait_for(lambda: status(worker) == "130")
+    wait_for(lambda: not alive(pid))
 
 
 @pytest.mark.parametrize("how, ends", [(signal.SIGTERM, "143"), (signal.SIGKILL, "gone")])
