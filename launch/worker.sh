@@ -83,7 +83,10 @@ run() {
     terminated=
     # The program saves and ends with 0 when it is told to stop; whoever restarts it must not take that for its end.
     trap 'terminated=1; kill -TERM "$child" 2> /dev/null || true' TERM
-    PYTHONUNBUFFERED=1 "$python" -m starflow_jax.main --workdir="$workdir" "$@" &
+    # On a TPU the other workers' processes are found; elsewhere FLAGS say where they are.
+    local tpu=()
+    [[ ! -e /dev/accel0 && ! -e /dev/vfio/0 ]] || tpu=(--distributed=true)
+    PYTHONUNBUFFERED=1 "$python" -m starflow_jax.main --workdir="$workdir" "${tpu[@]}" "$@" &
     child=$!
     while kill -0 "$child" 2> /dev/null; do
         code=0
