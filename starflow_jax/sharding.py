@@ -101,6 +101,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return lax.with_sharding_constraint(x, NamedSharding(mesh, spec(_dividing(axes, x.shape, mesh))))
 
 
+def token_padding(slots: int) -> int:
+    """How many slots of padding let a sequence divide over the current mesh; XLA's own padding of uneven parts is not
+    safe to differentiate through."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 0 if mesh.empty else -slots % math.prod(mesh.shape[axis] for axis in TABLE["tokens"])
+
+
 def over_heads(attend: Callable, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, past: Any) -> jax.Array:
     """attend(q, k, v, past=past), each device with the heads and clips of its own; past: (k, v, length) or None."""
     mesh = jax.sharding.get_abstract_mesh()

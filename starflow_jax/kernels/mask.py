@@ -47,12 +47,14 @@ class FrameWindow:
     tokens: int  # per frame
     window: int
     lookahead: int
+    frames: int = 0  # slots behind these are padding, which nobody sees; 0: there is none
 
     def interval(self, query, keys: int, xp=np) -> tuple[Any, Any]:
         divide = lax.div if xp is jnp else np.floor_divide
         frame = divide(xp.maximum(query - self.prefix, 0), xp.full_like(query, self.tokens))
+        end = self.prefix + self.frames * self.tokens if self.frames else keys
         low = self.prefix + xp.maximum(frame - (self.window - 1), 0) * self.tokens
-        return low, xp.minimum(self.prefix + (frame + (self.lookahead + 1)) * self.tokens, keys)
+        return xp.minimum(low, end), xp.minimum(self.prefix + (frame + (self.lookahead + 1)) * self.tokens, end)
 
 
 Mask: TypeAlias = Causal | Full | FrameWindow
