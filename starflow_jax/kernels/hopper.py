@@ -55,7 +55,7 @@ class Walk(NamedTuple):
         last = jnp.maximum(first, jnp.minimum(last, lax.div(length + (k_block - 1), jnp.int32(k_block))))
         whole_first = jnp.minimum(whole_first, last)
         whole_last = jnp.maximum(whole_first, jnp.minimum(whole_last, lax.div(length, jnp.int32(k_block))))
-        front_whole = jnp.minimum(prefix // k_block, lax.div(length, jnp.int32(k_block)))
+        front_whole = jnp.minimum(prefix // k_block, lax.div(length, jnp.int32(k_block))) if prefix else 0
         return cls(front_whole, pl.cdiv(prefix, k_block), first, last, whole_first, whole_last)
 
     @classmethod
@@ -86,6 +86,8 @@ class Walk(NamedTuple):
         return index + jnp.where(index < in_prefix, self.front_whole, in_band)
 
     def whole_block(self, index) -> jax.Array:
+        if not self.front:
+            return index + self.whole_first
         return index + jnp.where(index < self.front_whole, 0, self.whole_first - self.front_whole)
 
 

@@ -57,20 +57,13 @@ def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, *, mask: Mas
         batch, kv_head, tile, warpgroup = (lax.axis_index(name) for name in ("batch", "kv_head", "tile", "warpgroup"))
         length = length_ref[batch]
         walk = Walk.over_queries(runs_ref, tile, length, k_tile)
-        steps, cut = group * walk.steps, group * walk.cut
-
-        def place(step, is_cut) -> tuple[jax.Array, jax.Array]:
-            """(query head, block of queries) of a step."""
-            step, each = jnp.where(is_cut, step, step - cut), jnp.where(is_cut, walk.cut, walk.steps - walk.cut)
-            index = lax.rem(step, each)
-            block = jnp.where(is_cut, walk.cut_block(index), walk.whole_block(index))
-            return kv_head * group + lax.div(step, each), block
+        steps = group * walk.steps  # one query head after the other
 
         @pl.when(warpgroup == COMPUTING)
         def _copy():
             def fetch(step, slot):
-                head, block = place(step, step < cut)
-                rows = pl.ds(block * q_block, q_block)
+                head = kv_head * group + lax.div(step, walk.steps)
+                rows = pl.ds(walk.block(lax.rem(step, walk.steps)) * q_block, q_block)
                 for panel in range(panels):
                     source = (batch, rows, head, pl.ds(panel * ROWS, ROWS))
                     plgpu.copy_gmem_to_smem(q_ref.at[source], q_smem.at[slot, panel], full.at[slot])
@@ -92,9 +85,10 @@ def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, *, mask: Mas
             for other in range(COMPUTING):
                 plgpu.barrier_wait(kv_full.at[other])
 
-            def step_over_queries(is_cut, step, carry):
+            def step_over_queries(of_group, is_cut, index, carry):
+                step = of_group * walk.steps + index
                 slot, ds_slot = lax.rem(step, jnp.int32(stages)), lax.rem(step, jnp.int32(2))
-                head, block = place(step, is_cut)
+                block = walk.cut_block(index) if is_cut else walk.whole_block(index - walk.cut)
                 plgpu.barrier_wait(full.at[slot])
 
                 def products(scores_ref, dweights_ref):
@@ -138,15 +132,16 @@ def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, *, mask: Mas
                 dq_smem.at[warpgroup][...] = dq_block
                 plgpu.commit_smem()
                 row, column = (warpgroup * ROWS, 0) if panels == 1 else (0, warpgroup * ROWS)
+                rows, head = pl.ds(block * q_block + row, ROWS), kv_head * group + of_group
                 plgpu.copy_smem_to_gmem(
-                    dq_smem.at[warpgroup],
-                    dq_ref.at[batch, pl.ds(block * q_block + row, ROWS), head, pl.ds(column, ROWS)],
-                    reduction_op="add")
+                    dq_smem.at[warpgroup], dq_ref.at[batch, rows, head, pl.ds(column, ROWS)], reduction_op="add")
                 return tuple(dkv)
 
-            dkv = 2 * panels * (filled((ROWS, ROWS), 0.0),)
-            dkv = lax.fori_loop(0, cut, functools.partial(step_over_queries, True), dkv)
-            dkv = lax.fori_loop(cut, steps, functools.partial(step_over_queries, False), dkv)
+            def step_over_heads(of_group, dkv):
+                dkv = lax.fori_loop(0, walk.cut, functools.partial(step_over_queries, of_group, True), dkv)
+                return lax.fori_loop(walk.cut, walk.steps, functools.partial(step_over_queries, of_group, False), dkv)
+
+            dkv = lax.fori_loop(0, group, step_over_heads, 2 * panels * (filled((ROWS, ROWS), 0.0),))
             # The other warpgroup may still be reading keys for its last block of dq.
             plgpu.barrier_arrive(ds_full)
             plgpu.barrier_wait(ds_full)

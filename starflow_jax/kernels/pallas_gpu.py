@@ -45,6 +45,9 @@ from starflow_jax.kernels.unsupported import Unsupported
 __all__ = ["backward", "check", "forward"]
 
 MULTIPROCESSORS = 132
+# A row's largest score to begin with: above all that are hidden, so that their weights are 0 also as long as a query
+# has seen nothing else.
+LOWEST = MASKED / 2
 
 
 def check(q_BSHD: jax.Array, k_BKGD: jax.Array) -> None:
@@ -163,14 +166,13 @@ def forward(q_BSHD, k_BKGD, v_BKGD, *, mask: Mask, length_B, blocks: Blocks | No
                 plgpu.barrier_arrive(v_free.at[before])
                 return out * lax.broadcast_in_dim(shrink, out.shape, [0]), weights, largest, total
 
-            nothing_yet = (filled((ROWS, dim), 0.0), filled((ROWS,), -jnp.inf), filled((ROWS,), 0.0))
+            nothing_yet = (filled((ROWS, dim), 0.0), filled((ROWS,), LOWEST), filled((ROWS,), 0.0))
             carry = lax.fori_loop(0, cut - 1, step_over_cut, nothing_yet)
             carry = lax.fori_loop(cut, steps, step_over_whole, start_cut(cut - 1, *carry))
             out, weights, largest, total = carry
             out = add_values(steps - 1, out, weights)
 
-            # A query that saw nothing has only masked scores, or not even those.
-            nothing = (largest < MASKED / 2) | (total == 0)
+            nothing = total == 0
             total = jnp.where(nothing, 1.0, total)
             scale = jnp.where(nothing, 0.0, 1 / total)
             qo[...] = (out * lax.broadcast_in_dim(scale, out.shape, [0])).astype(q_ref.dtype)
