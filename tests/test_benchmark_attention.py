@@ -1,5 +1,6 @@
 """The comparison of attention kernels, tiny: what it computes is equal, what it counts and measures is right."""
 
+import json
 from functools import partial
 
 import jax
@@ -21,6 +22,7 @@ def test_both_compute_the_same(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
     assert base["difference"] == 0 and 0 < ours["difference"] < 1e-6
     assert base["forward_speed"] == 1 and ours["forward_speed"] == base["forward_ms"] / ours["forward_ms"]
     assert (ours["forward_and_backward_ms"] is None) == (case.cached > 0)
+    assert json.loads(json.dumps(ours)) == ours
 
 
 def test_a_wrong_kernel_is_seen() -> None:
