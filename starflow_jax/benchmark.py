@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from starflow_jax import benchmark_attention, benchmark_decode
+from starflow_jax import benchmark_attention, benchmark_decode, hlo_cost
 from starflow_jax.config import Config, Model
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.losses import nll_mean
@@ -72,11 +72,12 @@ def train_step_ratio(config: Config) -> dict[str, Any]:
         grads, losses = gradients_from_features(flow, state.params, x, lambda _: text)
         return apply_gradients(state, grads, config.train)[0], losses
 
-    flops = forward_flops(params, model)
+    passing = jax.jit(forward).lower(params).compile()
+    flops = hlo_cost.count(passing).flops
     side = 2048
     matrix = jax.random.normal(keys[0], (side, side))
     seconds = median_seconds("benchmark", {
-        "forward": _repeat(jax.jit(forward), params),
+        "forward": _repeat(passing, params),
         "step": _carry(jax.jit(step, donate_argnums=0), state),
         "matrix": _repeat(jax.jit(lambda a: a @ a), matrix),
     }, ROUNDS)
@@ -93,20 +94,6 @@ def train_step_ratio(config: Config) -> dict[str, Any]:
         "forward_matrix_fraction": flops / rate / seconds["forward"],
         "rounds": ROUNDS,
     }
-
-
-def forward_flops(params: Params, model: Model) -> float:
-    """Multiply-adds of the forward pass times 2: weights per token, and attention's two products."""
-    tokens = CLIPS * model.frames * model.tokens_per_frame
-    prefixed = tokens + CLIPS * model.text_length
-    weights = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in
-               (*params["flow"].items(), ("denoiser", params["denoiser"]))}
-    shallow = sum(size for name, size in weights.items() if name.startswith("shallow"))
-    matrices = shallow * tokens + (weights["deep"] + weights["denoiser"]) * prefixed
-    long = prefixed * prefixed / CLIPS
-    attention = 2 * (model.deep_layers * model.deep_width + model.denoiser_layers * model.shallow_width) * long
-    attention += 2 * sum(model.shallow_layers) * model.shallow_width * tokens * model.tokens_per_frame
-    return 2.0 * (matrices + attention)
 
 
 def _repeat(function: Callable, *args: Any) -> Callable[[], None]:

@@ -33,6 +33,11 @@ def _check_choice(settings: Any, field: str, choices: tuple[str, ...]) -> None:
     _check(settings, field, getattr(settings, field) in choices, f"has to be one of {', '.join(choices)}")
 
 
+# What the backward pass of a layer finds: all that it needs; the layer's input, the rest computed again; that and what
+# attention gave; or the same kept in the host's memory.
+REMAT = ("none", "layer", "attention", "offload")
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The flow f_D o f_S and its denoiser."""
@@ -57,7 +62,7 @@ class Model:
     denoiser_lookahead: int = 1
     noise_std: float = 0.5
     dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "none"  # of REMAT
     unroll_layers: bool = False  # faster steps for small models on CPU, for longer compilation
 
     def __post_init__(self) -> None:
@@ -77,7 +82,7 @@ class Model:
         _check(self, "denoiser_lookahead", self.denoiser_lookahead >= 0, "has to be 0 or more")
         _check_choice(self, "denoiser", ("none", "first_layer", "every_layer"))
         _check_choice(self, "dtype", ("float32", "bfloat16"))
-        _check_choice(self, "remat", ("none", "layer"))
+        _check_choice(self, "remat", REMAT)
 
     @property
     def token_channels(self) -> int:
@@ -239,6 +244,37 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How devices are arranged (sharding.py); their product is the number of devices. 0: what the others leave."""
+
+    data: int = 0  # copies of the model
+    fsdp: int = 1  # parts of parameters and optimizer state; clips are parted over data and fsdp
+    tensor: int = 1  # parts of every layer
+    sequence: int = 1  # parts of every clip's tokens
+
+    def __post_init__(self) -> None:
+        for field in ("data", "fsdp", "tensor", "sequence"):
+            _check(self, field, getattr(self, field) >= 0, "has to be 0 (what the others leave) or more")
+        zeros = [self.data, self.fsdp, self.tensor, self.sequence].count(0)
+        _check(self, "data", zeros <= 1, "only one axis of the mesh can be 0 (what the others leave)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What --mode=plan compiles, and for which pod."""
+
+    topology: str = "v5p:4x4x4"  # kind and shape: v4, v5e, v5p, v6e or tpu7x
+    step: str = "train"  # or "sample": all programs that make videos of the training length
+    videos: int = 1  # sampled together
+    updates: int = 8  # of the solver per block of tokens that the bound of sampling is reckoned with
+    search: bool = False  # try meshes and rematerialisations, and rank what fits
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "step", ("train", "sample"))
+        _check_positive(self, "videos", "updates")
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluate:
     """Likelihood and adherence on the test split."""
 
@@ -260,6 +296,8 @@ class Config:
     data: Data = Data()
     train: Train = Train()
     sample: Sample = Sample()
+    mesh: Mesh = Mesh()
+    plan: Plan = Plan()
     evaluate: Evaluate = Evaluate()
 
 

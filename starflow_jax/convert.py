@@ -103,13 +103,14 @@ def _names(model: Model) -> Iterator[tuple[str, str, int]]:
 def _from_torch(name: str, value: np.ndarray, head_dim: int) -> np.ndarray:
     value = np.asarray(value, np.float32)
     if "/qkv/" in name:
-        value = value[_qkv_order(value.shape[0], head_dim)]
-    return value.T if name.endswith("kernel") else value
+        value = value[_qkv_order(value.shape[0], head_dim)].reshape(3, -1, *value.shape[1:])
+    return np.moveaxis(value, -1, 0) if name.endswith("kernel") else value
 
 
 def _to_torch(name: str, value: np.ndarray, head_dim: int) -> np.ndarray:
-    value = value.T if name.endswith("kernel") else value
+    value = np.moveaxis(value, 0, -1) if name.endswith("kernel") else value
     if "/qkv/" in name:
+        value = value.reshape(-1, *value.shape[2:])
         value = value[np.argsort(_qkv_order(value.shape[0], head_dim))]
     return value
 

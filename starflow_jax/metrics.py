@@ -27,9 +27,13 @@ class MetricWriter:
     `resume_step` is the step of the checkpoint that the run goes on from (0: a new run). Lines of later
     steps, left by a run that was killed, are dropped first, and so is a last line cut in the middle: the
     file ends up the one of a run that was never killed. TensorBoard hides the same steps by itself.
+    `writes`: False on all but one of several processes, where nothing is written.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], resume_step: int = 0):
+    def __init__(self, workdir: str | os.PathLike[str], resume_step: int = 0, writes: bool = True):
+        self.writes = writes
+        if not writes:
+            return
         self.path = Path(workdir) / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
         with atomic_path(self.path) as temporary:
@@ -39,6 +43,8 @@ class MetricWriter:
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line {"step": step, **values} and flushes it. Numbers that are not finite become null."""
+        if not self.writes:
+            return
         numbers = {name: _plain_number(value) for name, value in values.items()}
         self._file.write(_json_line({"step": int(step), **numbers}))
         self._file.flush()
@@ -48,12 +54,15 @@ class MetricWriter:
 
     def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """Shows a picture (H, W, 3) uint8 in TensorBoard."""
+        if not self.writes:
+            return
         self._tensorboard.add_image(name, image_HWC, int(step), dataformats="HWC")
         self._tensorboard.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        if self.writes:
+            self._file.close()
+            self._tensorboard.close()
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -88,11 +97,12 @@ class ProgressBar:
     Where the screen is no terminal (a log file) it prints a line at most every 30 seconds.
     """
 
-    def __init__(self, description: str, total: int, initial: int = 0, unit: str = "step"):
+    def __init__(self, description: str, total: int, initial: int = 0, unit: str = "step", shown: bool = True):
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             desc=description,
             total=total,
+            disable=not shown,
             initial=initial,
             unit=unit,
             ascii=not terminal,

@@ -7,10 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from starflow_jax import sharding
 from starflow_jax.checkpoint import Checkpoints, export_arrays, import_arrays
 from starflow_jax.config import Config, UserError
-from starflow_jax.optimizer import Params, create_state
-from starflow_jax.system import System, init_params, load_system, model_fingerprint, save_system
+from starflow_jax.optimizer import Params
+from starflow_jax.system import System, abstract_state, load_system, model_fingerprint, save_system
 from starflow_jax.video_io import atomic_path
 
 BOX = Path(__file__).parent / "assets" / "tiny"
@@ -25,8 +26,9 @@ def load_model(config: Config, workdir: Path) -> tuple[System, Params, str]:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
                                   model_fingerprint=model_fingerprint(config))
         try:
-            abstract = jax.eval_shape(
-                lambda: create_state(init_params(config, jax.random.key(0)), config.train))
+            abstract = abstract_state(config)
+            if not (mesh := jax.sharding.get_mesh()).empty:
+                abstract = sharding.abstract(abstract, mesh)
             best = config.sample.checkpoint == "best"
             restored = checkpoints.restore_best(abstract) if best else checkpoints.restore(abstract)
         finally:

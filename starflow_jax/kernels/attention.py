@@ -10,6 +10,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from starflow_jax.kernels import pallas_gpu, pallas_tpu, pallas_triton, reference
 from starflow_jax.kernels.mask import Full, Mask
@@ -24,6 +25,7 @@ KERNELS: dict[str, dict[str, ModuleType]] = {
 }
 IMPLEMENTATIONS = {"reference": reference} | {name: kernel for kernels in KERNELS.values()
                                               for name, kernel in kernels.items()}
+ATTENTION_RESULTS = ("attention_out", "attention_lse")  # by these names jax.checkpoint can keep them
 SHORT = 1024  # keys: up to here one product is as fast as a kernel, and autodiff does the rest
 
 
@@ -53,7 +55,7 @@ def attention(
         raise ValueError(f"queries {q_BSHD.shape} do not fit keys {k_BKGD.shape} and values {v_BKGD.shape}")
     longest = max(k_BKGD.shape[1], 0 if past is None else past[0].shape[1])
     if longest <= SHORT and implementation in (None, "reference"):
-        return reference.attention(q_BSHD, k_BKGD, v_BKGD, mask, past)
+        return checkpoint_name(reference.attention(q_BSHD, k_BKGD, v_BKGD, mask, past), ATTENTION_RESULTS[0])
     q_BSHD = q_BSHD * q_BSHD.shape[-1] ** -0.5
     out, lse_BHS = _flash(mask, implementation, q_BSHD, k_BKGD, v_BKGD, None)
     if past is None:
@@ -78,7 +80,8 @@ def _flash(mask: Mask, implementation: str | None, q_BSHD, k_BKGD, v_BKGD, lengt
 
 
 def _flash_forward(mask, implementation, q_BSHD, k_BKGD, v_BKGD, length_B):
-    out, lse_BHS = _flash(mask, implementation, q_BSHD, k_BKGD, v_BKGD, length_B)
+    results = _flash(mask, implementation, q_BSHD, k_BKGD, v_BKGD, length_B)
+    out, lse_BHS = (checkpoint_name(x, name) for x, name in zip(results, ATTENTION_RESULTS))
     return (out, lse_BHS), (q_BSHD, k_BKGD, v_BKGD, length_B, out, lse_BHS)
 
 
