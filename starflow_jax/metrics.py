@@ -7,7 +7,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,21 @@ def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
         texts.insert(1, "-" * width)
         columns.append([text.rjust(width) if is_number else text.ljust(width) for text in texts])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def median_seconds(description: str, cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each case. All run once a round, so that a busy machine slows all alike; one round more, the
+    first, compiles and does not count. A case returns when its work is done."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    with ProgressBar(description, rounds + 1, unit="round") as progress:
+        for round_ in range(rounds + 1):
+            for name, run in cases.items():
+                began = time.perf_counter()
+                run()
+                if round_:
+                    times[name].append(time.perf_counter() - began)
+            progress.update()
+    return {name: float(np.median(values)) for name, values in times.items()}
 
 
 def temporal_flickering(frames_THWC: np.ndarray) -> float:

@@ -41,8 +41,8 @@ def attention(
 
     All three in one dtype; softmax in float32. H is a multiple of G: each key head serves H/G query heads.
     past: (k_BPGD, v_BPGD, length) of a cache that is only read: every query also sees its first `length` slots
-    (int32, one for all samples or (B,)). RoPE is the caller's. On TPUs a cache of a multiple of 1024 slots is read
-    where it is; any other is copied first.
+    (int32, one for all samples or (B,)). RoPE is the caller's. A cache of a multiple of 1024 slots on TPUs,
+    of 8 on GPUs, is read where it is; any other is copied first.
     Over several devices, call it in a shard_map (check_vma=False) over samples and heads: XLA parts no kernel.
     implementation: one of IMPLEMENTATIONS. By default the best that serves this call, of the platform that the
     program is lowered for.

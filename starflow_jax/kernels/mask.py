@@ -101,10 +101,12 @@ def visible_blocks(mask: Mask, queries: int, keys: int, q_block: int, k_block: i
 def block_runs(visible: np.ndarray, in_front: int = 0) -> np.ndarray:
     """(4, rows): first and last + 1 of the blocks that each row sees, then of those it sees wholly.
 
-    The first `in_front` blocks are left out.
+    The first `in_front` blocks are left out. Where none is seen wholly, that run is empty and starts with the first.
     """
-    def run(some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        first = in_front + some[:, in_front:].argmax(1)
-        return first, first + some[:, in_front:].sum(1)
+    def run(some: np.ndarray, if_none: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        first = np.where(some.any(1), in_front + some.argmax(1), if_none)
+        return first, first + some.sum(1)
 
-    return np.stack(run(visible != HIDDEN) + run(visible == WHOLLY)).astype(np.int32)
+    behind = visible[:, in_front:]
+    first, last = run(behind != HIDDEN, in_front)
+    return np.stack((first, last, *run(behind == WHOLLY, first))).astype(np.int32)
