@@ -155,7 +155,11 @@ def token_nats(flow: STARFlow, out: FlowOutput) -> jax.Array:
 
 
 def _token_nats_of_window(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
-    return token_nats(system.flow, apply_flow(system.flow, flow_variables(params), STARFlow.forward, noisy, text))
+    return token_nats(system.flow, _forward(system, params, noisy, text))
+
+
+def _forward(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> FlowOutput:
+    return apply_flow(system.flow, flow_variables(params), STARFlow.forward, noisy, text)
 
 
 def likelihood(system: System, params: Params, frames_THWC: np.ndarray, caption: str, draws: int) -> Likelihood:
@@ -174,8 +178,7 @@ def likelihood(system: System, params: Params, frames_THWC: np.ndarray, caption:
 
 def encode_z(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
     """z = f(x~), (B, N, S, K), of at most a window."""
-    run = jax.jit(lambda params, x, text: apply_flow(system.flow, flow_variables(params), STARFlow.forward, x, text))
-    return run(params, noisy, text).z_BTSK
+    return jax.jit(_forward, static_argnums=0)(system, params, noisy, text).z_BTSK
 
 
 def decode_z(system: System, params: Params, z_BNSK: jax.Array, text: jax.Array) -> jax.Array:
