@@ -276,13 +276,32 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Likelihood and adherence on the test split."""
+    """Likelihood and adherence on the test split; or, where one of the others is asked for, that alone."""
 
     clips: int = 1_000  # test clips whose likelihood is taken
     prompts: int = 500  # fixed test prompts whose samples are read
+    video: str = ""  # a video file: its exact likelihood under `caption`, and the way to noise and back
+    caption: str = ""
+    other: str = ""  # another video file: interpolation in z from `video` to it
+    other_caption: str = ""  # "": the same caption
+    steps: int = 7  # videos of an interpolation, both ends included
+    draws: int = 8  # of the training noise, over which the likelihood of a video is averaged
+    recognise: int = 0  # test clips whose caption is chosen by likelihood; 0: none
+    every_caption: bool = False  # score all of them; else only those that the search comes by
 
     def __post_init__(self) -> None:
-        _check_positive(self, "clips", "prompts")
+        _check_positive(self, "clips", "prompts", "draws")
+        _check(self, "steps", self.steps >= 2, "has to be 2 or more: both ends are included")
+        _check(self, "recognise", self.recognise >= 0, "has to be 0 (none) or more")
+        _check(self, "caption", bool(self.caption.strip()) or not self.video,
+               "evaluate.video needs a caption, such as 'a red seven moves left'")
+        for field in ("caption", "other"):
+            _check(self, field, bool(self.video) or not getattr(self, field),
+                   "belongs to evaluate.video; give that too")
+        _check(self, "other_caption", bool(self.other) or not self.other_caption,
+               "belongs to evaluate.other; give that too")
+        _check(self, "recognise", not (self.recognise and self.video),
+               "evaluate.video is given too; leave one out")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -170,3 +170,9 @@ def temporal_flickering(frames_THWC: np.ndarray) -> float:
     frames = frames_THWC.astype(np.float32)
     difference = np.abs(frames[..., 1:, :, :, :] - frames[..., :-1, :, :, :])
     return float((255 - difference.mean(dtype=np.float64)) / 255)
+
+
+def psnr(reference: np.ndarray, made: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of uint8 frames of one shape: 10 log10(255^2 / mean squared error)."""
+    error = np.mean((reference.astype(np.float64) - made.astype(np.float64)) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else math.inf
