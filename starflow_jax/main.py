@@ -17,7 +17,7 @@ MODES = ("train", "calibrate", "sample", "evaluate", "benchmark", "package", "pl
 CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: configs/t2v.py[:tiny|box|3b|7b].")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and results; default: runs/NAME.")
 DISTRIBUTED = flags.DEFINE_string(
-    "distributed", "", "One of several processes of one run: true (on TPU pods, Slurm, Kubernetes the others are found), "
+    "distributed", "", "One of several processes of a run: true (on TPU pods, Slurm, Kubernetes the others are found) "
     "or HOST:PORT,COUNT,INDEX: the first one's address, how many there are, which this is.")
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 

@@ -180,7 +180,7 @@ def _compile_sample(config: Config, mesh: Mesh) -> list[Program]:
     block = min(config.sample.block_size or tokens, tokens)
     dtype, whole = jnp.dtype(model.dtype), sharding.replicated(mesh)
 
-    def array(shape: tuple[int, ...], dtype: Any = jnp.float32, placed: Any = whole) -> jax.ShapeDtypeStruct:
+    def array(shape: tuple[int, ...], dtype: Any = jnp.float32, placed: Any = whole) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
     params = jax.tree.map(lambda leaf: array(leaf.shape, dtype, leaf.sharding),

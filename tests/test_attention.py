@@ -18,7 +18,8 @@ from starflow_jax.kernels.unsupported import Unsupported
 TOLERANCE = {"float64": 1e-13, "float32": 1e-6, "float16": 7e-4, "bfloat16": 5e-3}
 WINDOW = FrameWindow(prefix=21, tokens=37, window=3, lookahead=1)
 MASKS = [Causal(), Full(), WINDOW, FrameWindow(prefix=0, tokens=48, window=1, lookahead=0),
-         FrameWindow(prefix=130, tokens=50, window=2, lookahead=2), FrameWindow(21, 37, window=3, lookahead=1, frames=4)]
+         FrameWindow(prefix=130, tokens=50, window=2, lookahead=2),
+         FrameWindow(prefix=21, tokens=37, window=3, lookahead=1, frames=4)]
 # The 7B model: 256 text tokens and 21 frames of 30 x 53, deep block and denoiser.
 SLOTS, HEADS, HEAD_DIM = 256 + 21 * 1590, 64, 64
 DENOISER, DENOISER_HEADS = FrameWindow(prefix=256, tokens=1590, window=10, lookahead=1), 48
