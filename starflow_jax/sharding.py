@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from starflow_jax import config as settings_of
@@ -49,7 +49,9 @@ def make_mesh(settings: settings_of.Mesh, devices: Any = None) -> Mesh:
     """A mesh of all devices, or those given. Raises UserError where the settings' product is another number."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(settings, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # Unlike jax.make_mesh, also where an axis of the mesh is only a part of one of the pod's.
+    arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_shape(settings: settings_of.Mesh, devices: int) -> tuple[int, ...]:
