@@ -105,6 +105,7 @@ class Text:
     heads: int = 4
     fps: int = 8  # told to the model in the prompt
     aspect_ratio: str = "1:1"
+    weights: str = ""  # of the frozen encoder: a folder as flan-t5-xl is published, which sets the sizes
 
     def __post_init__(self) -> None:
         _check_choice(self, "encoder", ("trained", "frozen"))
@@ -153,6 +154,7 @@ class Data:
 class Train:
     """The training loop (DESIGN: training constants)."""
 
+    init_from: str = ""  # a workdir or one of its checkpoints, whose model training begins with; "": at random
     steps: int = 100_000
     batch_size: int = 192
     image_batch_size: int = 0  # 0: as many images as a video batch has frames
@@ -194,6 +196,7 @@ class Sample:
 
     prompt: str = ""
     prompts_file: str = ""
+    rewrite: str = ""  # lengthens prompts: a command (prompt in, longer prompt out), or "module:function"
     negative_prompt: str = ""  # what guidance leads away from; "": the empty caption
     changes: str = ""  # "25: a red seven moves left; 49: ...": another prompt from that frame on
     image: str = ""  # a picture file: the video's first frame (TI2V)
@@ -250,6 +253,19 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Convert:
+    """Released weights and workdirs -> checkpoints, and back."""
+
+    source: str = ""  # a .pth, a folder of torch's shards, safetensors, or a workdir whose model is to grow
+    target: str = ""  # a .safetensors file under the release's names, from the workdir's newest checkpoint
+    prefix: str = ""  # of the names of the flow's tensors in the source, such as "model."
+    dtype: str = "stored"  # what is written: as it is in the source, or another
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "dtype", ("stored", "float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything."""
 
@@ -261,6 +277,7 @@ class Config:
     train: Train = Train()
     sample: Sample = Sample()
     evaluate: Evaluate = Evaluate()
+    convert: Convert = Convert()
 
 
 def to_config_dict(config: Config) -> ConfigDict:
