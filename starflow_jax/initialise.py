@@ -17,7 +17,7 @@ from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.grow import Change, changes, grow
 from starflow_jax.optimizer import Params
 from starflow_jax.params_checkpoint import first_whole, newest_first, restore_params, stored_params
-from starflow_jax.system import System, build_flow, init_params, load_system
+from starflow_jax.system import System, init_params, load_system
 from starflow_jax.tensor_files import check_shapes
 
 
@@ -61,7 +61,7 @@ def inherited_arrays(config: Config, source: Path) -> tuple[dict[str, Any], list
     if config.text.encoder != "trained":
         arrays = {name: array for name, array in arrays.items() if not name.startswith("text/")}
     changed = changes(model, config.model)
-    return grow(arrays, model, config.model, partial(_fresh_denoiser, config)), changed
+    return grow(arrays, model, config.model, partial(fresh_denoiser, config.model, config.train.seed)), changed
 
 
 def inherited_system(config: Config) -> System | None:
@@ -113,10 +113,9 @@ def refuse_converted(workdir: Path) -> None:
                         f"another --workdir with --config.train.init_from={workdir}")
 
 
-def _fresh_denoiser(config: Config) -> Mapping[str, Any]:
+def fresh_denoiser(model: Model, seed: int) -> Mapping[str, Any]:
     """{"denoiser/...": array} at the start of training."""
-    model = config.model
     x = jnp.zeros((1, 1, model.patch_size, model.patch_size, model.channels))
     text = jnp.zeros((1, model.text_length, model.text_dim)) if model.text_length else None
-    init = jax.jit(partial(build_flow(config).init, method=STARFlow.score))
-    return traverse_util.flatten_dict(dict(init(jax.random.key(config.train.seed), x, text)["params"]), sep="/")
+    init = jax.jit(partial(STARFlow(model).init, method=STARFlow.score))
+    return traverse_util.flatten_dict(dict(init(jax.random.key(seed), x, text)["params"]), sep="/")

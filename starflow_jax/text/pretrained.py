@@ -53,7 +53,8 @@ def load_encoder(folder: Path, text_dim: int) -> dict[str, Any]:
 
     Raises UserError for a folder that holds no such encoder.
     """
-    return load_t5(open_safetensors(_folder(folder)), encoder_config(folder, text_dim))
+    config = encoder_config(folder, text_dim)
+    return load_t5(open_safetensors(folder), config)
 
 
 def _file_of(folder: Path, name: str) -> Path:
