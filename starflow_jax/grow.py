@@ -27,6 +27,7 @@ from starflow_jax.tensor_files import StoredArray
 Change = tuple[str, str, str, str]  # setting, its value in the source, its value here, what that does
 
 FIXED = ("channels", "patch_size", "shallow_layers", "shallow_width", "head_dim", "text_dim")
+RESHAPING = ("deep_layers", "deep_width", "denoiser")  # settings whose change makes other parameters
 LAYER = "flow/deep/transformer/layers/layer/"
 FUNCTION_KEPT = "same function"
 CHANGED = {  # settings that are no part of any parameter's shape

@@ -14,7 +14,7 @@ from flax import traverse_util
 
 from starflow_jax.config import Config, Model, UserError
 from starflow_jax.flow.starflow import STARFlow
-from starflow_jax.grow import Change, changes, grow
+from starflow_jax.grow import RESHAPING, Change, changes, grow
 from starflow_jax.optimizer import Params
 from starflow_jax.params_checkpoint import first_whole, newest_first, restore_params, stored_params
 from starflow_jax.system import System, init_params, load_system
@@ -38,7 +38,7 @@ def initial_params(config: Config, key: jax.Array, shardings: Any = None) -> tup
     arrays, changed = inherited_arrays(config, source)
     flat = traverse_util.flatten_dict(abstract, sep="/")
     check_shapes(str(source), arrays, {name: leaf.shape for name, leaf in flat.items()})
-    if not any(name in ("deep_layers", "deep_width", "denoiser") for name, *_ in changed):
+    if not any(name in RESHAPING for name, *_ in changed):
         return restore_params(whole_checkpoint(source), abstract), changed
     # Grown on the host, one array at a time; every process makes all of it and keeps its part.
     return traverse_util.unflatten_dict({name: _placed(arrays[name], leaf) for name, leaf in flat.items()},

@@ -103,11 +103,12 @@ def _read_array(path: Path, name: str) -> np.ndarray:
 def restore_params(folder: Path, abstract_params: Any) -> Any:
     """The averaged parameters of one checkpoint, in the dtypes and shardings of a pytree of ShapeDtypeStruct.
 
-    Without a sharding they go to this process's first device. Raises UserError listing every parameter that
-    is missing, unexpected or of another shape.
+    Without a sharding they go to this process's first device. Parameters that are not asked for are left where
+    they are. Raises UserError listing every one that is missing or of another shape.
     """
     wanted = traverse_util.flatten_dict(abstract_params, sep="/")
-    check_shapes(str(folder), stored_params(folder), {name: leaf.shape for name, leaf in wanted.items()})
+    found = {name: array for name, array in stored_params(folder).items() if name in wanted}
+    check_shapes(str(folder), found, {name: leaf.shape for name, leaf in wanted.items()})
     here = SingleDeviceSharding(jax.local_devices()[0])
     placed = {"ema": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=leaf.sharding or here), abstract_params)}

@@ -180,6 +180,8 @@ def make_system(config: Config) -> System:
     source = data_source(config, "train")
     frames = np.stack([source[i]["frames"] for i in range(min(FITTED_CLIPS, len(source)))])
     codec = patch.fit(frames[:, :pixel_frames(config)], patch_shape(config), config.model.channels)
+    if config.text.encoder == "frozen":
+        return System(config, load_tokenizer(Path(config.text.weights)), codec)
     texts = []
     for index in range(min(TOKENIZED_CLIPS, len(source))):
         example = source[index]

@@ -11,13 +11,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from starflow_jax.config import Codec, Config, Text, UserError
-from starflow_jax.model_store import with_text
-from starflow_jax.system import System, build_text_encoder, model_fingerprint
+from starflow_jax.checkpoint import export_arrays
+from starflow_jax.codec import patch
+from starflow_jax.config import Codec, Config, Convert, Text, UserError
+from starflow_jax.convert import convert
+from starflow_jax.model_store import load_model, with_text
+from starflow_jax.system import System, build_text_encoder, model_fingerprint, patch_shape
+from starflow_jax.tensor_files import write_safetensors
 from starflow_jax.text.pretrained import encoder_config, load_encoder, load_tokenizer
 from starflow_jax.text.t5 import T5Encoder, mask_padding
 from starflow_jax.text.tokenizer import EOS_ID, PAD_ID, train_tokenizer
 from tests.helpers import tiny_model
+from tests.test_convert import random_released
 
 GOLDEN = Path(__file__).parent / "golden"
 CASE = json.loads((GOLDEN / "t5_encoder.json").read_text())
@@ -68,6 +73,20 @@ def test_features_of_a_prompt(published: Path) -> None:
     assert features[1].any(axis=-1).all()
     moved = dataclasses.replace(config, text=dataclasses.replace(config.text, weights="elsewhere"))
     assert model_fingerprint(moved) == model_fingerprint(config)
+
+
+def test_a_converted_model_comes_with_its_encoder(published: Path, tmp_path: Path) -> None:
+    config = Config(name="frozen", model=tiny_model(text_dim=48), codec=Codec(kind="patch"),
+                    text=Text(encoder="frozen", weights=str(published)),
+                    convert=Convert(source=str(tmp_path / "released.safetensors")))
+    write_safetensors(tmp_path / "released.safetensors", random_released(config.model))
+    convert(config, tmp_path)
+    codec = patch.fit(np.zeros((1, 5, 8, 12, 3), np.uint8), patch_shape(config), config.model.channels)
+    export_arrays(tmp_path / "system" / "codec.safetensors", dataclasses.asdict(codec))
+    system, params, source = load_model(config, tmp_path)
+    assert source == f"{tmp_path}, step 0" and set(params) == {"flow", "text"}
+    assert params["text"]["embed"]["embedding"].shape == (96, 48)
+    assert system.tokenizer.model == (published / "spiece.model").read_bytes()
 
 
 def test_what_is_no_such_encoder_is_refused(published: Path, tmp_path: Path) -> None:
