@@ -154,7 +154,6 @@ class Data:
 class Train:
     """The training loop (DESIGN: training constants)."""
 
-    init_from: str = ""  # a workdir or one of its checkpoints, whose model training begins with; "": at random
     steps: int = 100_000
     batch_size: int = 192
     image_batch_size: int = 0  # 0: as many images as a video batch has frames
@@ -168,6 +167,7 @@ class Train:
     denoiser_learning_rate: float = 1e-4
     ema: float = 0.9999
     seed: int = 0
+    init_from: str = ""  # a workdir or one of its checkpoints, whose model training begins with; "": at random
     log_every: int = 20
     checkpoint_every: int = 500
     evaluate_every: int = 1_000
