@@ -110,6 +110,7 @@ class Text:
     heads: int = 4
     fps: int = 8  # told to the model in the prompt
     aspect_ratio: str = "1:1"
+    weights: str = ""  # of the frozen encoder: a folder as flan-t5-xl is published, which sets the sizes
 
     def __post_init__(self) -> None:
         _check_choice(self, "encoder", ("trained", "frozen"))
@@ -171,6 +172,7 @@ class Train:
     denoiser_learning_rate: float = 1e-4
     ema: float = 0.9999
     seed: int = 0
+    init_from: str = ""  # a workdir or one of its checkpoints, whose model training begins with; "": at random
     log_every: int = 20
     checkpoint_every: int = 500
     evaluate_every: int = 1_000
@@ -199,6 +201,7 @@ class Sample:
 
     prompt: str = ""
     prompts_file: str = ""
+    rewrite: str = ""  # lengthens prompts: a command (prompt in, longer prompt out), or "module:function"
     negative_prompt: str = ""  # what guidance leads away from; "": the empty caption
     changes: str = ""  # "25: a red seven moves left; 49: ...": another prompt from that frame on
     image: str = ""  # a picture file: the video's first frame (TI2V)
@@ -305,6 +308,19 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Convert:
+    """Released weights and workdirs -> checkpoints, and back."""
+
+    source: str = ""  # a .pth, a folder of torch's shards, safetensors, or a workdir whose model is to grow
+    target: str = ""  # a .safetensors file under the release's names, from the workdir's newest checkpoint
+    prefix: str = ""  # of the names of the flow's tensors in the source, such as "model."
+    dtype: str = "stored"  # what is written: as it is in the source, or another
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "dtype", ("stored", "float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything."""
 
@@ -318,6 +334,7 @@ class Config:
     mesh: Mesh = Mesh()
     plan: Plan = Plan()
     evaluate: Evaluate = Evaluate()
+    convert: Convert = Convert()
 
 
 def to_config_dict(config: Config) -> ConfigDict:

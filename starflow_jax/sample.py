@@ -17,6 +17,7 @@ from starflow_jax.model_store import load_model
 from starflow_jax.optimizer import Params
 from starflow_jax.stream import Timeline, draw_timeline, stream_clips
 from starflow_jax.system import System, pixel_frames
+from starflow_jax.text.rewrite import rewriter
 from starflow_jax.video_io import (
     at_rate,
     atomic_path,
@@ -37,11 +38,12 @@ class Request:
 
     prompt: str
     seed: int
+    given: str = ""  # what was asked for, where sample.rewrite made the prompt of it
 
     @property
     def name(self) -> str:
         """What its files are called."""
-        words = "".join(c if c.isalnum() else " " for c in self.prompt).split()
+        words = "".join(c if c.isalnum() else " " for c in self.given or self.prompt).split()
         return f"{'_'.join(words)[:60] or 'no_prompt'}_seed{self.seed}"
 
 
@@ -52,6 +54,7 @@ def sample(config: Config, workdir: Path) -> None:
     known_THWC = given_frames(config)
     config = with_length(config, known_THWC)
     latent_frames(config, config.sample)
+    requests = rewritten(config, requests)
     system, params, source = load_model(config, workdir)
     folder = Path(config.sample.output or workdir / "samples")
     print(f"model: {source}")
@@ -136,7 +139,8 @@ def _stream_all(folder: Path, system: System, params: Params, requests: list[Req
         events = timeline.close()
         for writer, path, request in zip(writers, paths, batch):
             writer.close()
-            facts = {"prompt": request.prompt, "seed": request.seed, "frames": frames, "seconds": round(seconds, 3),
+            facts = {"prompt": request.prompt, "prompt_given": request.given or request.prompt,
+                     "seed": request.seed, "frames": frames, "seconds": round(seconds, 3),
                      "seconds_to_first_frame": round(first, 3), "settings": dataclasses.asdict(settings),
                      "timeline": [dataclasses.asdict(event) for event in events]}
             with atomic_path(path.with_suffix(".json")) as temporary:
@@ -167,6 +171,18 @@ def read_requests(config: Config) -> list[Request]:
     return [Request(prompt, settings.seed + index) for prompt in prompts for index in range(settings.count)]
 
 
+def rewritten(config: Config, requests: list[Request]) -> list[Request]:
+    """The requests with prompts made longer by sample.rewrite, each prompt once. Raises UserError where it fails."""
+    if not config.sample.rewrite:
+        return requests
+    hook, prompts = rewriter(config.sample.rewrite), {request.prompt: "" for request in requests}
+    with ProgressBar("rewrite", len(prompts), unit="prompt") as progress:
+        for prompt in prompts:
+            prompts[prompt] = hook(prompt)
+            progress.update()
+    return [dataclasses.replace(request, prompt=prompts[request.prompt], given=request.prompt) for request in requests]
+
+
 def _batches(requests: list[Request], size: int) -> Iterator[list[Request]]:
     for begin in range(0, len(requests), size):
         yield requests[begin:begin + size]
@@ -191,6 +207,7 @@ def describe(config: Config, request: Request, clips: Clips, index: int, seconds
     """What the JSON beside a video says."""
     return {
         "prompt": request.prompt,
+        "prompt_given": request.given or request.prompt,
         "seed": request.seed,
         "frames": int(clips.frames_BTHWC.shape[1]),
         "settings": dataclasses.asdict(config.sample),

@@ -22,6 +22,7 @@ from starflow_jax.data import moving_digits
 from starflow_jax.flow.first_guess import FirstGuess
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.optimizer import Params, TrainState, create_state
+from starflow_jax.text.pretrained import encoder_config, load_tokenizer
 from starflow_jax.text.prompt import EXTEND, format_prompt
 from starflow_jax.text.t5 import T5Config, T5Encoder, mask_padding
 from starflow_jax.text.tokenizer import Tokenizer, train_tokenizer
@@ -37,8 +38,9 @@ def model_fingerprint(config: Config) -> dict[str, Any]:
     model = dataclasses.asdict(config.model)
     for name in ("dtype", "remat", "unroll_layers"):
         del model[name]
-    return json.loads(json.dumps({"model": model, "text": dataclasses.asdict(config.text),
-                                  "codec": dataclasses.asdict(config.codec)}))
+    text = dataclasses.asdict(config.text)
+    del text["weights"]  # where they lie
+    return json.loads(json.dumps({"model": model, "text": text, "codec": dataclasses.asdict(config.codec)}))
 
 
 def build_flow(config: Config) -> STARFlow:
@@ -46,8 +48,11 @@ def build_flow(config: Config) -> STARFlow:
 
 
 def build_text_encoder(config: Config) -> T5Encoder:
-    """The small T5 that is trained along with the flow."""
+    """The small T5 that is trained along with the flow, or the frozen one of text.weights."""
     text = config.text
+    if text.encoder == "frozen":
+        t5 = encoder_config(Path(text.weights), config.model.text_dim)
+        return T5Encoder(t5, dtype=jnp.dtype(config.model.dtype))
     t5 = T5Config(vocab_size=text.vocab_size, d_model=text.d_model, d_kv=text.d_kv, d_ff=text.d_ff,
                   num_layers=text.layers, num_heads=text.heads)
     return T5Encoder(t5, dtype=jnp.dtype(config.model.dtype))
@@ -180,6 +185,8 @@ def make_system(config: Config) -> System:
     source = data_source(config, "train")
     frames = np.stack([source[i]["frames"] for i in range(min(FITTED_CLIPS, len(source)))])
     codec = patch.fit(frames[:, :pixel_frames(config)], patch_shape(config), config.model.channels)
+    if config.text.encoder == "frozen":
+        return System(config, load_tokenizer(Path(config.text.weights)), codec)
     texts = []
     for index in range(min(TOKENIZED_CLIPS, len(source))):
         example = source[index]
@@ -211,7 +218,8 @@ def save_decoding(system: System, folder: Path) -> None:
 
 def load_system(config: Config, folder: Path) -> System:
     """Read what `save_system` wrote. Raises UserError where a file is missing, damaged or of another model."""
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    frozen = config.text.encoder == "frozen"
+    tokenizer = load_tokenizer(Path(config.text.weights)) if frozen else Tokenizer.load(folder / "tokenizer.model")
     codec = patch.PatchCodec(**{name: jnp.asarray(value)
                                 for name, value in import_arrays(folder / "codec.safetensors").items()})
     expected = (patch_shape(config).pixels, config.model.channels)

@@ -17,6 +17,7 @@ from starflow_jax.checkpoint import BEST, Checkpoints
 from starflow_jax.config import Config, UserError
 from starflow_jax.data import pipeline
 from starflow_jax.generation import adherence_of_samples, bits_per_frame, generate_clips
+from starflow_jax.initialise import inherited_system, initial_params, refuse_converted
 from starflow_jax.metrics import MetricWriter, ProgressBar, read_metrics
 from starflow_jax.optimizer import Params, TrainState, create_state, schedule
 from starflow_jax.system import (
@@ -49,7 +50,7 @@ def open_system(config: Config, workdir: Path) -> System:
     folder = workdir / "system"
     if (folder / "codec.safetensors").exists():
         return load_system(config, folder)
-    system = make_system(config)
+    system = inherited_system(config) or make_system(config)
     save_system(system, folder)
     return system
 
@@ -77,6 +78,7 @@ def train(config: Config, workdir: Path) -> None:
     if config.codec.kind != "patch" or config.text.encoder != "trained":
         raise UserError(f"{config.name}: training needs codec.kind=patch and text.encoder=trained as yet; "
                         "the Wan2.2 VAE and flan-t5 are not built")
+    refuse_converted(workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_model(config.model, mesh)
     with jax.set_mesh(mesh):
@@ -97,8 +99,14 @@ def _train_on(mesh: Mesh, config: Config, workdir: Path) -> None:
         if first:
             print(f"going on from step {step}")
     else:
-        state = jax.jit(lambda: create_state(system.init(config.train.seed), config.train),
-                        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+        placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        params, changes = initial_params(config, jax.random.key(config.train.seed), placed.params)
+        state = jax.jit(lambda params: create_state(params, config.train), out_shardings=placed)(params)
+        del params
+        if first and config.train.init_from:
+            print(f"beginning with {config.train.init_from}" + (":" if changes else ""))
+            for name, old, now, effect in changes:
+                print(f"  {name} {old} -> {now}: {effect}")
     writer = MetricWriter(workdir, resume_step=int(state.step), writes=first)
     try:
         state = _run(system, mesh, state, batches, checkpoints, writer)
