@@ -104,7 +104,8 @@ def block_runs(visible: np.ndarray, in_front: int = 0) -> np.ndarray:
     The first `in_front` blocks are left out. Where none is seen wholly, that run is empty and starts with the first.
     """
     def run(some: np.ndarray, if_none: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        first = np.where(some.any(1), in_front + some.argmax(1), if_none)
+        position = some.argmax(1) if some.shape[1] else 0
+        first = np.where(some.any(1), in_front + position, if_none)
         return first, first + some.sum(1)
 
     behind = visible[:, in_front:]
