@@ -133,7 +133,7 @@ def accumulate(body, sums, others=()):
 
 def load_row(ref) -> jax.Array:
     """A vector along the columns of a wgmma tile."""
-    return plgpu.load(ref, (), layout=plgpu.Layout.WGMMA.reduce(0))
+    return plgpu.layout_cast(ref[...], plgpu.Layout.WGMMA.reduce(0))
 
 
 def filled(shape: tuple[int, ...], value: float) -> jax.Array:

@@ -94,10 +94,10 @@ def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, *, mask: Mas
                 def products(scores_ref, dweights_ref):
                     for panel in range(panels):
                         plgpu.wgmma(scores_ref, k_smem.at[warpgroup, panel],
-                                    plgpu.transpose_ref(q_smem.at[slot, panel], (1, 0)))
+                                    q_smem.at[slot, panel].transpose((1, 0)))
                     for panel in range(panels):
                         plgpu.wgmma(dweights_ref, v_smem.at[warpgroup, panel],
-                                    plgpu.transpose_ref(dout_smem.at[slot, panel], (1, 0)))
+                                    dout_smem.at[slot, panel].transpose((1, 0)))
                     scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=panels)
                     if is_cut:
                         scores = hide(scores, mask, block * q_block, k_start, keys, length, q_axis=1)
@@ -123,7 +123,7 @@ def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, *, mask: Mas
                     plgpu.barrier_wait(ds_full)
                     dq_part, dq_panel = (warpgroup, 0) if panels == 1 else (0, warpgroup)
                     for other in range(COMPUTING):
-                        plgpu.wgmma(dq_block_ref, plgpu.transpose_ref(ds_smem.at[ds_slot, other, dq_part], (1, 0)),
+                        plgpu.wgmma(dq_block_ref, ds_smem.at[ds_slot, other, dq_part].transpose((1, 0)),
                                     k_smem.at[other, dq_panel])
 
                 (*dkv, dq_block), _ = accumulate(add, (*carry, filled((ROWS, ROWS), 0.0)))

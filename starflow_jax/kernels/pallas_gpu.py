@@ -123,7 +123,7 @@ def forward(q_BSHD, k_BKGD, v_BKGD, *, mask: Mask, length_B, blocks: Blocks | No
                 slot = lax.rem(step, jnp.int32(stages))
 
                 def product(scores_ref):
-                    plgpu.wgmma(scores_ref, qo, plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
+                    plgpu.wgmma(scores_ref, qo, k_smem.at[slot].transpose((1, 0)))
                     return scores_ref[...]
 
                 plgpu.barrier_wait(k_full.at[slot])
@@ -154,7 +154,7 @@ def forward(q_BSHD, k_BKGD, v_BKGD, *, mask: Mask, length_B, blocks: Blocks | No
                 def overlap(products, softmax):
                     scores_ref, out_ref = products
                     weights_ref, largest_ref, total_ref, shrink_ref = softmax
-                    plgpu.wgmma(scores_ref, qo, plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
+                    plgpu.wgmma(scores_ref, qo, k_smem.at[slot].transpose((1, 0)))
                     plgpu.wgmma(out_ref, weights_ref[...], v_smem.at[before])
                     scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
                     plgpu.barrier_arrive(k_free.at[slot])
