@@ -82,7 +82,9 @@ def run() -> None:
     try:
         app.run(main, flags_parser=parse_flags)
     except UserError as error:
-        print(f"starflow_jax: {error}", file=sys.stderr)
+        print(f"starflow_jax: {error}", file=sys.stderr, flush=True)
+        if flags.FLAGS.is_parsed() and DISTRIBUTED.value:
+            os._exit(2)  # leaving as usual waits for the other processes, which may be gone, and then aborts
         sys.exit(2)
 
 
