@@ -33,6 +33,11 @@ def _check_choice(settings: Any, field: str, choices: tuple[str, ...]) -> None:
     _check(settings, field, getattr(settings, field) in choices, f"has to be one of {', '.join(choices)}")
 
 
+# What the backward pass of a layer finds: all that it needs; the layer's input, the rest computed again; that and what
+# attention gave; or the same kept in the host's memory.
+REMAT = ("none", "layer", "attention", "offload")
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The flow f_D o f_S and its denoiser."""
@@ -57,7 +62,7 @@ class Model:
     denoiser_lookahead: int = 1
     noise_std: float = 0.5
     dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "none"  # of REMAT
     unroll_layers: bool = False  # faster steps for small models on CPU, for longer compilation
 
     def __post_init__(self) -> None:
@@ -77,7 +82,7 @@ class Model:
         _check(self, "denoiser_lookahead", self.denoiser_lookahead >= 0, "has to be 0 or more")
         _check_choice(self, "denoiser", ("none", "first_layer", "every_layer"))
         _check_choice(self, "dtype", ("float32", "bfloat16"))
-        _check_choice(self, "remat", ("none", "layer"))
+        _check_choice(self, "remat", REMAT)
 
     @property
     def token_channels(self) -> int:
@@ -242,14 +247,64 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How devices are arranged (sharding.py); their product is the number of devices. 0: what the others leave."""
+
+    data: int = 0  # copies of the model
+    fsdp: int = 1  # parts of parameters and optimizer state; clips are parted over data and fsdp
+    tensor: int = 1  # parts of every layer
+    sequence: int = 1  # parts of every clip's tokens
+
+    def __post_init__(self) -> None:
+        for field in ("data", "fsdp", "tensor", "sequence"):
+            _check(self, field, getattr(self, field) >= 0, "has to be 0 (what the others leave) or more")
+        zeros = [self.data, self.fsdp, self.tensor, self.sequence].count(0)
+        _check(self, "data", zeros <= 1, "only one axis of the mesh can be 0 (what the others leave)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What --mode=plan compiles, and for which pod."""
+
+    topology: str = "v5p:4x4x4"  # kind and shape: v4, v5e, v5p, v6e or tpu7x
+    step: str = "train"  # or "sample": all programs that make videos of the training length
+    videos: int = 1  # sampled together
+    updates: int = 8  # of the solver per block of tokens that the bound of sampling is reckoned with
+    search: bool = False  # try meshes and rematerialisations, and rank what fits
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "step", ("train", "sample"))
+        _check_positive(self, "videos", "updates")
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Likelihood and adherence on the test split."""
+    """Likelihood and adherence on the test split; or, where one of the others is asked for, that alone."""
 
     clips: int = 1_000  # test clips whose likelihood is taken
     prompts: int = 500  # fixed test prompts whose samples are read
+    video: str = ""  # a video file: its exact likelihood under `caption`, and the way to noise and back
+    caption: str = ""
+    other: str = ""  # another video file: interpolation in z from `video` to it
+    other_caption: str = ""  # "": the same caption
+    steps: int = 7  # videos of an interpolation, both ends included
+    draws: int = 8  # of the training noise, over which the likelihood of a video is averaged
+    recognise: int = 0  # test clips whose caption is chosen by likelihood; 0: none
+    every_caption: bool = False  # score all of them; else only those that the search comes by
 
     def __post_init__(self) -> None:
-        _check_positive(self, "clips", "prompts")
+        _check_positive(self, "clips", "prompts", "draws")
+        _check(self, "steps", self.steps >= 2, "has to be 2 or more: both ends are included")
+        _check(self, "recognise", self.recognise >= 0, "has to be 0 (none) or more")
+        _check(self, "caption", bool(self.caption.strip()) or not self.video,
+               "evaluate.video needs a caption, such as 'a red seven moves left'")
+        for field in ("caption", "other"):
+            _check(self, field, bool(self.video) or not getattr(self, field),
+                   "belongs to evaluate.video; give that too")
+        _check(self, "other_caption", bool(self.other) or not self.other_caption,
+               "belongs to evaluate.other; give that too")
+        _check(self, "recognise", not (self.recognise and self.video),
+               "evaluate.video is given too; leave one out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +331,8 @@ class Config:
     data: Data = Data()
     train: Train = Train()
     sample: Sample = Sample()
+    mesh: Mesh = Mesh()
+    plan: Plan = Plan()
     evaluate: Evaluate = Evaluate()
     convert: Convert = Convert()
 

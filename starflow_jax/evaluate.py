@@ -14,9 +14,11 @@ import numpy as np
 from starflow_jax.config import Config
 from starflow_jax.data import adherence, pipeline
 from starflow_jax.generation import bits_per_frame, denoise, fixed_prompts, generate_clips, noised_latents
+from starflow_jax.inspect_video import inspect_video
 from starflow_jax.metrics import ProgressBar, table, temporal_flickering
 from starflow_jax.model_store import load_model
 from starflow_jax.optimizer import Params
+from starflow_jax.recognise import recognise
 from starflow_jax.system import System, data_source
 from starflow_jax.video_io import atomic_path, contact_sheet, write_gif
 
@@ -26,7 +28,12 @@ SHOWN = 12  # clips on the sheet
 
 
 def evaluate(config: Config, workdir: Path) -> None:
-    """Measure the workdir's model, or the one in the package, and write WORKDIR/evaluate.json."""
+    """Measure the workdir's model, or the one in the package, and write WORKDIR/evaluate.json; or do what
+    config.evaluate asks for instead."""
+    if config.evaluate.video:
+        return inspect_video(config, workdir)
+    if config.evaluate.recognise:
+        return recognise(config, workdir)
     began = time.perf_counter()
     system, params, source = load_model(config, workdir)
     print(f"model: {source}")

@@ -118,7 +118,7 @@ def _stack_of(name: str, arrays: Mapping[str, Any], source: Model, target: Model
     """A parameter of all layers of the deep block."""
     array, old, wide, layers = arrays[name], source.deep_width, target.deep_width, target.deep_layers
     part = name.removeprefix(LAYER)
-    shape = (layers, *(size // old * wide for size in array.shape[1:]))
+    shape = (layers, *(size // old * wide if size % old == 0 else size for size in array.shape[1:]))
 
     def read() -> np.ndarray:
         value, grown = np.asarray(array), np.empty(shape, array.dtype)
@@ -151,8 +151,9 @@ def _wider_layer(part: str, value: np.ndarray, old: int, wide: int, random: np.r
         if leaf == "bias":
             return spread
         return np.concatenate([spread, np.zeros((value.shape[0] // old * added, wide), np.float32)])
-    groups = 3 if kind == "qkv" else 1  # q, k and v widen each for itself
-    value = value.reshape(*value.shape[:-1], groups, -1)
+    one = kind != "qkv"  # q, k and v have an axis of their own, and widen each for itself
+    value = value.reshape(*value.shape[:-1], 1, -1) if one else value
+    groups = value.shape[-2]
     outputs = value.shape[-1] // old * wide
     if leaf == "bias":
         grown = np.zeros((groups, outputs), np.float32)
@@ -160,7 +161,7 @@ def _wider_layer(part: str, value: np.ndarray, old: int, wide: int, random: np.r
     else:
         grown = random.standard_normal((wide, groups, outputs), np.float32) / np.float32(math.sqrt(wide))
         grown[:old, :, :value.shape[-1]] = value
-    return grown.reshape(*grown.shape[:-2], -1)
+    return grown.reshape(*grown.shape[:-2], -1) if one else grown
 
 
 def _spread(value: np.ndarray, wide: int) -> np.ndarray:

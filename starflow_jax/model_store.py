@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from starflow_jax import sharding
 from starflow_jax.checkpoint import Checkpoints, export_arrays, import_arrays
 from starflow_jax.config import Config, UserError
 from starflow_jax.optimizer import Params
@@ -31,6 +32,8 @@ def load_model(config: Config, workdir: Path) -> tuple[System, Params, str]:
         step = first_whole(checkpoints.directory, steps)
         if step is not None:
             abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+            if not (mesh := jax.sharding.get_mesh()).empty:
+                abstract = sharding.abstract(abstract, mesh)
             params = restore_params(checkpoints.directory / str(step), abstract)
             return load_system(config, workdir / "system"), with_text(config, params), f"{workdir}, step {step}"
     return load_box(config, workdir)

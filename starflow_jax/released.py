@@ -84,7 +84,7 @@ def stack_released(tensors: Mapping[str, Any], model: Model, source: str) -> dic
     misshapen: list[str] = []
     for ours, theirs, layers in _names(model):
         shape = shapes[ours][1:] if layers else shapes[ours]
-        released = shape[::-1] if ours.endswith("kernel") else shape
+        released = _released_shape(ours, shape)
         wanted = [theirs.format(layer=index) for index in range(layers)] if layers else [theirs]
         missing += [name for name in wanted if name not in tensors]
         for name in set(wanted) & set(tensors):
@@ -128,7 +128,7 @@ def unstack_to_released(arrays: Mapping[str, Any], model: Model) -> dict[str, St
     tensors = {}
     for ours, theirs, layers in _names(model):
         shape = arrays[ours].shape[1:] if layers else arrays[ours].shape
-        released = shape[::-1] if ours.endswith("kernel") else shape
+        released = _released_shape(ours, shape)
         for index in range(layers or 1):
             def part(ours: str = ours, index: int | None = index if layers else None) -> np.ndarray:
                 value = read(ours) if index is None else read(ours)[index]
@@ -165,15 +165,23 @@ def _names(model: Model) -> Iterator[tuple[str, str, int]]:
             yield f"{ours}/transformer/layers/layer/{name}", theirs + ".attn_blocks.{layer}." + released, layers
 
 
+def _released_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a parameter (of one layer): outputs first, and q, k and v in one axis."""
+    if "/qkv/" in name:
+        shape = (*shape[:-2], shape[-2] * shape[-1])
+    return shape[::-1] if name.endswith("kernel") else shape
+
+
 def _from_torch(name: str, value: np.ndarray, head_dim: int) -> np.ndarray:
     if "/qkv/" in name:
-        value = value[_qkv_order(value.shape[0], head_dim)]
-    return value.T if name.endswith("kernel") else value
+        value = value[_qkv_order(value.shape[0], head_dim)].reshape(3, -1, *value.shape[1:])
+    return np.moveaxis(value, -1, 0) if name.endswith("kernel") else value
 
 
 def _to_torch(name: str, value: np.ndarray, head_dim: int) -> np.ndarray:
-    value = value.T if name.endswith("kernel") else value
+    value = np.moveaxis(value, 0, -1) if name.endswith("kernel") else value
     if "/qkv/" in name:
+        value = value.reshape(-1, *value.shape[2:])
         value = value[np.argsort(_qkv_order(value.shape[0], head_dim))]
     return value
 

@@ -19,6 +19,7 @@ from starflow_jax.stream import Timeline, draw_timeline, stream_clips
 from starflow_jax.system import System, pixel_frames
 from starflow_jax.text.rewrite import rewriter
 from starflow_jax.video_io import (
+    at_rate,
     atomic_path,
     contact_sheet,
     growing_mp4,
@@ -79,8 +80,7 @@ def given_frames(config: Config) -> np.ndarray | None:
         return None
     frames_THWC, fps = read_video(settings.video)
     wanted = settings.fps or config.text.fps or fps
-    count = max(1, round(len(frames_THWC) * wanted / fps))
-    frames_THWC = frames_THWC[np.minimum(np.arange(count) * fps / wanted, len(frames_THWC) - 1).astype(int)]
+    frames_THWC = at_rate(frames_THWC, fps, wanted)
     return resize_crop(frames_THWC[(len(frames_THWC) - 1) % stride:], height, width)
 
 

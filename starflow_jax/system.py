@@ -21,7 +21,7 @@ from starflow_jax.config import Config, UserError
 from starflow_jax.data import moving_digits
 from starflow_jax.flow.first_guess import FirstGuess
 from starflow_jax.flow.starflow import STARFlow
-from starflow_jax.optimizer import Params
+from starflow_jax.optimizer import Params, TrainState, create_state
 from starflow_jax.text.pretrained import encoder_config, load_tokenizer
 from starflow_jax.text.prompt import EXTEND, format_prompt
 from starflow_jax.text.t5 import T5Config, T5Encoder, mask_padding
@@ -158,6 +158,11 @@ def init_params(config: Config, key: jax.Array) -> Params:
         ids = jnp.zeros((1, model.text_length), jnp.int32)
         params["text"] = build_text_encoder(config).init(text_key, ids)["params"]
     return params
+
+
+def abstract_state(config: Config) -> TrainState:
+    """Shapes and dtypes of a training state."""
+    return jax.eval_shape(lambda: create_state(init_params(config, jax.random.key(0)), config.train))
 
 
 def data_source(config: Config, split: str) -> Sequence[dict[str, Any]]:

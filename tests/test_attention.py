@@ -18,7 +18,8 @@ from starflow_jax.kernels.unsupported import Unsupported
 TOLERANCE = {"float64": 1e-13, "float32": 1e-6, "float16": 7e-4, "bfloat16": 5e-3}
 WINDOW = FrameWindow(prefix=21, tokens=37, window=3, lookahead=1)
 MASKS = [Causal(), Full(), WINDOW, FrameWindow(prefix=0, tokens=48, window=1, lookahead=0),
-         FrameWindow(prefix=130, tokens=50, window=2, lookahead=2)]
+         FrameWindow(prefix=130, tokens=50, window=2, lookahead=2),
+         FrameWindow(prefix=21, tokens=37, window=3, lookahead=1, frames=4)]
 # The 7B model: 256 text tokens and 21 frames of 30 x 53, deep block and denoiser.
 SLOTS, HEADS, HEAD_DIM = 256 + 21 * 1590, 64, 64
 DENOISER, DENOISER_HEADS = FrameWindow(prefix=256, tokens=1590, window=10, lookahead=1), 48
@@ -55,6 +56,8 @@ def allowed(mask: Mask, queries: int, keys: int) -> np.ndarray:
         if key < mask.prefix:
             return True
         key_frame = (key - mask.prefix) // mask.tokens
+        if mask.frames and key_frame >= mask.frames:
+            return False
         return query_frame - mask.window < key_frame <= query_frame + mask.lookahead
 
     return np.array([[sees(query, key) for key in range(keys)] for query in range(queries)])
