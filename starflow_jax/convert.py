@@ -9,7 +9,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax.numpy as jnp
@@ -233,11 +233,12 @@ def _sharded_metadata(torch: Any, path: Path) -> Any:
         "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
         "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING")}
     allowed |= {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"),
-                ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
-                ("pathlib", "Path"), ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath")}
+                ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
+            if module in ("pathlib", "pathlib._local") and name.endswith("Path"):  # where it was written
+                return PurePosixPath
             if (module, name) not in allowed and not (
                     module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
                 raise pickle.UnpicklingError(f"it asks for {module}.{name}")
