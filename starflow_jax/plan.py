@@ -142,16 +142,26 @@ def plan_of(config: Config, devices: list[Any]) -> dict[str, Any]:
         with jax.set_mesh(mesh):
             programs = [Program("train", _compile_train(config, mesh))] if train else _compile_sample(config, mesh)
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMG])i?B? of ([\d.]+)([KMG])", str(error))
-        if used is None:
+        needed = bytes_needed(str(error))
+        if needed is None:
             raise
-        row |= {"peak_bytes_per_chip": int(float(used[1]) * {"K": 2**10, "M": 2**20, "G": GIB}[used[2]]),
+        row |= {"peak_bytes_per_chip": needed,
                 "fits": False, "compiler_flops_per_step": None, "bound_seconds_per_step": None, "bound_mfu": None,
                 "limited_by": None, "compile_seconds": time.perf_counter() - began}
         return row | {"advice": _advice(config, row)}
     row |= _account(programs, chip, flops, len(devices))
     row |= {"compile_seconds": time.perf_counter() - began, "fits": row["peak_bytes_per_chip"] <= chip.hbm_bytes}
     return row | ({} if row["fits"] else {"advice": _advice(config, row)})
+
+
+def bytes_needed(error: str) -> int | None:
+    """What a program that the compiler refused would take of a chip's memory, of its words; None: refused for other
+    reasons."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm|memory required[^(]*\(([\d.]+)([KMGT])\)", error)
+    if "RESOURCE_EXHAUSTED" not in error or found is None:
+        return None
+    size, unit = found[1] or found[3], found[2] or found[4]
+    return int(float(size) * 2 ** (10 * (1 + "KMGT".index(unit))))
 
 
 def _abstract_params(config: Config) -> Any:

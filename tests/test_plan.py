@@ -62,6 +62,25 @@ def test_what_does_not_fit_says_by_how_much_and_what_helps() -> None:
     assert "remat=layer" in plan._advice(kept, row)
 
 
+@pytest.mark.parametrize(("words", "gib"), [
+    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (46.96G) exceeds "
+     "available HBM (15.75G).", 46.96),
+    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.50G of "
+     "15.75G hbm. Exceeded hbm capacity by 1.75G.", 17.5)])
+def test_the_compilers_own_words_tell_how_much_is_needed(words: str, gib: float) -> None:
+    assert plan.bytes_needed(words) == int(gib * 2**30)
+    assert plan.bytes_needed("INVALID_ARGUMENT: (1G)") is None
+
+
+def test_what_the_compiler_refuses_is_a_plan_that_does_not_fit(tmp_path) -> None:
+    """Six million videos at once: refused by the compiler, told by the plan."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
+    asked = with_plan(small(tmp_path), topology="v5e:2x2", step="sample", videos=6_000_000)
+    plan.plan(asked, tmp_path)
+    row = json.loads((tmp_path / "plan.json").read_text())
+    assert KEYS <= set(row) and not row["fits"] and "does not fit by" in row["advice"]
+
+
 def test_a_topology_that_is_none_is_named() -> None:
     with pytest.raises(UserError, match="plan.topology='v5p'"):
         plan.topology("v5p")
