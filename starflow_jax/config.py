@@ -202,6 +202,7 @@ class Sample:
     prompt: str = ""
     prompts_file: str = ""
     rewrite: str = ""  # lengthens prompts: a command (prompt in, longer prompt out), or "module:function"
+    vbench: str = ""  # VBench's prompt list, a file or "installed": its prompts, and files named as it wants
     negative_prompt: str = ""  # what guidance leads away from; "": the empty caption
     changes: str = ""  # "25: a red seven moves left; 49: ...": another prompt from that frame on
     image: str = ""  # a picture file: the video's first frame (TI2V)
@@ -241,9 +242,10 @@ class Sample:
         _check_choice(self, "denoise", ("denoiser", "score", "none"))
         _check_choice(self, "checkpoint", ("newest", "best"))
         _check_choice(self, "start", ("previous", "noise"))
-        for field in ("keep", "certify"):
+        for field in ("keep", "certify", "vbench"):
             _check(self, field, not (self.stream and getattr(self, field)),
                    "needs whole clips; leave it out, or set sample.stream=false")
+        _check(self, "keep", not (self.vbench and self.keep), "sample.vbench wants every video; leave one out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +293,11 @@ class Evaluate:
     draws: int = 8  # of the training noise, over which the likelihood of a video is averaged
     recognise: int = 0  # test clips whose caption is chosen by likelihood; 0: none
     every_caption: bool = False  # score all of them; else only those that the search comes by
+    folder: str = ""  # folders of videos of any system, parted by commas: their quality side by side
+    reference: str = ""  # a folder of real ones; without `folder`: how well the codec gives them back
+    vbench: str = ""  # VBench's prompt list, a file or "installed", after which the videos are named
+    frames: int = 16  # first frames of each video that Frechet video distance compares
+    fps: int = 0  # at which videos of folders are taken; 0: their own
 
     def __post_init__(self) -> None:
         _check_positive(self, "clips", "prompts", "draws")
@@ -303,8 +310,12 @@ class Evaluate:
                    "belongs to evaluate.video; give that too")
         _check(self, "other_caption", bool(self.other) or not self.other_caption,
                "belongs to evaluate.other; give that too")
-        _check(self, "recognise", not (self.recognise and self.video),
-               "evaluate.video is given too; leave one out")
+        jobs = [field for field in ("video", "recognise", "folder", "reference") if getattr(self, field)]
+        _check(self, jobs[-1] if jobs else "video", len(jobs) < 2 or jobs == ["folder", "reference"],
+               f"is asked for beside {', '.join(f'evaluate.{job}' for job in jobs[:-1])}; ask for one thing at a time")
+        _check(self, "vbench", bool(self.folder) or not self.vbench, "belongs to evaluate.folder; give that too")
+        _check(self, "frames", self.frames >= 9, "has to be 9 or more: fewer vanish in I3D's strides")
+        _check(self, "fps", self.fps >= 0, "has to be 0 (the videos' own) or more")
 
 
 @dataclasses.dataclass(frozen=True)

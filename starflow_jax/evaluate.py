@@ -18,6 +18,7 @@ from starflow_jax.inspect_video import inspect_video
 from starflow_jax.metrics import ProgressBar, table, temporal_flickering
 from starflow_jax.model_store import load_model
 from starflow_jax.optimizer import Params
+from starflow_jax.quality import quality
 from starflow_jax.recognise import recognise
 from starflow_jax.system import System, data_source
 from starflow_jax.video_io import atomic_path, contact_sheet, write_gif
@@ -34,6 +35,8 @@ def evaluate(config: Config, workdir: Path) -> None:
         return inspect_video(config, workdir)
     if config.evaluate.recognise:
         return recognise(config, workdir)
+    if config.evaluate.folder or config.evaluate.reference:
+        return quality(config, workdir)
     began = time.perf_counter()
     system, params, source = load_model(config, workdir)
     print(f"model: {source}")
