@@ -107,18 +107,20 @@ def _train_on(mesh: Mesh, config: Config, workdir: Path) -> None:
             print(f"beginning with {config.train.init_from}" + (":" if changes else ""))
             for name, old, now, effect in changes:
                 print(f"  {name} {old} -> {now}: {effect}")
-    writer = MetricWriter(workdir, resume_step=int(state.step), writes=first)
+    writer, lost = MetricWriter(workdir, resume_step=int(state.step), writes=first), False
     try:
         state = _run(system, mesh, state, batches, checkpoints, writer)
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        lost = jax.process_count() > 1
+        if not lost:
             raise
         raise UserError(f"another process of this run was lost ({str(error).splitlines()[0][:200]}); start all of them "
                         "again with the same command: training goes on from the newest checkpoint") from error
     finally:
         batches.close()
-        checkpoints.close()
         writer.close()
+        if not lost:  # or it waits for the lost one
+            checkpoints.close()
     if first:
         _say_what_next(config, workdir, int(state.step))
 

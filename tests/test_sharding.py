@@ -114,7 +114,9 @@ def test_two_processes_train_as_one_and_one_that_dies_stops_the_other(tmp_path: 
         assert pair[0].poll() is None, pair[0].stdout.read()  # type: ignore[union-attr]
     pair[1].kill()
     said = pair[0].communicate(timeout=300)[0]
-    assert pair[0].returncode == 2 and "another process of this run was lost" in said, said
+    # At once by the line of ours, or, where it was waiting for the other to save, by JAX's after 100 seconds.
+    assert pair[0].returncode, said
+    assert "another process of this run was lost" in said or "another task died" in said, said
     pair = start_two(two, data)
     outputs = [process.communicate(timeout=600)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
