@@ -1,5 +1,6 @@
 """The attention core: every implementation against a dense float64 computation, dispatch, and what it compiles to."""
 
+import contextlib
 import functools
 import importlib.util
 import types
@@ -202,6 +203,9 @@ def test_masks_of_queries_need_as_many_keys() -> None:
         visible_blocks(Causal(), 5, 7, 4, 4)
 
 
+# For Triton kernels jax 0.12 asks which GPU a program is lowered for.
+H100 = jax.sharding.AbstractMesh((), (), abstract_device=jax.sharding.AbstractDevice(
+    device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"))
 # What the text of a lowered program has of each kernel.
 MARKS = {"gpu": "@mosaic_gpu", "triton": "__gpu$xla.gpu.triton", "tpu": "@tpu_custom_call"}
 
@@ -211,8 +215,9 @@ def lowered(platform: str, dtype, heads: int = 2, dim: int = 64, slots: int = 10
     """The kernels in the program that is lowered for that platform, without one at hand."""
     x = jax.ShapeDtypeStruct((1, slots, heads, dim), dtype)
     function = functools.partial(core.attention, mask=mask, implementation=implementation)
-    traced = jax.jit(functools.partial(with_gradients, function) if backward else function).trace(*(3 + backward) * [x])
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    program = jax.jit(functools.partial(with_gradients, function) if backward else function)
+    with jax.sharding.use_abstract_mesh(H100) if platform == "cuda" else contextlib.nullcontext():
+        text = program.trace(*(3 + backward) * [x]).lower(lowering_platforms=(platform,)).as_text()
     return {name for name, mark in MARKS.items() if mark in text}
 
 
