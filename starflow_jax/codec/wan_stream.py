@@ -1,4 +1,4 @@
-"""The Wan VAE as the flow's codec: pixels <-> normalised latents, part by part in bounded memory, large frames in tiles.
+"""The Wan VAE as the flow's codec: pixels <-> normalised latents, part by part in bounded memory and in tiles.
 
 A whole video is encoded and decoded as the stream that it is: its first frame, then a scan over the others, so that
 memory does not grow with its length but for the result.
@@ -7,7 +7,6 @@ memory does not grow with its length but for the result.
 import dataclasses
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -17,8 +16,7 @@ import numpy as np
 from jax import lax
 
 from starflow_jax.codec.wan_vae import Cache, Past, WanConfig, WanVAE
-from starflow_jax.codec.wan_weights import load_safetensors
-from starflow_jax.config import Codec, UserError
+from starflow_jax.config import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,7 @@ class WanCodec(flax.struct.PyTreeNode):
     tiles: Tiles = flax.struct.field(pytree_node=False, default=Tiles())
 
     def encode(self, pixels_BTHWC: jax.Array) -> jax.Array:
-        """(B, 1 + k * time stride, H, W, 3) in [-1, 1] -> normalised means (B, 1 + k, H/stride, W/stride, C) float32."""
+        """(B, 1 + k * time stride, H, W, 3) in [-1, 1] -> normalised means (B, 1 + k, h, w, C) float32."""
         return self.moments(pixels_BTHWC)[0]
 
     def moments(self, pixels_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -106,7 +104,7 @@ class WanCodec(flax.struct.PyTreeNode):
 
     def _apply(self, method: Callable, x: jax.Array, past: Past) -> tuple[Any, Past]:
         vae = WanVAE(self.config, jnp.dtype(self.dtype))
-        return vae.apply({"params": self.params}, x, past, method=method)  # type: ignore[return-value]
+        return vae.apply({"params": self.params}, x, past, method=method)
 
     def _tiled(self, method: Callable, x: jax.Array, past: Past, scale: int, out_scale: int) -> tuple[Any, Past]:
         """`method` tile after tile; scale and out_scale: rows of its input and output per latent row."""
@@ -154,24 +152,3 @@ def _in_parts(step: Callable, x: jax.Array, length: int) -> Any:
         return jnp.concatenate([first, later.reshape(later.shape[0], -1, *later.shape[3:])], axis=1)
 
     return jax.tree.map(joined, first, parts)
-
-
-def load_codec(settings: Codec, channels: int) -> WanCodec:
-    """The codec of codec.weights. Raises UserError where the file or the channel statistics are missing, or where
-    its tensors, or the settings' strides, are of another VAE."""
-    if not settings.weights:
-        raise UserError("codec.kind=wan needs the VAE's weights; name them with --config.codec.weights=FILE.safetensors")
-    config = WanConfig(settings.encoder_width, settings.decoder_width, channels)
-    for field in ("stride", "time_stride"):
-        if getattr(settings, field) != getattr(config, field):
-            raise UserError(f"codec.{field}={getattr(settings, field)}: the Wan VAE's is {getattr(config, field)}")
-    params, statistics = load_safetensors(Path(settings.weights), config, jnp.dtype(settings.dtype))
-    found = []
-    for name, given in (("mean", settings.latent_mean), ("std", settings.latent_std)):
-        value = np.asarray(given, np.float32) if given else statistics.get(name)
-        if value is None or value.shape != (channels,):
-            held = "holds none" if value is None else f"of shape {value.shape}"
-            raise UserError(f"codec.latent_{name}: {channels} numbers, one for each channel, are needed ({held}); set "
-                            f"them, or put a tensor named {name} into {settings.weights}")
-        found.append(jnp.asarray(value))
-    return WanCodec(params, *found, config=config, dtype=settings.dtype, tiles=Tiles(settings.tile, settings.tile_overlap))
