@@ -22,7 +22,7 @@ from starflow_jax.system import System, load_system, model_fingerprint, save_sys
 from starflow_jax.train_step import clean_latents, encoded
 from tests.helpers import tiny_model
 from tests.test_generation import CAPTIONS, SETTINGS, params, system
-from tests.test_wan_vae import SMALL, latents, pixels, random_params, small_codec
+from tests.test_wan_vae import latents, pixels, random_params, small_codec
 from tests.test_wan_vae import decode_next as decode_at_once
 from tests.test_wan_vae import encode_next as encode_at_once
 
