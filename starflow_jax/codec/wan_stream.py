@@ -107,7 +107,7 @@ class WanCodec(flax.struct.PyTreeNode):
 
     def _apply(self, method: Callable, x: jax.Array, past: Past) -> tuple[Any, Past]:
         vae = WanVAE(self.config, jnp.dtype(self.dtype))
-        return vae.apply({"params": self.params}, x, past, method=method)  # type: ignore[return-value]
+        return vae.apply({"params": self.params}, x, past, method=method)
 
     def _tiled(self, method: Callable, x: jax.Array, past: Past, scale: int, out_scale: int) -> tuple[Any, Past]:
         """`method` tile after tile; scale and out_scale: rows of its input and output per latent row."""
