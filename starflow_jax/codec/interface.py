@@ -35,22 +35,22 @@ def to_uint8(pixels: jax.Array) -> jax.Array:
     return jnp.clip(jnp.round((pixels + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-@partial(jax.jit, static_argnames="later_scale")
-def encode_frames(codec: LatentCodec, frames_BTHWC: jax.Array, later_scale: float) -> jax.Array:
+@jax.jit
+def encode_frames(codec: LatentCodec, frames_BTHWC: jax.Array, later_scale: float | jax.Array) -> jax.Array:
     """uint8 frames -> latents as the flow takes them: those of frames n >= 1 times later_scale."""
     latents = codec.encode(to_float(frames_BTHWC))
     return latents * _frame_scale(latents.shape[1], later_scale)
 
 
-@partial(jax.jit, static_argnames="later_scale")
-def decode_latents(codec: LatentCodec, latents_BNhwC: jax.Array, later_scale: float) -> jax.Array:
+@jax.jit
+def decode_latents(codec: LatentCodec, latents_BNhwC: jax.Array, later_scale: float | jax.Array) -> jax.Array:
     """The inverse of `encode_frames`, rounded and clamped."""
     return to_uint8(codec.decode(latents_BNhwC / _frame_scale(latents_BNhwC.shape[1], later_scale)))
 
 
-@partial(jax.jit, static_argnames="later_scale", donate_argnames="cache")
+@partial(jax.jit, donate_argnames="cache")
 def decode_next(
-    codec: LatentCodec, latents_BNhwC: jax.Array, cache: Any, later_scale: float
+    codec: LatentCodec, latents_BNhwC: jax.Array, cache: Any, later_scale: float | jax.Array
 ) -> tuple[jax.Array, Any]:
     """The uint8 frames of a video's next latent frames, and the cache for the next call; None where it begins."""
     count = latents_BNhwC.shape[1]
@@ -59,5 +59,5 @@ def decode_next(
     return to_uint8(pixels), cache
 
 
-def _frame_scale(frames: int, later_scale: float) -> jax.Array:
+def _frame_scale(frames: int, later_scale: float | jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.ones(1), jnp.full((frames - 1,), later_scale)])[:, None, None, None]
