@@ -21,12 +21,12 @@ from starflow_jax.stream import stream_clips
 from starflow_jax.system import System, load_system, model_fingerprint, save_system
 from starflow_jax.train_step import clean_latents, encoded
 from tests.helpers import tiny_model
-from tests.test_generation import CAPTIONS, SETTINGS, params, system
+from tests.test_generation import CAPTIONS, SETTINGS, system
 from tests.test_wan_vae import decode_next as decode_at_once
 from tests.test_wan_vae import encode_next as encode_at_once
 from tests.test_wan_vae import latents, pixels, random_params, small_codec
 
-__all__ = ["params", "system"]  # fixtures
+__all__ = ["system"]  # a fixture
 RELEASED = WanConfig(dim=2, dec_dim=2, z_dim=3)  # the released structure, narrow
 SETTINGS_OF = dict(kind="wan", stride=16, encoder_width=2, decoder_width=2)
 
@@ -131,10 +131,10 @@ def with_wan(system: System) -> System:
 
 def test_a_streamed_video_equals_the_whole_one(system: System) -> None:
     wan = with_wan(system)
-    drawn = jax.tree.map(lambda leaf: 0.1 * jnp.ones_like(leaf), wan.init(0))
+    params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1), jax.eval_shape(lambda: wan.init(0)))
     settings = dataclasses.replace(SETTINGS, frames=5, frames_per_step=1, guidance=0.0, denoise="none")
-    whole = generate_clips(wan, drawn, CAPTIONS, [5, 6, 7], settings).frames_BTHWC
-    parts = list(stream_clips(wan, drawn, CAPTIONS, [5, 6, 7], settings))
+    whole = generate_clips(wan, params, CAPTIONS, [5, 6, 7], settings).frames_BTHWC
+    parts = list(stream_clips(wan, params, CAPTIONS, [5, 6, 7], settings))
     assert [part.shape for part in parts] == [(3, 1, 8, 8, 3), (3, 2, 8, 8, 3), (3, 2, 8, 8, 3)]
     assert np.abs(np.int32(np.concatenate(parts, axis=1)) - np.int32(whole)).max() <= 1 and np.std(whole) > 1
 
