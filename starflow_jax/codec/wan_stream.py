@@ -170,8 +170,8 @@ def load_codec(settings: Codec, channels: int) -> WanCodec:
     config = wan_config(settings, channels)
     params = from_released(tensors, config, jnp.dtype(settings.dtype), settings.weights)
     statistics = channel_statistics(settings, channels, tensors)
-    return WanCodec(params, *(jnp.asarray(statistics[name]) for name in STATISTICS), config=config,
-                    dtype=settings.dtype, tiles=Tiles(settings.tile, settings.tile_overlap))
+    mean_C, std_C = (jnp.asarray(statistics[name]) for name in STATISTICS)
+    return WanCodec(params, mean_C, std_C, config, settings.dtype, Tiles(settings.tile, settings.tile_overlap))
 
 
 def wan_config(settings: Codec, channels: int) -> WanConfig:
