@@ -126,10 +126,24 @@ class Codec:
     stride: int = 4  # pixels per latent, in rows and columns
     time_stride: int = 4  # frames per latent frame after the first
     later_frames_scale: float = 1.0  # latents of frames n >= 1 are multiplied by this
+    # Of the Wan VAE alone:
+    weights: str = ""  # a safetensors file under the release's names
+    latent_mean: tuple[float, ...] = ()  # of each channel; (): the file's tensors `mean` and `std`
+    latent_std: tuple[float, ...] = ()
+    encoder_width: int = 160
+    decoder_width: int = 256
+    dtype: str = "float32"
+    tile: int = 0  # latent rows and columns that are encoded and decoded at once; 0: whole frames
+    tile_overlap: int = 8  # latents that neighbouring tiles share
 
     def __post_init__(self) -> None:
         _check_choice(self, "kind", ("patch", "wan"))
-        _check_positive(self, "stride", "time_stride", "later_frames_scale")
+        _check_choice(self, "dtype", ("float32", "bfloat16"))
+        _check_positive(self, "stride", "time_stride", "later_frames_scale", "encoder_width", "decoder_width")
+        _check(self, "tile_overlap", self.tile_overlap > 0, "has to be greater than 0")
+        _check(self, "tile", self.tile == 0 or self.tile > self.tile_overlap,
+               f"has to be 0 (whole frames) or greater than tile_overlap={self.tile_overlap}")
+        _check(self, "latent_std", all(value > 0 for value in self.latent_std), "each has to be greater than 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,6 +340,7 @@ class Convert:
     target: str = ""  # a .safetensors file under the release's names, from the workdir's newest checkpoint
     prefix: str = ""  # of the names of the flow's tensors in the source, such as "model."
     dtype: str = "stored"  # what is written: as it is in the source, or another
+    codec: str = ""  # the Wan VAE's .pth or safetensors, to be written to codec.weights
 
     def __post_init__(self) -> None:
         _check_choice(self, "dtype", ("stored", "float32", "bfloat16"))

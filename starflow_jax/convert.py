@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.checkpoint import Checkpoints
+from starflow_jax.codec.wan_stream import channel_statistics, wan_config
+from starflow_jax.codec.wan_weights import check_released
 from starflow_jax.config import Config, UserError
 from starflow_jax.initialise import inherited_arrays, is_ours, whole_checkpoint
 from starflow_jax.metrics import ProgressBar, table
@@ -33,16 +35,19 @@ from starflow_jax.video_io import atomic_path
 
 
 def convert(config: Config, workdir: Path) -> None:
-    """config.convert.source -> a checkpoint in the workdir; the workdir's newest checkpoint -> config.convert.target.
+    """config.convert.source -> a checkpoint in the workdir; the workdir's newest checkpoint -> config.convert.target;
+    config.convert.codec -> config.codec.weights.
 
     Raises UserError for a source or target that can't be, and for tensors that are not this configuration's.
     """
     settings = config.convert
-    if not settings.source and not settings.target:
+    if not (settings.source or settings.target or settings.codec):
         raise UserError("there is nothing to convert; name released weights with --config.convert.source=FILE_OR_DIR, "
                         "or a file to write them to with --config.convert.target=FILE.safetensors")
     if settings.target and not settings.target.endswith(".safetensors"):
         raise UserError(f"convert.target={settings.target!r}: has to end in .safetensors")
+    if settings.codec:
+        write_codec(config)
     if settings.source:
         write_checkpoint(config, workdir)
     if settings.target:
@@ -93,6 +98,24 @@ def write_released(config: Config, workdir: Path) -> None:
     with ProgressBar("convert", len(tensors), unit="tensor") as progress:
         write_safetensors(target, {name: _counted(tensor, progress) for name, tensor in tensors.items()})
     print(f"{workdir} -> {target}: {len(tensors)} tensors, {size / 1e9:.2f} GB")
+
+
+def write_codec(config: Config) -> None:
+    """The Wan VAE's weights as config.codec.weights, one safetensors file under the release's names, with the channel
+    statistics of the settings beside them."""
+    source, target = Path(config.convert.codec), Path(config.codec.weights)
+    if config.codec.kind != "wan" or target.suffix != ".safetensors":
+        raise UserError(f"convert.codec: needs codec.kind=wan (it is {config.codec.kind}) and the file to write, "
+                        f"--config.codec.weights=FILE.safetensors (it is {config.codec.weights!r})")
+    tensors: dict[str, Any] = dict(open_weights(source, config.convert.prefix))
+    check_released(tensors, wan_config(config.codec, config.model.channels), str(source))
+    tensors = {name: _cast(tensor, config.convert.dtype) for name, tensor in tensors.items()}
+    tensors |= channel_statistics(config.codec, config.model.channels, tensors)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    _check_room(target.absolute().parent, size)
+    with ProgressBar("convert", len(tensors), unit="tensor") as progress:
+        write_safetensors(target, {name: _counted(tensor, progress) for name, tensor in tensors.items()})
+    print(f"{source} -> {target}: {len(tensors)} tensors, {size / 1e9:.2f} GB")
 
 
 def _cast(array: Any, dtype: str) -> StoredArray:

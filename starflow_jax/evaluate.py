@@ -74,7 +74,7 @@ def _generate(system: System, params: Params, captions: list[str]) -> dict[str, 
     settings = dataclasses.replace(system.config.sample, denoise="none", frames=0)
     size = settings.batch_size
     parts: dict[str, list[np.ndarray]] = {how: [] for how in DENOISE_CHOICES}
-    features, decode = jax.jit(system.features), jax.jit(system.decode)
+    features = jax.jit(system.features)
     with ProgressBar("samples", len(captions), unit="clip") as progress:
         for begin in range(0, len(captions), size):
             batch = captions[begin:begin + size]
@@ -83,7 +83,7 @@ def _generate(system: System, params: Params, captions: list[str]) -> dict[str, 
             text = features(params, jnp.asarray(system.text_ids([system.prompt(caption) for caption in filled])))
             for how in DENOISE_CHOICES:
                 clean = denoise(system, params, jnp.asarray(clips.noisy_BNhwC), text, how)
-                parts[how].append(np.asarray(decode(clean))[:len(batch)])
+                parts[how].append(np.asarray(system.decode(clean))[:len(batch)])
             progress.update(len(batch))
     return {how: np.concatenate(frames) for how, frames in parts.items()}
 
@@ -126,8 +126,7 @@ def _train_latents(system: System) -> np.ndarray:
     source = data_source(system.config, "train")
     count = min(BASELINE_CLIPS, len(source))
     frames = np.stack([source[index]["frames"][:system.pixel_frames] for index in range(count)])
-    encode = jax.jit(system.encode)
-    latents = np.concatenate([np.asarray(encode(jnp.asarray(part))) for part in np.array_split(frames, 10)])
+    latents = np.concatenate([np.asarray(system.encode(jnp.asarray(part))) for part in np.array_split(frames, 10)])
     noise = np.random.default_rng(0).normal(0, system.config.model.noise_std, latents.shape)
     return latents + noise.astype(np.float32)
 

@@ -153,7 +153,7 @@ def generate_clips(
     if given.known_BThwC is not None:
         noisy = jnp.concatenate([given.known_BThwC, noisy], axis=1)
     clean = denoise(system, params, noisy, given.text, settings.denoise)
-    frames = jax.jit(system.decode)(clean)
+    frames = system.decode(clean)
     clips = _collect(frames, noisy, frame_nats(system, params, noisy, given.text), reports, shallow, len(captions))
     if not settings.certify:
         return clips

@@ -199,9 +199,9 @@ def round_trip(system: System, params: Params, frames_THWC: np.ndarray, caption:
     z = encode_z(system, params, noisy, text)
     back = decode_z(system, params, z, text)
     clean = denoise(system, params, back, text, system.config.sample.denoise)
-    show = jax.jit(system.decode)
     return RoundTrip(float(jnp.linalg.norm(back - noisy) / jnp.linalg.norm(noisy)), float(jnp.mean(z**2)),
-                     np.asarray(show(system.encode(jnp.asarray(frames_THWC[None]))))[0], np.asarray(show(clean))[0])
+                     np.asarray(system.decode(system.encode(jnp.asarray(frames_THWC[None]))))[0],
+                     np.asarray(system.decode(clean))[0])
 
 
 def interpolate(
@@ -215,7 +215,7 @@ def interpolate(
     shares = jnp.linspace(0, 1, steps)[:, None, None]
     texts = (1 - shares) * text[0] + shares * text[1]
     clean = denoise(system, params, decode_z(system, params, between, texts), texts, system.config.sample.denoise)
-    return np.asarray(jax.jit(system.decode)(clean))
+    return np.asarray(system.decode(clean))
 
 
 def slerp(start: jax.Array, end: jax.Array, shares: np.ndarray) -> jax.Array:

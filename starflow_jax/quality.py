@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -99,13 +98,12 @@ def folder_of_videos(folder: Path, fps: int) -> Videos:
 def codec_pair(config: Config, workdir: Path, reference: Videos) -> tuple[Videos, Videos]:
     """The reference at the model's size and rate, and what the model's codec makes of it."""
     system, _, source = load_model(config, workdir)
-    there_and_back = jax.jit(lambda frames_BTHWC: system.decode(system.encode(frames_BTHWC)))
 
     def given(name: str) -> np.ndarray:
         return read_clip(config, str(reference.files[name]))[0]
 
     def coded(name: str) -> np.ndarray:
-        return np.asarray(there_and_back(jnp.asarray(given(name)[None])))[0]
+        return np.asarray(system.decode(system.encode(jnp.asarray(given(name)[None]))))[0]
 
     return (dataclasses.replace(reference, read=given),
             dataclasses.replace(reference, name=f"codec of {source}", read=coded))

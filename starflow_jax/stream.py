@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 
+from starflow_jax.codec.interface import decode_next
 from starflow_jax.config import Sample, UserError
 from starflow_jax.flow import decode
 from starflow_jax.generation import (
@@ -125,6 +126,7 @@ class _Finisher:
         self._system, self._params, self._settings = system, params, settings
         device = jax.tree.leaves(params)[0].device
         self._text = jax.device_put(given.text, device)
+        self._codec, self._cache = jax.device_put(system.codec, device), None
         batch, made = given.noise_BNSK.shape[:2]
         known = given.known_BThwC
         self._ready = 0 if known is None else known.shape[1]
@@ -155,7 +157,9 @@ class _Finisher:
         clean = denoise_window(self._system, self._params, self._noisy[:, start:stop], begin, self._text,
                                self._settings.denoise)
         latent = clean[:, frame - start:frame - start + 1]
-        return _decoder(self._system, frame == 0)(latent)
+        frames, self._cache = decode_next(self._codec, latent, self._cache,
+                                          self._system.config.codec.later_frames_scale)
+        return frames
 
 
 def latency(system: System, settings: Sample) -> int:
@@ -172,10 +176,6 @@ def latency(system: System, settings: Sample) -> int:
 @partial(jax.jit, donate_argnums=0)
 def _place(noisy: jax.Array, frames: jax.Array, at: int) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(noisy, frames, at, axis=1)
-
-
-def _decoder(system: System, first: bool):
-    return jax.jit(system.decode if first else system.decode_next)
 
 
 def draw_timeline(path: Path, events: list[Event], width: int = 900) -> None:

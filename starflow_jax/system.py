@@ -17,6 +17,8 @@ import numpy as np
 
 from starflow_jax.checkpoint import export_arrays, import_arrays
 from starflow_jax.codec import patch
+from starflow_jax.codec.interface import LatentCodec, decode_latents, encode_frames
+from starflow_jax.codec.wan_stream import load_codec
 from starflow_jax.config import Config, UserError
 from starflow_jax.data import moving_digits
 from starflow_jax.flow.first_guess import FirstGuess
@@ -40,7 +42,8 @@ def model_fingerprint(config: Config) -> dict[str, Any]:
         del model[name]
     text = dataclasses.asdict(config.text)
     del text["weights"]  # where they lie
-    return json.loads(json.dumps({"model": model, "text": text, "codec": dataclasses.asdict(config.codec)}))
+    codec = {name: getattr(config.codec, name) for name in ("kind", "stride", "time_stride", "later_frames_scale")}
+    return json.loads(json.dumps({"model": model, "text": text, "codec": codec}))
 
 
 def build_flow(config: Config) -> STARFlow:
@@ -87,7 +90,7 @@ class System:
 
     config: Config
     tokenizer: Tokenizer
-    codec: patch.PatchCodec
+    codec: LatentCodec
     guess: FirstGuess | None = None  # fitted by --mode=calibrate
     calibrated: Calibrated = Calibrated()
 
@@ -119,22 +122,11 @@ class System:
 
     def encode(self, frames_BTHWC: jax.Array) -> jax.Array:
         """uint8 frames -> latents (B, N, h, w, C)."""
-        latents = patch.encode(self.codec, patch.to_float(frames_BTHWC), patch_shape(self.config))
-        return latents * self._frame_scale(latents.shape[1])
+        return encode_frames(self.codec, frames_BTHWC, self.config.codec.later_frames_scale)
 
     def decode(self, latents_BNhwC: jax.Array) -> jax.Array:
         """Latents -> uint8 frames."""
-        latents = latents_BNhwC / self._frame_scale(latents_BNhwC.shape[1])
-        return patch.to_uint8(patch.decode(self.codec, latents, patch_shape(self.config)))
-
-    def decode_next(self, latents_B1hwC: jax.Array) -> jax.Array:
-        """The frames of one latent after the first, for streams."""
-        first = jnp.zeros_like(latents_B1hwC)
-        return self.decode(jnp.concatenate([first, latents_B1hwC], axis=1))[:, 1:]
-
-    def _frame_scale(self, frames: int) -> jax.Array:
-        later = jnp.full((frames - 1,), self.config.codec.later_frames_scale)
-        return jnp.concatenate([jnp.ones(1), later])[:, None, None, None]
+        return decode_latents(self.codec, latents_BNhwC, self.config.codec.later_frames_scale)
 
 
 def flow_variables(params: Params) -> dict[str, Any]:
@@ -183,8 +175,7 @@ def default_data_directory() -> str:
 def make_system(config: Config) -> System:
     """Train the tokenizer on the training captions and fit the codec to training clips; deterministic."""
     source = data_source(config, "train")
-    frames = np.stack([source[i]["frames"] for i in range(min(FITTED_CLIPS, len(source)))])
-    codec = patch.fit(frames[:, :pixel_frames(config)], patch_shape(config), config.model.channels)
+    codec = load_codec(config.codec, config.model.channels) if config.codec.kind == "wan" else _fit(config, source)
     if config.text.encoder == "frozen":
         return System(config, load_tokenizer(Path(config.text.weights)), codec)
     texts = []
@@ -196,11 +187,18 @@ def make_system(config: Config) -> System:
     return System(config, Tokenizer(train_tokenizer(texts, config.text.vocab_size)), codec)
 
 
+def _fit(config: Config, source: Sequence[dict[str, Any]]) -> patch.PatchCodec:
+    frames = np.stack([source[i]["frames"] for i in range(min(FITTED_CLIPS, len(source)))])
+    return patch.fit(frames[:, :pixel_frames(config)], patch_shape(config), config.model.channels)
+
+
 def save_system(system: System, folder: Path) -> None:
-    """Write the tokenizer and the codec."""
+    """Write the tokenizer and a fitted codec; a VAE's weights stay in the file that codec.weights names."""
+    if isinstance(system.codec, patch.PatchCodec):
+        codec = {name: getattr(system.codec, name) for name in ("mean_P", "basis_PC", "scale")}
+        export_arrays(folder / "codec.safetensors", codec)
     with atomic_path(folder / "tokenizer.model") as path:
         path.write_bytes(system.tokenizer.model)
-    export_arrays(folder / "codec.safetensors", dataclasses.asdict(system.codec))
     if system.guess is not None:
         save_decoding(system, folder)
         return
@@ -220,14 +218,21 @@ def load_system(config: Config, folder: Path) -> System:
     """Read what `save_system` wrote. Raises UserError where a file is missing, damaged or of another model."""
     frozen = config.text.encoder == "frozen"
     tokenizer = load_tokenizer(Path(config.text.weights)) if frozen else Tokenizer.load(folder / "tokenizer.model")
-    codec = patch.PatchCodec(**{name: jnp.asarray(value)
-                                for name, value in import_arrays(folder / "codec.safetensors").items()})
-    expected = (patch_shape(config).pixels, config.model.channels)
-    if codec.basis_PC.shape != expected:
-        raise UserError(f"{folder / 'codec.safetensors'}: its projection is {codec.basis_PC.shape}, this "
-                        f"configuration's is {expected}; use the configuration that made it")
+    wan = config.codec.kind == "wan"
+    codec = load_codec(config.codec, config.model.channels) if wan else _fitted_codec(config, folder)
     guess, calibrated = None, Calibrated()
     if (folder / DECODING).exists():
         guess = FirstGuess(**import_arrays(folder / FIRST_GUESS))
         calibrated = Calibrated(**json.loads((folder / DECODING).read_text()))
     return System(config, tokenizer, codec, guess, calibrated)
+
+
+def _fitted_codec(config: Config, folder: Path) -> patch.PatchCodec:
+    shape = patch_shape(config)
+    arrays = {name: jnp.asarray(value) for name, value in import_arrays(folder / "codec.safetensors").items()}
+    codec = patch.PatchCodec(**arrays, shape=shape)
+    expected = (shape.pixels, config.model.channels)
+    if codec.basis_PC.shape != expected:
+        raise UserError(f"{folder / 'codec.safetensors'}: its projection is {codec.basis_PC.shape}, this "
+                        f"configuration's is {expected}; use the configuration that made it")
+    return codec

@@ -1,5 +1,6 @@
 """The training loop: data in, checkpoints, metrics and sample sheets out; killed and restarted at will."""
 
+import dataclasses
 import signal
 import time
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from starflow_jax.system import (
     prompt_text,
     save_system,
 )
-from starflow_jax.train_step import make_train_step, tokens_of
+from starflow_jax.train_step import encoded, make_train_step, tokens_of
 from starflow_jax.video_io import contact_sheet
 
 SHEET_CAPTIONS = (
@@ -48,7 +49,7 @@ SHEET_CAPTIONS = (
 def open_system(config: Config, workdir: Path) -> System:
     """The workdir's tokenizer and codec, made from the training data at first."""
     folder = workdir / "system"
-    if (folder / "codec.safetensors").exists():
+    if (folder / "tokenizer.model").exists():
         return load_system(config, folder)
     system = inherited_system(config) or make_system(config)
     save_system(system, folder)
@@ -75,9 +76,8 @@ def train_iterator(system: System, mesh: Mesh):
 
 def train(config: Config, workdir: Path) -> None:
     """Train to config.train.steps, going on from the workdir's newest whole checkpoint."""
-    if config.codec.kind != "patch" or config.text.encoder != "trained":
-        raise UserError(f"{config.name}: training needs codec.kind=patch and text.encoder=trained as yet; "
-                        "the Wan2.2 VAE and flan-t5 are not built")
+    if config.text.encoder != "trained":
+        raise UserError(f"{config.name}: training needs text.encoder=trained as yet")
     refuse_converted(workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_model(config.model, mesh)
@@ -131,12 +131,15 @@ def _run(
     settings = system.config.train
     step_fn, rate = make_train_step(system, mesh), schedule(settings)
     stop = _StopOnTerm()
+    encodes = system.config.codec.kind == "wan"
+    if encodes:
+        system = dataclasses.replace(system, codec=jax.device_put(system.codec, sharding.replicated(mesh)))
     since, tokens, step = time.perf_counter(), 0, int(state.step)
     with ProgressBar("train", settings.steps, initial=step, shown=writer.writes) as progress:
         while step < settings.steps and not stop.asked:
             batch = sharding.put_batch(next(batches), mesh)
             tokens += tokens_of(batch, system.config)
-            state, scalars = step_fn(state, batch)
+            state, scalars = step_fn(state, encoded(system, batch) if encodes else batch)
             step += 1
             if step % settings.log_every == 0 or step == settings.steps:
                 learning_rate = float(rate(step - 1 - int(scalars["skipped"])))

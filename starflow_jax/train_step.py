@@ -36,6 +36,12 @@ def clean_latents(system: System, batch: Batch) -> jax.Array:
     return jnp.where(drop_first, latents[:, 1:], latents[:, :-1])
 
 
+def encoded(system: System, batch: Batch) -> Batch:
+    """The batch with its latents in place of its frames: a VAE's weights are no part of the step's program."""
+    rest = {name: value for name, value in batch.items() if name not in ("frames_BTHWC", "drop_first_B")}
+    return {**rest, "latents_BNhwC": clean_latents(system, batch)}
+
+
 def gradients(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> tuple[Params, dict]:
     """Gradients of every parameter, and the losses, from noised latents.
 

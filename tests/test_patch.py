@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from starflow_jax.codec import patch
+from starflow_jax.codec.interface import to_float, to_uint8
 from starflow_jax.config import UserError
 
 SHAPE = patch.PatchShape(time=2, space=2)  # 24 pixel values per patch
@@ -21,30 +22,30 @@ def smooth_clips() -> np.ndarray:
 
 
 def through(codec: patch.PatchCodec, pixels: np.ndarray) -> np.ndarray:
-    return np.asarray(patch.decode(codec, patch.encode(codec, jnp.asarray(pixels), SHAPE), SHAPE))
+    return np.asarray(codec.decode(codec.encode(jnp.asarray(pixels))))
 
 
 def test_all_components_lose_nothing() -> None:
     codec = patch.fit(clips(), SHAPE, channels=24)
     other = clips(seed=7)
-    decoded = patch.to_uint8(jnp.asarray(through(codec, patch.to_float(other))))
+    decoded = to_uint8(jnp.asarray(through(codec, to_float(other))))
     np.testing.assert_array_equal(decoded, other)
 
 
 def test_decode_of_encode_is_a_projection() -> None:
     """Of all frames but the first, which is the mean of its patch's frames."""
     codec = patch.fit(clips(), SHAPE, channels=5)
-    pixels = patch.to_float(clips(seed=7))
+    pixels = to_float(clips(seed=7))
     once = through(codec, pixels)
     assert np.abs(once - pixels).max() > 0.1
     np.testing.assert_allclose(through(codec, once)[:, 1:], once[:, 1:], atol=1e-5)
-    latents = patch.encode(codec, jnp.asarray(pixels), SHAPE)
-    np.testing.assert_allclose(patch.encode(codec, jnp.asarray(once), SHAPE)[:, 1:], latents[:, 1:], atol=1e-5)
+    latents = codec.encode(jnp.asarray(pixels))
+    np.testing.assert_allclose(codec.encode(jnp.asarray(once))[:, 1:], latents[:, 1:], atol=1e-5)
 
 
 def test_the_first_frame_is_the_mean_of_the_frames_of_its_patch() -> None:
     codec = patch.fit(clips(), SHAPE, channels=5)
-    pixels = patch.to_float(clips(count=1, frames=1, seed=7))
+    pixels = to_float(clips(count=1, frames=1, seed=7))
     still = np.repeat(pixels[0, 0, :2, :2][None], 2, axis=0).reshape(24)  # two rows and columns, twice in time
     basis, mean = np.asarray(codec.basis_PC, np.float64), np.asarray(codec.mean_P, np.float64)
     projected = (mean + basis @ (basis.T @ (still - mean))).reshape(2, 2, 2, 3)
@@ -55,7 +56,7 @@ def test_the_first_frame_is_the_mean_of_the_frames_of_its_patch() -> None:
 def test_basis_is_orthonormal_and_the_first_latent_has_unit_variance() -> None:
     codec = patch.fit(smooth_clips(), SHAPE, channels=5)
     np.testing.assert_allclose(codec.basis_PC.T @ codec.basis_PC, np.eye(5), atol=1e-5)
-    latents = np.asarray(patch.encode(codec, jnp.asarray(patch.to_float(smooth_clips())), SHAPE)).reshape(-1, 5)
+    latents = np.asarray(codec.encode(jnp.asarray(to_float(smooth_clips())))).reshape(-1, 5)
     np.testing.assert_allclose(latents.mean(axis=0), 0, atol=1e-4)
     variances = latents.var(axis=0, ddof=1)
     np.testing.assert_allclose(variances[0], 1, rtol=1e-4)
@@ -64,30 +65,30 @@ def test_basis_is_orthonormal_and_the_first_latent_has_unit_variance() -> None:
 
 def test_latents_have_the_stated_shape() -> None:
     codec = patch.fit(clips(), SHAPE, channels=5)
-    latents = patch.encode(codec, jnp.asarray(patch.to_float(clips())), SHAPE)
+    latents = codec.encode(jnp.asarray(to_float(clips())))
     assert latents.shape == (4, 3, 4, 3, 5)
-    assert patch.decode(codec, latents, SHAPE).shape == (4, 5, 8, 6, 3)
+    assert codec.decode(latents).shape == (4, 5, 8, 6, 3)
     assert SHAPE.pixels == 24
 
 
 def test_a_latent_frame_sees_its_own_pixels_alone() -> None:
     codec = patch.fit(clips(), SHAPE, channels=24)
-    pixels = patch.to_float(clips(count=1, seed=7))
-    before = np.asarray(patch.encode(codec, jnp.asarray(pixels), SHAPE))
-    image = patch.encode(codec, jnp.asarray(pixels[:, :1]), SHAPE)
+    pixels = to_float(clips(count=1, seed=7))
+    before = np.asarray(codec.encode(jnp.asarray(pixels)))
+    image = codec.encode(jnp.asarray(pixels[:, :1]))
     np.testing.assert_allclose(image, before[:, :1], atol=1e-5)
     pixels[:, 3:] += 0.5
-    after = np.asarray(patch.encode(codec, jnp.asarray(pixels), SHAPE))
+    after = np.asarray(codec.encode(jnp.asarray(pixels)))
     np.testing.assert_array_equal(after[:, :2], before[:, :2])
     assert np.abs(after[:, 2] - before[:, 2]).max() > 0.1
 
 
 def test_pixel_ranges() -> None:
     levels = np.arange(256, dtype=np.uint8)
-    values = patch.to_float(levels)
+    values = to_float(levels)
     assert (values[0], values[255], values.dtype) == (-1.0, 1.0, np.float32)
-    np.testing.assert_array_equal(patch.to_uint8(jnp.asarray(values)), levels)
-    np.testing.assert_array_equal(patch.to_uint8(jnp.array([-1.5, 1.5])), [0, 255])
+    np.testing.assert_array_equal(to_uint8(jnp.asarray(values)), levels)
+    np.testing.assert_array_equal(to_uint8(jnp.array([-1.5, 1.5])), [0, 255])
 
 
 @pytest.mark.parametrize("frames", [0, 2, 4])
@@ -103,3 +104,14 @@ def test_wrong_sizes() -> None:
     for channels in (0, 25):
         with pytest.raises(UserError, match=f"model.channels={channels}: .*1 to 24"):
             patch.fit(clips(), SHAPE, channels=channels)
+
+
+def test_frames_one_after_the_other_decode_as_all_at_once() -> None:
+    codec = patch.fit(clips(), SHAPE, channels=5)
+    latents = codec.encode(jnp.asarray(to_float(clips(seed=7))))
+    cache, parts = None, []
+    for index in range(latents.shape[1]):
+        part, cache = codec.decode_next(latents[:, index:index + 1], cache)
+        parts.append(part)
+    assert [part.shape[1] for part in parts] == [1, 2, 2]
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), codec.decode(latents), atol=1e-5)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow_jax.codec.interface import to_float
 from starflow_jax.config import UserError
 
 FITTED_PATCHES = 200_000
@@ -41,6 +42,30 @@ class PatchCodec(flax.struct.PyTreeNode):
     mean_P: jax.Array  # of a patch, pixels in [-1, 1]
     basis_PC: jax.Array  # orthonormal columns, most variance first
     scale: jax.Array  # latents are coefficients / scale
+    shape: PatchShape = flax.struct.field(pytree_node=False)
+
+    def encode(self, pixels_BTHWC: jax.Array) -> jax.Array:
+        """(B, 1 + k*time, H, W, 3) in [-1, 1] -> latents (B, 1 + k, H/space, W/space, C) float32."""
+        return (_to_patches(pixels_BTHWC, self.shape) - self.mean_P) @ self.basis_PC / self.scale
+
+    def decode(self, latents_BNhwC: jax.Array) -> jax.Array:
+        """Latents -> pixels (B, 1 + (N-1)*time, H, W, 3), not clamped."""
+        patches = latents_BNhwC * self.scale @ self.basis_PC.T + self.mean_P
+        batch, latent_frames, rows, columns, _ = patches.shape
+        size, time = self.shape.space, self.shape.time
+        patches = patches.reshape(batch, latent_frames, rows, columns, time, size, size, 3)
+        pixels = patches.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(
+            batch, latent_frames, time, rows * size, columns * size, 3)
+        first = pixels[:, 0].mean(axis=1, keepdims=True)  # its patch held the frame `time` times
+        return jnp.concatenate([first, pixels[:, 1:].reshape(batch, -1, *pixels.shape[3:])], axis=1)
+
+    def decode_next(self, latents_BNhwC: jax.Array, cache: tuple | None) -> tuple[jax.Array, tuple]:
+        """The pixels of a video's next latent frames, and the cache for the next call: nothing but that the first
+        frame has been decoded."""
+        if cache is None:
+            return self.decode(latents_BNhwC), ()
+        first = jnp.zeros_like(latents_BNhwC[:, :1])
+        return self.decode(jnp.concatenate([first, latents_BNhwC], axis=1))[:, 1:], ()
 
 
 def fit(frames_BTHWC: np.ndarray, shape: PatchShape, channels: int, seed: int = 0) -> PatchCodec:
@@ -55,35 +80,7 @@ def fit(frames_BTHWC: np.ndarray, shape: PatchShape, channels: int, seed: int = 
     basis = vectors[:, ::-1][:, :channels]
     basis = basis * np.sign(basis[np.abs(basis).argmax(axis=0), np.arange(channels)])
     return PatchCodec(jnp.asarray(mean, jnp.float32), jnp.asarray(basis, jnp.float32),
-                      jnp.float32(np.sqrt(variances[-1])))
-
-
-def to_float(frames: np.ndarray | jax.Array):
-    """uint8 pixels -> [-1, 1] float32."""
-    return frames.astype(np.float32) / 127.5 - 1.0
-
-
-def to_uint8(pixels: jax.Array) -> jax.Array:
-    """[-1, 1] -> uint8, clamped and rounded."""
-    return jnp.clip(jnp.round((pixels + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
-
-
-def encode(codec: PatchCodec, pixels_BTHWC: jax.Array, shape: PatchShape) -> jax.Array:
-    """(B, 1 + k*time, H, W, 3) in [-1, 1] -> latents (B, 1 + k, H/space, W/space, C) float32."""
-    patches = _to_patches(pixels_BTHWC, shape)
-    return (patches - codec.mean_P) @ codec.basis_PC / codec.scale
-
-
-def decode(codec: PatchCodec, latents_BNhwC: jax.Array, shape: PatchShape) -> jax.Array:
-    """Latents -> pixels (B, 1 + (N-1)*time, H, W, 3), not clamped."""
-    patches = latents_BNhwC * codec.scale @ codec.basis_PC.T + codec.mean_P
-    batch, latent_frames, rows, columns, _ = patches.shape
-    size, time = shape.space, shape.time
-    patches = patches.reshape(batch, latent_frames, rows, columns, time, size, size, 3)
-    pixels = patches.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(
-        batch, latent_frames, time, rows * size, columns * size, 3)
-    first = pixels[:, 0].mean(axis=1, keepdims=True)  # its patch held the frame `time` times
-    return jnp.concatenate([first, pixels[:, 1:].reshape(batch, -1, *pixels.shape[3:])], axis=1)
+                      jnp.float32(np.sqrt(variances[-1])), shape)
 
 
 def _to_patches(pixels_BTHWC: jax.Array, shape: PatchShape) -> jax.Array:

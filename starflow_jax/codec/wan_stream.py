@@ -1,4 +1,4 @@
-"""The Wan VAE as the flow's codec: pixels <-> normalised latents, part by part in bounded memory and in tiles.
+"""The Wan VAE as the flow's codec: pixels <-> normalised latents, in parts of bounded memory, large frames in tiles.
 
 A whole video is encoded and decoded as the stream that it is: its first frame, then a scan over the others, so that
 memory does not grow with its length but for the result.
@@ -6,7 +6,8 @@ memory does not grow with its length but for the result.
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -16,7 +17,9 @@ import numpy as np
 from jax import lax
 
 from starflow_jax.codec.wan_vae import Cache, Past, WanConfig, WanVAE
-from starflow_jax.config import UserError
+from starflow_jax.codec.wan_weights import STATISTICS, from_released
+from starflow_jax.config import Codec, UserError
+from starflow_jax.tensor_files import open_safetensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,3 +155,42 @@ def _in_parts(step: Callable, x: jax.Array, length: int) -> Any:
         return jnp.concatenate([first, later.reshape(later.shape[0], -1, *later.shape[3:])], axis=1)
 
     return jax.tree.map(joined, first, parts)
+
+
+def load_codec(settings: Codec, channels: int) -> WanCodec:
+    """The codec of codec.weights. Raises UserError where the file or the channel statistics are missing, or where
+    its tensors, or the settings' strides, are of another VAE."""
+    if not settings.weights:
+        raise UserError("codec.kind=wan needs the VAE's weights: name them with "
+                        "--config.codec.weights=FILE.safetensors (--mode=convert makes one of the released .pth)")
+    if not settings.weights.endswith(".safetensors"):
+        raise UserError(f"codec.weights={settings.weights!r}: has to be a .safetensors file; --mode=convert "
+                        "--config.convert.codec=FILE.pth makes one of the released .pth")
+    tensors = open_safetensors(Path(settings.weights))
+    config = wan_config(settings, channels)
+    params = from_released(tensors, config, jnp.dtype(settings.dtype), settings.weights)
+    statistics = channel_statistics(settings, channels, tensors)
+    mean_C, std_C = (jnp.asarray(statistics[name]) for name in STATISTICS)
+    return WanCodec(params, mean_C, std_C, config, settings.dtype, Tiles(settings.tile, settings.tile_overlap))
+
+
+def wan_config(settings: Codec, channels: int) -> WanConfig:
+    """The VAE's sizes. Raises UserError where the settings' strides are not its own."""
+    config = WanConfig(settings.encoder_width, settings.decoder_width, channels)
+    for field in ("stride", "time_stride"):
+        if getattr(settings, field) != getattr(config, field):
+            raise UserError(f"codec.{field}={getattr(settings, field)}: the Wan VAE's is {getattr(config, field)}")
+    return config
+
+
+def channel_statistics(settings: Codec, channels: int, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The STATISTICS, from the settings or else from among the tensors of a file. Raises UserError where there are
+    none, or not one for each channel."""
+    found = {}
+    for name, given in zip(STATISTICS, (settings.latent_mean, settings.latent_std)):
+        value = np.asarray(given or tensors.get(name, ()), np.float32)
+        if value.shape != (channels,):
+            raise UserError(f"codec.latent_{name}: {channels} numbers are needed, one for each channel of the latents, "
+                            f"and there are {value.size}; set them, or put a tensor `{name}` into the file of weights")
+        found[name] = value
+    return found

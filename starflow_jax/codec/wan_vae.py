@@ -42,6 +42,9 @@ class WanConfig:
         for field in ("dim", "dec_dim", "z_dim", "num_res_blocks", "patch_size"):
             if getattr(self, field) < 1:
                 raise UserError(f"wan.{field}={getattr(self, field)!r}: has to be greater than 0")
+        if len(self.dim_mult) < 2 or self.dim_mult[-1] != self.dim_mult[-2]:
+            raise UserError(f"wan.dim_mult={self.dim_mult!r}: the last two have to be the same; the last stage's "
+                            "shortcut has no parameters")
 
     @property
     def time_stride(self) -> int:
@@ -297,9 +300,9 @@ class Encoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.stem = CausalConv(c.dim, self.dtype)
+        times = (*c.temporal_downsample, False)
         self.stages = [DownStage(width, c.num_res_blocks, stage == len(c.dim_mult) - 1, time, self.dtype)
-                       for stage, (width, time) in enumerate(
-                           zip(c.encoder_widths[1:], (*c.temporal_downsample, False)))]
+                       for stage, (width, time) in enumerate(zip(c.encoder_widths[1:], times))]
         self.middle = Middle(c.encoder_widths[-1], self.dtype)
         self.head = Head(2 * c.z_dim, self.dtype)
 

@@ -1,19 +1,17 @@
-"""The Wan VAE's released tensors <-> our parameters: names, axis orders, safetensors files."""
+"""The Wan VAE's released tensors <-> our parameters: names and axis orders."""
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from safetensors import SafetensorError, safe_open
 
 from starflow_jax.codec.wan_vae import WanConfig, WanVAE
-from starflow_jax.config import UserError
+from starflow_jax.tensor_files import Array, check_shapes
 
 STATISTICS = ("mean", "std")  # a file's tensors with the latents' channel statistics, beside the weights
 
@@ -72,40 +70,25 @@ def abstract_params(config: WanConfig, dtype: Any) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def from_released(tensors: Iterable[tuple[str, np.ndarray]], config: WanConfig, dtype: Any,
-                  source: str = "these weights") -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(parameters in `dtype`, the STATISTICS among the tensors); one tensor after the other is read.
+def check_released(tensors: Mapping[str, Array], config: WanConfig, source: str) -> None:
+    """Raises UserError listing every tensor that is missing, unexpected or misshapen; STATISTICS may be there."""
+    weights = {name: tensor for name, tensor in tensors.items() if name not in STATISTICS}
+    check_shapes(source, weights, released_shapes(config))
 
-    Raises UserError listing every missing, unexpected or misshapen tensor.
-    """
-    expected = {released_name(ours, config): (ours, shape) for ours, shape in _our_shapes(config).items()}
-    flat: dict[str, Any] = {}
-    statistics: dict[str, np.ndarray] = {}
-    unexpected, misshapen, left = [], [], dict(expected)
-    for name, value in tensors:
-        if name in STATISTICS:
-            statistics[name] = np.asarray(value, np.float32)
-            continue
-        if name not in expected:
-            unexpected.append(name)
-            continue
-        ours, shape = left.pop(name)
-        if value.shape != _released_shape(ours, shape):
-            misshapen.append(f"{name} {value.shape} instead of {_released_shape(ours, shape)}")
-            continue
-        if ours.endswith("kernel"):
-            value = np.moveaxis(value, (0, 1), (-1, -2))
-        flat[ours] = jnp.asarray(value.reshape(shape), dtype)
-    wrong = [f"{what}: {', '.join(names)}" for what, names in
-             (("missing", sorted(left)), ("unexpected", sorted(unexpected)), ("misshapen", misshapen)) if names]
-    if wrong:
-        raise UserError(f"{source} are not of this Wan VAE (widths {config.dim} and {config.dec_dim}, {config.z_dim} "
-                        f"channels); {'; '.join(wrong)}")
-    return traverse_util.unflatten_dict(flat, sep="/"), statistics
+
+def from_released(tensors: Mapping[str, Array], config: WanConfig, dtype: Any, source: str) -> dict[str, Any]:
+    """Parameters for WanVAE(config), in `dtype`, one tensor after the other. Raises UserError as `check_released`."""
+    check_released(tensors, config, source)
+    flat = {}
+    for ours, shape in _our_shapes(config).items():
+        value = np.asarray(tensors[released_name(ours, config)])
+        value = np.moveaxis(value, (0, 1), (-1, -2)) if ours.endswith("kernel") else value.reshape(shape)
+        flat[ours] = jnp.asarray(value, dtype)
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def to_released(params: Mapping[str, Any], config: WanConfig) -> dict[str, np.ndarray]:
-    """The inverse of `from_released`."""
+    """Tensors under the release's names: the inverse of `from_released`."""
     tensors = {}
     for ours, value in traverse_util.flatten_dict(params, sep="/").items():
         value = np.asarray(value)
@@ -113,13 +96,3 @@ def to_released(params: Mapping[str, Any], config: WanConfig) -> dict[str, np.nd
         value = np.moveaxis(value, (-1, -2), (0, 1)) if ours.endswith("kernel") else value
         tensors[released_name(ours, config)] = np.ascontiguousarray(value.reshape(shape))
     return tensors
-
-
-def load_safetensors(path: Path, config: WanConfig, dtype: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """`from_released` of a file. Raises UserError where it is missing, damaged or of another model, too."""
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            return from_released(((name, file.get_tensor(name)) for name in file.keys()), config, dtype, str(path))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: can't be read as safetensors ({error}); a PyTorch file has to be converted "
-                        "first (README: the Wan2.2 VAE)") from error

@@ -1,0 +1,63 @@
+"""What the system asks of a codec, and the codec as it uses it: uint8 frames <-> the flow's latents.
+
+A codec is a pytree of its constants, which go into jitted functions as arguments: closed over, a VAE's weights would be
+compiled into every program that decodes.
+"""
+
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class LatentCodec(Protocol):
+    """Pixels (B, T, H, W, 3) in [-1, 1] <-> latents (B, N, h, w, C), float32; pure functions, causal in time."""
+
+    def encode(self, pixels_BTHWC: jax.Array) -> jax.Array:
+        """A whole video's latents. Raises UserError for sizes that the codec doesn't take."""
+
+    def decode(self, latents_BNhwC: jax.Array) -> jax.Array:
+        """A whole video's pixels, not clamped."""
+
+    def decode_next(self, latents_BNhwC: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """The pixels of a video's next latent frames, and the cache for the next call; None where it begins."""
+
+
+def to_float(frames: np.ndarray | jax.Array):
+    """uint8 pixels -> [-1, 1] float32."""
+    return frames.astype(np.float32) / 127.5 - 1.0
+
+
+def to_uint8(pixels: jax.Array) -> jax.Array:
+    """[-1, 1] -> uint8, clamped and rounded."""
+    return jnp.clip(jnp.round((pixels + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+@jax.jit
+def encode_frames(codec: LatentCodec, frames_BTHWC: jax.Array, later_scale: float | jax.Array) -> jax.Array:
+    """uint8 frames -> latents as the flow takes them: those of frames n >= 1 times later_scale."""
+    latents = codec.encode(to_float(frames_BTHWC))
+    return latents * _frame_scale(latents.shape[1], later_scale)
+
+
+@jax.jit
+def decode_latents(codec: LatentCodec, latents_BNhwC: jax.Array, later_scale: float | jax.Array) -> jax.Array:
+    """The inverse of `encode_frames`, rounded and clamped."""
+    return to_uint8(codec.decode(latents_BNhwC / _frame_scale(latents_BNhwC.shape[1], later_scale)))
+
+
+@partial(jax.jit, donate_argnames="cache")
+def decode_next(
+    codec: LatentCodec, latents_BNhwC: jax.Array, cache: Any, later_scale: float | jax.Array
+) -> tuple[jax.Array, Any]:
+    """The uint8 frames of a video's next latent frames, and the cache for the next call; None where it begins."""
+    count = latents_BNhwC.shape[1]
+    scale = _frame_scale(count, later_scale) if cache is None else later_scale
+    pixels, cache = codec.decode_next(latents_BNhwC / scale, cache)
+    return to_uint8(pixels), cache
+
+
+def _frame_scale(frames: int, later_scale: float | jax.Array) -> jax.Array:
+    return jnp.concatenate([jnp.ones(1), jnp.full((frames - 1,), later_scale)])[:, None, None, None]
