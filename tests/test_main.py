@@ -15,6 +15,8 @@ CASES = {
     "missing image": (["--mode=sample", "--config.sample.prompt=x", "--config.sample.image=none.png"], "none.png"),
     "no prompt": (["--mode=sample"], "sample.prompt"),
     "length": (["--mode=sample", "--config.sample.prompt=x", "--config.sample.frames=12"], "sample.frames=12"),
+    "missing video": (["--mode=evaluate", "--config.evaluate.video=no.mp4", "--config.evaluate.caption=x"], "no.mp4"),
+    "no caption": (["--mode=evaluate", "--config.evaluate.video=no.mp4"], "evaluate.caption"),
     "stray argument": (["train"], "train"),
 }
 
