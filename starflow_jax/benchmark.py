@@ -2,20 +2,18 @@
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from starflow_jax import benchmark_decode
+from starflow_jax import benchmark_attention, benchmark_decode, hlo_cost
 from starflow_jax.config import Config, Model
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.losses import nll_mean
-from starflow_jax.metrics import ProgressBar, table
+from starflow_jax.metrics import median_seconds, table
 from starflow_jax.optimizer import Params, apply_gradients, create_state
 from starflow_jax.system import flow_variables
 from starflow_jax.train_step import gradients_from_features
@@ -29,12 +27,15 @@ BENCHMARK_MODEL = Model(
 
 
 def benchmark(config: Config, workdir: Path) -> None:
-    """Time training and decoding and write WORKDIR/benchmark.json and benchmark_decoding.png."""
+    """Time attention (where there is a GPU), decoding and training; write WORKDIR/benchmark.json and
+    benchmark_decoding.png."""
+    attention = benchmark_attention.against_cudnn() if jax.default_backend() == "gpu" else []
     decoding: dict[str, Any] = {"trained": benchmark_decode.trained_model(config, workdir),
                                 "lengths": benchmark_decode.lengths(config, workdir),
                                 "random": benchmark_decode.random_model(BENCHMARK_MODEL)}
     benchmark_decode.plot(workdir / "benchmark_decoding.png", decoding["trained"])
-    results = train_step_ratio(dataclasses.replace(config, model=BENCHMARK_MODEL)) | {"decoding": decoding}
+    results = train_step_ratio(dataclasses.replace(config, model=BENCHMARK_MODEL))
+    results |= {"decoding": decoding, "attention": attention}
     with atomic_path(workdir / "benchmark.json") as path:
         path.write_text(json.dumps(results, indent=1))
     rows = [("forward pass", f"{results['forward_seconds']:.3f} s", "1.00"),
@@ -71,14 +72,15 @@ def train_step_ratio(config: Config) -> dict[str, Any]:
         grads, losses = gradients_from_features(flow, state.params, x, lambda _: text)
         return apply_gradients(state, grads, config.train)[0], losses
 
-    flops = forward_flops(params, model)
+    passing = jax.jit(forward).lower(params).compile()
+    flops = hlo_cost.count(passing).flops
     side = 2048
     matrix = jax.random.normal(keys[0], (side, side))
-    seconds = _interleaved({
-        "forward": _repeat(jax.jit(forward), params),
+    seconds = median_seconds("benchmark", {
+        "forward": _repeat(passing, params),
         "step": _carry(jax.jit(step, donate_argnums=0), state),
         "matrix": _repeat(jax.jit(lambda a: a @ a), matrix),
-    })
+    }, ROUNDS)
     rate = 2 * side**3 / seconds["matrix"]
     return {
         "device": jax.devices()[0].device_kind,
@@ -94,20 +96,6 @@ def train_step_ratio(config: Config) -> dict[str, Any]:
     }
 
 
-def forward_flops(params: Params, model: Model) -> float:
-    """Multiply-adds of the forward pass times 2: weights per token, and attention's two products."""
-    tokens = CLIPS * model.frames * model.tokens_per_frame
-    prefixed = tokens + CLIPS * model.text_length
-    weights = {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in
-               (*params["flow"].items(), ("denoiser", params["denoiser"]))}
-    shallow = sum(size for name, size in weights.items() if name.startswith("shallow"))
-    matrices = shallow * tokens + (weights["deep"] + weights["denoiser"]) * prefixed
-    long = prefixed * prefixed / CLIPS
-    attention = 2 * (model.deep_layers * model.deep_width + model.denoiser_layers * model.shallow_width) * long
-    attention += 2 * sum(model.shallow_layers) * model.shallow_width * tokens * model.tokens_per_frame
-    return 2.0 * (matrices + attention)
-
-
 def _repeat(function: Callable, *args: Any) -> Callable[[], None]:
     return lambda: jax.block_until_ready(function(*args))
 
@@ -120,17 +108,3 @@ def _carry(step: Callable, state: Any) -> Callable[[], None]:
         jax.block_until_ready((held[0], losses))
 
     return run
-
-
-def _interleaved(cases: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Median seconds of each case, all of them run once a round."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    with ProgressBar("benchmark", ROUNDS + 1, unit="round") as progress:
-        for round_ in range(ROUNDS + 1):
-            for name, run in cases.items():
-                began = time.perf_counter()
-                run()
-                if round_:  # the first compiles
-                    times[name].append(time.perf_counter() - began)
-            progress.update()
-    return {name: float(np.median(values)) for name, values in times.items()}

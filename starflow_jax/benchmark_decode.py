@@ -114,7 +114,8 @@ def _random_weights(params: Any, key: jax.Array) -> Any:
         if "kernel" not in name:
             return leaf
         scale = 0.35 if "proj_out" in name else 0.9
-        return scale * leaf.shape[-2] ** -0.5 * jax.random.normal(key, leaf.shape)
+        fan_in = leaf.shape[-3 if "qkv" in name else -2]
+        return scale * fan_in**-0.5 * jax.random.normal(key, leaf.shape)
 
     return jax.tree_util.tree_unflatten(tree, [weight(path, leaf, k) for (path, leaf), k in zip(leaves, keys)])
 

@@ -80,20 +80,23 @@ class Checkpoints:
         A damaged checkpoint is reported and the one before it is taken; raises UserError where all are
         damaged, and where a whole one holds other arrays than abstract_state.
         """
-        return self._restore_first(sorted(self._manager.all_steps(), reverse=True), abstract_state)
+        return self._restore_first(self.steps(), abstract_state)
 
     def restore_best(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
         """As `restore`, but the best by validation, or the newest where none has been validated."""
-        best = self._manager.best_step()
-        newest_first = sorted(self._manager.all_steps(), key=lambda step: (step == best, step), reverse=True)
-        return self._restore_first(newest_first, abstract_state)
+        return self._restore_first(self.steps(best=True), abstract_state)
+
+    def steps(self, best: bool = False) -> list[int]:
+        """All steps, the newest first; before them, where asked for, the best by validation."""
+        first = self._manager.best_step() if best else None
+        return sorted(self._manager.all_steps(), key=lambda step: (step == first, step), reverse=True)
 
     def _restore_first(self, steps: list[int], abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
         damaged: list[int] = []
         abstract_state = jax.tree.map(_placed, abstract_state)
         for step in steps:
             folder = self.directory / str(step)
-            damage = _damage(folder)
+            damage = damage_of(folder)
             if damage is None:
                 try:
                     found = self._manager.restore(step, args=ocp.args.Composite(
@@ -113,9 +116,7 @@ class Checkpoints:
         """Called by orbax when a checkpoint is complete under its temporary name, just before its commit."""
         for folder in self.directory.glob("*.orbax-checkpoint-tmp"):
             if not (folder / CHECKSUMS).exists():
-                # The files directly in the folder hold no data, and change with the commit.
-                names = sorted(str(path.relative_to(folder)) for path in folder.glob("*/**/*") if path.is_file())
-                (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder, names)))
+                write_checksums(folder)
 
 
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -150,7 +151,14 @@ def _checksums(folder: Path, names: Iterable[str]) -> dict[str, int | None]:
         return dict(zip(names, pool.map(checksum, names)))
 
 
-def _damage(folder: Path) -> str | None:
+def write_checksums(folder: Path) -> None:
+    """Into a checkpoint's folder, of all its files."""
+    # The files directly in the folder hold no data, and change with the commit.
+    names = sorted(str(path.relative_to(folder)) for path in folder.glob("*/**/*") if path.is_file())
+    (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder, names)))
+
+
+def damage_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
         expected = json.loads((folder / CHECKSUMS).read_text())

@@ -33,6 +33,11 @@ def _check_choice(settings: Any, field: str, choices: tuple[str, ...]) -> None:
     _check(settings, field, getattr(settings, field) in choices, f"has to be one of {', '.join(choices)}")
 
 
+# What the backward pass of a layer finds: all that it needs; the layer's input, the rest computed again; that and what
+# attention gave; or the same kept in the host's memory.
+REMAT = ("none", "layer", "attention", "offload")
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The flow f_D o f_S and its denoiser."""
@@ -57,7 +62,7 @@ class Model:
     denoiser_lookahead: int = 1
     noise_std: float = 0.5
     dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "none"  # of REMAT
     unroll_layers: bool = False  # faster steps for small models on CPU, for longer compilation
 
     def __post_init__(self) -> None:
@@ -77,7 +82,7 @@ class Model:
         _check(self, "denoiser_lookahead", self.denoiser_lookahead >= 0, "has to be 0 or more")
         _check_choice(self, "denoiser", ("none", "first_layer", "every_layer"))
         _check_choice(self, "dtype", ("float32", "bfloat16"))
-        _check_choice(self, "remat", ("none", "layer"))
+        _check_choice(self, "remat", REMAT)
 
     @property
     def token_channels(self) -> int:
@@ -105,6 +110,7 @@ class Text:
     heads: int = 4
     fps: int = 8  # told to the model in the prompt
     aspect_ratio: str = "1:1"
+    weights: str = ""  # of the frozen encoder: a folder as flan-t5-xl is published, which sets the sizes
 
     def __post_init__(self) -> None:
         _check_choice(self, "encoder", ("trained", "frozen"))
@@ -128,9 +134,11 @@ class Codec:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The built-in moving digits, and how clips, images and captions are mixed (DESIGN: tasks)."""
+    """The built-in moving digits or prepared data, and how clips, images and captions are mixed (DESIGN: tasks)."""
 
-    directory: str = ""  # "": a cache folder of the user's
+    source: str = "digits"  # or "prepared": by --mode=prepare
+    directory: str = ""  # "": a cache folder of the user's; of prepared data one folder, or several with commas
+    latents: bool = False  # train on prepared latents (and a frozen text encoder's features), not on pixels
     size: int = 24  # pixels of a frame's side
     digit_size: int = 15
     train_clips: int = 40_000
@@ -145,6 +153,10 @@ class Data:
     def __post_init__(self) -> None:
         _check_positive(self, "size", "digit_size", "train_clips", "validation_clips", "test_clips")
         _check(self, "workers", self.workers >= 0, "has to be 0 (threads) or more")
+        _check_choice(self, "source", ("digits", "prepared"))
+        _check(self, "directory", bool(self.directory) or self.source == "digits",
+               "has to name the folder that --mode=prepare wrote")
+        _check(self, "latents", self.source == "prepared" or not self.latents, "needs data.source=prepared")
         for field in ("image_probability", "first_frame_drop", "caption_drop", "short_caption"):
             _check(self, field, 0 <= getattr(self, field) <= 1, "has to be a probability, 0 to 1")
 
@@ -166,6 +178,7 @@ class Train:
     denoiser_learning_rate: float = 1e-4
     ema: float = 0.9999
     seed: int = 0
+    init_from: str = ""  # a workdir or one of its checkpoints, whose model training begins with; "": at random
     log_every: int = 20
     checkpoint_every: int = 500
     evaluate_every: int = 1_000
@@ -194,6 +207,8 @@ class Sample:
 
     prompt: str = ""
     prompts_file: str = ""
+    rewrite: str = ""  # lengthens prompts: a command (prompt in, longer prompt out), or "module:function"
+    vbench: str = ""  # VBench's prompt list, a file or "installed": its prompts, and files named as it wants
     negative_prompt: str = ""  # what guidance leads away from; "": the empty caption
     changes: str = ""  # "25: a red seven moves left; 49: ...": another prompt from that frame on
     image: str = ""  # a picture file: the video's first frame (TI2V)
@@ -233,20 +248,135 @@ class Sample:
         _check_choice(self, "denoise", ("denoiser", "score", "none"))
         _check_choice(self, "checkpoint", ("newest", "best"))
         _check_choice(self, "start", ("previous", "noise"))
-        for field in ("keep", "certify"):
+        for field in ("keep", "certify", "vbench"):
             _check(self, field, not (self.stream and getattr(self, field)),
                    "needs whole clips; leave it out, or set sample.stream=false")
+        _check(self, "keep", not (self.vbench and self.keep), "sample.vbench wants every video; leave one out")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How devices are arranged (sharding.py); their product is the number of devices. 0: what the others leave."""
+
+    data: int = 0  # copies of the model
+    fsdp: int = 1  # parts of parameters and optimizer state; clips are parted over data and fsdp
+    tensor: int = 1  # parts of every layer
+    sequence: int = 1  # parts of every clip's tokens
+
+    def __post_init__(self) -> None:
+        for field in ("data", "fsdp", "tensor", "sequence"):
+            _check(self, field, getattr(self, field) >= 0, "has to be 0 (what the others leave) or more")
+        zeros = [self.data, self.fsdp, self.tensor, self.sequence].count(0)
+        _check(self, "data", zeros <= 1, "only one axis of the mesh can be 0 (what the others leave)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What --mode=plan compiles, and for which pod."""
+
+    topology: str = "v5p:4x4x4"  # kind and shape: v4, v5e, v5p, v6e or tpu7x
+    step: str = "train"  # or "sample": all programs that make videos of the training length
+    videos: int = 1  # sampled together
+    updates: int = 8  # of the solver per block of tokens that the bound of sampling is reckoned with
+    search: bool = False  # try meshes and rematerialisations, and rank what fits
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "step", ("train", "sample"))
+        _check_positive(self, "videos", "updates")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Likelihood and adherence on the test split."""
+    """Likelihood and adherence on the test split; or, where one of the others is asked for, that alone."""
 
     clips: int = 1_000  # test clips whose likelihood is taken
     prompts: int = 500  # fixed test prompts whose samples are read
+    video: str = ""  # a video file: its exact likelihood under `caption`, and the way to noise and back
+    caption: str = ""
+    other: str = ""  # another video file: interpolation in z from `video` to it
+    other_caption: str = ""  # "": the same caption
+    steps: int = 7  # videos of an interpolation, both ends included
+    draws: int = 8  # of the training noise, over which the likelihood of a video is averaged
+    recognise: int = 0  # test clips whose caption is chosen by likelihood; 0: none
+    every_caption: bool = False  # score all of them; else only those that the search comes by
+    folder: str = ""  # folders of videos of any system, parted by commas: their quality side by side
+    reference: str = ""  # a folder of real ones; without `folder`: how well the codec gives them back
+    vbench: str = ""  # VBench's prompt list, a file or "installed", after which the videos are named
+    frames: int = 16  # first frames of each video that Frechet video distance compares
+    fps: int = 0  # at which videos of folders are taken; 0: their own
 
     def __post_init__(self) -> None:
-        _check_positive(self, "clips", "prompts")
+        _check_positive(self, "clips", "prompts", "draws")
+        _check(self, "steps", self.steps >= 2, "has to be 2 or more: both ends are included")
+        _check(self, "recognise", self.recognise >= 0, "has to be 0 (none) or more")
+        _check(self, "caption", bool(self.caption.strip()) or not self.video,
+               "evaluate.video needs a caption, such as 'a red seven moves left'")
+        for field in ("caption", "other"):
+            _check(self, field, bool(self.video) or not getattr(self, field),
+                   "belongs to evaluate.video; give that too")
+        _check(self, "other_caption", bool(self.other) or not self.other_caption,
+               "belongs to evaluate.other; give that too")
+        jobs = [field for field in ("video", "recognise", "folder", "reference") if getattr(self, field)]
+        _check(self, jobs[-1] if jobs else "video", len(jobs) < 2 or jobs == ["folder", "reference"],
+               f"is asked for beside {', '.join(f'evaluate.{job}' for job in jobs[:-1])}; ask for one thing at a time")
+        _check(self, "vbench", bool(self.folder) or not self.vbench, "belongs to evaluate.folder; give that too")
+        _check(self, "frames", self.frames >= 9, "has to be 9 or more: fewer vanish in I3D's strides")
+        _check(self, "fps", self.fps >= 0, "has to be 0 (the videos' own) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Released weights and workdirs -> checkpoints, and back."""
+
+    source: str = ""  # a .pth, a folder of torch's shards, safetensors, or a workdir whose model is to grow
+    target: str = ""  # a .safetensors file under the release's names, from the workdir's newest checkpoint
+    prefix: str = ""  # of the names of the flow's tensors in the source, such as "model."
+    dtype: str = "stored"  # what is written: as it is in the source, or another
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "dtype", ("stored", "float32", "bfloat16"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Raw videos and pictures with captions -> clips, latents and text features to train on."""
+
+    input: str = ""  # a folder, a .csv, .jsonl or .parquet list, or tars ("data/*.tar")
+    output: str = ""  # "": WORKDIR/prepared
+    long_captions: str = "caption_long,long_caption,synthetic_caption,recaption"  # fields, the first found is taken
+    short_captions: str = "caption_short,short_caption,raw_caption,txt,caption,text,title"  # txt: of KEY.txt
+    frames: int = 0  # of a clip; 0: the model's, and those of one more latent, for clips without their first
+    fps: int = 16  # 0: the source's, which the model is told
+    resolution: int = 480  # 384p, 480p: frames have the pixels of a picture of this height and 16/9 of it in width
+    aspect_ratios: str = "21:9,16:9,3:2,4:3,1:1,3:4,2:3,9:16"  # buckets; a video goes into the nearest
+    clips_per_video: int = 0  # 0: all
+    max_upscale: float = 1.25  # smaller sources are left out
+    min_brightness: float = 12.0  # mean of a clip, 0 to 255; darker ones are left out
+    min_motion: float = 0.4  # mean change from frame to frame, 0 to 255; stiller ones are left out
+    cut_threshold: float = 25.0  # the same; beyond it, and much beyond the frames before, is a cut; 0: none
+    crf: int = 10  # H.264's quality, 0 (lossless) to 51
+    validation_share: float = 0.01  # of the videos, by a hash of their names
+    test_share: float = 0.01
+    items_per_part: int = 64  # videos of a folder or list that one process takes at a time
+    clips_per_shard: int = 256
+    processes: int = 0  # 0: one per core
+    beam: str = "none"  # flags of an Apache Beam pipeline, such as "--runner=FlinkRunner ..."
+    latents: bool = False  # encode the clips with the workdir's codec
+    text_features: bool = False  # and their prompts with its text encoder
+    batch_size: int = 8  # clips that are encoded at once
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "resolution", "max_upscale", "items_per_part", "clips_per_shard", "batch_size")
+        for field in ("frames", "fps", "clips_per_video", "min_brightness", "min_motion", "cut_threshold", "processes"):
+            _check(self, field, getattr(self, field) >= 0, "has to be 0 or more")
+        _check(self, "crf", 0 <= self.crf <= 51, "has to be 0 (lossless) to 51")
+        for field in ("validation_share", "test_share"):
+            _check(self, field, 0 <= getattr(self, field) < 1, "has to be 0 or more and below 1")
+        _check(self, "test_share", self.validation_share + self.test_share < 1,
+               f"leaves nothing to train on beside validation_share={self.validation_share}")
+        for field in ("aspect_ratios", "long_captions", "short_captions"):
+            named = all(map(str.strip, getattr(self, field).split(",")))
+            _check(self, field, named, "has to be names parted by commas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +390,15 @@ class Config:
     data: Data = Data()
     train: Train = Train()
     sample: Sample = Sample()
+    mesh: Mesh = Mesh()
+    plan: Plan = Plan()
     evaluate: Evaluate = Evaluate()
+    convert: Convert = Convert()
+    prepare: Prepare = Prepare()
+
+    def __post_init__(self) -> None:
+        _check(self.train, "adherence_prompts", self.data.source == "digits" or not self.train.adherence_prompts,
+               "has to be 0 with prepared data: only moving digits can be read")
 
 
 def to_config_dict(config: Config) -> ConfigDict:

@@ -16,6 +16,7 @@ from starflow_jax.flow import decode
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.losses import REFERENCE_NOISE, nats
 from starflow_jax.optimizer import Params
+from starflow_jax.sharding import fetch
 from starflow_jax.system import System, data_source, flow_variables, pixel_frames, prompt_text
 
 
@@ -187,7 +188,7 @@ def certificate(system: System, params: Params, clips: Clips, given: Conditions)
     noise_of = jax.jit(_noise_of, static_argnums=0)
     z = noise_of(system, params, jnp.asarray(clips.noisy_BNhwC[:, :window]), given.texts[0][0])[:, known:]
     error, asked = z - given.noise_BNSK[:, :z.shape[1]], given.noise_BNSK[:, :z.shape[1]]
-    return np.asarray(jnp.sum(error**2, axis=(1, 2, 3)) / jnp.sum(asked**2, axis=(1, 2, 3)))
+    return fetch(jnp.sum(error**2, axis=(1, 2, 3)) / jnp.sum(asked**2, axis=(1, 2, 3)))
 
 
 def shallow_tokens(system: System, params: Params, x: jax.Array) -> jax.Array:
@@ -201,9 +202,14 @@ def _noise_of(system: System, params: Params, x: jax.Array, text: jax.Array) -> 
 
 def fixed_prompts(system: System, split: str, count: int) -> tuple[list[str], np.ndarray]:
     """The first long captions of a split and what they ask for: (captions, labels (B, 3))."""
-    source = data_source(system.config, split)
-    captions = [source[index]["caption_long"].decode() for index in range(min(count, len(source)))]
+    captions = fixed_captions(system, split, count)
     return captions, adherence.labels_of(captions)
+
+
+def fixed_captions(system: System, split: str, count: int) -> list[str]:
+    """The first long captions of a split."""
+    source = data_source(system.config, split)
+    return [source[index]["caption_long"].decode() for index in range(min(count, len(source)))]
 
 
 def adherence_of_samples(system: System, params: Params, split: str, count: int) -> dict[str, float]:
@@ -254,14 +260,14 @@ def _noised(system: System, frames_BTHWC: np.ndarray, seeds: Sequence[int]) -> j
 
 
 def _collect(frames, noisy, nats_BN, reports, shallow, batch: int) -> Clips:
-    steps = np.concatenate([np.asarray(r.steps) for r in reports]).T
-    residual = np.concatenate([np.asarray(r.residual) for r in reports]).T
-    converged = np.all(np.concatenate([np.asarray(r.converged) for r in reports]), axis=0)
-    per_frame = [np.asarray(r.steps).sum(axis=0).reshape(batch, -1).max(axis=1) for r in shallow]
+    frames, noisy, nats_BN, reports, shallow = jax.tree.map(fetch, (frames, noisy, nats_BN, reports, shallow))
+    steps = np.concatenate([r.steps for r in reports]).T
+    residual = np.concatenate([r.residual for r in reports]).T
+    converged = np.all(np.concatenate([r.converged for r in reports]), axis=0)
+    per_frame = [r.steps.sum(axis=0).reshape(batch, -1).max(axis=1) for r in shallow]
     for report in shallow:
-        converged &= np.all(np.asarray(report.converged), axis=0).reshape(batch, -1).all(axis=1)
-    return Clips(np.asarray(frames), np.asarray(noisy), np.asarray(nats_BN).sum(axis=1), steps, residual,
-                 np.sum(per_frame, axis=0), converged)
+        converged &= np.all(report.converged, axis=0).reshape(batch, -1).all(axis=1)
+    return Clips(frames, noisy, nats_BN.sum(axis=1), steps, residual, np.sum(per_frame, axis=0), converged)
 
 
 def windows(total: int, size: int, context: int) -> Iterator[tuple[int, int, int]]:
@@ -357,5 +363,5 @@ def bits_per_frame(system: System, params: Params, batches: Iterator[dict[str, A
     for index, batch in enumerate(batches):
         noisy = noised_latents(system, batch, seed + index)
         nats_BN = frame_nats(system, params, noisy, features(params, jnp.asarray(batch["text_ids_BS"])))
-        rows.append(np.asarray(nats_BN)[np.asarray(batch["valid_B"])] / np.prod(noisy.shape[2:]) / np.log(2))
+        rows.append(fetch(nats_BN)[np.asarray(batch["valid_B"])] / np.prod(noisy.shape[2:]) / np.log(2))
     return np.concatenate(rows)

@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -11,10 +12,13 @@ from ml_collections import config_flags
 from starflow_jax.config import UserError, from_config_dict
 
 # Each mode is the function of its own name in the module of its own name: (config, workdir) -> None.
-MODES = ("train", "calibrate", "sample", "evaluate", "benchmark", "package")
+MODES = ("train", "calibrate", "sample", "evaluate", "benchmark", "package", "plan", "convert", "prepare")
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: configs/t2v.py[:tiny|box|3b|7b].")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and results; default: runs/NAME.")
+DISTRIBUTED = flags.DEFINE_string(
+    "distributed", "", "One of several processes of a run: true (on TPU pods, Slurm, Kubernetes the others are found) "
+    "or HOST:PORT,COUNT,INDEX: the first one's address, how many there are, which this is.")
 MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
 
 
@@ -24,6 +28,7 @@ def main(argv: list[str]) -> None:
     config = from_config_dict(CONFIG.value)
     workdir = Path(WORKDIR.value or f"runs/{config.name}")
     prepare_jax()
+    join(DISTRIBUTED.value)
     module = importlib.import_module(f"starflow_jax.{MODE.value}")
     getattr(module, MODE.value)(config, workdir)
 
@@ -36,6 +41,25 @@ def prepare_jax() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "starflow_jax", "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def join(distributed: str) -> None:
+    """Meet the other processes of this run. Raises UserError for what can't be read or reached."""
+    import jax
+
+    if distributed in ("", "false"):
+        return
+    given: dict[str, Any] = {}
+    if distributed != "true":
+        address, *numbers = distributed.split(",")
+        if len(numbers) != 2 or not all(number.isdigit() for number in numbers) or ":" not in address:
+            raise UserError(f"--distributed={distributed}: has to be true or HOST:PORT,COUNT,INDEX")
+        given = dict(coordinator_address=address, num_processes=int(numbers[0]), process_id=int(numbers[1]))
+    try:
+        jax.distributed.initialize(**given)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--distributed={distributed}: the processes did not meet ({str(error).splitlines()[0]}); "
+                        "start all of them with the same HOST:PORT and COUNT") from error
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -58,7 +82,9 @@ def run() -> None:
     try:
         app.run(main, flags_parser=parse_flags)
     except UserError as error:
-        print(f"starflow_jax: {error}", file=sys.stderr)
+        print(f"starflow_jax: {error}", file=sys.stderr, flush=True)
+        if flags.FLAGS.is_parsed() and DISTRIBUTED.value:
+            os._exit(2)  # leaving as usual waits for the other processes, which may be gone, and then aborts
         sys.exit(2)
 
 

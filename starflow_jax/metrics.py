@@ -7,7 +7,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,13 @@ class MetricWriter:
     `resume_step` is the step of the checkpoint that the run goes on from (0: a new run). Lines of later
     steps, left by a run that was killed, are dropped first, and so is a last line cut in the middle: the
     file ends up the one of a run that was never killed. TensorBoard hides the same steps by itself.
+    `writes`: False on all but one of several processes, where nothing is written.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], resume_step: int = 0):
+    def __init__(self, workdir: str | os.PathLike[str], resume_step: int = 0, writes: bool = True):
+        self.writes = writes
+        if not writes:
+            return
         self.path = Path(workdir) / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
         with atomic_path(self.path) as temporary:
@@ -38,6 +43,8 @@ class MetricWriter:
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one line {"step": step, **values} and flushes it. Numbers that are not finite become null."""
+        if not self.writes:
+            return
         numbers = {name: _plain_number(value) for name, value in values.items()}
         self._file.write(_json_line({"step": int(step), **numbers}))
         self._file.flush()
@@ -47,12 +54,15 @@ class MetricWriter:
 
     def image(self, step: int, name: str, image_HWC: np.ndarray) -> None:
         """Shows a picture (H, W, 3) uint8 in TensorBoard."""
+        if not self.writes:
+            return
         self._tensorboard.add_image(name, image_HWC, int(step), dataformats="HWC")
         self._tensorboard.flush()
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        if self.writes:
+            self._file.close()
+            self._tensorboard.close()
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -87,11 +97,12 @@ class ProgressBar:
     Where the screen is no terminal (a log file) it prints a line at most every 30 seconds.
     """
 
-    def __init__(self, description: str, total: int, initial: int = 0, unit: str = "step"):
+    def __init__(self, description: str, total: int, initial: int = 0, unit: str = "step", shown: bool = True):
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             desc=description,
             total=total,
+            disable=not shown,
             initial=initial,
             unit=unit,
             ascii=not terminal,
@@ -133,6 +144,21 @@ def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
+def median_seconds(description: str, cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each case. All run once a round, so that a busy machine slows all alike; one round more, the
+    first, compiles and does not count. A case returns when its work is done."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    with ProgressBar(description, rounds + 1, unit="round") as progress:
+        for round_ in range(rounds + 1):
+            for name, run in cases.items():
+                began = time.perf_counter()
+                run()
+                if round_:
+                    times[name].append(time.perf_counter() - began)
+            progress.update()
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
 def temporal_flickering(frames_THWC: np.ndarray) -> float:
     """VBench's temporal flickering of a clip (T, H, W, C), values 0 to 255, or of clips (B, T, H, W, C).
 
@@ -144,3 +170,9 @@ def temporal_flickering(frames_THWC: np.ndarray) -> float:
     frames = frames_THWC.astype(np.float32)
     difference = np.abs(frames[..., 1:, :, :, :] - frames[..., :-1, :, :, :])
     return float((255 - difference.mean(dtype=np.float64)) / 255)
+
+
+def psnr(reference: np.ndarray, made: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of uint8 frames of one shape: 10 log10(255^2 / mean squared error)."""
+    error = np.mean((reference.astype(np.float64) - made.astype(np.float64)) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else math.inf

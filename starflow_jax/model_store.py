@@ -7,10 +7,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from starflow_jax import sharding
 from starflow_jax.checkpoint import Checkpoints, export_arrays, import_arrays
 from starflow_jax.config import Config, UserError
-from starflow_jax.optimizer import Params, create_state
+from starflow_jax.optimizer import Params
+from starflow_jax.params_checkpoint import first_whole, restore_params
 from starflow_jax.system import System, init_params, load_system, model_fingerprint, save_system
+from starflow_jax.text.pretrained import load_encoder
 from starflow_jax.video_io import atomic_path
 
 BOX = Path(__file__).parent / "assets" / "tiny"
@@ -24,17 +27,24 @@ def load_model(config: Config, workdir: Path) -> tuple[System, Params, str]:
     if (workdir / "checkpoints").exists():
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
                                   model_fingerprint=model_fingerprint(config))
-        try:
-            abstract = jax.eval_shape(
-                lambda: create_state(init_params(config, jax.random.key(0)), config.train))
-            best = config.sample.checkpoint == "best"
-            restored = checkpoints.restore_best(abstract) if best else checkpoints.restore(abstract)
-        finally:
-            checkpoints.close()
-        if restored is not None:
-            state, _, step = restored
-            return load_system(config, workdir / "system"), state.ema, f"{workdir}, step {step}"
+        steps = checkpoints.steps(best=config.sample.checkpoint == "best")
+        checkpoints.close()
+        step = first_whole(checkpoints.directory, steps)
+        if step is not None:
+            abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+            if not (mesh := jax.sharding.get_mesh()).empty:
+                abstract = sharding.abstract(abstract, mesh)
+            params = restore_params(checkpoints.directory / str(step), abstract)
+            return load_system(config, workdir / "system"), with_text(config, params), f"{workdir}, step {step}"
     return load_box(config, workdir)
+
+
+def with_text(config: Config, params: Params) -> Params:
+    """The parameters with the frozen text encoder's, which no checkpoint holds."""
+    if config.text.encoder != "frozen" or not config.model.text_length:
+        return params
+    weights = load_encoder(Path(config.text.weights), config.model.text_dim)
+    return {**params, "text": jax.tree.map(jax.numpy.asarray, weights)}
 
 
 def load_box(config: Config, workdir: Path) -> tuple[System, Params, str]:

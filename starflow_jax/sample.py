@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from starflow_jax import vbench
 from starflow_jax.config import Config, UserError
 from starflow_jax.generation import Clips, generate_clips, latent_frames, prompt_changes
 from starflow_jax.metrics import ProgressBar, table
@@ -17,7 +18,9 @@ from starflow_jax.model_store import load_model
 from starflow_jax.optimizer import Params
 from starflow_jax.stream import Timeline, draw_timeline, stream_clips
 from starflow_jax.system import System, pixel_frames
+from starflow_jax.text.rewrite import rewriter
 from starflow_jax.video_io import (
+    at_rate,
     atomic_path,
     contact_sheet,
     growing_mp4,
@@ -36,11 +39,15 @@ class Request:
 
     prompt: str
     seed: int
+    given: str = ""  # what was asked for, where sample.rewrite made the prompt of it
+    given_name: str = ""  # what its file is called; "": after what was asked for
 
     @property
     def name(self) -> str:
         """What its files are called."""
-        words = "".join(c if c.isalnum() else " " for c in self.prompt).split()
+        if self.given_name:
+            return self.given_name
+        words = "".join(c if c.isalnum() else " " for c in self.given or self.prompt).split()
         return f"{'_'.join(words)[:60] or 'no_prompt'}_seed{self.seed}"
 
 
@@ -51,6 +58,7 @@ def sample(config: Config, workdir: Path) -> None:
     known_THWC = given_frames(config)
     config = with_length(config, known_THWC)
     latent_frames(config, config.sample)
+    requests = rewritten(config, requests)
     system, params, source = load_model(config, workdir)
     folder = Path(config.sample.output or workdir / "samples")
     print(f"model: {source}")
@@ -76,8 +84,7 @@ def given_frames(config: Config) -> np.ndarray | None:
         return None
     frames_THWC, fps = read_video(settings.video)
     wanted = settings.fps or config.text.fps or fps
-    count = max(1, round(len(frames_THWC) * wanted / fps))
-    frames_THWC = frames_THWC[np.minimum(np.arange(count) * fps / wanted, len(frames_THWC) - 1).astype(int)]
+    frames_THWC = at_rate(frames_THWC, fps, wanted)
     return resize_crop(frames_THWC[(len(frames_THWC) - 1) % stride:], height, width)
 
 
@@ -90,8 +97,8 @@ def with_length(config: Config, known_THWC: np.ndarray | None) -> Config:
 
 
 def _make_all(folder: Path, system: System, params: Params, requests: list[Request], known_THWC: np.ndarray | None):
-    """Whole clips, batch by batch; of each prompt's the most likely are kept. Returns the table."""
-    settings, made = system.config.sample, []
+    """Whole clips, written batch by batch, or when the most likely of each prompt's are known. Returns the table."""
+    settings, made, rows = system.config.sample, [], []
     with ProgressBar("samples", len(requests), unit="video") as progress:
         for batch in _batches(requests, settings.batch_size):
             began = time.perf_counter()
@@ -99,10 +106,12 @@ def _make_all(folder: Path, system: System, params: Params, requests: list[Reque
             clips = generate_clips(system, params, [r.prompt for r in batch], [r.seed for r in batch], settings, known)
             seconds = (time.perf_counter() - began) / len(batch)
             made += [(request, clips, index, seconds) for index, request in enumerate(batch)]
+            if not settings.keep:
+                rows += [_write(folder, system.config, *one) for one in made]
+                made = []
             progress.update(len(batch))
     if settings.keep:
-        made = most_likely(made, settings.keep)
-    rows = [_write(folder, system.config, *one) for one in made]
+        rows = [_write(folder, system.config, *one) for one in most_likely(made, settings.keep)]
     return rows, ("video", "bits/dim", "Jacobi steps", "seconds")
 
 
@@ -136,7 +145,8 @@ def _stream_all(folder: Path, system: System, params: Params, requests: list[Req
         events = timeline.close()
         for writer, path, request in zip(writers, paths, batch):
             writer.close()
-            facts = {"prompt": request.prompt, "seed": request.seed, "frames": frames, "seconds": round(seconds, 3),
+            facts = {"prompt": request.prompt, "prompt_given": request.given or request.prompt,
+                     "seed": request.seed, "frames": frames, "seconds": round(seconds, 3),
                      "seconds_to_first_frame": round(first, 3), "settings": dataclasses.asdict(settings),
                      "timeline": [dataclasses.asdict(event) for event in events]}
             with atomic_path(path.with_suffix(".json")) as temporary:
@@ -149,6 +159,11 @@ def _stream_all(folder: Path, system: System, params: Params, requests: list[Req
 def read_requests(config: Config) -> list[Request]:
     """The prompts of the configuration, `count` seeds each. Raises UserError where there is none."""
     settings = config.sample
+    if settings.vbench and (settings.prompt or settings.prompts_file):
+        raise UserError("sample.vbench is a list of prompts; leave out sample.prompt and sample.prompts_file")
+    if settings.vbench:
+        return [Request(prompt, settings.seed + index, given_name=vbench.stem(prompt, index))
+                for prompt in vbench.read_prompts(settings.vbench) for index in range(settings.count)]
     if settings.prompt and settings.prompts_file:
         raise UserError("sample.prompt and sample.prompts_file are both given; leave one out")
     if settings.prompts_file:
@@ -167,6 +182,18 @@ def read_requests(config: Config) -> list[Request]:
     return [Request(prompt, settings.seed + index) for prompt in prompts for index in range(settings.count)]
 
 
+def rewritten(config: Config, requests: list[Request]) -> list[Request]:
+    """The requests with prompts made longer by sample.rewrite, each prompt once. Raises UserError where it fails."""
+    if not config.sample.rewrite:
+        return requests
+    hook, prompts = rewriter(config.sample.rewrite), {request.prompt: "" for request in requests}
+    with ProgressBar("rewrite", len(prompts), unit="prompt") as progress:
+        for prompt in prompts:
+            prompts[prompt] = hook(prompt)
+            progress.update()
+    return [dataclasses.replace(request, prompt=prompts[request.prompt], given=request.prompt) for request in requests]
+
+
 def _batches(requests: list[Request], size: int) -> Iterator[list[Request]]:
     for begin in range(0, len(requests), size):
         yield requests[begin:begin + size]
@@ -178,10 +205,12 @@ def _write(folder: Path, config: Config, request: Request, clips: Clips, index: 
     scale = max(1, SHOWN_PIXELS // frames.shape[1])
     path = folder / f"{request.name}.mp4"
     write_mp4(path, frames, config.sample.fps or config.text.fps or 1, scale)
-    contact_sheet(path.with_suffix(".png"), frames[None], [request.prompt], scale=max(1, scale // 2))
+    # VBench takes the ending of any file of the folder for that of all: only videos may lie there.
+    details = folder.with_name(f"{folder.name}_details") / path.name if config.sample.vbench else path
+    contact_sheet(details.with_suffix(".png"), frames[None], [request.prompt], scale=max(1, scale // 2))
     dims = clips.noisy_BNhwC[index].size
     facts = describe(config, request, clips, index, seconds)
-    with atomic_path(path.with_suffix(".json")) as temporary:
+    with atomic_path(details.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(facts, indent=1))
     steps = int(clips.deep_steps_BK[index].sum())
     return str(path), f"{clips.nats_B[index] / dims / np.log(2):.3f}", steps, f"{seconds:.1f}"
@@ -191,6 +220,7 @@ def describe(config: Config, request: Request, clips: Clips, index: int, seconds
     """What the JSON beside a video says."""
     return {
         "prompt": request.prompt,
+        "prompt_given": request.given or request.prompt,
         "seed": request.seed,
         "frames": int(clips.frames_BTHWC.shape[1]),
         "settings": dataclasses.asdict(config.sample),

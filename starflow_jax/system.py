@@ -5,6 +5,7 @@ methods, which are pure and can be jitted.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -18,10 +19,11 @@ import numpy as np
 from starflow_jax.checkpoint import export_arrays, import_arrays
 from starflow_jax.codec import patch
 from starflow_jax.config import Config, UserError
-from starflow_jax.data import moving_digits
+from starflow_jax.data import moving_digits, prepared
 from starflow_jax.flow.first_guess import FirstGuess
 from starflow_jax.flow.starflow import STARFlow
-from starflow_jax.optimizer import Params
+from starflow_jax.optimizer import Params, TrainState, create_state
+from starflow_jax.text.pretrained import encoder_config, load_tokenizer
 from starflow_jax.text.prompt import EXTEND, format_prompt
 from starflow_jax.text.t5 import T5Config, T5Encoder, mask_padding
 from starflow_jax.text.tokenizer import Tokenizer, train_tokenizer
@@ -37,8 +39,9 @@ def model_fingerprint(config: Config) -> dict[str, Any]:
     model = dataclasses.asdict(config.model)
     for name in ("dtype", "remat", "unroll_layers"):
         del model[name]
-    return json.loads(json.dumps({"model": model, "text": dataclasses.asdict(config.text),
-                                  "codec": dataclasses.asdict(config.codec)}))
+    text = dataclasses.asdict(config.text)
+    del text["weights"]  # where they lie
+    return json.loads(json.dumps({"model": model, "text": text, "codec": dataclasses.asdict(config.codec)}))
 
 
 def build_flow(config: Config) -> STARFlow:
@@ -46,8 +49,11 @@ def build_flow(config: Config) -> STARFlow:
 
 
 def build_text_encoder(config: Config) -> T5Encoder:
-    """The small T5 that is trained along with the flow."""
+    """The small T5 that is trained along with the flow, or the frozen one of text.weights."""
     text = config.text
+    if text.encoder == "frozen":
+        t5 = encoder_config(Path(text.weights), config.model.text_dim)
+        return T5Encoder(t5, dtype=jnp.dtype(config.model.dtype))
     t5 = T5Config(vocab_size=text.vocab_size, d_model=text.d_model, d_kv=text.d_kv, d_ff=text.d_ff,
                   num_layers=text.layers, num_heads=text.heads)
     return T5Encoder(t5, dtype=jnp.dtype(config.model.dtype))
@@ -99,9 +105,9 @@ class System:
         """Parameters at the start of training."""
         return init_params(self.config, jax.random.key(seed))
 
-    def prompt(self, caption: str, is_image: bool = False) -> str:
-        """The text that the encoder is given for a caption."""
-        return prompt_text(self.config, caption, is_image)
+    def prompt(self, caption: str, is_image: bool = False, **told: Any) -> str:
+        """The text that the encoder is given for a caption; told: fps and aspect_ratio, else as trained."""
+        return prompt_text(self.config, caption, is_image, **told)
 
     def text_ids(self, prompts: Sequence[str]) -> np.ndarray:
         """(B, text_length) int32."""
@@ -155,13 +161,49 @@ def init_params(config: Config, key: jax.Array) -> Params:
     return params
 
 
+def abstract_state(config: Config) -> TrainState:
+    """Shapes and dtypes of a training state."""
+    return jax.eval_shape(lambda: create_state(init_params(config, jax.random.key(0)), config.train))
+
+
 def data_source(config: Config, split: str) -> Sequence[dict[str, Any]]:
-    """The built-in data set's examples, made on first use; recorded one latent frame longer than trained on."""
+    """The examples of the built-in data set, made on first use, or prepared ones; recorded one latent frame longer
+    than trained on."""
     data, stride = config.data, config.codec.time_stride
+    if data.source == "prepared":
+        return prepared.source(data.directory, split)
     settings = moving_digits.MovingDigitsConfig(
         size=data.size, digit_size=data.digit_size, frames=1 + config.model.frames * stride,
         train_clips=data.train_clips, validation_clips=data.validation_clips, test_clips=data.test_clips)
     return moving_digits.source(settings, split, data.directory or default_data_directory())
+
+
+def training_source(system: System) -> Sequence[dict[str, Any]]:
+    """The train split's examples; with data.latents their prepared latents and, of a frozen text encoder, features."""
+    config = system.config
+    if not config.data.latents:
+        return data_source(config, "train")
+    features_by = text_fingerprint(config) if config.text.encoder == "frozen" else None
+    return prepared.source(config.data.directory, "train", latents_by=codec_fingerprint(system),
+                           features_by=features_by)
+
+
+def codec_fingerprint(system: System) -> dict[str, Any]:
+    """What prepared latents depend on."""
+    return {**dataclasses.asdict(system.config.codec), "arrays": digest(dataclasses.asdict(system.codec))}
+
+
+def text_fingerprint(config: Config) -> dict[str, Any]:
+    """What prepared features of a frozen text encoder depend on."""
+    return {**dataclasses.asdict(config.text), "text_length": config.model.text_length}
+
+
+def digest(arrays: Any) -> str:
+    """A short hash of a tree of arrays."""
+    hashed = hashlib.sha256()
+    for leaf in jax.tree.leaves(arrays):
+        hashed.update(np.ascontiguousarray(leaf).tobytes())
+    return hashed.hexdigest()[:16]
 
 
 def default_data_directory() -> str:
@@ -175,6 +217,8 @@ def make_system(config: Config) -> System:
     source = data_source(config, "train")
     frames = np.stack([source[i]["frames"] for i in range(min(FITTED_CLIPS, len(source)))])
     codec = patch.fit(frames[:, :pixel_frames(config)], patch_shape(config), config.model.channels)
+    if config.text.encoder == "frozen":
+        return System(config, load_tokenizer(Path(config.text.weights)), codec)
     texts = []
     for index in range(min(TOKENIZED_CLIPS, len(source))):
         example = source[index]
@@ -206,7 +250,8 @@ def save_decoding(system: System, folder: Path) -> None:
 
 def load_system(config: Config, folder: Path) -> System:
     """Read what `save_system` wrote. Raises UserError where a file is missing, damaged or of another model."""
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    frozen = config.text.encoder == "frozen"
+    tokenizer = load_tokenizer(Path(config.text.weights)) if frozen else Tokenizer.load(folder / "tokenizer.model")
     codec = patch.PatchCodec(**{name: jnp.asarray(value)
                                 for name, value in import_arrays(folder / "codec.safetensors").items()})
     expected = (patch_shape(config).pixels, config.model.channels)

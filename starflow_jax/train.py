@@ -10,21 +10,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from starflow_jax import sharding
 from starflow_jax.checkpoint import BEST, Checkpoints
 from starflow_jax.config import Config, UserError
 from starflow_jax.data import pipeline
 from starflow_jax.generation import adherence_of_samples, bits_per_frame, generate_clips
+from starflow_jax.initialise import inherited_system, initial_params, refuse_converted
 from starflow_jax.metrics import MetricWriter, ProgressBar, read_metrics
 from starflow_jax.optimizer import Params, TrainState, create_state, schedule
 from starflow_jax.system import (
     System,
+    abstract_state,
     data_source,
     load_system,
     make_system,
     model_fingerprint,
     prompt_text,
     save_system,
+    training_source,
 )
 from starflow_jax.train_step import make_train_step, tokens_of
 from starflow_jax.video_io import contact_sheet
@@ -46,24 +51,27 @@ def open_system(config: Config, workdir: Path) -> System:
     folder = workdir / "system"
     if (folder / "codec.safetensors").exists():
         return load_system(config, folder)
-    system = make_system(config)
+    system = inherited_system(config) or make_system(config)
     save_system(system, folder)
     return system
 
 
-def train_iterator(system: System):
-    """This process's batches, from the start."""
+def train_iterator(system: System, mesh: Mesh):
+    """This process's batches, from the start. Raises UserError where they do not divide over the mesh."""
     config = system.config
     data, train = config.data, config.train
     images = train.image_batch_size or train.batch_size * config.model.frames
+    for field, size in (("batch_size", train.batch_size), ("image_batch_size", images)):
+        sharding.check_batch(f"train.{field} / train.accumulate", size // train.accumulate, mesh)
+    part, parts = sharding.data_process(mesh)
     return pipeline.train_batches(
-        data_source(config, "train"), batch_size=train.batch_size, image_batch_size=images, seed=train.seed,
+        training_source(system), batch_size=train.batch_size, image_batch_size=images, seed=train.seed,
         image_probability=data.image_probability, first_frame_drop=data.first_frame_drop,
         caption_drop=data.caption_drop, short_caption=data.short_caption, pixel_frames=system.pixel_frames,
         latent_stride=config.codec.time_stride,
         encode_text=partial(system.tokenizer.encode, length=config.model.text_length),
-        format_caption=partial(prompt_text, config), workers=data.workers,
-        process_index=jax.process_index(), process_count=jax.process_count())
+        format_caption=partial(prompt_text, config), text_length=config.model.text_length, workers=data.workers,
+        process_index=part, process_count=parts)
 
 
 def train(config: Config, workdir: Path) -> None:
@@ -71,36 +79,63 @@ def train(config: Config, workdir: Path) -> None:
     if config.codec.kind != "patch" or config.text.encoder != "trained":
         raise UserError(f"{config.name}: training needs codec.kind=patch and text.encoder=trained as yet; "
                         "the Wan2.2 VAE and flan-t5 are not built")
+    refuse_converted(workdir)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_model(config.model, mesh)
+    with jax.set_mesh(mesh):
+        _train_on(mesh, config, workdir)
+
+
+def _train_on(mesh: Mesh, config: Config, workdir: Path) -> None:
+    first = jax.process_index() == 0
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
                               model_fingerprint=model_fingerprint(config))
-    system = open_system(config, workdir)
-    batches = train_iterator(system)
-    state = jax.jit(lambda: create_state(system.init(config.train.seed), config.train))()
-    restored = checkpoints.restore(jax.eval_shape(lambda: state))
+    system = sharding.on_every_process(open_system, config, workdir)
+    batches = train_iterator(system, mesh)
+    abstract = sharding.abstract(abstract_state(config), mesh)
+    restored = checkpoints.restore(abstract)
     if restored is not None:
         state, position, step = restored
         batches.set_state(position)
-        print(f"going on from step {step}")
-    writer = MetricWriter(workdir, resume_step=int(state.step))
+        if first:
+            print(f"going on from step {step}")
+    else:
+        placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        params, changes = initial_params(config, jax.random.key(config.train.seed), placed.params)
+        state = jax.jit(lambda params: create_state(params, config.train), out_shardings=placed)(params)
+        del params
+        if first and config.train.init_from:
+            print(f"beginning with {config.train.init_from}" + (":" if changes else ""))
+            for name, old, now, effect in changes:
+                print(f"  {name} {old} -> {now}: {effect}")
+    writer, lost = MetricWriter(workdir, resume_step=int(state.step), writes=first), False
     try:
-        state = _run(system, state, batches, checkpoints, writer)
+        state = _run(system, mesh, state, batches, checkpoints, writer)
+    except jax.errors.JaxRuntimeError as error:
+        lost = jax.process_count() > 1
+        if not lost:
+            raise
+        raise UserError(f"another process of this run was lost ({str(error).splitlines()[0][:200]}); start all of them "
+                        "again with the same command: training goes on from the newest checkpoint") from error
     finally:
         batches.close()
-        checkpoints.close()
         writer.close()
-    _say_what_next(config, workdir, int(state.step))
+        if not lost:  # or it waits for the lost one
+            checkpoints.close()
+    if first:
+        _say_what_next(config, workdir, int(state.step))
 
 
 def _run(
-    system: System, state: TrainState, batches: Any, checkpoints: Checkpoints, writer: MetricWriter
+    system: System, mesh: Mesh, state: TrainState, batches: Any, checkpoints: Checkpoints, writer: MetricWriter
 ) -> TrainState:
     settings = system.config.train
-    step_fn, rate = make_train_step(system), schedule(settings)
+    step_fn, rate = make_train_step(system, mesh), schedule(settings)
     stop = _StopOnTerm()
     since, tokens, step = time.perf_counter(), 0, int(state.step)
-    with ProgressBar("train", settings.steps, initial=step) as progress:
+    with ProgressBar("train", settings.steps, initial=step, shown=writer.writes) as progress:
         while step < settings.steps and not stop.asked:
-            batch = next(batches)
+            batch = sharding.put_batch(next(batches), mesh)
             tokens += tokens_of(batch, system.config)
             state, scalars = step_fn(state, batch)
             step += 1
@@ -158,8 +193,9 @@ def _evaluate(system: System, params: Params, step: int, writer: MetricWriter) -
         shares = adherence_of_samples(system, params, "validation", system.config.train.adherence_prompts)
         metrics |= {f"adherence_{name}": share for name, share in shares.items()}
     clips = generate_clips(system, params, SHEET_CAPTIONS, range(len(SHEET_CAPTIONS)), system.config.sample)
-    contact_sheet(writer.path.parent / "sheets" / f"samples_step_{step:07d}.png", clips.frames_BTHWC, SHEET_CAPTIONS,
-                  scale=3)
+    if writer.writes:
+        contact_sheet(writer.path.parent / "sheets" / f"samples_step_{step:07d}.png", clips.frames_BTHWC,
+                      SHEET_CAPTIONS, scale=3)
     writer.scalars(step, metrics)
     writer.image(step, "samples", np.concatenate([np.concatenate(list(c), axis=1) for c in clips.frames_BTHWC]))
     return metrics

@@ -6,24 +6,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from starflow_jax.config import Config
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.losses import nll_mean, weighted_loss
 from starflow_jax.optimizer import Params, TrainState, apply_gradients
+from starflow_jax.sharding import parameter_shardings, replicated
 from starflow_jax.system import System, flow_variables
 
-Batch = dict[str, Any]  # frames_BTHWC uint8, text_ids_BS int32, drop_first_B bool
+# frames_BTHWC uint8, text_ids_BS int32, drop_first_B bool; or, computed before, latents_BNhwC and features_BSD.
+Batch = dict[str, Any]
 
 
 def clean_latents(system: System, batch: Batch) -> jax.Array:
     """(B, N, h, w, C) training latents of a batch.
 
     Video clips are recorded one latent frame longer than the model's: the last one is left out, or, where
-    drop_first_B says so, the first (the model then learns to go on from the middle of a video).
+    drop_first_B says so, the first (the model then learns to go on from the middle of a video). Latents that come
+    with the batch are taken as they are.
     """
+    if "latents_BNhwC" in batch:
+        return batch["latents_BNhwC"].astype(jnp.float32)
     latents = system.encode(batch["frames_BTHWC"])
     if latents.shape[1] == 1:
         return latents
@@ -31,9 +36,15 @@ def clean_latents(system: System, batch: Batch) -> jax.Array:
     return jnp.where(drop_first, latents[:, 1:], latents[:, :-1])
 
 
-def gradients(system: System, params: Params, noisy: jax.Array, ids_BS: jax.Array) -> tuple[Params, dict]:
-    """Gradients of every parameter, and the losses, from noised latents; the text encoder is trained along."""
-    return gradients_from_features(system.flow, params, noisy, lambda trained: system.features(trained, ids_BS))
+def gradients(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> tuple[Params, dict]:
+    """Gradients of every parameter, and the losses, from noised latents.
+
+    text: ids (B, S), and the text encoder is trained along; or a frozen one's features (B, S, D).
+    """
+    def features(trained: Params) -> jax.Array:
+        return text if text.ndim == 3 else system.features(trained, text)
+
+    return gradients_from_features(system.flow, params, noisy, features)
 
 
 def gradients_from_features(
@@ -67,29 +78,40 @@ def gradients_from_features(
     return {**grads, "denoiser": denoiser_grads}, {"loss": loss, "denoiser_loss": regression}
 
 
-def make_train_step(system: System):
-    """(state, batch) -> (state, scalars on the device); jitted, the state donated."""
+def make_train_step(system: System, mesh: Mesh | None = None):
+    """(state, batch) -> (state, scalars on the device); jitted, the state donated.
+
+    On a mesh the state keeps its layout over it (sharding.parameter_shardings); the noise is the same on any.
+    """
     settings, noise_std = system.config.train, system.config.model.noise_std
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         clean = clean_latents(system, batch)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         noisy = clean + noise_std * jax.random.normal(key, clean.shape)
-        grads, losses = _accumulate(system, state.params, noisy, batch["text_ids_BS"], settings.accumulate)
+        text = batch["features_BSD"] if "features_BSD" in batch else batch["text_ids_BS"]
+        grads, losses = _accumulate(system, state.params, noisy, text, settings.accumulate)
         state, norm, skip = apply_gradients(state, grads, settings)
         return state, {**losses, "bits_per_dim": to_bits(losses["loss"]), "grad_norm": norm,
                        "skip": skip, "skipped": state.skipped}
 
-    return jax.jit(step, donate_argnums=0)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    def placed(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, scalars = step(state, batch)
+        return jax.lax.with_sharding_constraint(state, parameter_shardings(state, mesh)), scalars
+
+    return jax.jit(placed, donate_argnums=0, out_shardings=(None, replicated(mesh)))
 
 
-def _accumulate(system: System, params: Params, noisy: jax.Array, ids_BS: jax.Array, parts: int):
+def _accumulate(system: System, params: Params, noisy: jax.Array, text: jax.Array, parts: int):
     """Mean gradients and losses over `parts` microbatches, one after the other."""
     if parts == 1:
-        return gradients(system, params, noisy, ids_BS)
-    micro = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), (noisy, ids_BS))
+        return gradients(system, params, noisy, text)
+    # Every parts-th clip: each microbatch has some of the clips that a device holds already.
+    micro = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), (noisy, text))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
-                        jax.eval_shape(lambda: gradients(system, params, noisy[:1], ids_BS[:1])))
+                        jax.eval_shape(lambda: gradients(system, params, noisy[:1], text[:1])))
 
     def add(total: Any, part: tuple[jax.Array, jax.Array]):
         return jax.tree.map(lambda t, g: t + g / parts, total, gradients(system, params, *part)), None
@@ -102,7 +124,7 @@ def to_bits(loss: jax.Array | float) -> jax.Array | float:
     return (loss + 0.5 * math.log(2 * math.pi)) / math.log(2)
 
 
-def tokens_of(batch: dict[str, np.ndarray], config: Config) -> int:
+def tokens_of(batch: Batch, config: Config) -> int:
     """Latent tokens that a step on this batch trains on."""
-    clips, frames = batch["frames_BTHWC"].shape[:2]
+    clips, frames = batch["latents_BNhwC" if "latents_BNhwC" in batch else "frames_BTHWC"].shape[:2]
     return clips * (1 if frames == 1 else config.model.frames) * config.model.tokens_per_frame

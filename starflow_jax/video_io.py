@@ -138,6 +138,12 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
     return np.stack(frames), float(rate)
 
 
+def at_rate(frames_THWC: np.ndarray, fps: float, wanted: float) -> np.ndarray:
+    """Frames (T, ...) of a video of `fps` as one of `wanted` frames per second has them: repeated or left out."""
+    count = max(1, round(len(frames_THWC) * wanted / fps))
+    return frames_THWC[np.minimum(np.arange(count) * fps / wanted, len(frames_THWC) - 1).astype(int)]
+
+
 def to_rgb(frame: av.VideoFrame, **resize: Any) -> np.ndarray:
     """Decoded frame -> (H, W, 3) uint8, resized by PyAV's width=, height=, interpolation= where given.
 

@@ -43,11 +43,12 @@ def randomised(variables: Any, scale: float = 0.5, seed: int = 1) -> Any:
     """The variables with scale * normal / sqrt(fan in) added to each: fresh output projections are zero."""
     random = np.random.default_rng(seed)
 
-    def add(leaf: jax.Array) -> jax.Array:
-        fan_in = leaf.shape[-2] if leaf.ndim > 1 else 1
+    def add(path: Any, leaf: jax.Array) -> jax.Array:
+        axis = -3 if "qkv" in jax.tree_util.keystr(path) else -2
+        fan_in = leaf.shape[axis] if leaf.ndim > 1 else 1
         return leaf + jnp.asarray(scale / np.sqrt(fan_in) * random.normal(size=leaf.shape), leaf.dtype)
 
-    return jax.tree.map(add, variables)
+    return jax.tree_util.tree_map_with_path(add, variables)
 
 
 def random_flow(model: Model, seed: int = 1) -> tuple[STARFlow, Any]:

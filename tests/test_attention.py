@@ -1,5 +1,6 @@
 """The attention core: every implementation against a dense float64 computation, dispatch, and what it compiles to."""
 
+import contextlib
 import functools
 import importlib.util
 import types
@@ -18,7 +19,8 @@ from starflow_jax.kernels.unsupported import Unsupported
 TOLERANCE = {"float64": 1e-13, "float32": 1e-6, "float16": 7e-4, "bfloat16": 5e-3}
 WINDOW = FrameWindow(prefix=21, tokens=37, window=3, lookahead=1)
 MASKS = [Causal(), Full(), WINDOW, FrameWindow(prefix=0, tokens=48, window=1, lookahead=0),
-         FrameWindow(prefix=130, tokens=50, window=2, lookahead=2)]
+         FrameWindow(prefix=130, tokens=50, window=2, lookahead=2),
+         FrameWindow(prefix=21, tokens=37, window=3, lookahead=1, frames=4)]
 # The 7B model: 256 text tokens and 21 frames of 30 x 53, deep block and denoiser.
 SLOTS, HEADS, HEAD_DIM = 256 + 21 * 1590, 64, 64
 DENOISER, DENOISER_HEADS = FrameWindow(prefix=256, tokens=1590, window=10, lookahead=1), 48
@@ -55,6 +57,8 @@ def allowed(mask: Mask, queries: int, keys: int) -> np.ndarray:
         if key < mask.prefix:
             return True
         key_frame = (key - mask.prefix) // mask.tokens
+        if mask.frames and key_frame >= mask.frames:
+            return False
         return query_frame - mask.window < key_frame <= query_frame + mask.lookahead
 
     return np.array([[sees(query, key) for key in range(keys)] for query in range(queries)])
@@ -199,6 +203,9 @@ def test_masks_of_queries_need_as_many_keys() -> None:
         visible_blocks(Causal(), 5, 7, 4, 4)
 
 
+# For Triton kernels jax 0.12 asks which GPU a program is lowered for.
+H100 = jax.sharding.AbstractMesh((), (), abstract_device=jax.sharding.AbstractDevice(
+    device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"))
 # What the text of a lowered program has of each kernel.
 MARKS = {"gpu": "@mosaic_gpu", "triton": "__gpu$xla.gpu.triton", "tpu": "@tpu_custom_call"}
 
@@ -208,8 +215,9 @@ def lowered(platform: str, dtype, heads: int = 2, dim: int = 64, slots: int = 10
     """The kernels in the program that is lowered for that platform, without one at hand."""
     x = jax.ShapeDtypeStruct((1, slots, heads, dim), dtype)
     function = functools.partial(core.attention, mask=mask, implementation=implementation)
-    traced = jax.jit(functools.partial(with_gradients, function) if backward else function).trace(*(3 + backward) * [x])
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    program = jax.jit(functools.partial(with_gradients, function) if backward else function)
+    with jax.sharding.use_abstract_mesh(H100) if platform == "cuda" else contextlib.nullcontext():
+        text = program.trace(*(3 + backward) * [x]).lower(lowering_platforms=(platform,)).as_text()
     return {name for name, mark in MARKS.items() if mark in text}
 
 

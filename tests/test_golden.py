@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from starflow_jax.convert import from_released, released_model, to_released
 from starflow_jax.flow import decode
 from starflow_jax.flow.control import plucker_rays
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.losses import nll_mean, weighted_loss
+from starflow_jax.released import from_released, released_model, to_released
 from starflow_jax.text.prompt import format_prompt, frame_size
 from tests.test_t5 import check_golden_t5
 

@@ -1,6 +1,7 @@
 """What sampling is given and gives: pictures and videos of any size, prompts, the most likely of many."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from starflow_jax.config import Sample, UserError
 from starflow_jax.generation import Clips
-from starflow_jax.sample import Request, given_frames, most_likely, read_requests, with_length
+from starflow_jax.sample import Request, given_frames, most_likely, read_requests, rewritten, with_length
 from starflow_jax.video_io import write_mp4
 from tests.test_generation import CONFIG
 
@@ -66,3 +67,13 @@ def test_prompts_file_gives_count_seeds_each(tmp_path: Path) -> None:
 def test_what_a_stream_cannot_do_is_refused(settings) -> None:
     with pytest.raises(UserError, match="sample.stream=false"):
         Sample(stream=True, **settings)
+
+
+def test_rewriting_lengthens_each_prompt_once_and_keeps_the_file_names() -> None:
+    hook = f"{sys.executable} -c \"print(input() + ', in detail')\""
+    asked = config(rewrite=hook, prompt="a cat", count=2)
+    before = read_requests(asked)
+    after = rewritten(asked, before)
+    assert [request.prompt for request in after] == ["a cat, in detail"] * 2
+    assert [request.name for request in after] == [request.name for request in before] == ["a_cat_seed0", "a_cat_seed1"]
+    assert rewritten(config(prompt="a cat", count=2), before) == before

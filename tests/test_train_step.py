@@ -3,6 +3,9 @@
 import jax
 import numpy as np
 
+from starflow_jax import hlo_cost
+from starflow_jax.config import REMAT
+from starflow_jax.kernels import attention as core
 from starflow_jax.system import init_params
 from starflow_jax.train_step import _accumulate, gradients
 from tests.helpers import latents, randomised, tiny_model
@@ -48,3 +51,19 @@ def test_bfloat16_gradients_point_as_float32s_and_come_back_in_float32() -> None
     np.testing.assert_allclose(rough_losses["loss"], losses["loss"], rtol=0.05, atol=0.02)
     assert exact @ rough > 0.995 * np.linalg.norm(exact) * np.linalg.norm(rough)
     assert np.abs(exact - rough).max() > 0  # computed in another precision
+
+
+def test_rematerialisation_changes_work_and_no_gradient(monkeypatch) -> None:
+    """Kept attention results are not computed again; whatever is, the gradients are the same."""
+    monkeypatch.setattr(core, "SHORT", 0)  # the way of long sequences, whose backward pass wants the results alone
+    flops, found = {}, {}
+    for remat in REMAT:
+        whole = system(tiny_model(remat=remat))
+        params = randomised(init_params(whole.config, jax.random.key(0)))
+        x = latents(whole.config.model, batch=2)
+        compiled = jax.jit(lambda p, whole=whole, x=x: gradients(whole, p, x, IDS)).lower(params).compile()
+        flops[remat], found[remat] = hlo_cost.count(compiled).flops, compiled(params)
+    for remat in REMAT[1:]:
+        for ours, expected in zip(jax.tree.leaves(found[remat]), jax.tree.leaves(found["none"])):
+            np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6 * max(1.0, np.abs(expected).max()))
+    assert flops["none"] < flops["attention"] == flops["offload"] < flops["layer"]

@@ -119,7 +119,7 @@ def _check_size(bucket: Bucket, height: float, width: float, recipe: Recipe) -> 
 def _video_clips(item: Item, recipe: Recipe) -> Iterator[Clip | Rejected]:
     # A path is opened by ffmpeg itself, which is faster than through Python.
     local = isinstance(item.media, str) and "://" not in item.media
-    with av.open(item.media if local else _file(item.media)) as container:
+    with av.open(item.media if local else _file(item.media), "r") as container:
         if not container.streams.video:
             raise _Unusable("no video track")
         stream = container.streams.video[0]
@@ -173,7 +173,8 @@ def _decode(container: av.container.InputContainer, stream: av.VideoStream, star
 def _resample(decoded: Iterator[tuple[float, av.VideoFrame]], fps: int, rate: float
               ) -> Iterator[tuple[float, av.VideoFrame | None]]:
     """At every 1/fps the frame that is shown then; None at a gap. fps=0: all frames."""
-    held, held_time, begin, count = None, 0.0, 0.0, 0
+    held: av.VideoFrame | None = None
+    held_time, begin, count = 0.0, 0.0, 0
     for time, frame in decoded:
         if held is None or time - held_time > MAX_GAP:
             if held is not None:
@@ -259,7 +260,7 @@ class _Cutter:
         """RGB (H, W, 3) of the bucket's size: turned upright, resized to cover it, its middle."""
         if self._size is None:
             self._size = (frame.width, frame.height)
-            height, width = frame.height, frame.width * self._pixel_aspect
+            height, width = float(frame.height), frame.width * self._pixel_aspect
             if frame.rotation % 180 == 90:
                 height, width = width, height
             self._bucket = nearest_bucket(self._recipe.buckets, height, width)
@@ -276,7 +277,7 @@ def fit_frame(frame: av.VideoFrame, height: int, width: int, pixel_aspect: float
     pixel_aspect: width by height of the source's pixels as shown.
     """
     turns = round(frame.rotation / 90) % 4  # counterclockwise
-    shown_height, shown_width = frame.height, frame.width * pixel_aspect
+    shown_height, shown_width = float(frame.height), frame.width * pixel_aspect
     rows, columns = (width, height) if turns % 2 else (height, width)
     scale = max(rows / shown_height, columns / shown_width)
     covered = max(rows, round(shown_height * scale)), max(columns, round(shown_width * scale))
@@ -310,7 +311,7 @@ def decode(media: bytes) -> np.ndarray:
     if media.startswith(b"\xff\xd8"):
         with Image.open(io.BytesIO(media)) as image:
             return np.asarray(image.convert("RGB"))[None]
-    with av.open(io.BytesIO(media)) as container:
+    with av.open(io.BytesIO(media), "r") as container:
         stream = container.streams.video[0]
         stream.thread_count = 1  # there are several readers
         return np.stack([to_rgb(frame) for frame in container.decode(stream)])

@@ -71,8 +71,8 @@ def train_batches(
     """Endless batches; every epoch is shuffled anew. Each is a dict of numpy arrays:
 
         frames_BTHWC  uint8; T = pixel_frames + latent_stride, in an image batch 1
-                      (or latents_BNhwC, float16, one frame longer than trained on)
-        text_ids_BS   int32 (or text_BSD, float16, padding zero)
+                      (or latents_BNhwC, float16, as trained on: the first or last is cut off already)
+        text_ids_BS   int32 (or features_BSD, float16, padding zero)
         drop_first_B  bool: train on latents[1:] instead of latents[:-1]; all False in an image batch
 
     batch_size and image_batch_size are global: process i of n gets the i-th part of the same batch.
@@ -108,7 +108,9 @@ def train_batches(
             caption = EXTEND + caption
         length = pixel_frames + latent_stride
         if "latents" in record:
-            return example("latents_BNhwC", record["latents"][: 1 + length // latent_stride], caption, record, drop_first)
+            latents = record["latents"][: 1 + (length - first_latent_pixels) // latent_stride]
+            kept = latents[1:] if drop_first else latents[:-1]
+            return example("latents_BNhwC", kept, caption, record, drop_first)
         start = rng.integers(len(record["frames"]) - length + 1)
         return example("frames_BTHWC", record["frames"][start : start + length], caption, record, drop_first)
 
@@ -125,11 +127,12 @@ def train_batches(
         return Example(kind, clip, prompt, drop_first, text_of(record, prompt) if "text" in record else None)
 
     def collate(examples: Sequence[Example]) -> Batch:
-        if examples[0].text_SD is None:
+        features = [_padded(example.text_SD, text_length) for example in examples if example.text_SD is not None]
+        if features:
+            text = {"features_BSD": np.stack(features)}
+        else:
             ids_BS = encode_text([example.caption for example in examples])
             text = {"text_ids_BS": np.asarray(ids_BS, np.int32)}
-        else:
-            text = {"text_BSD": np.stack([_padded(example.text_SD, text_length) for example in examples])}
         return {
             examples[0].kind: np.stack([example.clip for example in examples]),
             **text,
@@ -137,7 +140,10 @@ def train_batches(
         }
 
     def batches(
-        part: Source, make_example: Callable[[dict[str, Any], np.random.Generator], Example], size: int, stream_seed: int
+        part: Source,
+        make_example: Callable[[dict[str, Any], np.random.Generator], Example],
+        size: int,
+        stream_seed: int,
     ) -> grain.MapDataset[Batch]:
         local_size = _local_size(size, process_index, process_count)
         examples = grain.MapDataset.source(part).seed(stream_seed).shuffle().repeat()
@@ -145,9 +151,15 @@ def train_batches(
         # Part i, i + n, i + 2n ...: the i-th slice of each global batch.
         return parts[process_index::process_count]
 
-    def mixed(parts: Sequence[Source], *of_part: Any, stream_seed: int) -> grain.MapDataset[Batch]:
+    def mixed(
+        parts: Sequence[Source],
+        make_example: Callable[[dict[str, Any], np.random.Generator], Example],
+        size: int,
+        stream_seed: int,
+    ) -> grain.MapDataset[Batch]:
+        """As many batches of each part as its share of the examples."""
         seeds = [stream_seed, *np.random.SeedSequence(stream_seed).generate_state(len(parts) - 1).tolist()]
-        streams = [batches(part, *of_part, part_seed) for part, part_seed in zip(parts, seeds)]
+        streams = [batches(part, make_example, size, part_seed) for part, part_seed in zip(parts, seeds)]
         return grain.MapDataset.mix(streams, [len(part) for part in parts])
 
     streams, weights = [], []
@@ -155,11 +167,11 @@ def train_batches(
         videos = _parts(source, "videos")
         for part in videos:
             _check_frames(part, pixel_frames, first_latent_pixels, latent_stride)
-        streams.append(mixed(videos, video_example, batch_size, stream_seed=2 * seed))
+        streams.append(mixed(videos, video_example, batch_size, 2 * seed))
         weights.append(1 - image_probability)
     if image_probability > 0:
         images = _parts(source, "images")
-        streams.append(mixed(images, image_example, image_batch_size, stream_seed=2 * seed + 1))
+        streams.append(mixed(images, image_example, image_batch_size, 2 * seed + 1))
         weights.append(image_probability)
     return BatchIterator(grain.MapDataset.mix(streams, weights), read_threads, workers)
 

@@ -32,7 +32,7 @@ class Record(dict):
         return self["frames"]
 
 
-class Bucket(Sequence):
+class Bucket(Sequence[dict[str, Any]]):
     """The examples of one size and split of one folder."""
 
     def __init__(self, folder: epath.Path, name: str, split: str, aspect_ratio: str, latents: bool, features: bool
@@ -47,7 +47,7 @@ class Bucket(Sequence):
     def __len__(self) -> int:
         return len(self._clips)
 
-    def __getitem__(self, index: Any) -> Record:
+    def __getitem__(self, index: Any) -> Any:
         clip = functools.cache(lambda: self._clips[index])
         entries = dict(clip() if self._latents is None else self._latents[index])
         record = Record({**entries, "aspect_ratio": self._aspect_ratio, "fps": int(entries["fps"])}, clip)
@@ -56,7 +56,7 @@ class Bucket(Sequence):
         return record
 
 
-class Prepared(Sequence):
+class Prepared(Sequence[dict[str, Any]]):
     """All buckets of a split. As a sequence it is its largest bucket, of videos where there are any: for what
     looks at examples of one size."""
 
@@ -67,7 +67,7 @@ class Prepared(Sequence):
     def __len__(self) -> int:
         return len(self._largest)
 
-    def __getitem__(self, index: Any) -> Record:
+    def __getitem__(self, index: Any) -> Any:
         return self._largest[index]
 
 
@@ -79,7 +79,8 @@ def source(folders: str, split: str, *, latents_by: Any = None, features_by: Any
     """
     if split not in shards.SPLITS:
         raise UserError(f'there is no split "{split}": use one of {", ".join(shards.SPLITS)}')
-    videos, images = [], []
+    videos: list[Bucket] = []
+    images: list[Bucket] = []
     for folder in (epath.Path(name.strip()) for name in folders.split(",")):
         if not (folder / PREPARED).exists():
             raise UserError(f"data.directory={folders!r}: {folder} is not prepared data; make it with --mode=prepare")

@@ -279,7 +279,8 @@ def _seconds(row: Mapping[str, Any], name: str, default: float) -> float:
 def _read_tar(path: str, captions: Captions) -> Iterator[Item | Rejected]:
     """Samples of a WebDataset tar, in its order, one in memory at a time."""
     tar_name = epath.Path(path).name
-    key, files, read = "", {}, 0
+    files: dict[str, bytes] = {}
+    key, read = "", 0
     try:
         with epath.Path(path).open("rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
             for member in tar:

@@ -18,6 +18,7 @@ from starflow_jax.kernels.mask import Causal
 from starflow_jax.nn import rope
 from starflow_jax.nn.cache import KVCache
 from starflow_jax.nn.transformer import KeyValue, Transformer
+from starflow_jax.sharding import constrain, token_padding
 
 SOFT_CLIP = 4.0
 UNIT_SCALE = 0.54132485  # softplus(UNIT_SCALE) = 1: a block whose output is 0 changes nothing
@@ -74,22 +75,30 @@ class FlowBlock(nn.Module):
 
     def prefill_text(self, text_BTD: jax.Array, rope_2TE: jax.Array) -> KeyValue:
         """Keys and values of the text alone, each (L, B, T, H, D)."""
-        text = self.proj_text(text_BTD)
-        return self.transformer(text, Causal(), rope_2TE)[1]
+        return self._transform(self.proj_text(text_BTD), rope_2TE)[1]
 
     def predict(self, inputs_BNC: jax.Array, rope_2NE: jax.Array, cache: KVCache) -> tuple[Affine, KeyValue]:
         """The next N slots' predictions from what each slot sees; the cache is only read."""
-        hidden = self.proj_in(inputs_BNC.astype(self.dtype))
-        hidden, kv = self.transformer(hidden, Causal(), rope_2NE, cache)
-        return self._affine(hidden), kv
+        return self._transform(self.proj_in(inputs_BNC.astype(self.dtype)), rope_2NE, cache)
 
     def _run(self, inputs_BSC, rope_2SE, text_BTD, keep_kv: bool) -> tuple[Affine, Any]:
         hidden, prefix = self.proj_in(inputs_BSC.astype(self.dtype)), 0
         if text_BTD is not None:
             text = self.proj_text(text_BTD.astype(self.dtype))
             hidden, prefix = jnp.concatenate([text, hidden], axis=1), text.shape[1]
-        hidden, kv = self.transformer(hidden, Causal(), rope_2SE, keep_kv=keep_kv)
-        return self._affine(hidden[:, prefix:]), kv
+        affine, kv = self._transform(hidden, rope_2SE, keep_kv=keep_kv)
+        return Affine(*(part[:, prefix:] for part in affine)), kv
+
+    def _transform(self, hidden_BSD: jax.Array, rope_2SE: jax.Array, cache: KVCache | None = None,
+                   keep_kv: bool = True) -> tuple[Affine, Any]:
+        """The Transformer and what it predicts at each slot; with padding behind the last one while that runs."""
+        slots = hidden_BSD.shape[1]
+        hidden_BSD = constrain(hidden_BSD, "batch", None, None)
+        behind = (0, token_padding(slots))
+        hidden, kv = self.transformer(jnp.pad(hidden_BSD, ((0, 0), behind, (0, 0))), Causal(),
+                                      jnp.pad(rope_2SE, ((0, 0), behind, (0, 0))), cache, keep_kv=keep_kv)
+        affine = Affine(*(constrain(part[:, :slots], "batch", None, None) for part in self._affine(hidden)))
+        return affine, jax.tree.map(lambda layers: layers[:, :, :slots], kv)
 
     def _affine(self, hidden_BSD: jax.Array) -> Affine:
         out = self.proj_out(hidden_BSD.astype(self.dtype))

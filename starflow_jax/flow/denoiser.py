@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from starflow_jax.kernels.mask import FrameWindow
 from starflow_jax.nn.transformer import Transformer
+from starflow_jax.sharding import constrain, token_padding
 
 
 class Denoiser(nn.Module):
@@ -39,12 +40,16 @@ class Denoiser(nn.Module):
         if self.text and text_BTD is not None:
             text = nn.Dense(self.width, dtype=self.dtype, name="proj_text")(text_BTD)
             hidden, prefix = jnp.concatenate([text, hidden], axis=1), text.shape[1]
-        ahead = FrameWindow(prefix, x_BSC.shape[1] // frames, self.window, self.lookahead)
+        slots, hidden = hidden.shape[1], constrain(hidden, "batch", None, None)
+        behind = ((0, 0), (0, token_padding(slots)), (0, 0))
+        hidden, rope_2SE = jnp.pad(hidden, behind), jnp.pad(rope_2SE, behind)
+        ahead = FrameWindow(prefix, x_BSC.shape[1] // frames, self.window, self.lookahead, frames)
         causal = dataclasses.replace(ahead, lookahead=0)
         mask, first_mask = (causal, ahead) if self.first_layer_only else (ahead, None)
         stack = Transformer(self.layers, self.head_dim, self.dtype, self.remat, self.unroll, name="transformer")
         hidden, _ = stack(hidden, mask, rope_2SE, first_mask=first_mask, keep_kv=False)
         out = nn.Dense(self.channels, dtype=self.dtype, name="proj_out", kernel_init=nn.initializers.zeros)(
-            hidden[:, prefix:].astype(self.dtype)
+            hidden.astype(self.dtype)
         )
+        out = constrain(out[:, prefix:slots], "batch", None, None)
         return out.astype(jnp.promote_types(out.dtype, jnp.float32))

@@ -10,6 +10,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from starflow_jax.kernels import pallas_gpu, pallas_tpu, pallas_triton, reference
 from starflow_jax.kernels.mask import Full, Mask
@@ -24,6 +25,7 @@ KERNELS: dict[str, dict[str, ModuleType]] = {
 }
 IMPLEMENTATIONS = {"reference": reference} | {name: kernel for kernels in KERNELS.values()
                                               for name, kernel in kernels.items()}
+ATTENTION_RESULTS = ("attention_out", "attention_lse")  # by these names jax.checkpoint can keep them
 SHORT = 1024  # keys: up to here one product is as fast as a kernel, and autodiff does the rest
 
 
@@ -39,8 +41,8 @@ def attention(
 
     All three in one dtype; softmax in float32. H is a multiple of G: each key head serves H/G query heads.
     past: (k_BPGD, v_BPGD, length) of a cache that is only read: every query also sees its first `length` slots
-    (int32, one for all samples or (B,)). RoPE is the caller's. On TPUs a cache of a multiple of 1024 slots is read
-    where it is; any other is copied first.
+    (int32, one for all samples or (B,)). RoPE is the caller's. A cache of a multiple of 1024 slots on TPUs,
+    of 8 on GPUs, is read where it is; any other is copied first.
     Over several devices, call it in a shard_map (check_vma=False) over samples and heads: XLA parts no kernel.
     implementation: one of IMPLEMENTATIONS. By default the best that serves this call, of the platform that the
     program is lowered for.
@@ -53,7 +55,7 @@ def attention(
         raise ValueError(f"queries {q_BSHD.shape} do not fit keys {k_BKGD.shape} and values {v_BKGD.shape}")
     longest = max(k_BKGD.shape[1], 0 if past is None else past[0].shape[1])
     if longest <= SHORT and implementation in (None, "reference"):
-        return reference.attention(q_BSHD, k_BKGD, v_BKGD, mask, past)
+        return checkpoint_name(reference.attention(q_BSHD, k_BKGD, v_BKGD, mask, past), ATTENTION_RESULTS[0])
     q_BSHD = q_BSHD * q_BSHD.shape[-1] ** -0.5
     out, lse_BHS = _flash(mask, implementation, q_BSHD, k_BKGD, v_BKGD, None)
     if past is None:
@@ -78,7 +80,8 @@ def _flash(mask: Mask, implementation: str | None, q_BSHD, k_BKGD, v_BKGD, lengt
 
 
 def _flash_forward(mask, implementation, q_BSHD, k_BKGD, v_BKGD, length_B):
-    out, lse_BHS = _flash(mask, implementation, q_BSHD, k_BKGD, v_BKGD, length_B)
+    results = _flash(mask, implementation, q_BSHD, k_BKGD, v_BKGD, length_B)
+    out, lse_BHS = (checkpoint_name(x, name) for x, name in zip(results, ATTENTION_RESULTS))
     return (out, lse_BHS), (q_BSHD, k_BKGD, v_BKGD, length_B, out, lse_BHS)
 
 

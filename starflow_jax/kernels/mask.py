@@ -47,12 +47,14 @@ class FrameWindow:
     tokens: int  # per frame
     window: int
     lookahead: int
+    frames: int = 0  # slots behind these are padding, which nobody sees; 0: there is none
 
     def interval(self, query, keys: int, xp=np) -> tuple[Any, Any]:
         divide = lax.div if xp is jnp else np.floor_divide
         frame = divide(xp.maximum(query - self.prefix, 0), xp.full_like(query, self.tokens))
+        end = self.prefix + self.frames * self.tokens if self.frames else keys
         low = self.prefix + xp.maximum(frame - (self.window - 1), 0) * self.tokens
-        return low, xp.minimum(self.prefix + (frame + (self.lookahead + 1)) * self.tokens, keys)
+        return xp.minimum(low, end), xp.minimum(self.prefix + (frame + (self.lookahead + 1)) * self.tokens, end)
 
 
 Mask: TypeAlias = Causal | Full | FrameWindow
@@ -99,10 +101,13 @@ def visible_blocks(mask: Mask, queries: int, keys: int, q_block: int, k_block: i
 def block_runs(visible: np.ndarray, in_front: int = 0) -> np.ndarray:
     """(4, rows): first and last + 1 of the blocks that each row sees, then of those it sees wholly.
 
-    The first `in_front` blocks are left out.
+    The first `in_front` blocks are left out. Where none is seen wholly, that run is empty and starts with the first.
     """
-    def run(some: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        first = in_front + some[:, in_front:].argmax(1)
-        return first, first + some[:, in_front:].sum(1)
+    def run(some: np.ndarray, if_none: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        position = some.argmax(1) if some.shape[1] else 0
+        first = np.where(some.any(1), in_front + position, if_none)
+        return first, first + some.sum(1)
 
-    return np.stack(run(visible != HIDDEN) + run(visible == WHOLLY)).astype(np.int32)
+    behind = visible[:, in_front:]
+    first, last = run(behind != HIDDEN, in_front)
+    return np.stack((first, last, *run(behind == WHOLLY, first))).astype(np.int32)

@@ -10,13 +10,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from starflow_jax.kernels.attention import attention
+from starflow_jax.kernels.attention import ATTENTION_RESULTS, attention
 from starflow_jax.kernels.mask import Mask
 from starflow_jax.nn.cache import KVCache
 from starflow_jax.nn.rope import apply_rope
+from starflow_jax.sharding import constrain, over_heads
 
 KeyValue = tuple[jax.Array, jax.Array]
+LAYER_INPUT = "layer_input"
 
 
 class FinalNorm(nn.Module):
@@ -49,19 +52,28 @@ class Layer(nn.Module):
         """past: this layer's cached (k, v) or None. Returns (x, this call's (k, v)), the scan's carry and output."""
         width = x_BSD.shape[-1]
         heads = width // self.head_dim
-        qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(self._norm(x_BSD, "attention_norm"))
-        q, k, v = (part.reshape(*part.shape[:-1], heads, self.head_dim) for part in jnp.split(qkv, 3, axis=-1))
+        qkv = nn.DenseGeneral((3, width), dtype=self.dtype, name="qkv")(self._norm(x_BSD, "attention_norm"))
+        q, k, v = (qkv[..., i, :].reshape(*x_BSD.shape[:-1], heads, self.head_dim) for i in range(3))
         q, k = apply_rope(q, rope_2SE), apply_rope(k, rope_2SE)
+        q, k, v = (constrain(part, "batch", None, "heads", None) for part in (q, k, v))
         seen = None if past is None else (*past, past_length)
-        attend = partial(attention, mask=self.mask, past=seen)
+
+        def attend(mask: Mask):
+            return lambda q, k, v: over_heads(partial(attention, mask=mask), q, k, v, seen)
+
         if self.first_mask is None:
-            out = attend(q, k, v)
+            out = attend(self.mask)(q, k, v)
         else:
-            out = lax.cond(is_first, partial(attention, mask=self.first_mask, past=seen), attend, q, k, v)
-        x_BSD = x_BSD + nn.Dense(width, dtype=self.dtype, name="proj")(out.reshape(x_BSD.shape))
+            out = lax.cond(is_first, attend(self.first_mask), attend(self.mask), q, k, v)
+        out = constrain(out.reshape(x_BSD.shape), "batch", "tokens", "hidden")
+        x_BSD = _tokens(x_BSD + nn.Dense(width, dtype=self.dtype, name="proj")(out))
         hidden = nn.Dense(4 * width, dtype=self.dtype, name="mlp_in")(self._norm(x_BSD, "mlp_norm"))
-        hidden = nn.gelu(hidden, approximate=False)
-        return x_BSD + nn.Dense(width, dtype=self.dtype, name="mlp_out")(hidden), (k, v)
+        hidden = nn.gelu(constrain(hidden, "batch", "tokens", "hidden"), approximate=False)
+        return _tokens(x_BSD + nn.Dense(width, dtype=self.dtype, name="mlp_out")(hidden)), (k, v)
+
+
+def _tokens(x_BSD: jax.Array) -> jax.Array:
+    return constrain(x_BSD, "batch", "tokens", None)
 
 
 class Transformer(nn.Module):
@@ -87,7 +99,8 @@ class Transformer(nn.Module):
         keep_kv: bool = True,
     ) -> tuple[jax.Array, Any]:
         """(B, S, D) in, ((B, S, D) float32 normed, (k, v) each (L, B, S, H, D) or None) out."""
-        layer = nn.remat(_BodyLayer, prevent_cse=False) if self.remat == "layer" else _BodyLayer
+        layer = _BodyLayer if self.remat == "none" else nn.remat(
+            _BodyLayer, prevent_cse=False, policy=_kept(self.remat))
         stack = nn.scan(
             layer,
             variable_axes={"params": 0},
@@ -100,8 +113,20 @@ class Transformer(nn.Module):
         is_first = jnp.arange(self.layers) == 0
         past = None if cache is None else (cache.k_LBPHD, cache.v_LBPHD)
         past_length = jnp.int32(0) if cache is None else cache.length
-        x_BSD, kv = stack(x_BSD.astype(self.dtype), past, is_first, rope_2SE, past_length)
+        x_BSD, kv = stack(_tokens(x_BSD.astype(self.dtype)), past, is_first, rope_2SE, past_length)
         return FinalNorm(name="final_norm")(x_BSD), kv
+
+
+def _kept(remat: str):
+    """What a layer's backward pass finds beside the layer's input, as jax.checkpoint's policy (config.REMAT)."""
+    policies = jax.checkpoint_policies
+    if remat == "attention":
+        return policies.save_only_these_names(*ATTENTION_RESULTS)
+    if remat == "offload":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT, *ATTENTION_RESULTS],
+            offload_src="device", offload_dst="pinned_host")
+    return None
 
 
 class _BodyLayer(nn.Module):
@@ -115,6 +140,7 @@ class _BodyLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD, past, is_first, rope_2SE, past_length):
+        x_BSD = checkpoint_name(x_BSD, LAYER_INPUT)
         layer = Layer(self.head_dim, self.dtype, self.mask, self.first_mask, name="layer")
         x_BSD, kv = layer(x_BSD, past, is_first, rope_2SE, past_length)
         return x_BSD, kv if self.keep_kv else None

@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from starflow_jax.config import UserError
+from starflow_jax.tensor_files import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +180,7 @@ def mask_padding(features_BSD: jax.Array, ids_BS: jax.Array) -> jax.Array:
     return jnp.where((ids_BS != 0)[:, :, None], features_BSD, 0)
 
 
-def load_t5(tensors: Mapping[str, np.ndarray], config: T5Config) -> dict[str, Any]:
+def load_t5(tensors: Mapping[str, Array], config: T5Config) -> dict[str, Any]:
     """Encoder parameters, float32, from a Hugging Face T5 v1.1 state dict.
 
     Other tensors (a decoder's) are ignored. Returns the tree for
@@ -193,7 +194,7 @@ def load_t5(tensors: Mapping[str, np.ndarray], config: T5Config) -> dict[str, An
     def read(name: str, *shape: int) -> np.ndarray:
         if name not in tensors:
             raise UserError(f"T5 weights have no tensor {name}; give an encoder of T5 v1.1 (flan-t5)")
-        if tensors[name].shape != shape:
+        if tuple(tensors[name].shape) != shape:
             raise UserError(
                 f"T5 tensor {name} has shape {tensors[name].shape}, the configuration needs {shape}"
             )

@@ -1,0 +1,204 @@
+"""Meshes, and the one table from what an array's axes mean to mesh axes.
+
+    data       copies of the model, each on its own clips
+    fsdp       clips too, and parameters and optimizer state in parts, gathered layer by layer where they are used
+    tensor     heads and hidden channels of each layer; the weights stay where they are
+    sequence   tokens; within attention heads, so that every head sees all its tokens (one all-to-all there and back)
+
+Code below names axes by what they mean; without a mesh, or on a mesh of one device, nothing happens. XLA does the
+rest (jax.set_mesh), but for the attention kernels, which it cannot part: those run in a shard_map over clips and heads.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from starflow_jax import config as settings_of
+from starflow_jax.config import UserError
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+TABLE: dict[str | None, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),  # clips
+    "tokens": ("sequence",),
+    "heads": ("tensor", "sequence"),  # of activations within attention
+    "hidden": ("tensor",),  # channels that one layer's products make and the next ones sum
+    "width": ("fsdp",),  # the model width, of parameters
+    None: (),
+}
+# The trailing axes of parameters, and of the optimizer's arrays of the same names; all others are whole everywhere.
+PARAMETERS = {
+    r"layers/layer/qkv/kernel": ("width", None, "hidden"),
+    r"layers/layer/qkv/bias": (None, "hidden"),
+    r"layers/layer/proj/kernel": ("hidden", "width"),
+    r"layers/layer/mlp_in/kernel": ("width", "hidden"),
+    r"layers/layer/mlp_in/bias": ("hidden",),
+    r"layers/layer/mlp_out/kernel": ("hidden", "width"),
+    r"(deep|shallow_\d+|denoiser)/proj_(in|text)/kernel": (None, "width"),
+    r"(deep|shallow_\d+|denoiser)/proj_out/kernel": ("width", None),
+}
+
+
+def make_mesh(settings: settings_of.Mesh, devices: Any = None) -> Mesh:
+    """A mesh of all devices, or those given. Raises UserError where the settings' product is another number."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(settings, len(devices))
+    # Unlike jax.make_mesh, also where an axis of the mesh is only a part of one of the pod's.
+    arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_shape(settings: settings_of.Mesh, devices: int) -> tuple[int, ...]:
+    """Sizes of AXES; a 0 among the settings becomes what the others leave."""
+    sizes = [getattr(settings, axis) for axis in AXES]
+    rest = math.prod(size for size in sizes if size)
+    if 0 in sizes:
+        sizes[sizes.index(0)] = devices // rest
+    if math.prod(sizes) != devices:
+        asked = " x ".join(f"{axis}={getattr(settings, axis)}" for axis in AXES)
+        raise UserError(f"mesh {asked}: does not divide {devices} devices; set config.mesh so that the product of "
+                        "its axes is that number (a 0 takes what the others leave)")
+    return tuple(sizes)
+
+
+def check_model(model: settings_of.Model, mesh: Mesh | AbstractMesh) -> None:
+    """Raises UserError where the model's heads or widths do not divide over the mesh."""
+    over_heads = math.prod(mesh.shape[axis] for axis in TABLE["heads"])
+    for name in ("deep_width", "shallow_width"):
+        width = getattr(model, name)
+        if (width // model.head_dim) % over_heads:
+            raise UserError(f"mesh.tensor={mesh.shape['tensor']}, mesh.sequence={mesh.shape['sequence']}: their "
+                            f"product has to divide the {width // model.head_dim} heads of model.{name}={width}")
+        if width % mesh.shape["fsdp"]:
+            raise UserError(f"mesh.fsdp={mesh.shape['fsdp']}: has to divide model.{name}={width}")
+
+
+def check_batch(field: str, size: int, mesh: Mesh | AbstractMesh) -> None:
+    """Raises UserError where a batch does not divide over the mesh's clips."""
+    parts = math.prod(mesh.shape[axis] for axis in TABLE["batch"])
+    if size % parts:
+        raise UserError(f"{field}={size}: has to be a multiple of mesh.data x mesh.fsdp = {parts}")
+
+
+def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """The mesh axes of an array's axes. Raises ValueError where two of them want the same one."""
+    named = [TABLE[axis] for axis in axes]
+    used = [axis for part in named for axis in part]
+    if len(used) != len(set(used)):
+        raise ValueError(f"{axes}: two axes of one array want the same mesh axis ({', '.join(used)})")
+    return PartitionSpec(*(part or None for part in named))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """x, laid out over the current mesh as TABLE says; a batch that does not divide stays whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, spec(_dividing(axes, x.shape, mesh))))
+
+
+def token_padding(slots: int) -> int:
+    """How many slots of padding let a sequence divide over the current mesh; XLA's own padding of uneven parts is not
+    safe to differentiate through."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 0 if mesh.empty else -slots % math.prod(mesh.shape[axis] for axis in TABLE["tokens"])
+
+
+def over_heads(attend: Callable, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, past: Any) -> jax.Array:
+    """attend(q, k, v, past=past), each device with the heads and clips of its own; past: (k, v, length) or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return attend(q_BSHD, k_BSHD, v_BSHD, past=past)
+    batch, = _dividing(("batch",), q_BSHD.shape, mesh)
+    array = spec((batch, None, "heads", None))
+    length = spec((batch,)) if past is not None and np.ndim(past[2]) else PartitionSpec()
+    parted = jax.shard_map(lambda q, k, v, past: attend(q, k, v, past=past), check_vma=False, out_specs=array,
+                           in_specs=(array, array, array, None if past is None else (array, array, length)))
+    return parted(q_BSHD, k_BSHD, v_BSHD, past)
+
+
+def _dividing(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AbstractMesh) -> tuple[str | None, ...]:
+    """`axes` without those of batches that do not divide over the mesh: a single video is whole everywhere."""
+    return tuple(None if axis == "batch" and size % math.prod(mesh.shape[part] for part in TABLE[axis]) else axis
+                 for axis, size in zip(axes, shape))
+
+
+def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for every array of parameters, of a training state or of anything with the same names."""
+    def of(path: Any, leaf: Any) -> NamedSharding:
+        name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
+        for pattern, axes in PARAMETERS.items():
+            if re.search(f"(^|/){pattern}$", name):
+                return NamedSharding(mesh, PartitionSpec(*[None] * (len(leaf.shape) - len(axes)), *spec(axes)))
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def abstract(tree: Any, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of such a tree, as checkpoints are restored to and programs compiled for."""
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                        tree, parameter_shardings(tree, mesh))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays whose first axis counts clips."""
+    return NamedSharding(mesh, spec(("batch",)))
+
+
+def cache_sharding(mesh: Mesh, batch: int) -> NamedSharding:
+    """Of the keys and values of a stack of layers, (L, B, slots, H, D)."""
+    return NamedSharding(mesh, spec((None, *_dividing(("batch",), (batch,), mesh.abstract_mesh), None, "heads", None)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def data_process(mesh: Mesh) -> tuple[int, int]:
+    """(which part of each batch this process loads, of how many): processes that share clips load the same part.
+
+    Raises UserError where the processes' parts overlap without being the same.
+    """
+    parts: dict[int, set[int]] = {}
+    clips = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    for part, devices in enumerate(clips):
+        for device in devices:
+            parts.setdefault(device.process_index, set()).add(part)
+    distinct = sorted({tuple(sorted(of)) for of in parts.values()})
+    runs = all(of == tuple(range(of[0], of[0] + len(distinct[0]))) for of in distinct)
+    if sum(map(len, distinct)) != len(clips) or not runs:
+        raise UserError(f"mesh {dict(mesh.shape)}: each process has to hold whole parts of the batch; let tensor x "
+                        "sequence divide, or be a multiple of, the devices of a process")
+    return distinct.index(tuple(sorted(parts[jax.process_index()]))), len(distinct)
+
+
+def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's part of a batch as part of the global arrays."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in batch.items()}
+
+
+def fetch(x: Any) -> np.ndarray:
+    """The whole array on every process."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        x = x if x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+
+def on_every_process(run: Callable, *args: Any) -> Any:
+    """Run on the first process, then on the others, which find what the first one wrote."""
+    first = jax.process_index() == 0
+    if not first:
+        multihost_utils.sync_global_devices(getattr(run, "__name__", "run"))
+    result = run(*args)
+    if first and jax.process_count() > 1:
+        multihost_utils.sync_global_devices(getattr(run, "__name__", "run"))
+    return result

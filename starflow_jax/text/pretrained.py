@@ -1,0 +1,72 @@
+"""A published T5 v1.1 (flan-t5-xl) as the frozen text encoder: its folder of safetensors, settings and tokenizer.
+
+    huggingface-cli download google/flan-t5-xl config.json spiece.model "*.safetensors*" --local-dir flan-t5-xl
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from starflow_jax.config import UserError
+from starflow_jax.tensor_files import open_safetensors
+from starflow_jax.text.t5 import T5Config, load_t5
+from starflow_jax.text.tokenizer import Tokenizer
+
+SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets",
+         "relative_attention_max_distance", "layer_norm_epsilon")
+
+
+def encoder_config(folder: Path, text_dim: int) -> T5Config:
+    """The encoder's sizes from its config.json.
+
+    Raises UserError where it is missing, of another kind of model, or its features have not `text_dim` channels.
+    """
+    return _encoder_config(folder, text_dim)
+
+
+@functools.lru_cache  # asked for with every module that is built
+def _encoder_config(folder: Path, text_dim: int) -> T5Config:
+    path = _file_of(folder, "config.json")
+    try:
+        settings = json.loads(path.read_text())
+        kind = settings.get("feed_forward_proj"), settings.get("model_type", "t5")
+        config = T5Config(**{name: settings[name] for name in SIZES if name in settings})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: can't be read as the settings of a T5 encoder ({error})") from error
+    if kind != ("gated-gelu", "t5"):
+        raise UserError(f"{path}: is no T5 v1.1 (its model_type is {kind[1]!r}, its feed_forward_proj {kind[0]!r}, "
+                        "not 'gated-gelu'); take flan-t5-xl")
+    if config.d_model != text_dim:
+        raise UserError(f"{path}: its features have {config.d_model} channels, model.text_dim={text_dim}; take the "
+                        "encoder that the model was trained with (flan-t5-xl: 2048)")
+    return config
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Its sentencepiece model. Raises UserError where it is missing or none."""
+    return Tokenizer.load(_file_of(folder, "spiece.model"))
+
+
+def load_encoder(folder: Path, text_dim: int) -> dict[str, Any]:
+    """Float32 parameters of T5Encoder(encoder_config(folder)), read tensor by tensor; a decoder's are passed over.
+
+    Raises UserError for a folder that holds no such encoder.
+    """
+    config = encoder_config(folder, text_dim)
+    return load_t5(open_safetensors(folder), config)
+
+
+def _file_of(folder: Path, name: str) -> Path:
+    path = _folder(folder) / name
+    if not path.exists():
+        raise UserError(f"text.weights={str(folder)!r}: holds no {name}; give a folder as google/flan-t5-xl is "
+                        "published, with config.json, spiece.model and safetensors")
+    return path
+
+
+def _folder(folder: Path) -> Path:
+    if folder == Path() or not folder.is_dir():
+        raise UserError(f"text.weights={'' if folder == Path() else str(folder)!r}: has to be a folder with the frozen "
+                        "text encoder; download google/flan-t5-xl and name it with --config.text.weights=DIR")
+    return folder

@@ -1,0 +1,125 @@
+"""Run by test_sharding.py with eight simulated devices: a training step and samples on several meshes.
+
+python -m tests.sharded_run FOLDER: writes results.json with the largest relative differences from one device.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow_jax import config as settings_of
+from starflow_jax import sharding
+from starflow_jax.checkpoint import Checkpoints
+from starflow_jax.flow import decode
+from starflow_jax.optimizer import create_state
+from starflow_jax.system import flow_variables, init_params
+from starflow_jax.train_step import make_train_step
+from tests.helpers import randomised, tiny_model
+from tests.test_losses import system
+
+ONE = (1, 1, 1, 1)
+MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2))
+# Odd numbers of tokens (2 x 9, and 3 of text before them), which no axis divides.
+MODEL = tiny_model(height=3, width=3, deep_width=80, shallow_width=80, denoiser="first_layer", denoiser_layers=1)
+SYSTEM = system(MODEL)
+BATCH = 8
+
+
+def batch() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    shape = (BATCH, MODEL.frames, MODEL.height, MODEL.width, MODEL.channels)
+    return {"latents_BNhwC": random.normal(size=shape).astype(np.float32),
+            "text_ids_BS": random.integers(1, 8, (BATCH, 3)).astype(np.int32)}
+
+
+def abstract_state() -> Any:
+    return jax.eval_shape(lambda: create_state(init_params(SYSTEM.config, jax.random.key(0)), SYSTEM.config.train))
+
+
+def fresh_state() -> Any:
+    """On one device, with parameters in which nothing is zero."""
+    state = jax.jit(lambda: create_state(init_params(SYSTEM.config, jax.random.key(0)), SYSTEM.config.train))()
+    params = randomised(jax.tree.map(np.asarray, state.params))
+    return jax.tree.map(np.asarray, state.replace(params=params, ema=params))
+
+
+def trained(mesh: Any, state: Any) -> Any:
+    """State after two steps, and the scalars of the second, the gradient's norm among them."""
+    data = sharding.put_batch(batch(), mesh)
+    step = make_train_step(SYSTEM, mesh)
+    state, _ = step(state, data)
+    return step(state, data)
+
+
+def sampled(params: Any, videos: int) -> tuple[jax.Array, jax.Array]:
+    """Guided Jacobi samples, exact."""
+    random = np.random.default_rng(1)
+    noise = random.normal(size=(videos, MODEL.frames, 9, MODEL.channels)).astype(np.float32)
+    texts = random.normal(size=(2, videos, 3, MODEL.text_dim)).astype(np.float32)
+    solver, variables = decode.Solver(9, tolerance=0.0), flow_variables(params)
+    made = [u for u, _ in decode.generate(SYSTEM.flow, variables, jnp.asarray(noise), jnp.asarray(texts), guidance=1.5,
+                                          solver=solver, token_grid=(3, 3))]
+    u = jnp.concatenate(made, axis=1)
+    return u, decode.invert_shallow(SYSTEM.flow, variables, u, solver=solver, token_grid=(3, 3))[0]
+
+
+def difference(ours: Any, reference: Any) -> float:
+    """Largest over the leaves: norm of the difference over the norm."""
+    def of(a: Any, b: Any) -> float:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-12)) if np.abs(b).max() > 0 else float(
+            np.abs(a).max())
+
+    return max(jax.tree.leaves(jax.tree.map(of, ours, reference)))
+
+
+def main(folder: Path) -> None:
+    results, expected, reference_folder = {}, None, folder / "one"
+    start = fresh_state()
+    for shape in (ONE, *MESHES):
+        count = int(np.prod(shape))
+        mesh = sharding.make_mesh(settings_of.Mesh(*shape), jax.devices()[:count])
+        with jax.set_mesh(mesh):
+            abstract = sharding.abstract(abstract_state(), mesh)
+            placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+            state, scalars = trained(mesh, jax.device_put(start, placed))
+            found = {"state": state, "scalars": scalars, "many": sampled(state.params, BATCH)}
+            if shape[2] > 1 or expected is None:  # one video, spread by its heads and tokens
+                found["single"] = sampled(state.params, 1)
+            if expected is None:
+                expected = jax.tree.map(np.asarray, found)
+                checkpoints = Checkpoints(reference_folder, keep=1, model_fingerprint={})
+                checkpoints.save(2, state, {"batches": 2}, None)
+            else:
+                checkpoints = Checkpoints(folder / "_".join(map(str, shape)), keep=1, model_fingerprint={})
+                checkpoints.save(2, state, {"batches": 2}, None)
+            checkpoints.wait()
+            checkpoints.close()
+            held = Checkpoints(reference_folder, keep=1, model_fingerprint={})
+            restored = held.restore(abstract)
+            held.close()
+            assert restored is not None
+            laid_out = all(a.sharding.is_equivalent_to(b, len(a.shape)) for a, b in zip(
+                jax.tree.leaves((restored[0], state)), jax.tree.leaves((placed, placed))))
+            kernel = state.params["flow"]["deep"]["transformer"]["layers"]["layer"]["mlp_in"]["kernel"]
+            results["x".join(map(str, shape))] = {
+                name: difference(found[name], expected[name]) for name in found} | {
+                "restored": difference(restored[0], expected["state"]), "laid_out": laid_out,
+                "kernel_part": kernel.addressable_shards[0].data.size / kernel.size}
+    one = sharding.make_mesh(settings_of.Mesh(1, 1, 1, 1), jax.devices()[:1])
+    for shape in MESHES:
+        held = Checkpoints(folder / "_".join(map(str, shape)), keep=1, model_fingerprint={})
+        back = held.restore(sharding.abstract(abstract_state(), one))
+        held.close()
+        assert back is not None
+        results["x".join(map(str, shape))]["back_on_one"] = difference(back[0], expected["state"])
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,44 @@
+"""Prompt rewriting: commands and functions, and what goes wrong with them."""
+
+import sys
+
+import pytest
+
+from starflow_jax.config import UserError
+from starflow_jax.text.rewrite import rewriter
+
+PYTHON = f'"{sys.executable}" -c'
+
+
+def longer(prompt: str) -> str:
+    return f" {prompt},\n in great detail "
+
+
+def nothing(prompt: str) -> str:
+    return "" if prompt else "x"
+
+
+def failing(prompt: str) -> str:
+    raise RuntimeError("no model")
+
+
+def test_a_function_and_a_command_give_one_line() -> None:
+    assert rewriter("tests.test_rewrite:longer")("a cat") == "a cat, in great detail"
+    command = rewriter(f'{PYTHON} "import sys; print(sys.stdin.read() + chr(10) + sys.argv[1])" "$HOME; in detail"')
+    assert command("a cat") == "a cat $HOME; in detail"  # no shell
+
+
+@pytest.mark.parametrize(("hook", "told"), [
+    ("tests.test_rewrite:nothing", "gave '' for the prompt 'a cat'"),
+    ("tests.test_rewrite:failing", "RuntimeError: no model"),
+    ("tests.test_rewrite:absent", "no such function"),
+    ("no_such_module:rewrite", "no such function"),
+    ("no_such_command --long", "can't be run"),
+    ('unclosed "quote', "can't be read as a command"),
+    (f'{PYTHON} "import sys; sys.exit(\'out of memory\')"', r"ended with code 1 .*\(out of memory\)"),
+    (f'{PYTHON} "print()"', "has to give text"),
+])
+def test_failures_are_one_line(hook: str, told: str) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        rewriter(hook)("a cat")
+    assert "\n" not in str(error.value)
