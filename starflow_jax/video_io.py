@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -144,15 +144,17 @@ def at_rate(frames_THWC: np.ndarray, fps: float, wanted: float) -> np.ndarray:
     return frames_THWC[np.minimum(np.arange(count) * fps / wanted, len(frames_THWC) - 1).astype(int)]
 
 
-def to_rgb(frame: av.VideoFrame, **resize: Any) -> np.ndarray:
-    """Decoded frame -> (H, W, 3) uint8, resized by PyAV's width=, height=, interpolation= where given.
+def to_rgb(frame: av.VideoFrame, threads: int = 0) -> np.ndarray:
+    """Decoded frame -> (H, W, 3) uint8. threads: 0 for as many as there are cores."""
+    tag_colours(frame)
+    return frame.to_ndarray(format="rgb24", threads=threads)
 
-    Untagged: BT.709 from 720 rows on, else BT.601, as players do.
-    """
+
+def tag_colours(frame: av.VideoFrame) -> None:
+    """Takes an untagged frame to be BT.709 from 720 rows on, else BT.601, as players do."""
     unspecified = 2  # AVCOL_SPC_UNSPECIFIED
     if frame.colorspace == unspecified and frame.height >= 720:
         frame.colorspace = Colorspace.ITU709
-    return frame.to_ndarray(format="rgb24", **resize)
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:

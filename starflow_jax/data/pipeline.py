@@ -322,7 +322,9 @@ def _check_frames(source: Source, pixel_frames: int, first_latent_pixels: int, l
             f"pixel_frames is {pixel_frames}: the codec takes {first_latent_pixels} frames and then "
             f"groups of {latent_stride}, such as {first_latent_pixels + 3 * latent_stride}"
         )
-    recorded = len(source[0]["frames"])
+    first = source[0]
+    latents = len(first["latents"]) if "latents" in first else 0
+    recorded = first_latent_pixels + (latents - 1) * latent_stride if latents else len(first["frames"])
     if recorded < pixel_frames + latent_stride:
         raise UserError(
             f"pixel_frames is {pixel_frames}: with {latent_stride} more for examples without their first "
