@@ -63,14 +63,18 @@ def _clip_serializer() -> tuple[Any, Any, Any]:
 
 def serialize(features: tfds.features.FeaturesDict, example: Mapping[str, Any]) -> bytes:
     """One example as TFDS keeps it."""
-    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-    return serializer.serialize_example(features.encode_example(example))
+    return _serialized(example_serializer.ExampleSerializer(features.get_serialized_info()), features, example)
 
 
 def serialize_clip(example: Mapping[str, Any]) -> bytes:
     """The same for `clip_features`."""
     features, serializer, _ = _clip_serializer()
-    return serializer.serialize_example(features.encode_example(example))
+    return _serialized(serializer, features, example)
+
+
+def _serialized(serializer: Any, features: tfds.features.FeaturesDict, example: Mapping[str, Any]) -> bytes:
+    # serialize_example() would put the fields in another order in every process.
+    return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
 
 
 def parse_clip(record: bytes) -> dict[str, Any]:

@@ -115,12 +115,19 @@ def _glob(path: epath.Path) -> list[epath.Path]:
 
 def _media_below(folder: epath.Path) -> list[str]:
     """Paths of all media files, relative to the folder, sorted."""
-    found = []
-    for below, _, names in folder.walk():
-        for name in names:
-            if name.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES) and not name.startswith("."):
-                found.append(str((epath.Path(below) / name).relative_to(folder)))
-    return sorted(found)
+
+    def below(inner: epath.Path, prefix: str) -> Iterator[str]:
+        # Not walk(): of an object store it gives paths without the store's name.
+        for path in inner.iterdir():
+            name = path.name.lower()
+            if name.startswith("."):
+                continue
+            if name.endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES):
+                yield prefix + path.name
+            elif not name.endswith((".txt", ".json")) and path.is_dir():
+                yield from below(path, f"{prefix}{path.name}/")
+
+    return sorted(below(folder, ""))
 
 
 def _grouped(kind: str, where: epath.Path, entries: Iterable[Any], size: int) -> list[Unit]:
