@@ -312,4 +312,5 @@ def test_an_object_store_holds_the_same_bytes(inputs, whole, tmp_path):
     found = tree(tmp_path / "store" / "bucket" / "out")
     expected = tree(whole)
     assert found.keys() == expected.keys()
-    assert all(found[name] == expected[name] for name in found if not name.endswith("prepared.json"))
+    # Of an empty file ffmpeg says other words when it is read through Python; the input's name is another.
+    assert {name for name in found if found[name] != expected[name]} <= {"prepared.json", "rejected.jsonl"}
