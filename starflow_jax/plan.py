@@ -5,6 +5,7 @@ will be slower than the bound, which takes products, memory and links each at th
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -79,9 +80,8 @@ def topology(name: str) -> list[Any]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except Exception as error:  # whatever the plug-in raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "libtpu" in str(error).lower() or "unknown backend" in str(error).lower():
-            raise UserError(f"compiling for TPUs needs libtpu, which is not installed: pip install \"jax[tpu]\" "
-                            f"({reason[:150]})") from error
+        if importlib.util.find_spec("libtpu") is None:
+            raise UserError('plan compiles with libtpu, which is not installed: pip install "jax[tpu]"') from error
         raise UserError(f"plan.topology={name!r}: {reason[:300]}") from error
 
 

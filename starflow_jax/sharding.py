@@ -103,6 +103,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return lax.with_sharding_constraint(x, NamedSharding(mesh, spec(_dividing(axes, x.shape, mesh))))
 
 
+def tokens_parted() -> bool:
+    """Whether the current mesh parts sequences, which then are not to be cut at odd places."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and math.prod(mesh.shape[axis] for axis in TABLE["tokens"]) > 1
+
+
 def token_padding(slots: int) -> int:
     """How many slots of padding let a sequence divide over the current mesh; XLA's own padding of uneven parts is not
     safe to differentiate through."""

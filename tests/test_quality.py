@@ -50,7 +50,7 @@ def test_frechet_distance_of_fewer_rows_than_features() -> None:
 def pictures(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
     rows, columns = np.mgrid[:24, :30]
-    frames = np.stack([rows * 8 + time, columns * 7, (rows + columns) * 3] for time in range(4)).transpose(0, 2, 3, 1)
+    frames = np.stack([np.stack([rows * 8 + time, columns * 7, (rows + columns) * 3], axis=-1) for time in range(4)])
     return frames.astype(np.uint8), np.clip(frames + random.normal(0, 20, frames.shape), 0, 255).astype(np.uint8)
 
 
@@ -84,7 +84,6 @@ def test_pairs() -> None:
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
     """Two systems' videos and real ones; one file is broken, one is missing, one is of another size."""
-    real, noisy = pictures()
     for name, index in (("real", 0), ("ours", 1), ("theirs", 2)):
         for video in range(3):
             frames = np.concatenate([pictures(video)[min(index, 1)]] * 3) // (1 + video)

@@ -18,7 +18,7 @@ from starflow_jax.kernels.mask import Causal
 from starflow_jax.nn import rope
 from starflow_jax.nn.cache import KVCache
 from starflow_jax.nn.transformer import KeyValue, Transformer
-from starflow_jax.sharding import constrain, token_padding
+from starflow_jax.sharding import constrain, token_padding, tokens_parted
 
 SOFT_CLIP = 4.0
 UNIT_SCALE = 0.54132485  # softplus(UNIT_SCALE) = 1: a block whose output is 0 changes nothing
@@ -86,19 +86,21 @@ class FlowBlock(nn.Module):
         if text_BTD is not None:
             text = self.proj_text(text_BTD.astype(self.dtype))
             hidden, prefix = jnp.concatenate([text, hidden], axis=1), text.shape[1]
-        affine, kv = self._transform(hidden, rope_2SE, keep_kv=keep_kv)
-        return Affine(*(part[:, prefix:] for part in affine)), kv
+        return self._transform(hidden, rope_2SE, keep_kv=keep_kv, prefix=prefix)
 
     def _transform(self, hidden_BSD: jax.Array, rope_2SE: jax.Array, cache: KVCache | None = None,
-                   keep_kv: bool = True) -> tuple[Affine, Any]:
-        """The Transformer and what it predicts at each slot; with padding behind the last one while that runs."""
-        slots = hidden_BSD.shape[1]
+                   keep_kv: bool = True, prefix: int = 0) -> tuple[Affine, Any]:
+        """The Transformer and what it predicts at each slot behind the prefix; with padding behind the last one
+        while that runs."""
+        slots = whole = hidden_BSD.shape[1]
         hidden_BSD = constrain(hidden_BSD, "batch", None, None)
         behind = (0, token_padding(slots))
         hidden, kv = self.transformer(jnp.pad(hidden_BSD, ((0, 0), behind, (0, 0))), Causal(),
                                       jnp.pad(rope_2SE, ((0, 0), behind, (0, 0))), cache, keep_kv=keep_kv)
-        affine = Affine(*(constrain(part[:, :slots], "batch", None, None) for part in self._affine(hidden)))
-        return affine, jax.tree.map(lambda layers: layers[:, :, :slots], kv)
+        if not tokens_parted():
+            hidden, slots, prefix = hidden[:, prefix:], slots - prefix, 0
+        affine = Affine(*(constrain(part[:, prefix:slots], "batch", None, None) for part in self._affine(hidden)))
+        return affine, jax.tree.map(lambda layers: layers[:, :, :whole], kv)
 
     def _affine(self, hidden_BSD: jax.Array) -> Affine:
         out = self.proj_out(hidden_BSD.astype(self.dtype))

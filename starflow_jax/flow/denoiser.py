@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from starflow_jax.kernels.mask import FrameWindow
 from starflow_jax.nn.transformer import Transformer
-from starflow_jax.sharding import constrain, token_padding
+from starflow_jax.sharding import constrain, token_padding, tokens_parted
 
 
 class Denoiser(nn.Module):
@@ -48,6 +48,8 @@ class Denoiser(nn.Module):
         mask, first_mask = (causal, ahead) if self.first_layer_only else (ahead, None)
         stack = Transformer(self.layers, self.head_dim, self.dtype, self.remat, self.unroll, name="transformer")
         hidden, _ = stack(hidden, mask, rope_2SE, first_mask=first_mask, keep_kv=False)
+        if not tokens_parted():
+            hidden, slots, prefix = hidden[:, prefix:], slots - prefix, 0
         out = nn.Dense(self.channels, dtype=self.dtype, name="proj_out", kernel_init=nn.initializers.zeros)(
             hidden.astype(self.dtype)
         )

@@ -93,7 +93,8 @@ def visible_blocks(mask: Mask, queries: int, keys: int, q_block: int, k_block: i
     low, high = low_S.reshape(-1, q_block), high_S.reshape(-1, q_block)
     start = np.arange(-(-keys // k_block)) * k_block
     stop = start + k_block
-    some = (start < prefix) | ((stop > low.min(1, keepdims=True)) & (start < high.max(1, keepdims=True)))
+    sees = (low < high).any(1, keepdims=True)  # padding sees nothing but the prefix
+    some = (start < prefix) | (sees & (stop > low.min(1, keepdims=True)) & (start < high.max(1, keepdims=True)))
     joined = (np.maximum(start, prefix) >= low.max(1, keepdims=True)) & (stop <= high.min(1, keepdims=True))
     return np.where((stop <= prefix) | joined, WHOLLY, np.where(some, PARTLY, HIDDEN))
 

@@ -1,0 +1,154 @@
+"""The Wan VAE as the flow's codec: pixels <-> normalised latents, part by part in bounded memory and in tiles.
+
+A whole video is encoded and decoded as the stream that it is: its first frame, then a scan over the others, so that
+memory does not grow with its length but for the result.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from starflow_jax.codec.wan_vae import Cache, Past, WanConfig, WanVAE
+from starflow_jax.config import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Tiles of frames, in latents: `size` rows and columns each, neighbours sharing `overlap` or more; 0: no tiles."""
+
+    size: int = 0
+    overlap: int = 8
+
+    def starts(self, length: int) -> np.ndarray:
+        """Where each tile along an axis of `length` latents begins; evenly spread, the last ends with the axis."""
+        if not self.size or length <= self.size:
+            return np.zeros(1, np.int32)
+        count = -(-(length - self.overlap) // (self.size - self.overlap))
+        return np.round(np.linspace(0, length - self.size, count)).astype(np.int32)
+
+    def weights(self, length: int, scale: int) -> np.ndarray:
+        """(tiles, `scale` outputs per latent of a tile): each output's shares over the tiles that hold it sum to 1.
+
+        The quarter of the overlap next to a tile's cut edge, where it knows its surroundings least, is left out, the
+        middle half is blended linearly. So tiles are exact where a quarter of the overlap is what a pixel depends on.
+        """
+        starts = self.starts(length)
+        size = min(self.size or length, length)
+        inside = (np.arange(size * scale) + 0.5) / scale  # in latents, from the tile's start
+        shares = np.ones((len(starts), size * scale))
+        for index in range(len(starts)):
+            if index > 0:
+                shares[index] *= self._ramp(inside)
+            if index < len(starts) - 1:
+                shares[index] *= self._ramp(size - inside)
+        total = np.zeros(length * scale)
+        for start, share in zip(starts, shares):
+            total[start * scale:(start + size) * scale] += share
+        places = starts[:, None] * scale + np.arange(size * scale)
+        return (shares / total[places]).astype(np.float32)
+
+    def _ramp(self, distance: np.ndarray) -> np.ndarray:
+        return np.clip((distance - self.overlap / 4) / (self.overlap / 2), 0, 1)
+
+
+class WanCodec(flax.struct.PyTreeNode):
+    """The weights, the channel statistics and how they are used; a pytree, so that it goes into jitted functions."""
+
+    params: dict[str, Any]
+    mean_C: jax.Array
+    std_C: jax.Array
+    config: WanConfig = flax.struct.field(pytree_node=False)
+    dtype: str = flax.struct.field(pytree_node=False, default="float32")
+    tiles: Tiles = flax.struct.field(pytree_node=False, default=Tiles())
+
+    def encode(self, pixels_BTHWC: jax.Array) -> jax.Array:
+        """(B, 1 + k * time stride, H, W, 3) in [-1, 1] -> normalised means (B, 1 + k, h, w, C) float32."""
+        return self.moments(pixels_BTHWC)[0]
+
+    def moments(self, pixels_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(normalised mean, log-variance, which is not normalised). Raises UserError for sizes that don't divide."""
+        frames, stride = pixels_BTHWC.shape[1], self.config.time_stride
+        if frames % stride != 1 % stride or not frames:
+            raise UserError(f"a clip of {frames} frames: this codec takes 1 + a multiple of {stride} frames")
+        return _in_parts(self.encode_next, pixels_BTHWC, stride)
+
+    def encode_next(self, pixels_BTHWC: jax.Array, cache: Cache | None) -> tuple[tuple[jax.Array, jax.Array], Cache]:
+        """The moments of a video's next frames: without a cache of its first (and a multiple of the time stride
+        more), then of a multiple of the time stride. Returns the cache for the next call, too."""
+        height, width = pixels_BTHWC.shape[2:4]
+        if height % self.config.stride or width % self.config.stride:
+            raise UserError(f"frames of {height}x{width}: this codec takes multiples of {self.config.stride} pixels")
+        before = cache or Cache(None, None)
+        features, high = self._tiled(WanVAE.encode_high, pixels_BTHWC, before.high, self.config.stride, 1)
+        (mean, log_variance), low = self._apply(WanVAE.encode_low, features, before.low)
+        return ((mean - self.mean_C) / self.std_C, log_variance), Cache(low, high)
+
+    def decode(self, latents_BNhwC: jax.Array) -> jax.Array:
+        """Normalised latents -> pixels (B, 1 + (N-1) * time stride, H, W, 3) float32, not clamped."""
+        return _in_parts(self.decode_next, latents_BNhwC, 1)
+
+    def decode_next(self, latents_BNhwC: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+        """The pixels of a video's next latent frames (without a cache: its first ones), and the cache for the next
+        call: the first latent frame becomes one frame, each other one `time stride` frames."""
+        before = cache or Cache(None, None)
+        features, low = self._apply(WanVAE.decode_low, latents_BNhwC * self.std_C + self.mean_C, before.low)
+        pixels, high = self._tiled(WanVAE.decode_high, features, before.high, 1, self.config.stride)
+        return pixels, Cache(low, high)
+
+    def _apply(self, method: Callable, x: jax.Array, past: Past) -> tuple[Any, Past]:
+        vae = WanVAE(self.config, jnp.dtype(self.dtype))
+        return vae.apply({"params": self.params}, x, past, method=method)
+
+    def _tiled(self, method: Callable, x: jax.Array, past: Past, scale: int, out_scale: int) -> tuple[Any, Past]:
+        """`method` tile after tile; scale and out_scale: rows of its input and output per latent row."""
+        height, width = x.shape[2] // scale, x.shape[3] // scale
+        starts = np.array(list(itertools.product(self.tiles.starts(height), self.tiles.starts(width))), np.int32)
+        if len(starts) == 1:
+            return self._apply(method, x, past)
+        size = [min(self.tiles.size, length) for length in (height, width)]
+        weights = np.stack([np.outer(down, across) for down, across in itertools.product(
+            self.tiles.weights(height, out_scale), self.tiles.weights(width, out_scale))])
+
+        def one(start_2: jax.Array, past: Past) -> tuple[jax.Array, Past]:
+            part = lax.dynamic_slice(x, (0, 0, *(start_2 * scale), 0),
+                                     (*x.shape[:2], *(length * scale for length in size), x.shape[-1]))
+            return self._apply(method, part, past)
+
+        def add(whole: jax.Array, tile: Any) -> tuple[jax.Array, Past]:
+            start_2, weight, past = tile
+            out, past = one(start_2, past)
+            at = (0, 0, *(start_2 * out_scale), 0)
+            share = out.astype(jnp.float32) * weight[:, :, None]
+            return lax.dynamic_update_slice(whole, lax.dynamic_slice(whole, at, out.shape) + share, at), past
+
+        shape, _ = jax.eval_shape(one, jnp.asarray(starts[0]), jax.tree.map(lambda leaf: leaf[0], past))
+        whole = jnp.zeros((*shape.shape[:2], height * out_scale, width * out_scale, shape.shape[-1]))
+        whole, past = lax.scan(add, whole, (jnp.asarray(starts), jnp.asarray(weights), past))
+        return whole.astype(shape.dtype), past
+
+
+def _in_parts(step: Callable, x: jax.Array, length: int) -> Any:
+    """step(the first frame, None), then a scan over parts of `length` frames, the cache as its carry."""
+    first, cache = step(x[:, :1], None)
+    if x.shape[1] == 1:
+        return first
+    rest = x[:, 1:].reshape(x.shape[0], -1, length, *x.shape[2:])
+
+    def next_part(cache: Cache, part: jax.Array) -> tuple[Cache, Any]:
+        out, cache = step(part, cache)
+        return cache, out
+
+    _, parts = lax.scan(next_part, cache, jnp.moveaxis(rest, 1, 0))
+
+    def joined(first: jax.Array, parts: jax.Array) -> jax.Array:
+        later = jnp.moveaxis(parts, 0, 1)
+        return jnp.concatenate([first, later.reshape(later.shape[0], -1, *later.shape[3:])], axis=1)
+
+    return jax.tree.map(joined, first, parts)
