@@ -112,11 +112,12 @@ def _write_examples(folder: epath.Path, latents: tuple[int, ...], count: int) ->
                 shards.FEATURES: shards.text_features(FEATURE_DIM)}
 
     def examples(kind: str) -> Iterator[dict[str, Any]]:
-        for _ in range(count):
-            yield {shards.CLIPS: {**text, "media": b"", "key": "", "start": 0.0},
-                   shards.LATENTS: {**text, "latents": random.standard_normal(latents).astype(np.float16)},
-                   shards.FEATURES: {"prompts": json.dumps(_prompts()), "rows": rows,
-                                     "lengths": np.full(len(_prompts()), FEATURE_ROWS)}}[kind]
+        made: dict[str, dict[str, Any]] = {
+            shards.CLIPS: {**text, "media": b"", "key": "", "start": 0.0},
+            shards.LATENTS: {**text, "latents": random.standard_normal(latents).astype(np.float16)},
+            shards.FEATURES: {"prompts": json.dumps(_prompts()), "rows": rows,
+                              "lengths": np.full(len(_prompts()), FEATURE_ROWS)}}
+        yield from [made[kind]] * count
 
     for kind, spec in features.items():
         shard = shards.Shard(kind, "bucket", "train", 0, 1, count)

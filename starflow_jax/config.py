@@ -357,7 +357,7 @@ class Prepare:
     crf: int = 10  # H.264's quality, 0 (lossless) to 51
     validation_share: float = 0.01  # of the videos, by a hash of their names
     test_share: float = 0.01
-    items_per_part: int = 64  # videos of a folder or list that one process takes at a time
+    items_per_part: int = 16  # videos of a folder or list that one process takes at a time
     clips_per_shard: int = 256
     processes: int = 0  # 0: one per core
     beam: str = "none"  # flags of an Apache Beam pipeline, such as "--runner=FlinkRunner ..."

@@ -1,7 +1,6 @@
 """--mode=prepare: raw videos and pictures to clips, and, where asked for, their latents and text features."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,14 +67,14 @@ def buckets_of(config: Config) -> tuple[Bucket, ...]:
 def write_latents(config: Config, workdir: Path, folder: str) -> None:
     """Encode all clips with the workdir's codec, each batch over all devices of this process."""
     system = _codec_system(config, workdir)
-    put, batch_size = _over_devices(config.prepare.batch_size)
+    mesh, batch_size = _over_devices(config.prepare.batch_size)
     encode = jax.jit(system.encode)
 
     def shape(shape_THWC: tuple[int, ...]) -> tuple[int, ...]:
         frames = jax.ShapeDtypeStruct((1, *shape_THWC), jnp.uint8)
         return jax.eval_shape(system.encode, frames).shape[1:]
 
-    derived.write_latents(folder, lambda frames: sharding.fetch(encode(put(frames))), shape, batch_size=batch_size,
+    derived.write_latents(folder, lambda frames: np.asarray(encode(_put(frames, mesh))), shape, batch_size=batch_size,
                           made_by=codec_fingerprint(system), share=_share())
 
 
@@ -83,12 +82,15 @@ def write_text_features(config: Config, workdir: Path, folder: str) -> None:
     """Encode all prompts that the clips may be trained with by the workdir's text encoder."""
     system, params, source = load_model(config, workdir)
     print(f"text encoder: of {source}")
-    put, batch_size = _over_devices(config.prepare.batch_size)
+    mesh, batch_size = _over_devices(config.prepare.batch_size)
     features = jax.jit(system.features)
-    made_by = text_fingerprint(config) | ({"weights": digest(params["text"])} if "text" in params else {})
+    made_by = text_fingerprint(config)
+    if config.text.encoder == "trained":  # it changes as training goes on
+        made_by["arrays"] = digest(params["text"])
+    text = jax.device_put({"text": params["text"]}, sharding.replicated(mesh))
 
     def encode(prompts: list[str]) -> np.ndarray:
-        return sharding.fetch(features(params, put(system.text_ids(prompts))))
+        return np.asarray(features(text, _put(system.text_ids(prompts), mesh)))
 
     def prompts_of(bucket: dict[str, Any], clip: dict[str, Any]) -> list[str]:
         told = {**clip, "fps": int(clip["fps"]), "aspect_ratio": bucket["aspect_ratio"]}
@@ -109,11 +111,14 @@ def _codec_system(config: Config, workdir: Path) -> System:
                         "--config.data.source=prepared; without prepare.latents the clips alone are made") from error
 
 
-def _over_devices(batch_size: int) -> tuple[Callable[[np.ndarray], jax.Array], int]:
-    """(what puts a batch on all devices of this process, the batch size rounded up to serve all of them)."""
+def _over_devices(batch_size: int) -> tuple[jax.sharding.Mesh, int]:
+    """(this process's devices side by side, the batch size rounded up so that all have as many clips)."""
     devices = jax.local_devices()
-    place = sharding.batch_sharding(sharding.make_mesh(Mesh(), devices))
-    return partial(jax.device_put, device=place), -(-batch_size // len(devices)) * len(devices)
+    return sharding.make_mesh(Mesh(), devices), -(-batch_size // len(devices)) * len(devices)
+
+
+def _put(batch: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
+    return jax.device_put(batch, sharding.batch_sharding(mesh))
 
 
 def _share() -> tuple[int, int]:

@@ -194,8 +194,10 @@ def codec_fingerprint(system: System) -> dict[str, Any]:
 
 
 def text_fingerprint(config: Config) -> dict[str, Any]:
-    """What prepared features of a frozen text encoder depend on."""
-    return {**dataclasses.asdict(config.text), "text_length": config.model.text_length}
+    """What prepared features of a text encoder depend on, but its weights; each is found by its whole prompt."""
+    sizes = {name: value for name, value in dataclasses.asdict(config.text).items()
+             if name not in ("fps", "aspect_ratio", "weights")}
+    return {**sizes, "text_length": config.model.text_length}
 
 
 def digest(arrays: Any) -> str:

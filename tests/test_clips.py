@@ -144,6 +144,15 @@ def test_a_video_damaged_in_the_middle_gives_the_clips_before(tmp_path):
         np.testing.assert_array_equal(clip.frames_THWC, same.frames_THWC)
 
 
+def test_a_video_without_a_frame():
+    file = io.BytesIO()
+    with av.open(file, "w", format="avi") as container:
+        stream = container.add_stream("mjpeg", rate=16)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuvj420p"
+        container.start_encoding()
+    assert made(file.getvalue()) == [Rejected("key", "no frames")]
+
+
 def test_a_sound_file_has_no_video(tmp_path):
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=44100)

@@ -274,6 +274,14 @@ def test_an_item_that_ends_its_process_is_left_out(inputs, whole, tmp_path, monk
     assert '{"key": "wide1", "reason": "unreadable: it ends the process that decodes it"}' in rejected
 
 
+def test_what_workers_import_brings_no_jax():
+    """A process per core must not claim the accelerator, nor take the seconds that JAX takes to start."""
+    code = ("import sys; import starflow_jax.data.preparation, starflow_jax.data.tasks; "
+            "assert not {'jax', 'flax', 'torch', 'tensorflow'} & set(sys.modules)")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
 def test_apache_beam_makes_the_same_bytes(inputs, whole, tmp_path):
     pytest.importorskip("apache_beam")
     prepare_clips(job(inputs, tmp_path), beam="--runner=DirectRunner --direct_num_workers=1")

@@ -115,6 +115,8 @@ def _derive(folder: epath.Path, kind: _Kind, batch_size: int, made_by: Any, shar
     buckets = json.loads((folder / PREPARED).read_text())["buckets"]
     sources = shards.written_shards(folder, shards.CLIPS)
     mine = sources[share[0]::share[1]]
+    for leftover in folder.glob(f"{kind.name}/*/*/.arriving-*") if share[1] == 1 else ():
+        leftover.rmtree()  # of a process that was killed
     with (ProgressBar(kind.name, sum(shard.count for shard in mine), unit="clip") as progress,
           concurrent.futures.ThreadPoolExecutor(cores()) as pool):
         for source in mine:
