@@ -44,15 +44,20 @@ def fit_guess(system: System, params: Params) -> first_guess.FirstGuess:
     features, tokens, texts, frames = jax.jit(system.features), jax.jit(shallow_tokens, static_argnums=0), [], []
     batches = evaluation_batches(data_source(system.config, "train"), batch_size=64, limit=FITTED_CLIPS,
                                  pixel_frames=1, encode_text=system.text_ids,
-                                 format_caption=lambda caption, _: system.prompt(caption))
+                                 format_caption=lambda caption, _, **told: system.prompt(caption, **told))
     with ProgressBar("first guess", FITTED_CLIPS // 64, unit="batch") as progress:
         for index, batch in enumerate(batches):
             latents = system.encode(jnp.asarray(batch["frames_BTHWC"]))
+            if latents.shape[2:4] != (system.config.model.height, system.config.model.width):
+                continue  # prepared data has other sizes, too
             noise = jax.random.normal(jax.random.key(index), latents.shape)
             noisy = latents + system.config.model.noise_std * noise
             frames.append(np.asarray(tokens(system, params, noisy))[:, 0])
             texts.append(np.asarray(features(params, jnp.asarray(batch["text_ids_BS"]))))
             progress.update()
+    if not frames:
+        raise UserError(f"calibration needs training clips of the size that is sampled, {system.config.model.height}x"
+                        f"{system.config.model.width} latents; the prepared data holds none")
     return first_guess.fit(np.concatenate(texts), np.concatenate(frames))
 
 

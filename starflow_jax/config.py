@@ -148,9 +148,11 @@ class Codec:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The built-in moving digits, and how clips, images and captions are mixed (DESIGN: tasks)."""
+    """The built-in moving digits or prepared data, and how clips, images and captions are mixed (DESIGN: tasks)."""
 
-    directory: str = ""  # "": a cache folder of the user's
+    source: str = "digits"  # or "prepared": by --mode=prepare
+    directory: str = ""  # "": a cache folder of the user's; of prepared data one folder, or several with commas
+    latents: bool = False  # train on prepared latents (and a frozen text encoder's features), not on pixels
     size: int = 24  # pixels of a frame's side
     digit_size: int = 15
     train_clips: int = 40_000
@@ -165,6 +167,10 @@ class Data:
     def __post_init__(self) -> None:
         _check_positive(self, "size", "digit_size", "train_clips", "validation_clips", "test_clips")
         _check(self, "workers", self.workers >= 0, "has to be 0 (threads) or more")
+        _check_choice(self, "source", ("digits", "prepared"))
+        _check(self, "directory", bool(self.directory) or self.source == "digits",
+               "has to name the folder that --mode=prepare wrote")
+        _check(self, "latents", self.source == "prepared" or not self.latents, "needs data.source=prepared")
         for field in ("image_probability", "first_frame_drop", "caption_drop", "short_caption"):
             _check(self, field, 0 <= getattr(self, field) <= 1, "has to be a probability, 0 to 1")
 
@@ -347,6 +353,48 @@ class Convert:
 
 
 @dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Raw videos and pictures with captions -> clips, latents and text features to train on."""
+
+    input: str = ""  # a folder, a .csv, .jsonl or .parquet list, or tars ("data/*.tar")
+    output: str = ""  # "": WORKDIR/prepared
+    long_captions: str = "caption_long,long_caption,synthetic_caption,recaption"  # fields, the first found is taken
+    short_captions: str = "caption_short,short_caption,raw_caption,txt,caption,text,title"  # txt: of KEY.txt
+    frames: int = 0  # of a clip; 0: the model's, and those of one more latent, for clips without their first
+    fps: int = 16  # 0: the source's, which the model is told
+    resolution: int = 480  # 384p, 480p: frames have the pixels of a picture of this height and 16/9 of it in width
+    aspect_ratios: str = "21:9,16:9,3:2,4:3,1:1,3:4,2:3,9:16"  # buckets; a video goes into the nearest
+    clips_per_video: int = 0  # 0: all
+    max_upscale: float = 1.25  # smaller sources are left out
+    min_brightness: float = 12.0  # mean of a clip, 0 to 255; darker ones are left out
+    min_motion: float = 0.4  # mean change from frame to frame, 0 to 255; stiller ones are left out
+    cut_threshold: float = 25.0  # the same; beyond it, and much beyond the frames before, is a cut; 0: none
+    crf: int = 10  # H.264's quality, 0 (lossless) to 51
+    validation_share: float = 0.01  # of the videos, by a hash of their names
+    test_share: float = 0.01
+    items_per_part: int = 16  # videos of a folder or list that one process takes at a time
+    clips_per_shard: int = 256
+    processes: int = 0  # 0: one per core
+    beam: str = "none"  # flags of an Apache Beam pipeline, such as "--runner=FlinkRunner ..."
+    latents: bool = False  # encode the clips with the workdir's codec
+    text_features: bool = False  # and their prompts with its text encoder
+    batch_size: int = 8  # clips that are encoded at once
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "resolution", "max_upscale", "items_per_part", "clips_per_shard", "batch_size")
+        for field in ("frames", "fps", "clips_per_video", "min_brightness", "min_motion", "cut_threshold", "processes"):
+            _check(self, field, getattr(self, field) >= 0, "has to be 0 or more")
+        _check(self, "crf", 0 <= self.crf <= 51, "has to be 0 (lossless) to 51")
+        for field in ("validation_share", "test_share"):
+            _check(self, field, 0 <= getattr(self, field) < 1, "has to be 0 or more and below 1")
+        _check(self, "test_share", self.validation_share + self.test_share < 1,
+               f"leaves nothing to train on beside validation_share={self.validation_share}")
+        for field in ("aspect_ratios", "long_captions", "short_captions"):
+            named = all(map(str.strip, getattr(self, field).split(",")))
+            _check(self, field, named, "has to be names parted by commas")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything."""
 
@@ -361,6 +409,11 @@ class Config:
     plan: Plan = Plan()
     evaluate: Evaluate = Evaluate()
     convert: Convert = Convert()
+    prepare: Prepare = Prepare()
+
+    def __post_init__(self) -> None:
+        _check(self.train, "adherence_prompts", self.data.source == "digits" or not self.train.adherence_prompts,
+               "has to be 0 with prepared data: only moving digits can be read")
 
 
 def to_config_dict(config: Config) -> ConfigDict:

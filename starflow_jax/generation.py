@@ -202,9 +202,14 @@ def _noise_of(system: System, params: Params, x: jax.Array, text: jax.Array) -> 
 
 def fixed_prompts(system: System, split: str, count: int) -> tuple[list[str], np.ndarray]:
     """The first long captions of a split and what they ask for: (captions, labels (B, 3))."""
-    source = data_source(system.config, split)
-    captions = [source[index]["caption_long"].decode() for index in range(min(count, len(source)))]
+    captions = fixed_captions(system, split, count)
     return captions, adherence.labels_of(captions)
+
+
+def fixed_captions(system: System, split: str, count: int) -> list[str]:
+    """The first long captions of a split."""
+    source = data_source(system.config, split)
+    return [source[index]["caption_long"].decode() for index in range(min(count, len(source)))]
 
 
 def adherence_of_samples(system: System, params: Params, split: str, count: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ from ml_collections import config_flags
 from starflow_jax.config import UserError, from_config_dict
 
 # Each mode is the function of its own name in the module of its own name: (config, workdir) -> None.
-MODES = ("train", "calibrate", "sample", "evaluate", "benchmark", "package", "plan", "convert")
+MODES = ("train", "calibrate", "sample", "evaluate", "benchmark", "package", "plan", "convert", "prepare")
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: configs/t2v.py[:tiny|box|3b|7b].")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and results; default: runs/NAME.")

@@ -5,6 +5,7 @@ methods, which are pure and can be jitted.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from starflow_jax.codec import patch
 from starflow_jax.codec.interface import LatentCodec, decode_latents, encode_frames
 from starflow_jax.codec.wan_stream import load_codec
 from starflow_jax.config import Config, UserError
-from starflow_jax.data import moving_digits
+from starflow_jax.data import moving_digits, prepared
 from starflow_jax.flow.first_guess import FirstGuess
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.optimizer import Params, TrainState, create_state
@@ -107,9 +108,9 @@ class System:
         """Parameters at the start of training."""
         return init_params(self.config, jax.random.key(seed))
 
-    def prompt(self, caption: str, is_image: bool = False) -> str:
-        """The text that the encoder is given for a caption."""
-        return prompt_text(self.config, caption, is_image)
+    def prompt(self, caption: str, is_image: bool = False, **told: Any) -> str:
+        """The text that the encoder is given for a caption; told: fps and aspect_ratio, else as trained."""
+        return prompt_text(self.config, caption, is_image, **told)
 
     def text_ids(self, prompts: Sequence[str]) -> np.ndarray:
         """(B, text_length) int32."""
@@ -158,12 +159,46 @@ def abstract_state(config: Config) -> TrainState:
 
 
 def data_source(config: Config, split: str) -> Sequence[dict[str, Any]]:
-    """The built-in data set's examples, made on first use; recorded one latent frame longer than trained on."""
+    """The examples of the built-in data set, made on first use, or prepared ones; recorded one latent frame longer
+    than trained on."""
     data, stride = config.data, config.codec.time_stride
+    if data.source == "prepared":
+        return prepared.source(data.directory, split)
     settings = moving_digits.MovingDigitsConfig(
         size=data.size, digit_size=data.digit_size, frames=1 + config.model.frames * stride,
         train_clips=data.train_clips, validation_clips=data.validation_clips, test_clips=data.test_clips)
     return moving_digits.source(settings, split, data.directory or default_data_directory())
+
+
+def training_source(system: System) -> Sequence[dict[str, Any]]:
+    """The train split's examples; with data.latents their prepared latents and, of a frozen text encoder, features."""
+    config = system.config
+    if not config.data.latents:
+        return data_source(config, "train")
+    features_by = text_fingerprint(config) if config.text.encoder == "frozen" else None
+    return prepared.source(config.data.directory, "train", latents_by=codec_fingerprint(system),
+                           features_by=features_by)
+
+
+def codec_fingerprint(system: System) -> dict[str, Any]:
+    """What prepared latents depend on."""
+    settings = {name: value for name, value in dataclasses.asdict(system.config.codec).items() if name != "weights"}
+    return {**settings, "arrays": digest(system.codec)}
+
+
+def text_fingerprint(config: Config) -> dict[str, Any]:
+    """What prepared features of a text encoder depend on, but its weights; each is found by its whole prompt."""
+    sizes = {name: value for name, value in dataclasses.asdict(config.text).items()
+             if name not in ("fps", "aspect_ratio", "weights")}
+    return {**sizes, "text_length": config.model.text_length}
+
+
+def digest(arrays: Any) -> str:
+    """A short hash of a tree of arrays."""
+    hashed = hashlib.sha256()
+    for leaf in jax.tree.leaves(arrays):
+        hashed.update(np.ascontiguousarray(leaf).tobytes())
+    return hashed.hexdigest()[:16]
 
 
 def default_data_directory() -> str:

@@ -30,6 +30,7 @@ from starflow_jax.system import (
     model_fingerprint,
     prompt_text,
     save_system,
+    training_source,
 )
 from starflow_jax.train_step import encoded, make_train_step, tokens_of
 from starflow_jax.video_io import contact_sheet
@@ -65,12 +66,12 @@ def train_iterator(system: System, mesh: Mesh):
         sharding.check_batch(f"train.{field} / train.accumulate", size // train.accumulate, mesh)
     part, parts = sharding.data_process(mesh)
     return pipeline.train_batches(
-        data_source(config, "train"), batch_size=train.batch_size, image_batch_size=images, seed=train.seed,
+        training_source(system), batch_size=train.batch_size, image_batch_size=images, seed=train.seed,
         image_probability=data.image_probability, first_frame_drop=data.first_frame_drop,
         caption_drop=data.caption_drop, short_caption=data.short_caption, pixel_frames=system.pixel_frames,
         latent_stride=config.codec.time_stride,
         encode_text=partial(system.tokenizer.encode, length=config.model.text_length),
-        format_caption=partial(prompt_text, config), workers=data.workers,
+        format_caption=partial(prompt_text, config), text_length=config.model.text_length, workers=data.workers,
         process_index=part, process_count=parts)
 
 

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -57,13 +58,14 @@ def write_mp4(
 
 
 class Mp4Writer:
-    """An H.264 yuv420p MP4 that frames are written to as they come; settings are ffmpeg's."""
+    """An H.264 MP4 that frames are written to as they come; settings are ffmpeg's."""
 
-    def __init__(self, path: str | os.PathLike[str], fps: float, scale: int, container: dict[str, str],
-                 codec: dict[str, str]) -> None:
-        self._scale, self._codec = scale, codec
+    def __init__(self, path: str | os.PathLike[str] | BinaryIO, fps: float, scale: int, container: dict[str, str],
+                 codec: dict[str, str], pixels: str = "yuv420p") -> None:
+        self._scale, self._codec, self._pixels = scale, codec, pixels
         self._rate = Fraction(fps).limit_denominator(60060)
-        self._container = av.open(str(path), "w", format="mp4", options=container)
+        file = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+        self._container = av.open(file, "w", format="mp4", options=container)
         self._stream: av.VideoStream | None = None
 
     def write(self, frames_THWC: np.ndarray) -> None:
@@ -77,7 +79,7 @@ class Mp4Writer:
         for frame_HWC in frames_THWC:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
             frame = frame.reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+                format=self._pixels, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
             )
             self._container.mux(self._stream.encode(frame))
 
@@ -88,7 +90,7 @@ class Mp4Writer:
 
     def _open_stream(self, height: int, width: int) -> av.VideoStream:
         stream = self._container.add_stream("libx264", rate=self._rate)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = height, width, self._pixels
         stream.options = {**self._codec}
         # Tagged and converted as BT.709: untagged files are shown as BT.601 or BT.709 as the player likes.
         context = stream.codec_context
@@ -124,7 +126,7 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
             for packet in container.demux(stream):
                 if packet.is_corrupt:
                     raise UserError(f"video {path} is damaged or cut short; copy or encode it again")
-                frames += [_to_rgb(frame) for frame in packet.decode()]
+                frames += [to_rgb(frame) for frame in packet.decode()]
     except (av.FFmpegError, OSError) as error:
         raise UserError(
             f"cannot read video {path} ({getattr(error, 'strerror', error)}); copy or encode it again"
@@ -142,12 +144,17 @@ def at_rate(frames_THWC: np.ndarray, fps: float, wanted: float) -> np.ndarray:
     return frames_THWC[np.minimum(np.arange(count) * fps / wanted, len(frames_THWC) - 1).astype(int)]
 
 
-def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """Decoded frame -> (H, W, 3) uint8. Untagged: BT.709 from 720 rows on, else BT.601, as players do."""
+def to_rgb(frame: av.VideoFrame, threads: int = 0) -> np.ndarray:
+    """Decoded frame -> (H, W, 3) uint8. threads: 0 for as many as there are cores."""
+    tag_colours(frame)
+    return frame.to_ndarray(format="rgb24", threads=threads)
+
+
+def tag_colours(frame: av.VideoFrame) -> None:
+    """Takes an untagged frame to be BT.709 from 720 rows on, else BT.601, as players do."""
     unspecified = 2  # AVCOL_SPC_UNSPECIFIED
     if frame.colorspace == unspecified and frame.height >= 720:
         frame.colorspace = Colorspace.ITU709
-    return frame.to_ndarray(format="rgb24")
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:

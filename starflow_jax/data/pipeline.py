@@ -6,6 +6,10 @@ A source is anything with `len(source)` and `source[i]` -> dict with
     caption_long   str or UTF-8 bytes
     caption_short  str or UTF-8 bytes
 
+and, where there are any, `fps` and `aspect_ratio`, which the model is told; `latents`, which are trained on
+instead of frames; `text`, features by prompt, instead of token ids. A source of several sizes has them in
+`videos` and `images`, sources of one size each: a batch is of one of them, the larger ones more often.
+
 The n-th example of a seed is the same whatever the number of processes and of reading threads.
 
 *Dropping the first latent frame.* The codec is causal: the first latent holds `first_latent_pixels`
@@ -26,18 +30,21 @@ from absl import flags
 
 from starflow_jax.config import UserError
 
+EXTEND = "(extend) "  # begins the caption of a clip without its first latent (text/prompt.py says so, too)
 Source = Sequence[dict[str, Any]]
 Batch = dict[str, np.ndarray]
 EncodeText = Callable[[list[str]], np.ndarray]  # captions -> int32 ids (B, S)
-FormatCaption = Callable[[str, bool], str]  # (caption, is_image) -> the text to encode
+FormatCaption = Callable[..., str]  # (caption, is_image, and fps and aspect_ratio of the record) -> text to encode
 
 
 class Example(NamedTuple):
     """One clip on its way into a batch; `caption` is formatted already."""
 
-    frames_THWC: np.ndarray
+    kind: str  # "frames_BTHWC" or "latents_BNhwC"
+    clip: np.ndarray
     caption: str
     drop_first: bool
+    text_SD: np.ndarray | None  # features of the caption, where they are prepared
 
 
 def train_batches(
@@ -59,11 +66,13 @@ def train_batches(
     process_count: int = 1,
     read_threads: int = 2,
     workers: int = 0,
+    text_length: int = 0,
 ) -> "BatchIterator":
     """Endless batches; every epoch is shuffled anew. Each is a dict of numpy arrays:
 
         frames_BTHWC  uint8; T = pixel_frames + latent_stride, in an image batch 1
-        text_ids_BS   int32
+                      (or latents_BNhwC, float16, as trained on: the first or last is cut off already)
+        text_ids_BS   int32 (or features_BSD, float16, padding zero)
         drop_first_B  bool: train on latents[1:] instead of latents[:-1]; all False in an image batch
 
     batch_size and image_batch_size are global: process i of n gets the i-th part of the same batch.
@@ -71,6 +80,7 @@ def train_batches(
     steps. first_frame_drop, caption_drop, short_caption: probabilities per example (a dropped caption
     is "", formatted like any other). pixel_frames: trained on, as the codec counts them. workers:
     processes that decode (0: in this one); encode_text and format_caption are pickled for them.
+    text_length: that prepared text features are padded to.
 
     Raises UserError for settings that don't fit each other or the source.
     """
@@ -95,40 +105,73 @@ def train_batches(
         caption = pick_caption(record, rng)
         drop_first = bool(rng.random() < first_frame_drop)
         if drop_first and caption:
-            caption = "(extend) " + caption
+            caption = EXTEND + caption
         length = pixel_frames + latent_stride
+        if "latents" in record:
+            latents = record["latents"][: 1 + (length - first_latent_pixels) // latent_stride]
+            kept = latents[1:] if drop_first else latents[:-1]
+            return example("latents_BNhwC", kept, caption, record, drop_first)
         start = rng.integers(len(record["frames"]) - length + 1)
-        frames_THWC = record["frames"][start : start + length]
-        return Example(frames_THWC, format_caption(caption, False), drop_first)
+        return example("frames_BTHWC", record["frames"][start : start + length], caption, record, drop_first)
 
     def image_example(record: dict[str, Any], rng: np.random.Generator) -> Example:
         caption = pick_caption(record, rng)
+        if "latents" in record:  # the codec is causal: the first latent is that of the first frame alone
+            return example("latents_BNhwC", record["latents"][:1], caption, record, is_image=True)
         frame = rng.integers(len(record["frames"]))
-        return Example(record["frames"][frame : frame + 1], format_caption(caption, True), False)
+        return example("frames_BTHWC", record["frames"][frame : frame + 1], caption, record, is_image=True)
+
+    def example(kind: str, clip: np.ndarray, caption: str, record: dict[str, Any], drop_first: bool = False,
+                is_image: bool = False) -> Example:
+        prompt = format_caption(caption, is_image, **conditions(record))
+        return Example(kind, clip, prompt, drop_first, text_of(record, prompt) if "text" in record else None)
 
     def collate(examples: Sequence[Example]) -> Batch:
+        features = [_padded(example.text_SD, text_length) for example in examples if example.text_SD is not None]
+        if features:
+            text = {"features_BSD": np.stack(features)}
+        else:
+            ids_BS = encode_text([example.caption for example in examples])
+            text = {"text_ids_BS": np.asarray(ids_BS, np.int32)}
         return {
-            "frames_BTHWC": np.stack([example.frames_THWC for example in examples]),
-            "text_ids_BS": np.asarray(encode_text([example.caption for example in examples]), np.int32),
+            examples[0].kind: np.stack([example.clip for example in examples]),
+            **text,
             "drop_first_B": np.array([example.drop_first for example in examples]),
         }
 
     def batches(
-        make_example: Callable[[dict[str, Any], np.random.Generator], Example], size: int, stream_seed: int
+        part: Source,
+        make_example: Callable[[dict[str, Any], np.random.Generator], Example],
+        size: int,
+        stream_seed: int,
     ) -> grain.MapDataset[Batch]:
         local_size = _local_size(size, process_index, process_count)
-        examples = grain.MapDataset.source(source).seed(stream_seed).shuffle().repeat()
+        examples = grain.MapDataset.source(part).seed(stream_seed).shuffle().repeat()
         parts = examples.random_map(make_example).batch(local_size, drop_remainder=True, batch_fn=collate)
         # Part i, i + n, i + 2n ...: the i-th slice of each global batch.
         return parts[process_index::process_count]
 
+    def mixed(
+        parts: Sequence[Source],
+        make_example: Callable[[dict[str, Any], np.random.Generator], Example],
+        size: int,
+        stream_seed: int,
+    ) -> grain.MapDataset[Batch]:
+        """As many batches of each part as its share of the examples."""
+        seeds = [stream_seed, *np.random.SeedSequence(stream_seed).generate_state(len(parts) - 1).tolist()]
+        streams = [batches(part, make_example, size, part_seed) for part, part_seed in zip(parts, seeds)]
+        return grain.MapDataset.mix(streams, [len(part) for part in parts])
+
     streams, weights = [], []
     if image_probability < 1:
-        _check_frames(source, pixel_frames, first_latent_pixels, latent_stride)
-        streams.append(batches(video_example, batch_size, 2 * seed))
+        videos = _parts(source, "videos")
+        for part in videos:
+            _check_frames(part, pixel_frames, first_latent_pixels, latent_stride)
+        streams.append(mixed(videos, video_example, batch_size, 2 * seed))
         weights.append(1 - image_probability)
     if image_probability > 0:
-        streams.append(batches(image_example, image_batch_size, 2 * seed + 1))
+        images = _parts(source, "images")
+        streams.append(mixed(images, image_example, image_batch_size, 2 * seed + 1))
         weights.append(image_probability)
     return BatchIterator(grain.MapDataset.mix(streams, weights), read_threads, workers)
 
@@ -186,7 +229,8 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[Batch]:
-    """The first `limit` clips (or all) once, in order, with long captions. Each batch is a dict of
+    """The first `limit` clips (or all) once, in order, with long captions; of several sizes in one order, each
+    batch of one size. Each batch is a dict of
 
         frames_BTHWC  uint8, the first pixel_frames of each clip (1: the captions are an image's)
         text_ids_BS   int32
@@ -196,21 +240,60 @@ def evaluation_batches(
     batch_size is global: process i of n gets the i-th part of each batch.
     """
     local_size = _local_size(batch_size, process_index, process_count)
-    recorded = len(source[0]["frames"])
-    if not 1 <= pixel_frames <= recorded:
-        raise UserError(f"pixel_frames is {pixel_frames}: the clips have 1 to {recorded} frames")
-    count = min(limit, len(source))
-    for begin in range(process_index * local_size, _round_up(count, batch_size), batch_size):
-        indices_B = np.arange(begin, begin + local_size)
-        records = [source[int(index)] for index in np.minimum(indices_B, count - 1)]
-        captions = [_text(record["caption_long"]) for record in records]
-        formatted = [format_caption(caption, pixel_frames == 1) for caption in captions]
-        yield {
-            "frames_BTHWC": np.stack([record["frames"][:pixel_frames] for record in records]),
-            "text_ids_BS": np.asarray(encode_text(formatted), np.int32),
-            "captions_B": np.array(captions),
-            "valid_B": indices_B < count,
-        }
+    for part in _parts(source, "images" if pixel_frames == 1 else "videos"):
+        recorded = len(part[0]["frames"])
+        if not 1 <= pixel_frames <= recorded:
+            raise UserError(f"pixel_frames is {pixel_frames}: the clips have 1 to {recorded} frames")
+        count = min(limit, len(part))
+        limit -= count
+        for begin in range(process_index * local_size, _round_up(count, batch_size), batch_size):
+            indices_B = np.arange(begin, begin + local_size)
+            records = [part[int(index)] for index in np.minimum(indices_B, count - 1)]
+            captions = [_text(record["caption_long"]) for record in records]
+            formatted = [format_caption(caption, pixel_frames == 1, **conditions(record))
+                         for caption, record in zip(captions, records)]
+            yield {
+                "frames_BTHWC": np.stack([record["frames"][:pixel_frames] for record in records]),
+                "text_ids_BS": np.asarray(encode_text(formatted), np.int32),
+                "captions_B": np.array(captions),
+                "valid_B": indices_B < count,
+            }
+
+
+def conditions(record: dict[str, Any]) -> dict[str, Any]:
+    """What the record says of itself to the model, beside its caption."""
+    return {name: record[name] for name in ("fps", "aspect_ratio") if name in record}
+
+
+def prompts_of(record: dict[str, Any], format_caption: FormatCaption, is_image: bool) -> list[str]:
+    """All texts that a record may be trained with, some of them twice; is_image: as an image only."""
+    captions = ["", *(_text(record[name]) for name in ("caption_long", "caption_short"))]
+    told = conditions(record)
+    prompts = [format_caption(caption, True, **told) for caption in captions]
+    if not is_image:
+        captions += [EXTEND + caption for caption in captions[1:]]
+        prompts += [format_caption(caption, False, **told) for caption in captions]
+    return prompts
+
+
+def text_of(record: dict[str, Any], prompt: str) -> np.ndarray:
+    """float16 (S, D), the prepared features of a prompt. Raises UserError where it was not foreseen."""
+    if prompt not in record["text"]:
+        raise UserError(f"no prepared text features of {prompt!r}; make them anew with this configuration")
+    return record["text"][prompt]
+
+
+def _padded(text_SD: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(text_SD[:length], ((0, max(0, length - len(text_SD))), (0, 0)))
+
+
+def _parts(source: Source, kind: str) -> Sequence[Source]:
+    """The sources of one size that a source consists of. Raises UserError where there is none of a kind."""
+    parts = getattr(source, kind, (source,))
+    if not parts:
+        raise UserError(f"the data holds no {kind}; prepare some, or set data.image_probability to "
+                        f"{1 if kind == 'videos' else 0}")
+    return parts
 
 
 def _text(value: str | bytes) -> str:
@@ -239,7 +322,9 @@ def _check_frames(source: Source, pixel_frames: int, first_latent_pixels: int, l
             f"pixel_frames is {pixel_frames}: the codec takes {first_latent_pixels} frames and then "
             f"groups of {latent_stride}, such as {first_latent_pixels + 3 * latent_stride}"
         )
-    recorded = len(source[0]["frames"])
+    first = source[0]
+    latents = len(first["latents"]) if "latents" in first else 0
+    recorded = first_latent_pixels + (latents - 1) * latent_stride if latents else len(first["frames"])
     if recorded < pixel_frames + latent_stride:
         raise UserError(
             f"pixel_frames is {pixel_frames}: with {latent_stride} more for examples without their first "

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
 from starflow_jax.config import UserError
 
@@ -149,6 +148,9 @@ def _train_unigram(lines: list[str], seed_table: str, vocab_size: int) -> bytes:
 
 def _without_paths(model: bytes) -> bytes:
     """Drops the seed file's temporary name, which would differ from run to run."""
+    # Here, not above: it needs a newer protobuf (7.36) than Apache Beam allows, and only training needs it.
+    from sentencepiece import sentencepiece_model_pb2
+
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
     proto.trainer_spec.ClearField("seed_sentencepieces_file")
     return proto.SerializeToString(deterministic=True)

@@ -1,0 +1,116 @@
+"""Prepared data as a source for training: buckets of several sizes, of one folder or of several together.
+
+Records are as pipeline.py wants them, with two entries more, `fps` and `aspect_ratio`, which the model is told.
+Frames are decoded when they are asked for: a record with latents is trained on without them.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+from starflow_jax.config import UserError
+from starflow_jax.data import clips, derived, shards
+from starflow_jax.data.preparation import PREPARED
+
+
+class Record(dict):
+    """An example; "frames" come of `clip()`, its entry among the clips, when first asked for."""
+
+    def __init__(self, entries: dict[str, Any], clip: Callable[[], dict[str, Any]]) -> None:
+        super().__init__(entries)
+        self._clip = clip
+
+    def __missing__(self, name: str) -> Any:
+        if name != "frames":
+            raise KeyError(name)
+        self["frames"] = clips.decode(self._clip()["media"])
+        return self["frames"]
+
+
+class Bucket(Sequence[dict[str, Any]]):
+    """The examples of one size and split of one folder."""
+
+    def __init__(self, folder: epath.Path, name: str, split: str, aspect_ratio: str, latents: bool, features: bool
+                 ) -> None:
+        self.name = name
+        self._aspect_ratio = aspect_ratio
+        open_kind = functools.partial(_open, folder, bucket=name, split=split)
+        self._clips = open_kind(shards.CLIPS)
+        self._latents = open_kind(shards.LATENTS) if latents else None
+        self._features = open_kind(shards.FEATURES) if features else None
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def __getitem__(self, index: Any) -> Any:
+        clip = functools.cache(lambda: self._clips[index])
+        entries = dict(clip() if self._latents is None else self._latents[index])
+        record = Record({**entries, "aspect_ratio": self._aspect_ratio, "fps": int(entries["fps"])}, clip)
+        if self._features is not None:
+            record["text"] = _by_prompt(self._features[index])
+        return record
+
+
+class Prepared(Sequence[dict[str, Any]]):
+    """All buckets of a split. As a sequence it is its largest bucket, of videos where there are any: for what
+    looks at examples of one size."""
+
+    def __init__(self, videos: Sequence[Bucket], images: Sequence[Bucket]) -> None:
+        self.videos, self.images = tuple(videos), tuple(images) or tuple(videos)
+        self._largest = max(self.videos or self.images, key=len)
+
+    def __len__(self) -> int:
+        return len(self._largest)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._largest[index]
+
+
+def source(folders: str, split: str, *, latents_by: Any = None, features_by: Any = None) -> Prepared:
+    """The examples of a split of prepared folders, named with commas between them.
+
+    latents_by, features_by: what has to have made the latents and text features that are read; None: they are
+    not read. Raises UserError for a folder that is not prepared, or not by these, and for an empty split.
+    """
+    if split not in shards.SPLITS:
+        raise UserError(f'there is no split "{split}": use one of {", ".join(shards.SPLITS)}')
+    videos: list[Bucket] = []
+    images: list[Bucket] = []
+    for folder in (epath.Path(name.strip()) for name in folders.split(",")):
+        if not (folder / PREPARED).exists():
+            raise UserError(f"data.directory={folders!r}: {folder} is not prepared data; make it with --mode=prepare")
+        for kind, made_by in ((shards.LATENTS, latents_by), (shards.FEATURES, features_by)):
+            if made_by is not None:
+                _check_derived(folder, kind, made_by)
+        for name, bucket in json.loads((folder / PREPARED).read_text())["buckets"].items():
+            if split in bucket["clips"]:
+                opened = Bucket(folder, name, split, bucket["aspect_ratio"], latents_by is not None,
+                                features_by is not None)
+                (images if bucket["frames"] == 1 else videos).append(opened)
+    if not videos and not images:
+        raise UserError(f"{folders}: there are no {split} clips; prepare them with a larger "
+                        f"prepare.{split}_share" if split != "train" else f"{folders}: there are no train clips")
+    return Prepared(videos, images)
+
+
+def _check_derived(folder: epath.Path, kind: str, made_by: Any) -> None:
+    derived.check_made_by(folder, kind, made_by)
+    wanted = {shard.bucket for shard in shards.written_shards(folder, shards.CLIPS)}
+    if wanted - {shard.bucket for shard in shards.written_shards(folder, kind)}:
+        setting = "latents" if kind == shards.LATENTS else "text_features"
+        raise UserError(f"{folder}: holds no {kind} yet, or not all; make them with --mode=prepare "
+                        f"--config.prepare.{setting}=true")
+
+
+def _open(folder: epath.Path, kind: str, bucket: str, split: str) -> Sequence[dict[str, Any]]:
+    return tfds.builder_from_directory(folder / kind / bucket / shards.VERSION).as_data_source(split=split)
+
+
+def _by_prompt(example: dict[str, Any]) -> dict[str, np.ndarray]:
+    ends = np.cumsum(example["lengths"])
+    return dict(zip(json.loads(example["prompts"]), np.split(example["rows"], ends[:-1])))

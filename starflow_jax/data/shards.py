@@ -1,0 +1,201 @@
+"""Prepared data on disk: ArrayRecord shards with the metadata that makes them TFDS data sets.
+
+    FOLDER/KIND/BUCKET/1.0.0/KIND-SPLIT.array_record-00000-of-00012
+
+KIND is `clips` (media, captions) or what is computed from them: `latents`, `features` (derived.py), whose
+shards have the same examples in the same order. BUCKET is HEIGHTxWIDTH_FRAMESf, frames 1 of pictures. Each
+bucket is a TFDS data set: `tfds.builder_from_directory(...)`, or `tfds.load("clips/480x848_85f", data_dir=FOLDER)`.
+
+Files appear whole: they are written under another name and renamed, or, on an object store, sent in one go.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python import array_record_data_source, array_record_module
+from etils import epath
+from tensorflow_datasets.core import example_parser, example_serializer
+
+SPLITS = ("train", "validation", "test")
+VERSION = "1.0.0"
+CLIPS, LATENTS, FEATURES = "clips", "latents", "features"
+SUFFIX = "array_record"
+
+
+def clip_features() -> tfds.features.FeaturesDict:
+    """media: MP4 or JPEG bytes. fps: 0 of a picture. start: of the clip, in seconds of its source."""
+    return tfds.features.FeaturesDict({
+        "media": tfds.features.Text(), "caption_long": tfds.features.Text(), "caption_short": tfds.features.Text(),
+        "key": tfds.features.Text(), "fps": np.int64, "start": np.float32})
+
+
+def latent_features(shape_NhwC: Sequence[int]) -> tfds.features.FeaturesDict:
+    """Training latents in float16, and what else a training example needs, so that no media is read for it."""
+    # "bytes": else TFDS would keep every half as a float of 4 bytes.
+    return tfds.features.FeaturesDict({
+        "latents": tfds.features.Tensor(shape=tuple(shape_NhwC), dtype=np.float16, encoding="bytes"),
+        "caption_long": tfds.features.Text(), "caption_short": tfds.features.Text(), "fps": np.int64})
+
+
+def text_features(dim: int) -> tfds.features.FeaturesDict:
+    """prompts: a JSON list. rows: the features of all of them, one after the other, `lengths` rows each."""
+    return tfds.features.FeaturesDict({
+        "prompts": tfds.features.Text(),
+        "lengths": tfds.features.Tensor(shape=(None,), dtype=np.int64),
+        "rows": tfds.features.Tensor(shape=(None, dim), dtype=np.float16, encoding="bytes")})
+
+
+@functools.cache
+def _clip_serializer() -> tuple[Any, Any, Any]:
+    features = clip_features()
+    info = features.get_serialized_info()
+    return features, example_serializer.ExampleSerializer(info), example_parser.ExampleParserNp(info)
+
+
+def serialize(features: tfds.features.FeaturesDict, example: Mapping[str, Any]) -> bytes:
+    """One example as TFDS keeps it."""
+    return _serialized(example_serializer.ExampleSerializer(features.get_serialized_info()), features, example)
+
+
+def serialize_clip(example: Mapping[str, Any]) -> bytes:
+    """The same for `clip_features`."""
+    features, serializer, _ = _clip_serializer()
+    return _serialized(serializer, features, example)
+
+
+def _serialized(serializer: Any, features: tfds.features.FeaturesDict, example: Mapping[str, Any]) -> bytes:
+    # serialize_example() would put the fields in another order in every process.
+    return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
+
+
+def parse_clip(record: bytes) -> dict[str, Any]:
+    """An example of `clip_features`."""
+    features, _, parser = _clip_serializer()
+    return features.decode_example_np(parser.parse_example(record))
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def arriving(path: epath.Path) -> Iterator[Path]:
+    """Yields a local path to write a file or folder to, which then becomes `path`, at once.
+
+    What is there already stays: another process has made the same.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remote = "://" in str(path)
+    with tempfile.TemporaryDirectory(prefix=".arriving-", dir=None if remote else str(path.parent)) as folder:
+        local = Path(folder) / path.name
+        yield local
+        if remote:
+            _send(local, path)
+        elif not path.exists():
+            with contextlib.suppress(FileExistsError):
+                os.rename(local, path)
+
+
+def _send(local: Path, path: epath.Path) -> None:
+    for file in [local] if local.is_file() else sorted(local.iterdir()):
+        target = path if local.is_file() else path / file.name
+        epath.Path(file).copy(target, overwrite=True)
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """A whole file, replacing one that is there."""
+    temporary = path if "://" in str(path) else path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(text)
+    if temporary != path:
+        os.replace(temporary, path)
+
+
+class RecordWriter:
+    """Records to a local ArrayRecord file; use as a context."""
+
+    def __init__(self, path: Path) -> None:
+        # One record a group, as TFDS does: each is read by itself, in any order. No compression: the media
+        # is compressed already, and latents are noise to a compressor.
+        self._writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+        self.count, self.bytes = 0, 0
+
+    def write(self, record: bytes) -> None:
+        self._writer.write(record)
+        self.count += 1
+        self.bytes += len(record)
+
+    def __enter__(self) -> "RecordWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._writer.close()
+
+
+@contextlib.contextmanager
+def records(path: epath.Path) -> Iterator[Any]:
+    """The records of a file by index, as bytes. ArrayRecord reads local files: others are fetched first."""
+    with contextlib.ExitStack() as stack:
+        local = str(path)
+        if "://" in local:
+            local = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), path.name)
+            path.copy(local)
+        yield stack.enter_context(array_record_data_source.ArrayRecordDataSource([local]))
+
+
+# ------------------------------------------------------------------------------------------ data sets
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of one split of one bucket, and how many examples it has."""
+
+    kind: str
+    bucket: str
+    split: str
+    index: int
+    of: int
+    count: int
+
+    def path(self, folder: epath.Path) -> epath.Path:
+        name = f"{self.kind}-{self.split}.{SUFFIX}-{self.index:05d}-of-{self.of:05d}"
+        return folder / self.kind / self.bucket / VERSION / name
+
+
+def write_metadata(folder: epath.Path, shards: Iterable[Shard], features: tfds.features.FeaturesDict,
+                   description: str) -> None:
+    """Make the shards of one kind and bucket a TFDS data set."""
+    every = list(shards)
+    data_dir = every[0].path(folder).parent
+    infos = []
+    for split in SPLITS:
+        of_split = [shard for shard in every if shard.split == split]
+        if of_split:
+            size = sum(shard.path(folder).stat().length for shard in of_split)
+            template = tfds.core.ShardedFileTemplate(data_dir=data_dir, dataset_name=every[0].kind, split=split,
+                                                     filetype_suffix=SUFFIX)
+            infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[shard.count for shard in of_split],
+                                             num_bytes=size, filename_template=template))
+    # Checking the data would need TensorFlow; that it can be read is what our tests check.
+    tfds.folder_dataset.write_metadata(data_dir=data_dir, features=features, split_infos=infos,
+                                       description=description, check_data=False)
+
+
+def written_shards(folder: epath.Path, kind: str) -> list[Shard]:
+    """The shards of all finished data sets of a kind, by bucket, split and index."""
+    shards = []
+    for info in sorted((folder / kind).glob(f"*/{VERSION}/dataset_info.json"), key=str):
+        splits = {split["name"]: split.get("shardLengths", []) for split in json.loads(info.read_text())["splits"]}
+        for split in SPLITS:
+            lengths = [int(length) for length in splits.get(split, [])]
+            shards += [Shard(kind, info.parent.parent.name, split, index, len(lengths), length)
+                       for index, length in enumerate(lengths)]
+    return shards

