@@ -1,11 +1,33 @@
-"""Text and images to video: python -m starflow_jax.main --config=configs/t2v.py[:tiny|3b|7b]
+"""Text and images to video: python -m starflow_jax.main --config=configs/t2v.py[:VARIANT]
 
-tiny   moving digits, 13 frames of 24x24 pixels: trains on two CPU cores, nothing is downloaded
-box    the same model, trained for longer with larger batches, on a GPU: what the package carries
-3b 7b  the paper's sizes: 81 frames of 480x848 pixels in Wan2.2 latents, text by flan-t5-xl
+tiny     moving digits, 13 frames of 24x24 pixels: trains on two CPU cores, nothing is downloaded
+box      the same model, trained for longer with larger batches, on a GPU: what the package carries
+
+The paper's curriculum, 81 frames in Wan2.2 latents, text by flan-t5-xl; each stage is begun with the one before it by
+--config.train.init_from=WORKDIR. The paper's page gives the order and the last stage's batch; steps are ours.
+
+(configs/t2i.py:3b)  images
+3b_384p              video of 384p
+3b                   video of 480p
+7b                   a wider deep block (4096 instead of 3072)
 """
 
-from starflow_jax.config import Codec, Config, Data, Model, Sample, Text, Train, UserError, to_config_dict
+import dataclasses
+
+from starflow_jax.config import (
+    Codec,
+    Config,
+    Data,
+    Evaluate,
+    Model,
+    Prepare,
+    Sample,
+    Text,
+    Train,
+    UserError,
+    to_config_dict,
+)
+from starflow_jax.text.prompt import frame_size
 
 
 def tiny(name: str = "tiny", **train) -> Config:
@@ -40,15 +62,32 @@ def paper(name: str, deep_layers: int, deep_width: int) -> Config:
                     noise_std=0.5, dtype="bfloat16", remat="layer"),
         text=Text(encoder="frozen", fps=16, aspect_ratio="16:9"),
         codec=Codec(kind="wan", stride=16, time_stride=4, later_frames_scale=0.6),
-        train=Train(batch_size=192),
-        sample=Sample(guidance=3.5, block_size=64),
+        data=Data(source="prepared", directory="prepared/480p", latents=True),
+        train=Train(steps=25_000, batch_size=192, evaluate_every=2_500, sheet_clips=4),
+        sample=Sample(guidance=3.5, block_size=64, batch_size=1),
+        evaluate=Evaluate(clips=256, prompts=16),
+        prepare=Prepare(resolution=480, output="prepared/480p", latents=True, text_features=True),
     )
+
+
+def at_resolution(config: Config, resolution: int, steps: int = 0) -> Config:
+    """A paper's size at another resolution; positions keep their extent, so that a model learns on from the other."""
+    side, stride = round(resolution * 4 / 3), config.codec.stride
+    height, width = frame_size(side, config.text.aspect_ratio, stride)
+    folder = f"prepared/{resolution}p"
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, height=height // stride, width=width // stride),
+        data=dataclasses.replace(config.data, directory=folder),
+        train=dataclasses.replace(config.train, steps=steps or config.train.steps),
+        prepare=dataclasses.replace(config.prepare, resolution=resolution, output=folder))
 
 
 def get_config(variant: str = "tiny"):
     variants = {
         "tiny": tiny,
         "box": lambda: tiny("box", **BOX_TRAIN),
+        "3b_384p": lambda: at_resolution(paper("3b_384p", deep_layers=24, deep_width=3072), 384, steps=50_000),
         "3b": lambda: paper("3b", deep_layers=24, deep_width=3072),
         "7b": lambda: paper("7b", deep_layers=24, deep_width=4096),
     }

@@ -199,13 +199,15 @@ class Train:
     keep_checkpoints: int = 3
     validation_clips: int = 128
     adherence_prompts: int = 0  # validation captions whose samples are read at each evaluation; 0: none
+    sheet_clips: int = 8  # samples drawn at each evaluation; 0: none
 
     def __post_init__(self) -> None:
         _check_positive(self, "steps", "batch_size", "accumulate", "learning_rate", "final_learning_rate",
                         "denoiser_learning_rate", "clip", "log_every", "checkpoint_every", "evaluate_every",
                         "keep_checkpoints", "validation_clips")
         _check(self, "warmup_steps", 0 <= self.warmup_steps <= self.steps, f"has to be 0 to steps={self.steps}")
-        _check(self, "adherence_prompts", self.adherence_prompts >= 0, "has to be 0 (none) or more")
+        for field in ("adherence_prompts", "sheet_clips"):
+            _check(self, field, getattr(self, field) >= 0, "has to be 0 (none) or more")
         _check(self, "outlier_factor", self.outlier_factor > 1, "has to be greater than 1")
         _check(self, "ema", 0 <= self.ema < 1, "has to be at least 0 and below 1")
         _check(self, "weight_decay", self.weight_decay >= 0, "has to be 0 or more")
@@ -304,6 +306,7 @@ class Evaluate:
     """Likelihood and adherence on the test split; or, where one of the others is asked for, that alone."""
 
     clips: int = 1_000  # test clips whose likelihood is taken
+    batch_size: int = 64  # of these at once
     prompts: int = 500  # fixed test prompts whose samples are read
     video: str = ""  # a video file: its exact likelihood under `caption`, and the way to noise and back
     caption: str = ""
@@ -320,7 +323,7 @@ class Evaluate:
     fps: int = 0  # at which videos of folders are taken; 0: their own
 
     def __post_init__(self) -> None:
-        _check_positive(self, "clips", "prompts", "draws")
+        _check_positive(self, "clips", "batch_size", "prompts", "draws")
         _check(self, "steps", self.steps >= 2, "has to be 2 or more: both ends are included")
         _check(self, "recognise", self.recognise >= 0, "has to be 0 (none) or more")
         _check(self, "caption", bool(self.caption.strip()) or not self.video,

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Config
-from starflow_jax.data import adherence, pipeline
-from starflow_jax.generation import bits_per_frame, denoise, fixed_captions, generate_clips, noised_latents
+from starflow_jax.data import adherence
+from starflow_jax.generation import (
+    bits_per_frame,
+    denoise,
+    fixed_captions,
+    generate_clips,
+    likelihood_batches,
+    noised_latents,
+)
 from starflow_jax.inspect_video import inspect_video
 from starflow_jax.metrics import ProgressBar, table, temporal_flickering
 from starflow_jax.model_store import load_model
 from starflow_jax.optimizer import Params
 from starflow_jax.quality import quality
 from starflow_jax.recognise import recognise
+from starflow_jax.sharding import fetch
 from starflow_jax.system import System, data_source
 from starflow_jax.video_io import atomic_path, contact_sheet, write_gif
 
-BASELINE_CLIPS = 2_000  # training clips that the baselines are fitted to
+BASELINE_CLIPS, BASELINE_BYTES = 2_000, 2**31  # training clips that the baselines are fitted to, at most
 DENOISE_CHOICES = ("denoiser", "score", "none")
 ADHERENCE = ("digit", "colour", "direction")  # of moving digits
 SHOWN = 12  # clips on the sheet
@@ -107,35 +114,28 @@ def _real_clips(system: System, count: int) -> tuple[np.ndarray | None, np.ndarr
 
 def test_likelihood(system: System, params: Params) -> dict[str, Any]:
     """Bits per dimension of the sigma-noised test latents, constants included, beside two baselines."""
-
-    def batches() -> Iterator[dict[str, np.ndarray]]:
-        return pipeline.evaluation_batches(
-            data_source(system.config, "test"), batch_size=50, limit=system.config.evaluate.clips,
-            pixel_frames=system.pixel_frames, encode_text=system.text_ids, format_caption=system.prompt)
-
-    bits = bits_per_frame(system, params, batches())
-    train = _train_latents(system)
-    noisy = [np.asarray(noised_latents(system, batch, index))[batch["valid_B"]]
-             for index, batch in enumerate(batches())]
-    same_size = [latents for latents in noisy if latents.shape[1:] == train.shape[1:]]
+    clips = system.config.evaluate.clips
+    bits = bits_per_frame(system, params, likelihood_batches(system, "test", clips))
+    train = _noisy_latents(system, "train", BASELINE_CLIPS)
+    same_size = [latents for latents in _noisy_latents(system, "test", clips) if latents.shape == train[0].shape]
+    train = [latents for latents in train if latents.shape == train[0].shape]
     return {
         "bits_per_dim": float(bits.mean()),
         "bits_per_dim_standard_error": float(bits.mean(axis=1).std() / np.sqrt(len(bits))),
         "bits_per_dim_per_frame": [float(value) for value in bits.mean(axis=0)],
         "bits_per_dim_of": f"test latents with noise {system.config.model.noise_std}, given the caption",
-        "baselines": baselines(train, np.concatenate(same_size)) if same_size else {},
+        "baselines": baselines(np.stack(train), np.stack(same_size)) if same_size else {},
         "test_clips": len(bits),
     }
 
 
-def _train_latents(system: System) -> np.ndarray:
-    source = data_source(system.config, "train")
-    count = min(BASELINE_CLIPS, len(source))
-    frames = np.stack([source[index]["frames"][:system.pixel_frames] for index in range(count)])
-    parts = np.array_split(frames, min(10, count))
-    latents = np.concatenate([np.asarray(system.encode(jnp.asarray(part))) for part in parts])
-    noise = np.random.default_rng(0).normal(0, system.config.model.noise_std, latents.shape)
-    return latents + noise.astype(np.float32)
+def _noisy_latents(system: System, split: str, limit: int) -> list[np.ndarray]:
+    """The first clips' noised latents, fewer of large ones."""
+    model = system.config.model
+    clip_bytes = 4 * model.frames * model.height * model.width * model.channels
+    batches = likelihood_batches(system, split, min(limit, max(2, BASELINE_BYTES // clip_bytes)))
+    return [clip for index, batch in enumerate(batches)
+            for clip in fetch(noised_latents(system, batch, index))[batch["valid_B"]]]
 
 
 def baselines(train_BNhwC: np.ndarray, test_BNhwC: np.ndarray) -> dict[str, float]:

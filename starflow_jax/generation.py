@@ -12,12 +12,13 @@ import numpy as np
 
 from starflow_jax.config import Config, Sample, UserError
 from starflow_jax.data import adherence
+from starflow_jax.data.pipeline import evaluation_batches
 from starflow_jax.flow import decode
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.losses import REFERENCE_NOISE, nats
 from starflow_jax.optimizer import Params
-from starflow_jax.sharding import fetch
-from starflow_jax.system import System, data_source, flow_variables, pixel_frames, prompt_text
+from starflow_jax.sharding import fetch, lay_out
+from starflow_jax.system import System, data_source, flow_variables, pixel_frames, prompt_text, training_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,18 +351,28 @@ def output_windows(config: Config, total: int, ahead: int) -> list[tuple[int, in
             for start, stop, first in windows(total, size, context + ahead)]
 
 
+def likelihood_batches(system: System, split: str, limit: int) -> Iterator[dict[str, np.ndarray]]:
+    """The first clips of a split with their captions, as training reads them, laid out over the mesh."""
+    batches = evaluation_batches(
+        training_source(system, split), batch_size=system.config.evaluate.batch_size, limit=limit,
+        pixel_frames=system.pixel_frames, latent_stride=system.config.codec.time_stride, encode_text=system.text_ids,
+        format_caption=system.prompt, text_length=system.config.model.text_length)
+    return ({**batch, **lay_out({name: batch[name] for name in batch if name not in ("captions_B", "valid_B")})}
+            for batch in batches)
+
+
 def noised_latents(system: System, batch: dict[str, Any], seed: int) -> jax.Array:
     """Noised latents of an evaluation batch; the noise depends on the clip's place in it and the seed."""
-    latents = system.encode(jnp.asarray(batch["frames_BTHWC"]))
+    latents = system.latents_of(batch)
     return latents + system.config.model.noise_std * jax.random.normal(jax.random.key(seed), latents.shape)
 
 
 def bits_per_frame(system: System, params: Params, batches: Iterator[dict[str, Any]], seed: int = 0) -> np.ndarray:
     """(clips, N) bits per dimension of each noised latent frame, given its caption and the frames before it."""
-    features = jax.jit(system.features)
-    rows = []
+    text_of, rows = jax.jit(system.text_of), []
     for index, batch in enumerate(batches):
         noisy = noised_latents(system, batch, seed + index)
-        nats_BN = frame_nats(system, params, noisy, features(params, jnp.asarray(batch["text_ids_BS"])))
+        text = {name: batch[name] for name in ("text_ids_BS", "features_BSD") if name in batch}
+        nats_BN = frame_nats(system, params, noisy, text_of(params, text))
         rows.append(fetch(nats_BN)[np.asarray(batch["valid_B"])] / np.prod(noisy.shape[2:]) / np.log(2))
     return np.concatenate(rows)

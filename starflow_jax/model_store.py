@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax import sharding
@@ -34,6 +35,7 @@ def load_model(config: Config, workdir: Path) -> tuple[System, Params, str]:
             abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
             if not (mesh := jax.sharding.get_mesh()).empty:
                 abstract = sharding.abstract(abstract, mesh)
+            abstract = sharding.layers_as(abstract, jnp.dtype(config.model.dtype))
             params = restore_params(checkpoints.directory / str(step), abstract)
             return load_system(config, workdir / "system"), with_text(config, params), f"{workdir}, step {step}"
     return load_box(config, workdir)

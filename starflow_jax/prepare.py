@@ -17,8 +17,18 @@ from starflow_jax.data.preparation import PREPARED, REJECTED, Job, prepare_clips
 from starflow_jax.data.shards import SPLITS
 from starflow_jax.data.sources import Captions
 from starflow_jax.metrics import table
-from starflow_jax.model_store import load_model
-from starflow_jax.system import System, codec_fingerprint, digest, load_system, prompt_text, text_fingerprint
+from starflow_jax.model_store import load_model, with_text
+from starflow_jax.optimizer import Params
+from starflow_jax.system import (
+    System,
+    codec_fingerprint,
+    digest,
+    load_system,
+    make_codec,
+    make_tokenizer,
+    prompt_text,
+    text_fingerprint,
+)
 from starflow_jax.text.prompt import frame_size
 
 
@@ -79,9 +89,8 @@ def write_latents(config: Config, workdir: Path, folder: str) -> None:
 
 
 def write_text_features(config: Config, workdir: Path, folder: str) -> None:
-    """Encode all prompts that the clips may be trained with by the workdir's text encoder."""
-    system, params, source = load_model(config, workdir)
-    print(f"text encoder: of {source}")
+    """Encode all prompts that the clips may be trained with by the frozen text encoder, or the workdir's own."""
+    system, params = _text_system(config, workdir)
     mesh, batch_size = _over_devices(config.prepare.batch_size)
     features = jax.jit(system.features)
     made_by = text_fingerprint(config)
@@ -101,7 +110,9 @@ def write_text_features(config: Config, workdir: Path, folder: str) -> None:
 
 
 def _codec_system(config: Config, workdir: Path) -> System:
-    """The workdir's, which may not be trained yet, or the package's."""
+    """A VAE; or the workdir's own codec, whose model may not be trained yet, or the package's."""
+    if config.codec.kind == "wan":
+        return System(config, tokenizer=None, codec=make_codec(config))  # type: ignore[arg-type]
     if (workdir / "system" / "codec.safetensors").exists():
         return load_system(config, workdir / "system")
     try:
@@ -109,6 +120,14 @@ def _codec_system(config: Config, workdir: Path) -> System:
     except UserError as error:
         raise UserError(f"{workdir} holds no codec to make latents with: it is fitted at the start of --mode=train "
                         "--config.data.source=prepared; without prepare.latents the clips alone are made") from error
+
+
+def _text_system(config: Config, workdir: Path) -> tuple[System, Params]:
+    if config.text.encoder == "frozen":
+        return System(config, make_tokenizer(config), codec=None), with_text(config, {})  # type: ignore[arg-type]
+    system, params, source = load_model(config, workdir)
+    print(f"text encoder: of {source}")
+    return system, params
 
 
 def _over_devices(batch_size: int) -> tuple[jax.sharding.Mesh, int]:

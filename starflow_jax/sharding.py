@@ -138,13 +138,27 @@ def _dividing(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Abstra
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every array of parameters, of a training state or of anything with the same names."""
     def of(path: Any, leaf: Any) -> NamedSharding:
-        name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
+        name = _name(path)
         for pattern, axes in PARAMETERS.items():
             if re.search(f"(^|/){pattern}$", name):
                 return NamedSharding(mesh, PartitionSpec(*[None] * (len(leaf.shape) - len(axes)), *spec(axes)))
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def layers_as(abstract_params: Any, dtype: Any) -> Any:
+    """Shapes of parameters, the Transformer layers' matrices in the dtype that they are multiplied in: a model that is
+    not trained needs them in no other."""
+    def of(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        matrix = re.search(r"(^|/)layers/layer/\w+/kernel$", _name(path))
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding) if matrix else leaf
+
+    return jax.tree_util.tree_map_with_path(of, abstract_params)
+
+
+def _name(path: Any) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
 
 
 def abstract(tree: Any, mesh: Mesh) -> Any:
@@ -190,6 +204,31 @@ def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's part of a batch as part of the global arrays."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in batch.items()}
+
+
+def lay_out(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A batch that every process holds all of, over the current mesh; as it is where there is none, or where its clips
+    don't divide over it."""
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty or any(len(x) % math.prod(mesh.shape[axis] for axis in TABLE["batch"]) for x in batch.values()):
+        return batch
+    return {name: _from_whole(x, batch_sharding(mesh)) for name, x in batch.items()}
+
+
+def spread(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that every process holds all of, in parts over all devices along the first axis that divides; for a model
+    that is not trained, whose layout is of no concern but for memory."""
+    def of(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        axis = next((axis for axis, size in enumerate(x.shape) if size % mesh.size == 0), None)
+        parts = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXES)
+        return _from_whole(x, NamedSharding(mesh, parts))
+
+    return jax.tree.map(of, tree)
+
+
+def _from_whole(x: np.ndarray, placed: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, placed, lambda index: x[index])
 
 
 def fetch(x: Any) -> np.ndarray:

@@ -121,6 +121,16 @@ class System:
         features: Any = build_text_encoder(self.config).apply({"params": params["text"]}, ids_BS)
         return mask_padding(features, ids_BS)
 
+    def text_of(self, params: Params, batch: dict[str, Any]) -> jax.Array:
+        """A batch's features: prepared, or of its ids."""
+        return batch["features_BSD"] if "features_BSD" in batch else self.features(params, batch["text_ids_BS"])
+
+    def latents_of(self, batch: dict[str, Any]) -> jax.Array:
+        """A batch's latents, float32: prepared, or of its frames."""
+        if "latents_BNhwC" in batch:
+            return jnp.asarray(batch["latents_BNhwC"], jnp.float32)
+        return self.encode(jnp.asarray(batch["frames_BTHWC"]))
+
     def encode(self, frames_BTHWC: jax.Array) -> jax.Array:
         """uint8 frames -> latents (B, N, h, w, C)."""
         return encode_frames(self.codec, frames_BTHWC, self.config.codec.later_frames_scale)
@@ -170,14 +180,14 @@ def data_source(config: Config, split: str) -> Sequence[dict[str, Any]]:
     return moving_digits.source(settings, split, data.directory or default_data_directory())
 
 
-def training_source(system: System) -> Sequence[dict[str, Any]]:
-    """The train split's examples; with data.latents their prepared latents and, of a frozen text encoder, features."""
+def training_source(system: System, split: str = "train") -> Sequence[dict[str, Any]]:
+    """A split's examples as training takes them: with data.latents their prepared latents and, of a frozen text
+    encoder, features."""
     config = system.config
     if not config.data.latents:
-        return data_source(config, "train")
+        return data_source(config, split)
     features_by = text_fingerprint(config) if config.text.encoder == "frozen" else None
-    return prepared.source(config.data.directory, "train", latents_by=codec_fingerprint(system),
-                           features_by=features_by)
+    return prepared.source(config.data.directory, split, latents_by=codec_fingerprint(system), features_by=features_by)
 
 
 def codec_fingerprint(system: System) -> dict[str, Any]:
@@ -208,23 +218,30 @@ def default_data_directory() -> str:
 
 
 def make_system(config: Config) -> System:
-    """Train the tokenizer on the training captions and fit the codec to training clips; deterministic."""
+    """Load codec and tokenizer, or fit them to the training clips and train it on their captions; deterministic."""
+    return System(config, make_tokenizer(config), make_codec(config))
+
+
+def make_codec(config: Config) -> LatentCodec:
+    """The VAE of codec.weights, or a codec fitted to training clips."""
+    if config.codec.kind == "wan":
+        return load_codec(config.codec, config.model.channels)
     source = data_source(config, "train")
-    codec = load_codec(config.codec, config.model.channels) if config.codec.kind == "wan" else _fit(config, source)
+    frames = np.stack([source[i]["frames"] for i in range(min(FITTED_CLIPS, len(source)))])
+    return patch.fit(frames[:, :pixel_frames(config)], patch_shape(config), config.model.channels)
+
+
+def make_tokenizer(config: Config) -> Tokenizer:
+    """That of a frozen text encoder, or one trained on the training captions."""
     if config.text.encoder == "frozen":
-        return System(config, load_tokenizer(Path(config.text.weights)), codec)
-    texts = []
+        return load_tokenizer(Path(config.text.weights))
+    source, texts = data_source(config, "train"), []
     for index in range(min(TOKENIZED_CLIPS, len(source))):
         example = source[index]
         for caption in (example["caption_long"].decode(), example["caption_short"].decode(), ""):
             texts += [prompt_text(config, caption), prompt_text(config, EXTEND + caption),
                       prompt_text(config, caption, is_image=True)]
-    return System(config, Tokenizer(train_tokenizer(texts, config.text.vocab_size)), codec)
-
-
-def _fit(config: Config, source: Sequence[dict[str, Any]]) -> patch.PatchCodec:
-    frames = np.stack([source[i]["frames"] for i in range(min(FITTED_CLIPS, len(source)))])
-    return patch.fit(frames[:, :pixel_frames(config)], patch_shape(config), config.model.channels)
+    return Tokenizer(train_tokenizer(texts, config.text.vocab_size))
 
 
 def save_system(system: System, folder: Path) -> None:

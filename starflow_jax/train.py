@@ -3,7 +3,6 @@
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,20 @@ from starflow_jax import sharding
 from starflow_jax.checkpoint import BEST, Checkpoints
 from starflow_jax.config import Config, UserError
 from starflow_jax.data import pipeline
-from starflow_jax.generation import adherence_of_samples, bits_per_frame, generate_clips
+from starflow_jax.generation import (
+    adherence_of_samples,
+    bits_per_frame,
+    fixed_captions,
+    generate_clips,
+    likelihood_batches,
+)
 from starflow_jax.initialise import inherited_system, initial_params, refuse_converted
 from starflow_jax.metrics import MetricWriter, ProgressBar, read_metrics
+from starflow_jax.model_store import with_text
 from starflow_jax.optimizer import Params, TrainState, create_state, schedule
 from starflow_jax.system import (
     System,
     abstract_state,
-    data_source,
     load_system,
     make_system,
     model_fingerprint,
@@ -35,7 +40,8 @@ from starflow_jax.system import (
 from starflow_jax.train_step import encoded, make_train_step, tokens_of
 from starflow_jax.video_io import contact_sheet
 
-SHEET_CAPTIONS = (
+CELL_PIXELS, SHEET_PIXELS = 72, 3_000  # heights that small frames are enlarged to; about the width of a sheet
+DIGITS_SHEET = (
     "a red seven moves right",
     "a handwritten three in bright blue drifts slowly to the upper left over a black background",
     "a green zero glides down",
@@ -77,8 +83,6 @@ def train_iterator(system: System, mesh: Mesh):
 
 def train(config: Config, workdir: Path) -> None:
     """Train to config.train.steps, going on from the workdir's newest whole checkpoint."""
-    if config.text.encoder != "trained":
-        raise UserError(f"{config.name}: training needs text.encoder=trained as yet")
     refuse_converted(workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_model(config.model, mesh)
@@ -132,15 +136,15 @@ def _run(
     settings = system.config.train
     step_fn, rate = make_train_step(system, mesh), schedule(settings)
     stop = _StopOnTerm()
-    encodes = system.config.codec.kind == "wan"
-    if encodes:
+    if system.config.codec.kind == "wan":
         system = dataclasses.replace(system, codec=jax.device_put(system.codec, sharding.replicated(mesh)))
+    frozen = sharding.spread(with_text(system.config, {}), mesh)
     since, tokens, step = time.perf_counter(), 0, int(state.step)
     with ProgressBar("train", settings.steps, initial=step, shown=writer.writes) as progress:
         while step < settings.steps and not stop.asked:
             batch = sharding.put_batch(next(batches), mesh)
             tokens += tokens_of(batch, system.config)
-            state, scalars = step_fn(state, encoded(system, batch) if encodes else batch)
+            state, scalars = step_fn(state, encoded(system, batch, frozen))
             step += 1
             if step % settings.log_every == 0 or step == settings.steps:
                 learning_rate = float(rate(step - 1 - int(scalars["skipped"])))
@@ -150,7 +154,7 @@ def _run(
                 progress.update(0, row["bits_per_dim"])
             progress.update()
             evaluated = step % settings.evaluate_every == 0 or step == settings.steps
-            metrics = _evaluate(system, state.ema, step, writer) if evaluated else None
+            metrics = _evaluate(system, {**state.ema, **frozen}, step, writer) if evaluated else None
             if evaluated or step % settings.checkpoint_every == 0:
                 checkpoints.save(step, _own(state), batches.get_state(), metrics)
         if stop.asked and checkpoints.latest_step() != step:
@@ -181,27 +185,34 @@ class _StopOnTerm:
         self.asked = True
 
 
-def validation_batches(system: System, split: str, limit: int) -> Iterator[dict[str, np.ndarray]]:
-    return pipeline.evaluation_batches(
-        data_source(system.config, split), batch_size=64, limit=limit, pixel_frames=system.pixel_frames,
-        encode_text=system.text_ids, format_caption=system.prompt)
-
-
 def _evaluate(system: System, params: Params, step: int, writer: MetricWriter) -> dict[str, float]:
     """Validation likelihood and a sample sheet, by the averaged parameters."""
-    bits = bits_per_frame(system, params, validation_batches(system, "validation",
-                                                             system.config.train.validation_clips))
+    settings = system.config.train
+    bits = bits_per_frame(system, params, likelihood_batches(system, "validation", settings.validation_clips))
     metrics = {BEST: float(bits.mean())}
-    if system.config.train.adherence_prompts:
-        shares = adherence_of_samples(system, params, "validation", system.config.train.adherence_prompts)
+    if settings.adherence_prompts:
+        shares = adherence_of_samples(system, params, "validation", settings.adherence_prompts)
         metrics |= {f"adherence_{name}": share for name, share in shares.items()}
-    clips = generate_clips(system, params, SHEET_CAPTIONS, range(len(SHEET_CAPTIONS)), system.config.sample)
-    if writer.writes:
-        contact_sheet(writer.path.parent / "sheets" / f"samples_step_{step:07d}.png", clips.frames_BTHWC,
-                      SHEET_CAPTIONS, scale=3)
     writer.scalars(step, metrics)
-    writer.image(step, "samples", np.concatenate([np.concatenate(list(c), axis=1) for c in clips.frames_BTHWC]))
+    if settings.sheet_clips:
+        _sheet(system, params, step, writer)
     return metrics
+
+
+def _sheet(system: System, params: Params, step: int, writer: MetricWriter) -> None:
+    """Samples of fixed captions as a picture."""
+    count, size = system.config.train.sheet_clips, system.config.sample.batch_size
+    digits = system.config.data.source == "digits"
+    captions = list(DIGITS_SHEET[:count]) if digits else fixed_captions(system, "validation", count)
+    parts = [generate_clips(system, params, captions[begin:begin + size], range(begin, len(captions))[:size],
+                            system.config.sample).frames_BTHWC for begin in range(0, len(captions), size)]
+    frames_BTHWC = np.concatenate(parts)
+    if writer.writes:
+        scale = max(1, CELL_PIXELS // frames_BTHWC.shape[2])
+        columns = min(16, max(4, SHEET_PIXELS // (scale * frames_BTHWC.shape[3])))
+        contact_sheet(writer.path.parent / "sheets" / f"samples_step_{step:07d}.png", frames_BTHWC, captions,
+                      columns, scale)
+    writer.image(step, "samples", np.concatenate([np.concatenate(list(clip), axis=1) for clip in frames_BTHWC]))
 
 
 def _say_what_next(config: Config, workdir: Path, step: int) -> None:
@@ -210,6 +221,6 @@ def _say_what_next(config: Config, workdir: Path, step: int) -> None:
         return
     bits = next(row[BEST] for row in reversed(read_metrics(workdir)) if BEST in row)
     print(f"trained {step} steps: validation {bits:.4f} bits per dimension of the noised latents\n"
-          f"samples: {workdir / 'sheets' / f'samples_step_{step:07d}.png'}\n"
-          f"next: python -m starflow_jax.main --config=configs/t2v.py:{config.name} --workdir={workdir} "
-          '--mode=sample --config.sample.prompt="a blue three moves right"')
+          f"samples: {workdir / 'sheets'}\n"
+          f"next: the same --config with --workdir={workdir} --mode=sample "
+          f'--config.sample.prompt="{DIGITS_SHEET[0]}"')

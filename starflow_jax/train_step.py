@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,19 +28,28 @@ def clean_latents(system: System, batch: Batch) -> jax.Array:
     drop_first_B says so, the first (the model then learns to go on from the middle of a video). Latents that come
     with the batch are taken as they are.
     """
-    if "latents_BNhwC" in batch:
-        return batch["latents_BNhwC"].astype(jnp.float32)
-    latents = system.encode(batch["frames_BTHWC"])
-    if latents.shape[1] == 1:
+    latents = system.latents_of(batch)
+    if "latents_BNhwC" in batch or latents.shape[1] == 1:
         return latents
     drop_first = batch["drop_first_B"][:, None, None, None, None]
     return jnp.where(drop_first, latents[:, 1:], latents[:, :-1])
 
 
-def encoded(system: System, batch: Batch) -> Batch:
-    """The batch with its latents in place of its frames: a VAE's weights are no part of the step's program."""
-    rest = {name: value for name, value in batch.items() if name not in ("frames_BTHWC", "drop_first_B")}
-    return {**rest, "latents_BNhwC": clean_latents(system, batch)}
+def encoded(system: System, batch: Batch, frozen: Params) -> Batch:
+    """The batch as the step takes it: what comes of weights that are not trained, a VAE's or a text encoder's, is
+    computed before, and they are no part of the step's program. frozen: the text encoder's, or {}."""
+    if system.config.codec.kind == "wan":
+        rest = {name: value for name, value in batch.items() if name not in ("frames_BTHWC", "drop_first_B")}
+        batch = {**rest, "latents_BNhwC": clean_latents(system, batch)}
+    if frozen and "text_ids_BS" in batch:
+        features = _features(system, frozen, batch["text_ids_BS"])
+        batch = {**{name: value for name, value in batch.items() if name != "text_ids_BS"}, "features_BSD": features}
+    return batch
+
+
+@partial(jax.jit, static_argnums=0)
+def _features(system: System, params: Params, ids_BS: jax.Array) -> jax.Array:
+    return system.features(params, ids_BS)
 
 
 def gradients(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> tuple[Params, dict]:

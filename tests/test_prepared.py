@@ -252,6 +252,23 @@ def test_evaluation_goes_through_all_sizes(folders):
                                                 format_caption=format_caption))) == 1
 
 
+def test_evaluation_takes_what_is_prepared(folders):
+    source = prepared.source(folders[0], "train", latents_by=MADE_BY, features_by={"text": 1})
+    kinds = []
+    for with_features in (True, False):
+        given = source if with_features else prepared.source(folders[0], "train", latents_by=MADE_BY)
+        kinds.append(list(pipeline.evaluation_batches(
+            given, batch_size=4, limit=100, pixel_frames=5, encode_text=encode_text, format_caption=format_caption,
+            text_length=6)))
+    for batch, other in zip(*kinds, strict=True):
+        assert "frames_BTHWC" not in batch and "text_ids_BS" not in batch
+        np.testing.assert_array_equal(batch["latents_BNhwC"], other["latents_BNhwC"])
+        texts = texts_of(other)
+        np.testing.assert_array_equal(batch["features_BSD"][:2], encode_prompts(texts[:2])[:, :6])
+    first = source.videos[0][0]
+    np.testing.assert_array_equal(kinds[0][0]["latents_BNhwC"][0], first["latents"][:2])
+
+
 def test_sources_travel_to_other_processes(folders):
     source = prepared.source(",".join(folders), "train", latents_by=MADE_BY)
     copy = pickle.loads(pickle.dumps(source))

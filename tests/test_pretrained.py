@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from starflow_jax.checkpoint import export_arrays
 from starflow_jax.codec import patch
 from starflow_jax.config import Codec, Config, Convert, Text, UserError
 from starflow_jax.convert import convert
 from starflow_jax.model_store import load_model, with_text
-from starflow_jax.system import System, build_text_encoder, model_fingerprint, patch_shape
+from starflow_jax.system import System, build_text_encoder, model_fingerprint, patch_shape, save_system
 from starflow_jax.tensor_files import write_safetensors
 from starflow_jax.text.pretrained import encoder_config, load_encoder, load_tokenizer
 from starflow_jax.text.t5 import T5Encoder, mask_padding
@@ -82,7 +81,7 @@ def test_a_converted_model_comes_with_its_encoder(published: Path, tmp_path: Pat
     write_safetensors(tmp_path / "released.safetensors", random_released(config.model))
     convert(config, tmp_path)
     codec = patch.fit(np.zeros((1, 5, 8, 12, 3), np.uint8), patch_shape(config), config.model.channels)
-    export_arrays(tmp_path / "system" / "codec.safetensors", dataclasses.asdict(codec))
+    save_system(System(config, load_tokenizer(published), codec), tmp_path / "system")
     system, params, source = load_model(config, tmp_path)
     assert source == f"{tmp_path}, step 0" and set(params) == {"flow", "text"}
     assert params["text"]["embed"]["embedding"].shape == (96, 48)

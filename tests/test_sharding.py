@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -14,7 +16,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from starflow_jax import config as settings_of
 from starflow_jax import sharding
 from starflow_jax.config import UserError
-from tests.helpers import tiny_model
+from starflow_jax.flow.starflow import STARFlow
+from tests.helpers import latents, text, tiny_model
 from tests.small_run import ROOT, command, environment
 
 QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -72,6 +75,38 @@ def test_what_does_not_divide_is_named() -> None:
         sharding.check_model(model, shape_of(1, 3, 1, 1))
     with pytest.raises(UserError, match="train.batch_size=6.*= 4"):
         sharding.check_batch("train.batch_size", 6, shape_of(2, 2, 2, 1))
+
+
+def test_what_every_process_holds_is_laid_out() -> None:
+    batch = {"latents_BNhwC": np.arange(24.0).reshape(4, 6)}
+    assert sharding.lay_out(batch) is batch
+    mesh = sharding.make_mesh(settings_of.Mesh(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        placed = sharding.lay_out(batch)["latents_BNhwC"]
+        odd = {"latents_BNhwC": np.zeros((3, 2))}
+        assert sharding.lay_out(odd) is odd
+    assert placed.addressable_shards[0].data.shape == (2, 6)
+    np.testing.assert_array_equal(placed, batch["latents_BNhwC"])
+
+
+def test_what_is_not_trained_is_spread() -> None:
+    mesh = sharding.make_mesh(settings_of.Mesh(fsdp=4, data=1), jax.devices()[:4])
+    tree = {"table": np.arange(24.0).reshape(3, 8), "odd": np.arange(3.0)}
+    spread = sharding.spread(tree, mesh)
+    assert spread["table"].addressable_shards[0].data.shape == (3, 2)
+    assert spread["odd"].addressable_shards[0].data.shape == (3,)
+    for name, value in tree.items():
+        np.testing.assert_array_equal(spread[name], value)
+
+
+def test_only_the_layers_matrices_change_their_dtype() -> None:
+    model = tiny_model(denoiser="first_layer", denoiser_layers=1)
+    params = jax.eval_shape(STARFlow(model).init, jax.random.key(0), latents(model), text(model))["params"]
+    kinds = {sharding._name(path): leaf.dtype for path, leaf in
+             jax.tree_util.tree_flatten_with_path(sharding.layers_as(params, jnp.bfloat16))[0]}
+    halved = {name for name, dtype in kinds.items() if dtype == jnp.bfloat16}
+    assert halved == {name for name in kinds if "layers/layer" in name and name.endswith("kernel")}
+    assert any("qkv" in name for name in halved) and any("denoiser" in name for name in halved)
 
 
 def test_without_a_mesh_nothing_happens() -> None:

@@ -128,5 +128,5 @@ def test_the_video_model_has_the_released_size() -> None:
 
 
 def test_the_image_model_has_the_released_size() -> None:
-    counts = parameter_counts(paper_config("t2i", "3b"))
+    counts = parameter_counts(paper_config("t2i", "released"))
     assert (counts["total"], counts["denoiser"]) == (3_858_281_544, 0)

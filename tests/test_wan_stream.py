@@ -144,7 +144,7 @@ def test_training_batches_are_encoded_before_the_step(system: System) -> None:
     frames = np.random.default_rng(1).integers(0, 256, (2, 7, 8, 8, 3), np.uint8)
     batch = {"frames_BTHWC": jnp.asarray(frames), "drop_first_B": jnp.asarray([True, False]),
              "text_ids_BS": jnp.zeros((2, 24), jnp.int32)}
-    found = encoded(wan, batch)
+    found = encoded(wan, batch, {})
     assert set(found) == {"latents_BNhwC", "text_ids_BS"}
     whole = wan.encode(batch["frames_BTHWC"])
     np.testing.assert_array_equal(found["latents_BNhwC"], np.stack([whole[0, 1:], whole[1, :-1]]))

@@ -33,6 +33,7 @@ from starflow_jax.config import UserError
 EXTEND = "(extend) "  # begins the caption of a clip without its first latent (text/prompt.py says so, too)
 Source = Sequence[dict[str, Any]]
 Batch = dict[str, np.ndarray]
+KINDS = {"frames": "frames_BTHWC", "latents": "latents_BNhwC"}  # what is trained on, in a record and in a batch
 EncodeText = Callable[[list[str]], np.ndarray]  # captions -> int32 ids (B, S)
 FormatCaption = Callable[..., str]  # (caption, is_image, and fps and aspect_ratio of the record) -> text to encode
 
@@ -40,7 +41,7 @@ FormatCaption = Callable[..., str]  # (caption, is_image, and fps and aspect_rat
 class Example(NamedTuple):
     """One clip on its way into a batch; `caption` is formatted already."""
 
-    kind: str  # "frames_BTHWC" or "latents_BNhwC"
+    kind: str  # a name of KINDS
     clip: np.ndarray
     caption: str
     drop_first: bool
@@ -110,32 +111,27 @@ def train_batches(
         if "latents" in record:
             latents = record["latents"][: 1 + (length - first_latent_pixels) // latent_stride]
             kept = latents[1:] if drop_first else latents[:-1]
-            return example("latents_BNhwC", kept, caption, record, drop_first)
+            return example(KINDS["latents"], kept, caption, record, drop_first)
         start = rng.integers(len(record["frames"]) - length + 1)
-        return example("frames_BTHWC", record["frames"][start : start + length], caption, record, drop_first)
+        return example(KINDS["frames"], record["frames"][start : start + length], caption, record, drop_first)
 
     def image_example(record: dict[str, Any], rng: np.random.Generator) -> Example:
         caption = pick_caption(record, rng)
         if "latents" in record:  # the codec is causal: the first latent is that of the first frame alone
-            return example("latents_BNhwC", record["latents"][:1], caption, record, is_image=True)
+            return example(KINDS["latents"], record["latents"][:1], caption, record, is_image=True)
         frame = rng.integers(len(record["frames"]))
-        return example("frames_BTHWC", record["frames"][frame : frame + 1], caption, record, is_image=True)
+        return example(KINDS["frames"], record["frames"][frame : frame + 1], caption, record, is_image=True)
 
     def example(kind: str, clip: np.ndarray, caption: str, record: dict[str, Any], drop_first: bool = False,
                 is_image: bool = False) -> Example:
         prompt = format_caption(caption, is_image, **conditions(record))
-        return Example(kind, clip, prompt, drop_first, text_of(record, prompt) if "text" in record else None)
+        return Example(kind, clip, prompt, drop_first, text_of(record, prompt))
 
     def collate(examples: Sequence[Example]) -> Batch:
-        features = [_padded(example.text_SD, text_length) for example in examples if example.text_SD is not None]
-        if features:
-            text = {"features_BSD": np.stack(features)}
-        else:
-            ids_BS = encode_text([example.caption for example in examples])
-            text = {"text_ids_BS": np.asarray(ids_BS, np.int32)}
         return {
             examples[0].kind: np.stack([example.clip for example in examples]),
-            **text,
+            **_text_batch([example.caption for example in examples], [example.text_SD for example in examples],
+                          encode_text, text_length),
             "drop_first_B": np.array([example.drop_first for example in examples]),
         }
 
@@ -224,16 +220,19 @@ def evaluation_batches(
     batch_size: int,
     limit: int,
     pixel_frames: int,
+    latent_stride: int = 4,
     encode_text: EncodeText,
     format_caption: FormatCaption,
     process_index: int = 0,
     process_count: int = 1,
+    text_length: int = 0,
 ) -> Iterator[Batch]:
     """The first `limit` clips (or all) once, in order, with long captions; of several sizes in one order, each
     batch of one size. Each batch is a dict of
 
         frames_BTHWC  uint8, the first pixel_frames of each clip (1: the captions are an image's)
-        text_ids_BS   int32
+                      (or latents_BNhwC, float16, of as many frames)
+        text_ids_BS   int32 (or features_BSD, float16, as of `train_batches`)
         captions_B    str, as recorded (not formatted)
         valid_B       bool: False where the last batch repeats the last clip to keep its shape
 
@@ -241,9 +240,11 @@ def evaluation_batches(
     """
     local_size = _local_size(batch_size, process_index, process_count)
     for part in _parts(source, "images" if pixel_frames == 1 else "videos"):
-        recorded = len(part[0]["frames"])
-        if not 1 <= pixel_frames <= recorded:
-            raise UserError(f"pixel_frames is {pixel_frames}: the clips have 1 to {recorded} frames")
+        kind = "latents" if "latents" in part[0] else "frames"
+        wanted = 1 + (pixel_frames - 1) // latent_stride if kind == "latents" else pixel_frames
+        recorded = len(part[0][kind])
+        if not 1 <= wanted <= recorded:
+            raise UserError(f"pixel_frames is {pixel_frames}, {wanted} {kind}: the clips have 1 to {recorded} {kind}")
         count = min(limit, len(part))
         limit -= count
         for begin in range(process_index * local_size, _round_up(count, batch_size), batch_size):
@@ -253,8 +254,9 @@ def evaluation_batches(
             formatted = [format_caption(caption, pixel_frames == 1, **conditions(record))
                          for caption, record in zip(captions, records)]
             yield {
-                "frames_BTHWC": np.stack([record["frames"][:pixel_frames] for record in records]),
-                "text_ids_BS": np.asarray(encode_text(formatted), np.int32),
+                KINDS[kind]: np.stack([record[kind][:wanted] for record in records]),
+                **_text_batch(formatted, [text_of(record, prompt) for record, prompt in zip(records, formatted)],
+                              encode_text, text_length),
                 "captions_B": np.array(captions),
                 "valid_B": indices_B < count,
             }
@@ -276,11 +278,23 @@ def prompts_of(record: dict[str, Any], format_caption: FormatCaption, is_image: 
     return prompts
 
 
-def text_of(record: dict[str, Any], prompt: str) -> np.ndarray:
-    """float16 (S, D), the prepared features of a prompt. Raises UserError where it was not foreseen."""
+def text_of(record: dict[str, Any], prompt: str) -> np.ndarray | None:
+    """float16 (S, D), the prepared features of a prompt, None where there are none for any. Raises UserError for a
+    prompt that was not foreseen."""
+    if "text" not in record:
+        return None
     if prompt not in record["text"]:
         raise UserError(f"no prepared text features of {prompt!r}; make them anew with this configuration")
     return record["text"][prompt]
+
+
+def _text_batch(prompts: list[str], features: Sequence[np.ndarray | None], encode_text: EncodeText, length: int
+                ) -> Batch:
+    """The prompts' features where they are prepared, else their ids."""
+    known = [text_SD for text_SD in features if text_SD is not None]
+    if known:
+        return {"features_BSD": np.stack([_padded(text_SD, length) for text_SD in known])}
+    return {"text_ids_BS": np.asarray(encode_text(prompts), np.int32)}
 
 
 def _padded(text_SD: np.ndarray, length: int) -> np.ndarray:
