@@ -19,7 +19,8 @@ from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.generation import deep_frames, fixed_prompts, prepare
 from starflow_jax.metrics import ProgressBar
 from starflow_jax.model_store import load_box
-from starflow_jax.system import System, flow_variables
+from starflow_jax.nn.transformer import unstacked
+from starflow_jax.system import System, decoding_variables
 
 PROMPTS = 8
 ROUNDS = 3
@@ -74,10 +75,12 @@ def random_model(model: Model, guidance: float = 2.0) -> list[dict[str, Any]]:
     def forward(params: Any) -> tuple[jax.Array, ...]:
         return tuple(apply_flow(flow, params, STARFlow.forward, x, text).z_BTSK for text in texts)
 
+    layers = jax.jit(unstacked)(params)
+
     def video(solver: Solver) -> tuple[jax.Array, float]:
-        made, reports = zip(*decode.generate(flow, params, z, texts, guidance=guidance, solver=solver, token_grid=grid))
+        made, reports = zip(*decode.generate(flow, layers, z, texts, guidance=guidance, solver=solver, token_grid=grid))
         shallow = decode.SEQUENTIAL if solver == decode.SEQUENTIAL else Solver(1 << 30, solver.tolerance / 10)
-        out, _ = decode.invert_shallow(flow, params, jnp.concatenate(made, axis=1), solver=shallow, token_grid=grid)
+        out, _ = decode.invert_shallow(flow, layers, jnp.concatenate(made, axis=1), solver=shallow, token_grid=grid)
         return jax.block_until_ready(out), sum(float(report.steps.sum()) for report in reports)
 
     solvers = {"sequential": decode.SEQUENTIAL, "base line": Solver(tokens, 1e-3),
@@ -130,7 +133,7 @@ def lengths(config: Config, workdir: Path) -> list[dict[str, Any]]:
         settings = dataclasses.replace(config.sample, frames=frames, frames_per_step=1)
         given = prepare(system, params, captions, [0], settings)
         before, began, made = _programs(), time.perf_counter(), 0
-        for u, _ in deep_frames(system, flow_variables(params), given, settings):
+        for u, _ in deep_frames(system, decoding_variables(config, params), given, settings):
             made += jax.block_until_ready(u).shape[1]
         rows.append({"times_training_length": times, "latent_frames": made,
                      "decoding_programs_added": _programs() - before,

@@ -15,7 +15,7 @@ from starflow_jax.generation import deep_frames, fixed_prompts, prepare, shallow
 from starflow_jax.metrics import ProgressBar, table
 from starflow_jax.model_store import BOX, load_model
 from starflow_jax.optimizer import Params
-from starflow_jax.system import Calibrated, System, data_source, flow_variables, save_decoding
+from starflow_jax.system import Calibrated, System, data_source, decoding_variables, save_decoding
 
 FITTED_CLIPS = 4_096
 PROMPTS = 8
@@ -87,8 +87,9 @@ def decode_deep(
 ) -> tuple[np.ndarray, float, float]:
     """(u, deep-block passes per video, seconds) of the deep block alone."""
     given = prepare(system, params, captions, range(len(captions)), settings)
+    variables = jax.block_until_ready(decoding_variables(system.config, params))
     began = time.perf_counter()
-    made, reports = zip(*deep_frames(system, flow_variables(params), given, settings))
+    made, reports = zip(*deep_frames(system, variables, given, settings))
     u = np.asarray(jnp.concatenate(made, axis=1))
     seconds = time.perf_counter() - began
     return u, float(sum(np.asarray(r.steps).sum(axis=0).mean() for r in reports)), seconds

@@ -18,7 +18,15 @@ from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.losses import REFERENCE_NOISE, nats
 from starflow_jax.optimizer import Params
 from starflow_jax.sharding import fetch, lay_out
-from starflow_jax.system import System, data_source, flow_variables, pixel_frames, prompt_text, training_source
+from starflow_jax.system import (
+    System,
+    data_source,
+    decoding_variables,
+    flow_variables,
+    pixel_frames,
+    prompt_text,
+    training_source,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +151,7 @@ def generate_clips(
 
     Raises UserError for a length that the codec or the window does not allow.
     """
-    flow, variables = system.flow, flow_variables(params)
+    flow, variables = system.flow, decoding_variables(system.config, params)
     given = prepare(system, params, captions, seeds, settings, known_BTHWC)
     made, reports = [], []
     for frames, report in deep_frames(system, variables, given, settings):

@@ -23,7 +23,7 @@ from starflow_jax.generation import deep_solver, denoise, noise_for, output_wind
 from starflow_jax.metrics import ProgressBar, psnr, table
 from starflow_jax.model_store import load_model
 from starflow_jax.optimizer import Params
-from starflow_jax.system import System, flow_variables, pixel_frames
+from starflow_jax.system import System, decoding_variables, flow_variables, pixel_frames
 from starflow_jax.video_io import at_rate, atomic_path, contact_sheet, read_video, resize_crop, write_mp4
 
 SHOWN_PIXELS = 96  # small models' frames are enlarged to about this height
@@ -184,7 +184,7 @@ def encode_z(system: System, params: Params, noisy: jax.Array, text: jax.Array) 
 def decode_z(system: System, params: Params, z_BNSK: jax.Array, text: jax.Array) -> jax.Array:
     """x~ = f^-1(z), exact: block Jacobi until nothing changes, without guidance."""
     settings = dataclasses.replace(system.config.sample, tolerance=0.0, max_steps=0, stream=False)
-    variables, grid = flow_variables(params), token_grid(system)
+    variables, grid = decoding_variables(system.config, params), token_grid(system)
     made = decode.generate(system.flow, variables, z_BNSK, text[None], solver=deep_solver(system, settings),
                            token_grid=grid, window=system.config.model.frames)
     u_BNSK = jnp.concatenate([frames for frames, _ in made], axis=1)

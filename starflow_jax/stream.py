@@ -33,7 +33,7 @@ from starflow_jax.generation import (
     token_grid,
 )
 from starflow_jax.optimizer import Params
-from starflow_jax.system import System, flow_variables
+from starflow_jax.system import System, decoding_variables
 from starflow_jax.video_io import atomic_path
 
 
@@ -102,7 +102,7 @@ def stream_clips(
     stride for each after it; the given ones come first."""
     deep, rest = stream_devices(settings.devices)
     given = prepare(system, params, captions, seeds, settings, known_BTHWC)
-    variables = jax.device_put(flow_variables(params), deep)
+    variables = jax.device_put(decoding_variables(system.config, params), deep)
     finish = _Finisher(system, jax.device_put(params, rest), given, settings)
     timeline = timeline or Timeline()
     index = 0 if given.known_BTSK is None else given.known_BTSK.shape[1]
@@ -124,6 +124,7 @@ class _Finisher:
     def __init__(self, system: System, params: Params, given: Conditions, settings: Sample) -> None:
         model = system.config.model
         self._system, self._params, self._settings = system, params, settings
+        self._variables = decoding_variables(system.config, params)
         device = jax.tree.leaves(params)[0].device
         self._text = jax.device_put(given.text, device)
         self._codec, self._cache = jax.device_put(system.codec, device), None
@@ -140,7 +141,7 @@ class _Finisher:
     def __call__(self, u_BGSK: jax.Array) -> list[jax.Array]:
         """Take the next frames of u; returns the pixels that they complete."""
         noisy, _ = decode.invert_shallow(
-            self._system.flow, flow_variables(self._params), u_BGSK, solver=shallow_solver(self._settings),
+            self._system.flow, self._variables, u_BGSK, solver=shallow_solver(self._settings),
             token_grid=token_grid(self._system))
         self._noisy = _place(self._noisy, noisy, self._ready)
         self._ready += u_BGSK.shape[1]

@@ -24,6 +24,7 @@ from starflow_jax.config import Config, UserError
 from starflow_jax.data import moving_digits, prepared
 from starflow_jax.flow.first_guess import FirstGuess
 from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.nn.transformer import unstacked
 from starflow_jax.optimizer import Params, TrainState, create_state
 from starflow_jax.text.pretrained import encoder_config, load_tokenizer
 from starflow_jax.text.prompt import EXTEND, format_prompt
@@ -144,6 +145,12 @@ def flow_variables(params: Params) -> dict[str, Any]:
     """What STARFlow's methods take: the flow's parameters and the denoiser's."""
     denoiser = {"denoiser": params["denoiser"]} if "denoiser" in params else {}
     return {"params": {**params["flow"], **denoiser}}
+
+
+def decoding_variables(config: Config, params: Params) -> dict[str, Any]:
+    """What decoding takes; its layers one by one where the configuration unrolls them."""
+    variables = flow_variables(params)
+    return jax.jit(unstacked)(variables) if config.model.unroll_layers else variables
 
 
 def init_params(config: Config, key: jax.Array) -> Params:

@@ -11,6 +11,7 @@ import pytest
 from starflow_jax.flow import decode
 from starflow_jax.flow.decode import SEQUENTIAL, Solver
 from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.nn.transformer import is_unstacked, unstacked
 from tests.helpers import latents, random_flow, text, tiny_model
 
 MODEL = tiny_model(frames=3, deep_layers=1)
@@ -95,6 +96,24 @@ def test_several_frames_a_step_are_the_same_frames(setting: tuple[STARFlow, Any]
     for frames, block in ((2, 12), (3, 18), (2, 5)):
         together = run(setting, z, solver=Solver(block_size=block, tolerance=0.0, frames=frames))
         np.testing.assert_allclose(together, one_by_one, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", [SEQUENTIAL, Solver(block_size=4, tolerance=1e-12)], ids=["one", "blocks"])
+def test_unstacked_layers_give_the_same(solver: Solver) -> None:
+    """Also frames that are known, a restart, and both stacks; two layers and two heads."""
+    model = tiny_model(frames=3)
+    flow, variables = random_flow(model)
+    texts = jnp.stack([text(model), text(model, seed=5)])
+    found = []
+    for of in (variables, unstacked(variables)):
+        frames = decode.generate(flow, of, noise(frames=4), texts, token_grid=GRID, solver=solver, guidance=1.5,
+                                 window=3, context=1)
+        u = jnp.concatenate([made for made, _ in frames], axis=1)
+        found.append((u, decode.invert_shallow(flow, of, u, solver=solver, token_grid=GRID)[0]))
+    for stacked, one_by_one in zip(*found):
+        np.testing.assert_allclose(one_by_one, stacked, atol=1e-5)
+    assert not is_unstacked(variables["params"]["deep"]["transformer"])
+    assert is_unstacked(unstacked(variables)["params"]["deep"]["transformer"])
 
 
 def test_a_guess_changes_where_the_solver_starts_and_not_where_it_ends(setting: tuple[STARFlow, Any]) -> None:

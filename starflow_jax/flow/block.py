@@ -100,7 +100,7 @@ class FlowBlock(nn.Module):
         if not tokens_parted():
             hidden, slots, prefix = hidden[:, prefix:], slots - prefix, 0
         affine = Affine(*(constrain(part[:, prefix:slots], "batch", None, None) for part in self._affine(hidden)))
-        return affine, jax.tree.map(lambda layers: layers[:, :, :whole], kv)
+        return affine, jax.tree.map(lambda part: part[..., :whole, :, :], kv)
 
     def _affine(self, hidden_BSD: jax.Array) -> Affine:
         out = self.proj_out(hidden_BSD.astype(self.dtype))

@@ -21,6 +21,7 @@ from starflow_jax.flow.block import Affine, FlowBlock
 from starflow_jax.flow.guidance import guide
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.nn.cache import KVCache
+from starflow_jax.nn.transformer import is_unstacked
 
 Predict = Callable[[jax.Array, jax.Array, KVCache], tuple[Affine, Any]]
 
@@ -81,7 +82,7 @@ def solve_tokens(
             return affine.mu_BSC + affine.sigma_BSC * z, _split_branches(kv, branches)
 
         found = jacobi.solve(update, start, tolerance=solver.tolerance,
-                             max_steps=min(solver.max_steps or size, z.shape[1]), aux_batch_axis=2)
+                             max_steps=min(solver.max_steps or size, z.shape[1]), aux_batch_axis=-4)
         cache = cache.append(_join_branches(found.aux))
         return (cache, found.x[:, -1:]), (found.x, Report(found.steps, found.residual, found.converged))
 
@@ -103,12 +104,12 @@ def _to_blocks(x_BSK: jax.Array, size: int) -> jax.Array:
 
 
 def _split_branches(kv, branches: int):
-    """(L, branches*B, ...) -> (L, branches, B, ...), so that the solver finds the samples at axis 2."""
-    return jax.tree.map(lambda a: a.reshape(a.shape[0], branches, -1, *a.shape[2:]), kv)
+    """(..., branches*B, S, H, D) -> (..., branches, B, S, H, D), so that the solver finds the samples at axis -4."""
+    return jax.tree.map(lambda a: a.reshape(*a.shape[:-4], branches, -1, *a.shape[-3:]), kv)
 
 
 def _join_branches(kv):
-    return jax.tree.map(lambda a: a.reshape(a.shape[0], -1, *a.shape[3:]), kv)
+    return jax.tree.map(lambda a: a.reshape(*a.shape[:-5], -1, *a.shape[-3:]), kv)
 
 
 @partial(jax.jit, static_argnames=("model", "window", "token_grid"))
@@ -133,7 +134,8 @@ def start_window(
     block = partial(_apply_deep, model, params)
     config = model.config
     cache = KVCache.empty(config.deep_layers, branches * batch, text_length + window * tokens,
-                          config.deep_width // config.head_dim, config.head_dim, jnp.dtype(config.dtype))
+                          config.deep_width // config.head_dim, config.head_dim, jnp.dtype(config.dtype),
+                          unstacked=is_unstacked(params["params"]["deep"]["transformer"]))
     last_B1K = block(FlowBlock.start, batch)
     if known:
         flat_BSK = known_BTSK.reshape(batch, -1, channels)
@@ -248,8 +250,8 @@ def invert_shallow(
     for index in reversed(range(len(config.shallow_layers))):
         z = model.to_block_order(index, x_BTSK)
         cache = KVCache.empty(config.shallow_layers[index], z.shape[0], z.shape[1],
-                              config.shallow_width // config.head_dim, config.head_dim, jnp.dtype(config.dtype))
-
+                              config.shallow_width // config.head_dim, config.head_dim, jnp.dtype(config.dtype),
+                              unstacked=is_unstacked(params["params"][f"shallow_{index}"]["transformer"]))
         cache = lax.optimization_barrier(cache)  # or XLA computes on the empty cache while it compiles
 
         def apply(method: Callable, *args, index: int = index):

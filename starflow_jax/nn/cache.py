@@ -15,22 +15,29 @@ def rounded_slots(slots: int) -> int:
     return slots if slots <= BLOCK else -(-slots // BLOCK) * BLOCK
 
 
+Layers = jax.Array | tuple[jax.Array, ...]  # (L, B, P, H, D), or L arrays of unstacked layers
+
+
 class KVCache(flax.struct.PyTreeNode):
     """Fixed-size cache of a stack of layers; slots from `length` on are unused."""
 
-    k_LBPHD: jax.Array
-    v_LBPHD: jax.Array
+    k_LBPHD: Layers
+    v_LBPHD: Layers
     length: jax.Array  # int32 scalar
 
     @classmethod
-    def empty(cls, layers: int, batch: int, slots: int, heads: int, head_dim: int, dtype) -> "KVCache":
+    def empty(cls, layers: int, batch: int, slots: int, heads: int, head_dim: int, dtype, unstacked: bool = False
+              ) -> "KVCache":
         """At least `slots`. Many are rounded up, so that the TPU kernel reads them where they are."""
         zeros = constrain(jnp.zeros((layers, batch, rounded_slots(slots), heads, head_dim), dtype), *AXES)
-        return cls(zeros, zeros, jnp.int32(0))
+        kept = tuple(zeros) if unstacked else zeros
+        return cls(kept, kept, jnp.int32(0))
 
-    def append(self, kv: tuple[jax.Array, jax.Array]) -> "KVCache":
+    def append(self, kv: tuple[Layers, Layers]) -> "KVCache":
         """The cache with the (L, B, S, H, D) keys and values of the next S slots written behind its end."""
-        k, v = (lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), self.length, axis=2)
-                for old, new in zip((self.k_LBPHD, self.v_LBPHD), kv))
-        k, v = constrain(k, *AXES), constrain(v, *AXES)
-        return KVCache(k, v, self.length + kv[0].shape[2])
+        def written(old: jax.Array, new: jax.Array) -> jax.Array:
+            whole = lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), self.length, axis=-3)
+            return constrain(whole, *AXES[-whole.ndim:])
+
+        k, v = jax.tree.map(written, (self.k_LBPHD, self.v_LBPHD), tuple(kv))
+        return KVCache(k, v, self.length + jax.tree.leaves(kv)[0].shape[-3])

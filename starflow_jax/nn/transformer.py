@@ -1,8 +1,11 @@
 """The pre-norm Transformer that every part of the method shares (DESIGN: transformer layer).
 
-Layers are scanned: parameters are stacked along a leading layer axis and a 24-layer block compiles as one.
+Layers are scanned: parameters are stacked along a leading layer axis and a 24-layer block compiles as one. Decoding on
+a CPU can have them `unstacked` instead: XLA copies a layer's weights out of the stack each time it uses them, which for
+few tokens takes longer than the products.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -98,7 +101,11 @@ class Transformer(nn.Module):
         first_mask: Mask | None = None,
         keep_kv: bool = True,
     ) -> tuple[jax.Array, Any]:
-        """(B, S, D) in, ((B, S, D) float32 normed, (k, v) each (L, B, S, H, D) or None) out."""
+        """(B, S, D) in, ((B, S, D) float32 normed, (k, v) each (L, B, S, H, D) or None) out; of unstacked parameters
+        k and v are tuples of L arrays."""
+        if not self.is_initializing() and is_unstacked(self.variables["params"]):
+            x_BSD, kv = self._one_by_one(x_BSD, mask, rope_2SE, cache, first_mask, keep_kv)
+            return FinalNorm(name="final_norm")(x_BSD), kv
         layer = _BodyLayer if self.remat == "none" else nn.remat(
             _BodyLayer, prevent_cse=False, policy=_kept(self.remat))
         stack = nn.scan(
@@ -115,6 +122,34 @@ class Transformer(nn.Module):
         past_length = jnp.int32(0) if cache is None else cache.length
         x_BSD, kv = stack(_tokens(x_BSD.astype(self.dtype)), past, is_first, rope_2SE, past_length)
         return FinalNorm(name="final_norm")(x_BSD), kv
+
+
+    def _one_by_one(self, x_BSD, mask, rope_2SE, cache, first_mask, keep_kv):
+        """The layers as the scan runs them, of parameters that are not stacked."""
+        x_BSD, kv = x_BSD.astype(self.dtype), []
+        for index, params in enumerate(self.variables["params"]["layers"]["layer"]):
+            past = None if cache is None else (cache.k_LBPHD[index], cache.v_LBPHD[index])
+            first = first_mask if index == 0 and first_mask is not None else mask
+            layer = Layer(self.head_dim, self.dtype, first, None, parent=None)
+            x_BSD, made = layer.apply({"params": params}, x_BSD, past, False, rope_2SE,
+                                      None if cache is None else cache.length)
+            kv.append(made)
+        return x_BSD, tuple(zip(*kv)) if keep_kv else None
+
+
+def is_unstacked(params: Any) -> bool:
+    """Of a Transformer's parameters."""
+    return isinstance(params["layers"]["layer"], tuple)
+
+
+def unstacked(params: Any) -> Any:
+    """Parameters with every stack of layers, {"layers": {"layer": arrays of L layers}}, as a tuple of L layers."""
+    if not isinstance(params, Mapping):
+        return params
+    if set(params) == {"layer"} and isinstance(params["layer"], Mapping):
+        leaves, tree = jax.tree.flatten(params["layer"])
+        return {"layer": tuple(jax.tree.unflatten(tree, layer) for layer in zip(*leaves))}
+    return {name: unstacked(value) for name, value in params.items()}
 
 
 def _kept(remat: str):
