@@ -141,7 +141,8 @@ def _ring_backward(masks, residuals, dout_BSHD):
     delta_BHS = core.inner(out_BSHD, dout_BSHD, lse_BHS.dtype)
     dq, dkeys = jnp.zeros(q_BSHD.shape, lse_BHS.dtype), tuple(map(jnp.zeros_like, keys))
     for step in range(len(masks)):
-        dq_part, *parts = core.backward(masks[step], which[step], q_BSHD, *keys, lse_BHS, delta_BHS, dout_BSHD)
+        dq_part, *parts = core.backward(masks[step], which[step], q_BSHD, keys[0], keys[1], lse_BHS,
+                                         delta_BHS, dout_BSHD)
         dq, dkeys = dq + dq_part, tuple(total + part for total, part in zip(dkeys, parts))
         dkeys = _pass_on(*dkeys)
         keys = _pass_on(*keys) if step + 1 < len(masks) else keys
