@@ -18,10 +18,13 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from starflow_jax import config as settings_of
 from starflow_jax import sharding
 from starflow_jax.config import UserError
+from tests.conftest import FAST_COMPILATION
 from tests.helpers import tiny_model
 from tests.small_run import ROOT, command, environment
 
-QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+def xla_flags(devices: int) -> str:
+    return " ".join([f"--xla_force_host_platform_device_count={devices}", *FAST_COMPILATION])
 
 
 def shape_of(*sizes: int) -> AbstractMesh:
@@ -33,7 +36,7 @@ def eight_devices(tmp_path_factory) -> dict:
     """Differences from one device by mesh; one program for all, as each start costs seconds."""
     folder = tmp_path_factory.mktemp("sharded")
     env = {**os.environ, "JAX_PLATFORMS": "cpu",
-           "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK_COMPILATION}"}
+           "XLA_FLAGS": xla_flags(8)}
     subprocess.run([sys.executable, "-m", "tests.sharded_run", str(folder)], cwd=ROOT, env=env, check=True, timeout=900)
     return json.loads((folder / "results.json").read_text())
 
@@ -102,7 +105,7 @@ def free_port() -> int:
 
 def start(workdir: Path, data: Path, *arguments: str, devices: int = 1) -> subprocess.Popen:
     env = environment(data / "compiled")
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILATION}"
+    env["XLA_FLAGS"] = xla_flags(devices)
     return subprocess.Popen(command(workdir, data, "--config.mesh.fsdp=2", *arguments), cwd=ROOT, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
