@@ -36,6 +36,8 @@ def _check_choice(settings: Any, field: str, choices: tuple[str, ...]) -> None:
 # What the backward pass of a layer finds: all that it needs; the layer's input, the rest computed again; that and what
 # attention gave; or the same kept in the host's memory.
 REMAT = ("none", "layer", "attention", "offload")
+# What moves in attention where mesh.sequence parts the tokens (nn/parted_attention.py).
+PARTED_ATTENTION = ("heads", "gather", "ring")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Model:
     noise_std: float = 0.5
     dtype: str = "float32"
     remat: str = "none"  # of REMAT
+    parted_attention: str = "heads"  # of PARTED_ATTENTION
     unroll_layers: bool = False  # faster steps for small models on CPU, for longer compilation
 
     def __post_init__(self) -> None:
@@ -83,6 +86,7 @@ class Model:
         _check_choice(self, "denoiser", ("none", "first_layer", "every_layer"))
         _check_choice(self, "dtype", ("float32", "bfloat16"))
         _check_choice(self, "remat", REMAT)
+        _check_choice(self, "parted_attention", PARTED_ATTENTION)
 
     @property
     def token_channels(self) -> int:

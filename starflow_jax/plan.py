@@ -134,6 +134,7 @@ def plan_of(config: Config, devices: list[Any]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": config.name, "step": config.plan.step, "topology": config.plan.topology, "chips": len(devices),
         "device_kind": devices[0].device_kind, "mesh": dict(mesh.shape), "remat": model.remat,
+        "parted_attention": model.parted_attention,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(_abstract_params(config))),
         "tokens_per_step": videos * model.frames * model.tokens_per_frame, "hbm_bytes_per_chip": int(chip.hbm_bytes),
         "model_flops_per_step": flops}
@@ -197,8 +198,9 @@ def _compile_sample(config: Config, mesh: Mesh) -> list[Program]:
                           sharding.abstract(_abstract_params(config), mesh))
     variables = flow_variables(params)
     slots = rounded_slots(model.text_length + model.frames * tokens)
-    keys = array((model.deep_layers, branches * videos, slots, model.deep_width // model.head_dim, model.head_dim),
-                 dtype, sharding.cache_sharding(mesh, branches * videos))
+    heads = model.deep_width // model.head_dim
+    keys = array((model.deep_layers, branches * videos, slots, heads, model.head_dim), dtype,
+                 sharding.cache_sharding(mesh, branches * videos, heads))
     state = WindowState(KVCache(keys, keys, array((), jnp.int32)), array((videos, 1, model.token_channels)),
                         array((videos, tokens, model.token_channels)), array((), jnp.int32))
     deep = decode.decode_frames.lower(

@@ -3,7 +3,7 @@
     data       copies of the model, each on its own clips
     fsdp       clips too, and parameters and optimizer state in parts, gathered layer by layer where they are used
     tensor     heads and hidden channels of each layer; the weights stay where they are
-    sequence   tokens; within attention heads, so that every head sees all its tokens (one all-to-all there and back)
+    sequence   tokens; within attention heads, or tokens too (nn/parted_attention.py)
 
 Code below names axes by what they mean; without a mesh, or on a mesh of one device, nothing happens. XLA does the
 rest (jax.set_mesh), but for the attention kernels, which it cannot part: those run in a shard_map over clips and heads.
@@ -69,12 +69,15 @@ def mesh_shape(settings: settings_of.Mesh, devices: int) -> tuple[int, ...]:
 
 def check_model(model: settings_of.Model, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError where the model's heads or widths do not divide over the mesh."""
-    over_heads = math.prod(mesh.shape[axis] for axis in TABLE["heads"])
+    axes = TABLE["heads" if model.parted_attention == "heads" else "hidden"]
+    parts = math.prod(mesh.shape[axis] for axis in axes)
+    named = ", ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
     for name in ("deep_width", "shallow_width"):
         width = getattr(model, name)
-        if (width // model.head_dim) % over_heads:
-            raise UserError(f"mesh.tensor={mesh.shape['tensor']}, mesh.sequence={mesh.shape['sequence']}: their "
-                            f"product has to divide the {width // model.head_dim} heads of model.{name}={width}")
+        if (width // model.head_dim) % parts:
+            helps = ", or set model.parted_attention=gather" if len(axes) > 1 else ""
+            raise UserError(f"{named}: their product has to divide the {width // model.head_dim} heads of "
+                            f"model.{name}={width}{helps}")
         if width % mesh.shape["fsdp"]:
             raise UserError(f"mesh.fsdp={mesh.shape['fsdp']}: has to divide model.{name}={width}")
 
@@ -96,7 +99,8 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """x, laid out over the current mesh as TABLE says; a batch that does not divide stays whole."""
+    """x, laid out over the current mesh as TABLE says; a batch that does not divide stays whole, heads that do not are
+    parted over mesh.tensor alone."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -116,23 +120,41 @@ def token_padding(slots: int) -> int:
     return 0 if mesh.empty else -slots % math.prod(mesh.shape[axis] for axis in TABLE["tokens"])
 
 
-def over_heads(attend: Callable, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, past: Any) -> jax.Array:
-    """attend(q, k, v, past=past), each device with the heads and clips of its own; past: (k, v, length) or None."""
+def over_heads(attend: Callable, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, past: Any,
+               *whole: jax.Array) -> jax.Array:
+    """attend(q, k, v, *whole, past=past), each device with the heads and clips of its own.
+
+    past: (k, v, length) or None; whole: what all devices have.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return attend(q_BSHD, k_BSHD, v_BSHD, past=past)
+        return attend(q_BSHD, k_BSHD, v_BSHD, *whole, past=past)
+    array = spec(_dividing(("batch", None, "heads", None), q_BSHD.shape, mesh))
     batch, = _dividing(("batch",), q_BSHD.shape, mesh)
-    array = spec((batch, None, "heads", None))
     length = spec((batch,)) if past is not None and np.ndim(past[2]) else PartitionSpec()
-    parted = jax.shard_map(lambda q, k, v, past: attend(q, k, v, past=past), check_vma=False, out_specs=array,
-                           in_specs=(array, array, array, None if past is None else (array, array, length)))
-    return parted(q_BSHD, k_BSHD, v_BSHD, past)
+    parted = jax.shard_map(
+        lambda q, k, v, past, *whole: attend(q, k, v, *whole, past=past), check_vma=False, out_specs=array,
+        in_specs=(array, array, array, None if past is None else (array, array, length),
+                  *[PartitionSpec() for _ in whole]))
+    return parted(q_BSHD, k_BSHD, v_BSHD, past, *whole)
+
+
+def over_tokens(attend: Callable, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, *whole: jax.Array
+                ) -> jax.Array:
+    """attend(q, k, v, *whole), each device with the tokens, clips and mesh.tensor's share of the heads of its own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    array = spec(_dividing(("batch", "tokens", "hidden", None), q_BSHD.shape, mesh))
+    parted = jax.shard_map(attend, check_vma=False, out_specs=array,
+                           in_specs=(array, array, array, *[PartitionSpec() for _ in whole]))
+    return parted(q_BSHD, k_BSHD, v_BSHD, *whole)
 
 
 def _dividing(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AbstractMesh) -> tuple[str | None, ...]:
-    """`axes` without those of batches that do not divide over the mesh: a single video is whole everywhere."""
-    return tuple(None if axis == "batch" and size % math.prod(mesh.shape[part] for part in TABLE[axis]) else axis
-                 for axis, size in zip(axes, shape))
+    """`axes` without those of batches that do not divide over the mesh (a single video is whole everywhere), and with
+    "hidden" for heads that do not."""
+    instead = {"batch": None, "heads": "hidden"}
+    return tuple(instead[axis] if axis in instead and size % math.prod(mesh.shape[part] for part in TABLE[axis])
+                 else axis for axis, size in zip(axes, shape))
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
@@ -172,9 +194,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch",)))
 
 
-def cache_sharding(mesh: Mesh, batch: int) -> NamedSharding:
+def cache_sharding(mesh: Mesh, batch: int, heads: int) -> NamedSharding:
     """Of the keys and values of a stack of layers, (L, B, slots, H, D)."""
-    return NamedSharding(mesh, spec((None, *_dividing(("batch",), (batch,), mesh.abstract_mesh), None, "heads", None)))
+    axes = _dividing((None, "batch", None, "heads", None), (1, batch, 1, heads, 1), mesh.abstract_mesh)
+    return NamedSharding(mesh, spec(axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -40,7 +40,7 @@ TOKENIZED_CLIPS = 3_000  # training clips whose captions the tokenizer is traine
 def model_fingerprint(config: Config) -> dict[str, Any]:
     """What a checkpoint's parameters depend on; a workdir holds one such model."""
     model = dataclasses.asdict(config.model)
-    for name in ("dtype", "remat", "unroll_layers"):
+    for name in ("dtype", "remat", "parted_attention", "unroll_layers"):
         del model[name]
     text = dataclasses.asdict(config.text)
     del text["weights"]  # where they lie

@@ -3,6 +3,7 @@
 import dataclasses
 import signal
 import time
+from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from starflow_jax import sharding
 from starflow_jax.checkpoint import BEST, Checkpoints
@@ -91,7 +92,7 @@ def train(config: Config, workdir: Path) -> None:
 
 
 def _train_on(mesh: Mesh, config: Config, workdir: Path) -> None:
-    first = jax.process_index() == 0
+    first, stop = jax.process_index() == 0, _StopOnTerm(mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
                               model_fingerprint=model_fingerprint(config))
     system = sharding.on_every_process(open_system, config, workdir)
@@ -114,7 +115,7 @@ def _train_on(mesh: Mesh, config: Config, workdir: Path) -> None:
                 print(f"  {name} {old} -> {now}: {effect}")
     writer, lost = MetricWriter(workdir, resume_step=int(state.step), writes=first), False
     try:
-        state = _run(system, mesh, state, batches, checkpoints, writer)
+        state = _run(system, mesh, state, batches, checkpoints, writer, stop)
     except jax.errors.JaxRuntimeError as error:
         lost = jax.process_count() > 1
         if not lost:
@@ -131,17 +132,17 @@ def _train_on(mesh: Mesh, config: Config, workdir: Path) -> None:
 
 
 def _run(
-    system: System, mesh: Mesh, state: TrainState, batches: Any, checkpoints: Checkpoints, writer: MetricWriter
+    system: System, mesh: Mesh, state: TrainState, batches: Any, checkpoints: Checkpoints, writer: MetricWriter,
+    stop: "_StopOnTerm",
 ) -> TrainState:
     settings = system.config.train
     step_fn, rate = make_train_step(system, mesh), schedule(settings)
-    stop = _StopOnTerm()
     if system.config.codec.kind == "wan":
         system = dataclasses.replace(system, codec=jax.device_put(system.codec, sharding.replicated(mesh)))
     frozen = sharding.spread(with_text(system.config, {}), mesh)
     since, tokens, step = time.perf_counter(), 0, int(state.step)
     with ProgressBar("train", settings.steps, initial=step, shown=writer.writes) as progress:
-        while step < settings.steps and not stop.asked:
+        while step < settings.steps and not stop.agreed():
             batch = sharding.put_batch(next(batches), mesh)
             tokens += tokens_of(batch, system.config)
             state, scalars = step_fn(state, encoded(system, batch, frozen))
@@ -157,7 +158,7 @@ def _run(
             metrics = _evaluate(system, {**state.ema, **frozen}, step, writer) if evaluated else None
             if evaluated or step % settings.checkpoint_every == 0:
                 checkpoints.save(step, _own(state), batches.get_state(), metrics)
-        if stop.asked and checkpoints.latest_step() != step:
+        if step < settings.steps and checkpoints.latest_step() != step:
             checkpoints.save(step, _own(state), batches.get_state(), None)
         checkpoints.wait()
     return state
@@ -175,14 +176,34 @@ def _row(scalars: dict[str, jax.Array], rate: float, seconds: float, tokens: int
 
 
 class _StopOnTerm:
-    """Turns SIGTERM into a wish to stop, so that the step under way ends and is saved."""
+    """Turns SIGTERM into a wish to stop, so that the step under way ends and is saved.
 
-    def __init__(self) -> None:
+    One of several processes that is sent it is enough, and all stop at the same step, which they have to save together.
+    JAX has a handler of its own from jax.distributed.initialize on, which this one replaces.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
         self.asked = False
+        self.answers: deque[jax.Array] = deque(maxlen=2)
+        self.by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self.anyone = jax.jit(jnp.max, out_shardings=sharding.replicated(mesh))
         signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, *_: Any) -> None:
         self.asked = True
+
+    def agreed(self) -> bool:
+        """Whether to stop now, the same on all processes; to be asked by all of them before each step.
+
+        From the second time on they are told what was asked the time before: to know it nobody waits for the step that
+        is under way.
+        """
+        if jax.process_count() == 1:
+            return self.asked
+        wishes = jax.make_array_from_callback(
+            (self.by_device.mesh.size,), self.by_device, lambda _: np.array([self.asked], np.int32))
+        self.answers.append(self.anyone(wishes))
+        return bool(self.answers[0])
 
 
 def _evaluate(system: System, params: Params, step: int, writer: MetricWriter) -> dict[str, float]:

@@ -3,6 +3,7 @@
 python -m tests.sharded_run FOLDER: writes results.json with the largest relative differences from one device.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -17,13 +18,14 @@ from starflow_jax import sharding
 from starflow_jax.checkpoint import Checkpoints
 from starflow_jax.flow import decode
 from starflow_jax.optimizer import create_state
-from starflow_jax.system import flow_variables, init_params
+from starflow_jax.system import System, flow_variables, init_params
 from starflow_jax.train_step import make_train_step
 from tests.helpers import randomised, tiny_model
 from tests.test_losses import system
 
 ONE = (1, 1, 1, 1)
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2))
+BY_TOKENS = {"gather": (1, 1, 1, 8), "ring": (1, 2, 1, 4)}  # of the model's four heads too few for eight devices
 # Odd numbers of tokens (2 x 9, and 3 of text before them), which no axis divides.
 MODEL = tiny_model(height=3, width=3, deep_width=80, shallow_width=80, denoiser="first_layer", denoiser_layers=1)
 SYSTEM = system(MODEL)
@@ -48,24 +50,24 @@ def fresh_state() -> Any:
     return jax.tree.map(np.asarray, state.replace(params=params, ema=params))
 
 
-def trained(mesh: Any, state: Any) -> Any:
+def trained(mesh: Any, state: Any, system: System = SYSTEM) -> Any:
     """State after two steps, and the scalars of the second, the gradient's norm among them."""
     data = sharding.put_batch(batch(), mesh)
-    step = make_train_step(SYSTEM, mesh)
+    step = make_train_step(system, mesh)
     state, _ = step(state, data)
     return step(state, data)
 
 
-def sampled(params: Any, videos: int) -> tuple[jax.Array, jax.Array]:
+def sampled(params: Any, videos: int, system: System = SYSTEM) -> tuple[jax.Array, jax.Array]:
     """Guided Jacobi samples, exact."""
     random = np.random.default_rng(1)
     noise = random.normal(size=(videos, MODEL.frames, 9, MODEL.channels)).astype(np.float32)
     texts = random.normal(size=(2, videos, 3, MODEL.text_dim)).astype(np.float32)
     solver, variables = decode.Solver(9, tolerance=0.0), flow_variables(params)
-    made = [u for u, _ in decode.generate(SYSTEM.flow, variables, jnp.asarray(noise), jnp.asarray(texts), guidance=1.5,
+    made = [u for u, _ in decode.generate(system.flow, variables, jnp.asarray(noise), jnp.asarray(texts), guidance=1.5,
                                           solver=solver, token_grid=(3, 3))]
     u = jnp.concatenate(made, axis=1)
-    return u, decode.invert_shallow(SYSTEM.flow, variables, u, solver=solver, token_grid=(3, 3))[0]
+    return u, decode.invert_shallow(system.flow, variables, u, solver=solver, token_grid=(3, 3))[0]
 
 
 def difference(ours: Any, reference: Any) -> float:
@@ -111,6 +113,17 @@ def main(folder: Path) -> None:
                 name: difference(found[name], expected[name]) for name in found} | {
                 "restored": difference(restored[0], expected["state"]), "laid_out": laid_out,
                 "kernel_part": kernel.addressable_shards[0].data.size / kernel.size}
+    for choice, shape in BY_TOKENS.items():
+        by_tokens, mesh = system(dataclasses.replace(MODEL, parted_attention=choice)), sharding.make_mesh(
+            settings_of.Mesh(*shape))
+        sharding.check_model(by_tokens.config.model, mesh)
+        with jax.set_mesh(mesh):
+            placed = jax.tree.map(lambda leaf: leaf.sharding, sharding.abstract(abstract_state(), mesh))
+            state, scalars = trained(mesh, jax.device_put(start, placed), by_tokens)
+            found = {"state": state, "scalars": scalars}
+            if choice == "gather":
+                found["single"] = sampled(state.params, 1, by_tokens)
+        results[choice] = {name: difference(found[name], expected[name]) for name in found}
     one = sharding.make_mesh(settings_of.Mesh(1, 1, 1, 1), jax.devices()[:1])
     for shape in MESHES:
         held = Checkpoints(folder / "_".join(map(str, shape)), keep=1, model_fingerprint={})

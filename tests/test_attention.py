@@ -12,7 +12,7 @@ import pytest
 
 from starflow_jax.kernels import attention as core
 from starflow_jax.kernels import pallas_gpu, pallas_tpu, pallas_triton, reference
-from starflow_jax.kernels.mask import HIDDEN, WHOLLY, Causal, FrameWindow, Full, Mask, seen, visible_blocks
+from starflow_jax.kernels.mask import HIDDEN, WHOLLY, Causal, FrameWindow, Full, Mask, piece, seen, visible_blocks
 from starflow_jax.kernels.unsupported import Unsupported
 
 # Relative error (Frobenius) of outputs and gradients; inputs are rounded to the dtype first.
@@ -196,6 +196,54 @@ def test_masks(mask: Mask) -> None:
         assert (sees == HIDDEN) == (not block.any())
         assert sees != WHOLLY or (block.all() and block.shape[1] == k_block)
     assert isinstance(mask, Full) or (visible == HIDDEN).any()
+
+
+RUNS = ((40, 53), (200, 31))  # queries of a piece: slots 40 .. 92 and 200 .. 230
+
+
+@pytest.mark.parametrize("first_key, keys", [(0, 321), (75, 90), (10, 7)])
+@pytest.mark.parametrize("mask", MASKS)
+def test_pieces_of_masks(mask: Mask, first_key: int, keys: int) -> None:
+    """Some of the rows and columns, elementwise and in blocks."""
+    rows = np.concatenate([np.arange(first, first + count) for first, count in RUNS])
+    expected = allowed(mask, 321, 321)[rows, first_key:first_key + keys]
+    cut = piece(mask, 321, RUNS, first_key, keys)
+    assert (cut is None) == (not expected.any()) and (cut == Full()) == expected.all()
+    if cut is None:
+        return
+    for xp in (np, jnp):
+        sees_SK = seen(cut, xp.arange(len(rows))[:, None], xp.arange(keys), keys, xp)
+        np.testing.assert_array_equal(np.broadcast_to(sees_SK, expected.shape), expected)
+    for (row, column), sees in np.ndenumerate(visible_blocks(cut, len(rows), keys, 16, 24)):
+        block = expected[row * 16:(row + 1) * 16, column * 24:(column + 1) * 24]
+        both_runs = row * 16 < RUNS[0][1] < (row + 1) * 16  # sees what is between them too
+        assert not block.any() if sees == HIDDEN else block.any() or both_runs
+        assert sees != WHOLLY or (block.all() and block.shape[1] == 24)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tpu on CPU", "triton on CPU"])
+@pytest.mark.usefixtures("small_tpu_blocks")
+def test_the_mask_is_chosen_when_the_program_runs(implementation: str) -> None:
+    """Two pieces of masks and nothing at all; as many queries as the pieces have, and other keys."""
+    q, k, v, dout = arrays("float32", (2, 84, 2, 64), *2 * [(2, 170, 1, 64)], (2, 84, 2, 64))
+    masks = (piece(WINDOW, 321, RUNS, 0, 170), None, piece(Causal(), 321, RUNS, 30, 170))
+
+    def function(q, k, v, which):
+        return core.attention(q, k, v, masks, implementation=implementation, which=which)
+
+    run = jax.jit(lambda which, dout, q, k, v: with_gradients(lambda *x: function(*x, which), dout, q, k, v))
+    rows = np.concatenate([np.arange(first, first + count) for first, count in RUNS])
+    for which, mask, first_key in ((0, WINDOW, 0), (2, Causal(), 30)):
+        sees = allowed(mask, 321, 321)[rows, first_key:first_key + 170]
+        expected = dense(*(np.asarray(x, np.float64) for x in (q, k, v)), sees[None], np.asarray(dout))
+        assert_near(run(which, dout, q, k, v), expected, "float32")
+    assert all((x == 0).all() for x in run(1, dout, q, k, v))
+
+
+def test_gpu_kernels_take_pieces_of_masks() -> None:
+    for implementation in ("gpu", "triton"):
+        assert lowered("cuda", jnp.bfloat16, slots=84, mask=piece(WINDOW, 321, RUNS, 0, 84),
+                       implementation=implementation, backward=True) == {implementation}
 
 
 def test_masks_of_queries_need_as_many_keys() -> None:

@@ -1,10 +1,14 @@
 """One code on any mesh: eight simulated devices, and two processes, give what one device gives."""
 
+import dataclasses
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -17,10 +21,13 @@ from starflow_jax import config as settings_of
 from starflow_jax import sharding
 from starflow_jax.config import UserError
 from starflow_jax.flow.starflow import STARFlow
+from tests.conftest import FAST_COMPILATION
 from tests.helpers import latents, text, tiny_model
 from tests.small_run import ROOT, command, environment
 
-QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+def xla_flags(devices: int) -> str:
+    return " ".join([f"--xla_force_host_platform_device_count={devices}", *FAST_COMPILATION])
 
 
 def shape_of(*sizes: int) -> AbstractMesh:
@@ -32,7 +39,7 @@ def eight_devices(tmp_path_factory) -> dict:
     """Differences from one device by mesh; one program for all, as each start costs seconds."""
     folder = tmp_path_factory.mktemp("sharded")
     env = {**os.environ, "JAX_PLATFORMS": "cpu",
-           "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK_COMPILATION}"}
+           "XLA_FLAGS": xla_flags(8)}
     subprocess.run([sys.executable, "-m", "tests.sharded_run", str(folder)], cwd=ROOT, env=env, check=True, timeout=900)
     return json.loads((folder / "results.json").read_text())
 
@@ -48,9 +55,18 @@ def test_training_sampling_and_checkpoints_are_those_of_one_device(eight_devices
     assert found["laid_out"]
 
 
+@pytest.mark.parametrize("choice", ["gather", "ring"])
+def test_attention_by_tokens_is_that_of_one_device(eight_devices: dict, choice: str) -> None:
+    """Training, the denoiser's first layer with a mask of its own; gathered also a sample, over more devices than
+    heads."""
+    found = eight_devices[choice]
+    assert set(found) == {"state", "scalars"} | ({"single"} if choice == "gather" else set())
+    assert all(error < 1e-5 for error in found.values()), found
+
+
 def test_parameters_lie_in_parts(eight_devices: dict) -> None:
     """A matrix of a layer is cut over fsdp and tensor, and only over those."""
-    parts = {mesh: found["kernel_part"] for mesh, found in eight_devices.items()}
+    parts = {mesh: found["kernel_part"] for mesh, found in eight_devices.items() if "x" in mesh}
     assert parts == {"1x1x1x1": 1, "8x1x1x1": 1, "1x8x1x1": 1 / 8, "2x2x2x1": 1 / 4, "1x2x2x2": 1 / 4}
 
 
@@ -71,6 +87,7 @@ def test_what_does_not_divide_is_named() -> None:
     sharding.check_model(model, shape_of(1, 2, 2, 1))
     with pytest.raises(UserError, match="mesh.tensor=2, mesh.sequence=2.*2 heads"):
         sharding.check_model(model, shape_of(1, 1, 2, 2))
+    sharding.check_model(dataclasses.replace(model, parted_attention="gather"), shape_of(1, 1, 2, 2))
     with pytest.raises(UserError, match="mesh.fsdp=3"):
         sharding.check_model(model, shape_of(1, 3, 1, 1))
     with pytest.raises(UserError, match="train.batch_size=6.*= 4"):
@@ -123,7 +140,7 @@ def free_port() -> int:
 
 def start(workdir: Path, data: Path, *arguments: str, devices: int = 1) -> subprocess.Popen:
     env = environment(data / "compiled")
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILATION}"
+    env["XLA_FLAGS"] = xla_flags(devices)
     return subprocess.Popen(command(workdir, data, "--config.mesh.fsdp=2", *arguments), cwd=ROOT, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -138,24 +155,37 @@ def losses(workdir: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
+def wait_for(checkpoint: Path, pair: list[subprocess.Popen]) -> None:
+    while not checkpoint.exists():
+        assert pair[0].poll() is None, pair[0].stdout.read()  # type: ignore[union-attr]
+        time.sleep(0.05)
+
+
 def test_two_processes_train_as_one_and_one_that_dies_stops_the_other(tmp_path: Path) -> None:
-    """Same losses as one process with two devices; after a kill the other ends, and both go on from the checkpoint."""
+    """Same losses as one process with two devices. After a kill the other ends, after SIGTERM to one both save the same
+    step, and both times they go on from the checkpoint."""
     data, one, two = tmp_path / "data", tmp_path / "one", tmp_path / "two"
     data.mkdir()
     longer = ("--config.train.steps=60", "--config.train.checkpoint_every=10", "--config.train.log_every=5")
     alone = start(one, data, *longer, devices=2)
     assert alone.wait(600) == 0, alone.stdout.read()  # type: ignore[union-attr]
     pair = start_two(two, data, *longer)
-    while not (two / "checkpoints" / "10").exists():
-        assert pair[0].poll() is None, pair[0].stdout.read()  # type: ignore[union-attr]
+    wait_for(two / "checkpoints" / "10", pair)
     pair[1].kill()
     said = pair[0].communicate(timeout=300)[0]
     # At once by the line of ours, or, where it was waiting for the other to save, by JAX's after 100 seconds.
     assert pair[0].returncode, said
     assert "another process of this run was lost" in said or "another task died" in said, said
     pair = start_two(two, data, *longer)
+    wait_for(two / "checkpoints" / "30", pair)
+    pair[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=60)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    stopped = int(re.search(r"stopped at step (\d+) of 60, saved", outputs[0])[1])  # type: ignore[index]
+    assert 30 <= stopped < 60 and (two / "checkpoints" / str(stopped)).exists()
+    pair = start_two(two, data, *longer)
     outputs = [process.communicate(timeout=600)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
-    assert "going on from step " in outputs[0]
+    assert f"going on from step {stopped}\n" in outputs[0]
     assert [step for step, _ in losses(two)] == [step for step, _ in losses(one)]
     np.testing.assert_allclose([x for _, x in losses(two)], [x for _, x in losses(one)], rtol=1e-5, atol=1e-5)

@@ -40,6 +40,7 @@ class FlowBlock(nn.Module):
     head_dim: int
     dtype: Any = jnp.float32
     remat: str = "none"
+    parted: str = "heads"
     unroll: bool = False
     text: bool = False  # takes a text prefix: the deep block
 
@@ -48,7 +49,7 @@ class FlowBlock(nn.Module):
         self.proj_in = nn.Dense(self.width, dtype=self.dtype)
         if self.text:
             self.proj_text = nn.Dense(self.width, dtype=self.dtype)
-        self.transformer = Transformer(self.layers, self.head_dim, self.dtype, self.remat, self.unroll)
+        self.transformer = Transformer(self.layers, self.head_dim, self.dtype, self.remat, self.parted, self.unroll)
         self.proj_out = nn.Dense(2 * self.channels, dtype=self.dtype, kernel_init=nn.initializers.zeros)
 
     def __call__(

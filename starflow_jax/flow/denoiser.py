@@ -28,6 +28,7 @@ class Denoiser(nn.Module):
     first_layer_only: bool
     dtype: Any = jnp.float32
     remat: str = "none"
+    parted: str = "heads"
     unroll: bool = False
     text: bool = True
 
@@ -46,7 +47,8 @@ class Denoiser(nn.Module):
         ahead = FrameWindow(prefix, x_BSC.shape[1] // frames, self.window, self.lookahead, frames)
         causal = dataclasses.replace(ahead, lookahead=0)
         mask, first_mask = (causal, ahead) if self.first_layer_only else (ahead, None)
-        stack = Transformer(self.layers, self.head_dim, self.dtype, self.remat, self.unroll, name="transformer")
+        stack = Transformer(self.layers, self.head_dim, self.dtype, self.remat, self.parted, self.unroll,
+                            name="transformer")
         hidden, _ = stack(hidden, mask, rope_2SE, first_mask=first_mask, keep_kv=False)
         if not tokens_parted():
             hidden, slots, prefix = hidden[:, prefix:], slots - prefix, 0

@@ -6,14 +6,16 @@ a dtype or a device raises `Unsupported`, and the next one is asked; the referen
 
 import functools
 from types import ModuleType
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from starflow_jax.kernels import pallas_gpu, pallas_tpu, pallas_triton, reference
-from starflow_jax.kernels.mask import Full, Mask
+from starflow_jax.kernels.mask import Full, Mask, seen
 from starflow_jax.kernels.reference import Past
 from starflow_jax.kernels.unsupported import Unsupported
 
@@ -26,6 +28,7 @@ KERNELS: dict[str, dict[str, ModuleType]] = {
 IMPLEMENTATIONS = {"reference": reference} | {name: kernel for kernels in KERNELS.values()
                                               for name, kernel in kernels.items()}
 ATTENTION_RESULTS = ("attention_out", "attention_lse")  # by these names jax.checkpoint can keep them
+Masks: TypeAlias = tuple[Mask | None, ...]  # None: nothing is seen
 SHORT = 1024  # keys: up to here one product is as fast as a kernel, and autodiff does the rest
 
 
@@ -33,13 +36,15 @@ def attention(
     q_BSHD: jax.Array,
     k_BKGD: jax.Array,
     v_BKGD: jax.Array,
-    mask: Mask,
+    mask: Mask | Masks,
     past: Past | None = None,
     implementation: str | None = None,
+    which: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v over the keys that the mask allows; (B, S, H, D) in q's dtype.
 
     All three in one dtype; softmax in float32. H is a multiple of G: each key head serves H/G query heads.
+    mask: one, or several, of which `which` (int32) says the one that applies: known only when the program runs.
     past: (k_BPGD, v_BPGD, length) of a cache that is only read: every query also sees its first `length` slots
     (int32, one for all samples or (B,)). RoPE is the caller's. A cache of a multiple of 1024 slots on TPUs,
     of 8 on GPUs, is read where it is; any other is copied first.
@@ -53,54 +58,88 @@ def attention(
         raise ValueError(f"no implementation {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}")
     if q_BSHD.shape[2] % k_BKGD.shape[2] or k_BKGD.shape != v_BKGD.shape:
         raise ValueError(f"queries {q_BSHD.shape} do not fit keys {k_BKGD.shape} and values {v_BKGD.shape}")
+    masks = mask if isinstance(mask, tuple) else (mask,)
     longest = max(k_BKGD.shape[1], 0 if past is None else past[0].shape[1])
     if longest <= SHORT and implementation in (None, "reference"):
-        return checkpoint_name(reference.attention(q_BSHD, k_BKGD, v_BKGD, mask, past), ATTENTION_RESULTS[0])
+        sees = _dense(masks, which, q_BSHD, k_BKGD)
+        return checkpoint_name(reference.attention(q_BSHD, k_BKGD, v_BKGD, sees, past), ATTENTION_RESULTS[0])
     q_BSHD = q_BSHD * q_BSHD.shape[-1] ** -0.5
-    out, lse_BHS = _flash(mask, implementation, q_BSHD, k_BKGD, v_BKGD, None)
+    out, lse_BHS = _flash(masks, implementation, q_BSHD, k_BKGD, v_BKGD, None, which)
     if past is None:
         return out
     past_k, past_v, length = past
     length_B = jnp.broadcast_to(jnp.asarray(length, jnp.int32), q_BSHD.shape[:1])
-    pieces = _flash(Full(), implementation, q_BSHD, past_k, past_v, length_B)
-    return _merge((out, lse_BHS), pieces)
+    pieces = _flash((Full(),), implementation, q_BSHD, past_k, past_v, length_B, None)
+    return merge((out, lse_BHS), pieces)[0].astype(out.dtype)
 
 
-def _merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """The softmax over two sets of keys from the softmax over each: out weighted by exp(log-sum-exp)."""
-    share_BHS = jax.nn.sigmoid(b[1] - a[1])
-    share_BSH1 = share_BHS.swapaxes(1, 2)[..., None]
-    return (a[0] * (1 - share_BSH1) + b[0] * share_BSH1).astype(a[0].dtype)
+def _dense(masks: Masks, which, q_BSHD, k_BKGD) -> jax.Array | np.ndarray:
+    """(queries, keys) of bool."""
+    queries, keys = q_BSHD.shape[1], k_BKGD.shape[1]
+    query, key = np.arange(queries)[:, None], np.arange(keys)
+    sees = np.stack([np.broadcast_to(mask is not None and seen(mask, query, key, keys), (queries, keys))
+                     for mask in masks])
+    return sees[0] if which is None else jnp.asarray(sees)[which]
+
+
+def merge(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The softmax over two sets of keys from the softmax over each: out weighted by exp(log-sum-exp), and that of both;
+    in the wider dtype."""
+    share_BSH1 = jax.nn.sigmoid(b[1] - a[1]).swapaxes(1, 2)[..., None]
+    return a[0] * (1 - share_BSH1) + b[0] * share_BSH1, jnp.logaddexp(a[1], b[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _flash(mask: Mask, implementation: str | None, q_BSHD, k_BKGD, v_BKGD, length_B):
+def _flash(masks: Masks, implementation: str | None, q_BSHD, k_BKGD, v_BKGD, length_B, which):
     """(out (B, S, H, D), log-sum-exp (B, H, S)) of softmax(q k^T) v."""
-    return _run("forward", implementation, q_BSHD, k_BKGD, v_BKGD, mask=mask, length_B=length_B)
+    return _run("forward", masks, which, length_B, implementation, q_BSHD, k_BKGD, v_BKGD)
 
 
-def _flash_forward(mask, implementation, q_BSHD, k_BKGD, v_BKGD, length_B):
-    results = _flash(mask, implementation, q_BSHD, k_BKGD, v_BKGD, length_B)
+def _flash_forward(masks, implementation, q_BSHD, k_BKGD, v_BKGD, length_B, which):
+    results = _flash(masks, implementation, q_BSHD, k_BKGD, v_BKGD, length_B, which)
     out, lse_BHS = (checkpoint_name(x, name) for x, name in zip(results, ATTENTION_RESULTS))
-    return (out, lse_BHS), (q_BSHD, k_BKGD, v_BKGD, length_B, out, lse_BHS)
+    return (out, lse_BHS), (q_BSHD, k_BKGD, v_BKGD, length_B, which, out, lse_BHS)
 
 
-def _flash_backward(mask, implementation, residuals, gradients):
-    q_BSHD, k_BKGD, v_BKGD, length_B, out, lse_BHS = residuals
+def _flash_backward(masks, implementation, residuals, gradients):
+    q_BSHD, k_BKGD, v_BKGD, length_B, which, out, lse_BHS = residuals
     dout, dlse_BHS = gradients
-    delta_BHS = jnp.einsum("bshd,bshd->bhs", out, dout, preferred_element_type=lse_BHS.dtype) - dlse_BHS
-    dqkv = _run("backward", implementation, q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout,
-                mask=mask, length_B=length_B)
-    return *dqkv, None
+    delta_BHS = inner(out, dout, lse_BHS.dtype) - dlse_BHS
+    dqkv = _run("backward", masks, which, length_B, implementation, q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout)
+    return *dqkv, None, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
-def _run(direction: str, implementation: str | None, q_BSHD, k_BKGD, *arrays, mask: Mask, length_B):
+def inner(out_BSHD: jax.Array, dout_BSHD: jax.Array, dtype) -> jax.Array:
+    """(B, H, S): what `backward` takes for delta."""
+    return jnp.einsum("bshd,bshd->bhs", out_BSHD, dout_BSHD, preferred_element_type=dtype)
+
+
+def forward(masks: Masks, which, q_BSHD, k_BKGD, v_BKGD) -> tuple[jax.Array, jax.Array]:
+    """reference.forward of the mask that `which` names, by the best kernel: for a set of keys that is a part of the
+    whole (see `merge`); has no derivatives."""
+    if k_BKGD.shape[1] <= SHORT:
+        return reference.forward_at_once(q_BSHD, k_BKGD, v_BKGD, _dense(masks, which, q_BSHD, k_BKGD))
+    return _run("forward", masks, which, None, None, q_BSHD, k_BKGD, v_BKGD)
+
+
+def backward(masks: Masks, which, q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD) -> tuple[jax.Array, ...]:
+    """reference.backward of such a part, with the log-sum-exp and delta of the whole."""
+    arrays = (q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD)
+    if k_BKGD.shape[1] <= SHORT:
+        return reference.backward_at_once(*arrays, _dense(masks, which, q_BSHD, k_BKGD))
+    return _run("backward", masks, which, None, None, *arrays)
+
+
+def _run(direction: str, masks: Masks, which, length_B, implementation: str | None, q_BSHD, k_BKGD, *arrays):
     """Call that direction of the implementation, or of the best one of each platform."""
     def bind(kernel: ModuleType):
-        return functools.partial(getattr(kernel, direction), mask=mask, length_B=length_B)
+        run = getattr(kernel, direction)
+        branches = [functools.partial(_unseen, direction) if mask is None
+                    else functools.partial(run, mask=mask, length_B=length_B) for mask in masks]
+        return branches[0] if len(branches) == 1 else functools.partial(lax.switch, which, branches)
 
     if implementation is not None:
         kernel = IMPLEMENTATIONS[implementation]
@@ -117,3 +156,11 @@ def _run(direction: str, implementation: str | None, q_BSHD, k_BKGD, *arrays, ma
             chosen[platform] = bind(kernel)
             break
     return lax.platform_dependent(q_BSHD, k_BKGD, *arrays, default=bind(reference), **chosen)
+
+
+def _unseen(direction: str, q_BSHD, k_BKGD, v_BKGD, *_: jax.Array):
+    """What the kernels give where no query sees a key."""
+    if direction == "backward":
+        return tuple(map(jnp.zeros_like, (q_BSHD, k_BKGD, v_BKGD)))
+    rows = q_BSHD[..., 0].swapaxes(1, 2).astype(jnp.promote_types(q_BSHD.dtype, jnp.float32))
+    return jnp.zeros_like(q_BSHD), jnp.full_like(rows, reference.MASKED)

@@ -57,7 +57,46 @@ class FrameWindow:
         return xp.minimum(low, end), xp.minimum(self.prefix + (frame + (self.lookahead + 1)) * self.tokens, end)
 
 
-Mask: TypeAlias = Causal | Full | FrameWindow
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a mask over `slots` slots says of some of its queries and a run of its keys.
+
+    runs: (first slot, count) of the queries, one behind the other, each beyond the one before.
+    """
+
+    mask: "Mask"
+    slots: int
+    runs: tuple[tuple[int, int], ...]
+    first_key: int
+    keys: int
+
+    @property
+    def prefix(self) -> int:
+        return min(max(self.mask.prefix - self.first_key, 0), self.keys)
+
+    def interval(self, query, keys: int, xp=np) -> tuple[Any, Any]:
+        slot, before = query + self.runs[0][0], self.runs[0][1]
+        for first, count in self.runs[1:]:
+            slot, before = xp.where(query < before, slot, query + (first - before)), before + count
+        low, high = self.mask.interval(slot, self.slots, xp)
+        return self._in_run(low, xp), self._in_run(high, xp)
+
+    def _in_run(self, slot, xp):
+        if isinstance(slot, int):
+            return min(max(slot - self.first_key, 0), self.keys)
+        return xp.minimum(xp.maximum(slot - self.first_key, 0), self.keys)
+
+
+Mask: TypeAlias = Causal | Full | FrameWindow | Piece
+
+
+def piece(mask: Mask, slots: int, runs: tuple[tuple[int, int], ...], first_key: int, keys: int) -> Mask | None:
+    """A Piece; Full where it sees everything, None where it sees nothing, as kernels then have less to do."""
+    cut = Piece(mask, slots, runs, first_key, keys)
+    prefix, low_S, high_S = bounds(cut, sum(count for _, count in runs), keys)
+    if prefix == keys or ((low_S <= prefix).all() and (high_S == keys).all()):
+        return Full()
+    return cut if prefix or (low_S < high_S).any() else None
 
 
 def seen(mask: Mask, query, key, keys: int, xp=np):
@@ -80,7 +119,7 @@ def bounds(mask: Mask, queries: int, keys: int, q_block: int = 1) -> Bounds:
 
     Raises ValueError where the mask needs as many queries as keys (the same slots) and they differ.
     """
-    if queries != keys and not isinstance(mask, Full):
+    if queries != keys and not isinstance(mask, Full | Piece):
         raise ValueError(f"{mask} joins as many queries as keys, not {queries} and {keys}")
     query = np.minimum(np.arange(-(-queries // q_block) * q_block), queries - 1)
     low, high = (np.broadcast_to(x, query.shape).astype(np.int32) for x in mask.interval(query, keys))

@@ -53,6 +53,27 @@ def attention(
     return (out / total).transpose(0, 2, 1, 3).astype(q_BSHD.dtype)
 
 
+def forward_at_once(q_BSHD, k_BKGD, v_BKGD, mask_SK) -> tuple[jax.Array, jax.Array]:
+    """As `forward`, of short sequences: one product. mask_SK: bool."""
+    scores = _scores(q_BSHD.transpose(0, 2, 1, 3), k_BKGD, mask_SK)
+    lse_BHS = jax.nn.logsumexp(scores, axis=-1)
+    out, _ = _weighted_sum(jnp.where(mask_SK, scores, 2 * MASKED), lse_BHS[..., None], v_BKGD)
+    return out.transpose(0, 2, 1, 3).astype(q_BSHD.dtype), jnp.where(mask_SK.any(-1), lse_BHS, MASKED)
+
+
+def backward_at_once(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, mask_SK) -> tuple[jax.Array, ...]:
+    """As `backward`, of short sequences."""
+    q_BHSD, dout_BHSD = (x.transpose(0, 2, 1, 3) for x in (q_BSHD, dout_BSHD))
+    k_BHKD, v_BHKD = (jnp.repeat(x, q_BSHD.shape[2] // x.shape[2], axis=2).transpose(0, 2, 1, 3)
+                      for x in (k_BKGD, v_BKGD))
+    weights = jnp.where(mask_SK, jnp.exp(_scores(q_BHSD, k_BKGD, mask_SK) - lse_BHS[..., None]), 0)
+    dscores = weights * (_product(dout_BHSD, v_BHKD.mT) - delta_BHS[..., None])
+    weights, dscores = weights.astype(dout_BSHD.dtype), dscores.astype(q_BSHD.dtype)
+    dkv = [x.transpose(0, 2, 1, 3).reshape(*k_BKGD.shape[:3], -1, k_BKGD.shape[3]).sum(3).astype(k_BKGD.dtype)
+           for x in (_product(dscores.mT, q_BHSD), _product(weights.mT, dout_BHSD))]
+    return _product(dscores, k_BHKD).transpose(0, 2, 1, 3).astype(q_BSHD.dtype), *dkv
+
+
 def forward(q_BSHD, k_BKGD, v_BKGD, mask: Mask, length_B):
     """As `attention` without its scale, block by block: (out (B, S, H, D), log-sum-exp (B, H, S) float32 at least).
 

@@ -6,20 +6,19 @@ few tokens takes longer than the products.
 """
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from starflow_jax.kernels.attention import ATTENTION_RESULTS, attention
+from starflow_jax.kernels.attention import ATTENTION_RESULTS
 from starflow_jax.kernels.mask import Mask
 from starflow_jax.nn.cache import KVCache
+from starflow_jax.nn.parted_attention import by_tokens, parted_attention
 from starflow_jax.nn.rope import apply_rope
-from starflow_jax.sharding import constrain, over_heads
+from starflow_jax.sharding import constrain
 
 KeyValue = tuple[jax.Array, jax.Array]
 LAYER_INPUT = "layer_input"
@@ -45,6 +44,7 @@ class Layer(nn.Module):
     dtype: Any
     mask: Mask
     first_mask: Mask | None
+    parted: str  # of config.PARTED_ATTENTION
 
     def _norm(self, x_BSD: jax.Array, name: str) -> jax.Array:
         dtype = jnp.promote_types(self.dtype, jnp.float32)
@@ -58,16 +58,14 @@ class Layer(nn.Module):
         qkv = nn.DenseGeneral((3, width), dtype=self.dtype, name="qkv")(self._norm(x_BSD, "attention_norm"))
         q, k, v = (qkv[..., i, :].reshape(*x_BSD.shape[:-1], heads, self.head_dim) for i in range(3))
         q, k = apply_rope(q, rope_2SE), apply_rope(k, rope_2SE)
-        q, k, v = (constrain(part, "batch", None, "heads", None) for part in (q, k, v))
+        axes = ("tokens", "hidden") if by_tokens(self.parted, past) else (None, "heads")
+        q, k, v = (constrain(part, "batch", *axes, None) for part in (q, k, v))
         seen = None if past is None else (*past, past_length)
-
-        def attend(mask: Mask):
-            return lambda q, k, v: over_heads(partial(attention, mask=mask), q, k, v, seen)
-
         if self.first_mask is None:
-            out = attend(self.mask)(q, k, v)
+            out = parted_attention(self.parted, q, k, v, (self.mask,), None, seen)
         else:
-            out = lax.cond(is_first, attend(self.first_mask), attend(self.mask), q, k, v)
+            masks = (self.mask, self.first_mask)
+            out = parted_attention(self.parted, q, k, v, masks, is_first.astype(jnp.int32), seen)
         out = constrain(out.reshape(x_BSD.shape), "batch", "tokens", "hidden")
         x_BSD = _tokens(x_BSD + nn.Dense(width, dtype=self.dtype, name="proj")(out))
         hidden = nn.Dense(4 * width, dtype=self.dtype, name="mlp_in")(self._norm(x_BSD, "mlp_norm"))
@@ -89,6 +87,7 @@ class Transformer(nn.Module):
     head_dim: int
     dtype: Any = jnp.float32
     remat: str = "none"
+    parted: str = "heads"
     unroll: bool = False
 
     @nn.compact
@@ -116,13 +115,12 @@ class Transformer(nn.Module):
             out_axes=0,
             length=self.layers,
             unroll=self.layers if self.unroll else 1,
-        )(self.head_dim, self.dtype, mask, first_mask, keep_kv, name="layers")
+        )(self.head_dim, self.dtype, mask, first_mask, self.parted, keep_kv, name="layers")
         is_first = jnp.arange(self.layers) == 0
         past = None if cache is None else (cache.k_LBPHD, cache.v_LBPHD)
         past_length = jnp.int32(0) if cache is None else cache.length
         x_BSD, kv = stack(_tokens(x_BSD.astype(self.dtype)), past, is_first, rope_2SE, past_length)
         return FinalNorm(name="final_norm")(x_BSD), kv
-
 
     def _one_by_one(self, x_BSD, mask, rope_2SE, cache, first_mask, keep_kv):
         """The layers as the scan runs them, of parameters that are not stacked."""
@@ -130,7 +128,7 @@ class Transformer(nn.Module):
         for index, params in enumerate(self.variables["params"]["layers"]["layer"]):
             past = None if cache is None else (cache.k_LBPHD[index], cache.v_LBPHD[index])
             first = first_mask if index == 0 and first_mask is not None else mask
-            layer = Layer(self.head_dim, self.dtype, first, None, parent=None)
+            layer = Layer(self.head_dim, self.dtype, first, None, self.parted, parent=None)
             x_BSD, made = layer.apply({"params": params}, x_BSD, past, False, rope_2SE,
                                       None if cache is None else cache.length)
             kv.append(made)
@@ -171,11 +169,12 @@ class _BodyLayer(nn.Module):
     dtype: Any
     mask: Mask
     first_mask: Mask | None
+    parted: str
     keep_kv: bool
 
     @nn.compact
     def __call__(self, x_BSD, past, is_first, rope_2SE, past_length):
         x_BSD = checkpoint_name(x_BSD, LAYER_INPUT)
-        layer = Layer(self.head_dim, self.dtype, self.mask, self.first_mask, name="layer")
+        layer = Layer(self.head_dim, self.dtype, self.mask, self.first_mask, self.parted, name="layer")
         x_BSD, kv = layer(x_BSD, past, is_first, rope_2SE, past_length)
         return x_BSD, kv if self.keep_kv else None
