@@ -295,13 +295,14 @@ class Plan:
     """What --mode=plan compiles, and for which pod."""
 
     topology: str = "v5p:4x4x4"  # kind and shape: v4, v5e, v5p, v6e or tpu7x
-    step: str = "train"  # or "sample": all programs that make videos of the training length
-    videos: int = 1  # sampled together
+    # or "sample": all programs that make videos of the training length; or "codec": the Wan VAE's on one chip
+    step: str = "train"
+    videos: int = 1  # sampled, or coded, together
     updates: int = 8  # of the solver per block of tokens that the bound of sampling is reckoned with
     search: bool = False  # try meshes and rematerialisations, and rank what fits
 
     def __post_init__(self) -> None:
-        _check_choice(self, "step", ("train", "sample"))
+        _check_choice(self, "step", ("train", "sample", "codec"))
         _check_positive(self, "videos", "updates")
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from starflow_jax import config as settings_of
-from starflow_jax import hlo_cost, roofline, sharding
+from starflow_jax import hlo_cost, plan_codec, roofline, sharding
 from starflow_jax.config import REMAT, Config, UserError
 from starflow_jax.flow import decode
 from starflow_jax.flow.decode import Solver, WindowState
@@ -48,6 +48,8 @@ class Program:
 def plan(config: Config, workdir: Path) -> None:
     """Write WORKDIR/plan.json and print the table; with plan.search, of every mesh and rematerialisation tried."""
     devices = topology(config.plan.topology)
+    if config.plan.step == "codec":
+        devices = devices[:1]  # each chip has videos of its own
     rows = []
     choices = list(candidates(config, len(devices)) if config.plan.search else [chosen(config, len(devices))])
     with ProgressBar("compiling", len(choices), unit="plan") as progress:
@@ -62,7 +64,8 @@ def plan(config: Config, workdir: Path) -> None:
         path.write_text(json.dumps(best, indent=1))
     print(_table(rows[0]))
     if config.plan.search:
-        keys = ("mesh", "remat", "fits", "peak_gib", "bound_seconds_per_step", "bound_mfu", "limited_by")
+        what = ("dtype", "tile") if config.plan.step == "codec" else ("mesh", "remat")
+        keys = (*what, "fits", "peak_gib", "bound_seconds_per_step", "bound_mfu", "limited_by")
         print("\n" + table([_cells(row, keys) for row in rows], keys))
     print(f"\n{_line(rows[0])}\nwritten: {workdir / 'plan.json'}")
 
@@ -75,7 +78,9 @@ def topology(name: str) -> list[Any]:
     kind, _, shape = name.partition(":")
     if not re.fullmatch(r"\d+(x\d+)+", shape):
         raise UserError(f"plan.topology={name!r}: has to be a kind and a shape, such as v5p:4x4x4 or v6e:16x16")
-    options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    if set(shape.split("x")) == {"1"}:
+        options["chips_per_host_bounds"] = [1, 1, 1]  # else libtpu takes a host to have four
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except Exception as error:  # whatever the plug-in raises
@@ -104,7 +109,13 @@ def suited(config: Config, devices: int) -> settings_of.Mesh:
 
 
 def candidates(config: Config, devices: int) -> Iterator[Config]:
-    """Meshes over powers of two and rematerialisations that the model and batch divide over."""
+    """Meshes over powers of two and rematerialisations that the model and batch divide over; of a codec its dtypes,
+    with whole frames and with tiles."""
+    if config.plan.step == "codec":
+        for dtype, tile in itertools.product(("bfloat16", "float32"), (0, 2 * config.codec.tile_overlap)):
+            yield dataclasses.replace(chosen(config, devices),
+                                      codec=dataclasses.replace(config.codec, dtype=dtype, tile=tile))
+        return
     remats = REMAT[1:] if config.plan.step == "train" else ("none",)
     for tensor, sequence in itertools.product((1, 2, 4, 8), repeat=2):
         for fsdp in {devices // (tensor * sequence), math.gcd(devices // (tensor * sequence), 64)} - {0}:
@@ -127,21 +138,24 @@ def plan_of(config: Config, devices: list[Any]) -> dict[str, Any]:
     """Compile the step of config.plan.step on config.mesh and account for it."""
     mesh, chip = sharding.make_mesh(config.mesh, devices), roofline.chip_of(devices[0])
     sharding.check_model(config.model, mesh)
-    model, train = config.model, config.plan.step == "train"
+    model, train, codec = config.model, config.plan.step == "train", config.plan.step == "codec"
     videos = config.train.batch_size if train else config.plan.videos
     branches = 2 if config.sample.guidance and not train else 1
-    flops = roofline.model_flops(model, videos, training=train, branches=branches)
+    flops = None if codec else roofline.model_flops(model, videos, training=train, branches=branches)
     row: dict[str, Any] = {
         "name": config.name, "step": config.plan.step, "topology": config.plan.topology, "chips": len(devices),
         "device_kind": devices[0].device_kind, "mesh": dict(mesh.shape), "remat": model.remat,
         "parted_attention": model.parted_attention,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(_abstract_params(config))),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(
+            plan_codec.abstract_codec(config).params if codec else _abstract_params(config))),
         "tokens_per_step": videos * model.frames * model.tokens_per_frame, "hbm_bytes_per_chip": int(chip.hbm_bytes),
         "model_flops_per_step": flops}
+    if codec:
+        row |= {name: getattr(config.codec, name) for name in ("dtype", "tile", "tile_overlap")}
     began = time.perf_counter()
     try:
         with jax.set_mesh(mesh):
-            programs = [Program("train", _compile_train(config, mesh))] if train else _compile_sample(config, mesh)
+            programs = _compile(config, mesh)
     except jax.errors.JaxRuntimeError as error:
         needed = bytes_needed(str(error))
         if needed is None:
@@ -167,6 +181,14 @@ def bytes_needed(error: str) -> int | None:
 
 def _abstract_params(config: Config) -> Any:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def _compile(config: Config, mesh: Mesh) -> list[Program]:
+    if config.plan.step == "train":
+        return [Program("train", _compile_train(config, mesh))]
+    if config.plan.step == "sample":
+        return _compile_sample(config, mesh)
+    return [Program(*program) for program in plan_codec.compile_codec(config, sharding.replicated(mesh))]
 
 
 def _compile_train(config: Config, mesh: Mesh) -> Any:
@@ -220,11 +242,13 @@ def _compile_sample(config: Config, mesh: Mesh) -> list[Program]:
     return programs
 
 
-def _account(programs: list[Program], chip: roofline.Chip, flops: float, devices: int) -> dict[str, Any]:
-    """What the programs need and the bound that follows; memory of the one that needs most."""
-    total, raw, parts = hlo_cost.Cost(), 0.0, []
+def _account(programs: list[Program], chip: roofline.Chip, flops: float | None, devices: int) -> dict[str, Any]:
+    """What the programs need and the bound that follows; memory of the one that needs most. flops: the model's; None:
+    the programs' own products."""
+    total, raw, parts, seconds = hlo_cost.Cost(), 0.0, [], []
     for program in programs:
-        total += hlo_cost.count(program.compiled, program.unknown_trips).times(program.times)
+        cost = hlo_cost.count(program.compiled, program.unknown_trips)
+        total += cost.times(program.times)
         raw += program.times * float((program.compiled.cost_analysis() or {}).get("flops", 0))
         memory = program.compiled.memory_analysis()
         part = {"program": program.name, "arguments": memory.argument_size_in_bytes,
@@ -232,9 +256,13 @@ def _account(programs: list[Program], chip: roofline.Chip, flops: float, devices
                 "aliased": memory.alias_size_in_bytes, "code": memory.generated_code_size_in_bytes}
         part["peak"] = sum(part[name] for name in ("arguments", "temporaries", "output", "code")) - part["aliased"]
         parts.append(part)
+        seconds.append({"program": program.name, "runs": program.times,
+                        "bound_seconds": roofline.bound(cost, chip, 0.0).seconds})
+    flops = total.flops * devices if flops is None else flops
     limit = roofline.bound(total, chip, flops / devices)
     largest = max(parts, key=lambda part: part["peak"])
-    return {"peak_bytes_per_chip": largest["peak"], "memory": parts, "compiler_flops_per_step": total.flops * devices,
+    return {"peak_bytes_per_chip": largest["peak"], "memory": parts, "programs": seconds, "model_flops_per_step": flops,
+            "compiler_flops_per_step": total.flops * devices,
             "compiler_flops_loops_once": raw * devices, "hbm_traffic_bytes_per_chip": total.hbm_bytes,
             "collective_bytes_per_chip": total.collective_bytes, "bound_seconds_per_step": limit.seconds,
             "compute_seconds": limit.compute_seconds, "hbm_seconds": limit.hbm_seconds,
@@ -253,6 +281,12 @@ def _advice(config: Config, row: dict[str, Any]) -> str:
         if mesh["data"] > 1:
             helps.append("mesh.fsdp instead of mesh.data")
         helps.append("a larger mesh.sequence or mesh.tensor")
+    elif row["step"] == "codec":
+        if config.codec.dtype != "bfloat16":
+            helps.append("--config.codec.dtype=bfloat16")
+        helps.append(f"a smaller --config.codec.tile (now {config.codec.tile or 'whole frames'})")
+        if config.plan.videos > 1:
+            helps.append("--config.plan.videos=1")
     else:
         helps.append("a larger mesh.tensor")
         if config.plan.videos > 1:
@@ -263,8 +297,12 @@ def _advice(config: Config, row: dict[str, Any]) -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    where = f"{row['name']} {row['step']} on {row['topology']}, mesh " + " x ".join(
-        f"{axis}={size}" for axis, size in row["mesh"].items() if size > 1) + f", remat {row['remat']}"
+    where = f"{row['name']} {row['step']} on {row['topology']}, "
+    if row["step"] == "codec":
+        where += f"{row['dtype']}, " + (f"tiles of {row['tile']}" if row["tile"] else "whole frames")
+    else:
+        where += "mesh " + " x ".join(
+            f"{axis}={size}" for axis, size in row["mesh"].items() if size > 1) + f", remat {row['remat']}"
     if not row["fits"]:
         return f"{where}: {row['advice']}"
     used, there = row["peak_bytes_per_chip"] / GIB, row["hbm_bytes_per_chip"] / GIB
@@ -285,6 +323,9 @@ def _table(row: dict[str, Any]) -> str:
             for part in value:
                 sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in part.items() if name != "program")
                 rows.append((f"memory, GiB a chip: {part['program']}", sizes))
+        elif key == "programs":
+            rows += [(f"bound, seconds: {part['program']}", f"{part['bound_seconds']:.3g}, runs {part['runs']:g}")
+                     for part in value]
         elif isinstance(value, dict):
             rows.append((key, ", ".join(f"{name} {size:.4g}" for name, size in value.items())))
         else:

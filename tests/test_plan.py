@@ -4,14 +4,18 @@ import dataclasses
 import json
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from configs.t2v import get_config
 from starflow_jax import config as settings_of
-from starflow_jax import plan, roofline
+from starflow_jax import plan, plan_codec, roofline
+from starflow_jax.codec.wan_weights import abstract_params
 from starflow_jax.config import Config, UserError, from_config_dict
 from tests.helpers import tiny_model
 from tests.small_run import run
+from tests.test_wan_vae import SMALL
 
 KEYS = {"topology", "chips", "device_kind", "mesh", "parameters", "tokens_per_step", "hbm_bytes_per_chip",
         "peak_bytes_per_chip", "fits", "model_flops_per_step", "compiler_flops_per_step", "bound_seconds_per_step",
@@ -128,3 +132,45 @@ def test_without_libtpu_it_says_how_to_install_it(tmp_path) -> None:
         assert result.returncode == 2 and 'pip install "jax[tpu]"' in result.stderr, result.stderr
         return
     pytest.skip("libtpu is installed")
+
+
+def codec_config(tmp_path, monkeypatch, **changes) -> Config:
+    """The small VAE of test_wan_vae in place of the released one, for four latent frames of 6 x 8."""
+    monkeypatch.setattr(plan_codec, "wan_config", lambda settings, channels: SMALL)
+    config = with_plan(small(tmp_path, channels=3, frames=4, height=6, width=8), topology="v6e:1x1", step="codec")
+    return dataclasses.replace(config, codec=settings_of.Codec(**({"kind": "wan"} | changes)))
+
+
+def test_the_codec_is_planned_on_one_chip(tmp_path, monkeypatch, capsys) -> None:
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
+    plan.plan(codec_config(tmp_path, monkeypatch, dtype="bfloat16"), tmp_path)
+    row = json.loads((tmp_path / "plan.json").read_text())
+    assert KEYS <= set(row)
+    assert row["chips"] == 1 and row["fits"] and (row["dtype"], row["tile"]) == ("bfloat16", 0)
+    sizes = [leaf.size for leaf in jax.tree.leaves(abstract_params(SMALL, jnp.bfloat16))]
+    assert row["parameters"] == sum(sizes)
+    encode, decode, following = row["memory"]
+    assert row["peak_bytes_per_chip"] == max(encode["peak"], decode["peak"], following["peak"])
+    assert following["aliased"] > 0 == decode["aliased"]  # the stream's cache is written in its place
+    seconds = {part["program"]: part["bound_seconds"] for part in row["programs"]}
+    assert [part["runs"] for part in row["programs"]] == [1, 1, 0]
+    assert 3 * seconds["decode, a stream's next frame"] < 2 * seconds["decode, a video"]
+    assert row["bound_seconds_per_step"] <= seconds["encode, a video"] + seconds["decode, a video"]
+    assert 0 < row["model_flops_per_step"] == row["compiler_flops_per_step"]
+    out = capsys.readouterr().out
+    assert "bfloat16, whole frames: fits" in out and "bound, seconds: decode, a video" in out
+
+
+def test_a_search_over_the_codec_tries_dtypes_and_tiles(tmp_path, monkeypatch) -> None:
+    tried = list(plan.candidates(codec_config(tmp_path, monkeypatch, tile_overlap=4), 1))
+    assert [(one.codec.dtype, one.codec.tile) for one in tried] == [
+        ("bfloat16", 0), ("bfloat16", 8), ("float32", 0), ("float32", 8)]
+    assert all(one.mesh == settings_of.Mesh(1, 1, 1, 1) for one in tried)
+    row = {"step": "codec", "peak_bytes_per_chip": 40 * 2**30, "hbm_bytes_per_chip": 32 * 2**30, "mesh": {}}
+    advice = plan._advice(tried[2], row)
+    assert "8.0 GiB" in advice and "codec.dtype=bfloat16" in advice and "codec.tile (now whole frames)" in advice
+
+
+def test_only_the_vae_has_a_codec_to_plan(tmp_path) -> None:
+    with pytest.raises(UserError, match="codec.kind='patch': plan.step=codec plans the Wan VAE"):
+        plan_codec.abstract_codec(small(tmp_path))
