@@ -21,7 +21,7 @@ def abstract_codec(config: Config) -> WanCodec:
     if settings.kind != "wan":
         raise UserError(f"codec.kind={settings.kind!r}: plan.step=codec plans the Wan VAE (--config.codec.kind=wan)")
     sizes = wan_config(settings, channels)
-    statistics_C = jax.ShapeDtypeStruct((channels,), jnp.float32)
+    statistics_C: Any = jax.ShapeDtypeStruct((channels,), jnp.float32)
     return WanCodec(abstract_params(sizes, jnp.dtype(settings.dtype)), statistics_C, statistics_C, config=sizes,
                     dtype=settings.dtype, tiles=Tiles(settings.tile, settings.tile_overlap))
 
