@@ -142,7 +142,7 @@ start() {
     on_cluster workload create --workload="$name" --tpu-type="$type" --num-slices="$slices" --docker-image="$image" \
         --storage="$storage" --max-restarts="$max_restarts" --restart-on-exit-codes=1 \
         --termination-grace-period-seconds=300 --command="exec $(command_line bash launch/worker.sh run \
-            "/buckets/$bucket/${workdir#"gs://$bucket/"}" "${job_flags[@]}")"
+            "/buckets/$bucket/${workdir#"gs://$bucket/"}" "${job_flags[@]//"gs://$bucket/"/"/buckets/$bucket/"}")"
 }
 
 log() {

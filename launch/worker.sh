@@ -8,7 +8,8 @@ usage() {
 bash launch/worker.sh COMMAND ...
 
   install [EXTRA]         a Python environment with all requirements and jax[EXTRA] (default tpu) in ~/starflow_env
-  run WORKDIR [FLAGS]     train (or what --mode says) in the foreground; FLAGS are those of starflow_jax.main
+  run WORKDIR [FLAGS]     train (or what --mode says) in the foreground; FLAGS are those of starflow_jax.main, and may
+                          name gs://BUCKET/... too
   start WORKDIR [FLAGS]   the same in the background, over the end of this connection
   status                  one word: none, running, gone (killed without an exit code), or the job's exit code
   follow [LINES]          print the log from LINES before its end (default: all of it) until the job ends
@@ -63,6 +64,17 @@ local_path() {
     printf '%s\n' "$mount$folder"
 }
 
+# FLAG with the local folder of each bucket that it names.
+local_flag() {
+    local flag=$1 bucket folder
+    while [[ $flag =~ gs://([^/,]+) ]]; do
+        bucket=${BASH_REMATCH[1]}
+        folder=$(local_path "gs://$bucket") || return
+        flag=${flag//"gs://$bucket"/"$folder"}
+    done
+    printf '%s\n' "$flag"
+}
+
 install_gcsfuse() {
     local key=/usr/share/keyrings/cloud.google.asc
     # Fresh images upgrade themselves in the background and hold apt's lock for minutes.
@@ -75,9 +87,13 @@ install_gcsfuse() {
 
 run() {
     (($#)) || die "run: WORKDIR is missing; see --help"
-    local workdir python=python3 code=0
+    local workdir python=python3 code=0 flag flags=()
     workdir=$(local_path "$1") || return
     shift
+    for flag in "$@"; do
+        flag=$(local_flag "$flag") || return
+        flags+=("$flag")
+    done
     [[ ! -x $environment/bin/python ]] || python=$environment/bin/python
     cd "$root" || return
     terminated=
@@ -86,7 +102,7 @@ run() {
     # On a TPU the other workers' processes are found; elsewhere FLAGS say where they are.
     local tpu=()
     [[ ! -e /dev/accel0 && ! -e /dev/vfio/0 ]] || tpu=(--distributed=true)
-    PYTHONUNBUFFERED=1 "$python" -m starflow_jax.main --workdir="$workdir" "${tpu[@]}" "$@" &
+    PYTHONUNBUFFERED=1 "$python" -m starflow_jax.main --workdir="$workdir" "${tpu[@]}" "${flags[@]}" &
     child=$!
     while kill -0 "$child" 2> /dev/null; do
         code=0

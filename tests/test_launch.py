@@ -398,6 +398,9 @@ def test_worker_mounts_a_bucket_without_caches(worker) -> None:
     assert (bucket, at) == ("my-bucket", mount)
     assert {"--implicit-dirs", "--metadata-cache-ttl-secs=0", "--metadata-cache-negative-ttl-secs=0"} <= set(flags)
     assert f"--workdir={mount}/runs/7b" in (worker.folder / "arguments").read_text().splitlines()
+    worker.run("worker.sh", "run", "/disk", "--config.data.directory=gs://my-bucket/a,gs://other.bucket/b", "--x=gs")
+    assert (worker.folder / "arguments").read_text().splitlines()[-2:] == [
+        f"--config.data.directory={mount}/a,{worker.folder}/buckets/other.bucket/b", "--x=gs"]
     worker.add("gcsfuse", script="#!/bin/bash\nexit 1\n")
     one_line(worker.run("worker.sh", "run", "gs://my-bucket/x"), 1, "gs://my-bucket can't be mounted")
 

@@ -26,7 +26,7 @@ WORKLOAD = [*GKE, "--name=flow-7b", "--type=v5p-128", "--image=us-docker.pkg.dev
 
 
 def test_gke_launch(stand_ins) -> None:
-    result = stand_ins.run("gke.sh", "launch", *WORKLOAD, *FLAGS)
+    result = stand_ins.run("gke.sh", "launch", *WORKLOAD, *FLAGS, "--config.train.init_from=gs://my.bucket/runs/3b")
     assert result.returncode == 0, result.stderr
     build, push, create, wait, logs, done = stand_ins.calls()
     image = "us-docker.pkg.dev/lab/x/flow:1"
@@ -34,7 +34,8 @@ def test_gke_launch(stand_ins) -> None:
                      image, str(ROOT)]
     assert push == ["docker", "push", image]
     command = next(word for word in create if word.startswith("--command=")).removeprefix("--command=")
-    assert shlex.split(command) == ["exec", "bash", "launch/worker.sh", "run", "/buckets/my.bucket/runs/7b", *FLAGS[1:]]
+    assert shlex.split(command) == ["exec", "bash", "launch/worker.sh", "run", "/buckets/my.bucket/runs/7b", *FLAGS[1:],
+                                    "--config.train.init_from=/buckets/my.bucket/runs/3b"]
     assert create[:3] == ["xpk", "workload", "create"]
     assert {"--workload=flow-7b", "--tpu-type=v5p-128", "--num-slices=1", f"--docker-image={image}",
             "--storage=my-bucket", "--max-restarts=100", "--restart-on-exit-codes=1", *GKE} <= set(create)
