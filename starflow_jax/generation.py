@@ -293,7 +293,7 @@ def windows(total: int, size: int, context: int) -> Iterator[tuple[int, int, int
 Text = jax.Array | dict[int, jax.Array]  # features, or those that hold from a frame on
 
 
-def _text_at(text: Text, frame: int) -> jax.Array:
+def text_at(text: Text, frame: int) -> jax.Array:
     return text[max(at for at in text if at <= frame)] if isinstance(text, dict) else text
 
 
@@ -309,7 +309,7 @@ def denoise_window(
     if how == "none" or (how == "denoiser" and system.config.model.denoiser == "none"):
         return noisy
     step = jax.jit(_denoiser_step if how == "denoiser" else _score_step, static_argnums=0)
-    return step(system, params, noisy, _text_at(text, frame))
+    return step(system, params, noisy, text_at(text, frame))
 
 
 def _denoiser_step(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
@@ -330,7 +330,7 @@ def _score_step(system: System, params: Params, noisy: jax.Array, text: jax.Arra
 def frame_nats(system: System, params: Params, noisy: jax.Array, text: Text) -> jax.Array:
     """(B, N) exact -log p(x~_n | earlier frames of its window, text) in nats, constants included."""
     run = jax.jit(_nats_of_window, static_argnums=0)
-    return _windowed(system, noisy, lambda window, frame: run(system, params, window, _text_at(text, frame)), 0)
+    return _windowed(system, noisy, lambda window, frame: run(system, params, window, text_at(text, frame)), 0)
 
 
 def _nats_of_window(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from starflow_jax.codec.interface import decode_next
 from starflow_jax.config import Sample, UserError
 from starflow_jax.flow import decode
+from starflow_jax.flow.denoiser_stream import score_next
 from starflow_jax.generation import (
     Conditions,
     deep_frames,
@@ -30,8 +31,10 @@ from starflow_jax.generation import (
     output_windows,
     prepare,
     shallow_solver,
+    text_at,
     token_grid,
 )
+from starflow_jax.losses import REFERENCE_NOISE
 from starflow_jax.optimizer import Params
 from starflow_jax.system import System, decoding_variables
 from starflow_jax.video_io import atomic_path
@@ -130,6 +133,7 @@ class _Finisher:
         self._codec, self._cache = jax.device_put(system.codec, device), None
         batch, made = given.noise_BNSK.shape[:2]
         known = given.known_BThwC
+        self._window, self._next, self._state = -1, 0, None  # of the denoiser
         self._ready = 0 if known is None else known.shape[1]
         self._left = 0
         shape = (batch, self._ready + made, model.height, model.width, model.channels)
@@ -155,12 +159,28 @@ class _Finisher:
 
     def _pixels(self, frame: int) -> jax.Array:
         start, stop, begin, _ = next(w for w in self._windows if w[2] <= frame < w[3])
-        clean = denoise_window(self._system, self._params, self._noisy[:, start:stop], begin, self._text,
-                               self._settings.denoise)
-        latent = clean[:, frame - start:frame - start + 1]
+        if self._settings.denoise == "denoiser" and self._system.config.model.denoiser == "first_layer":
+            latent = self._denoised(frame, start, stop, begin)
+        else:
+            clean = denoise_window(self._system, self._params, self._noisy[:, start:stop], begin, self._text,
+                                   self._settings.denoise)
+            latent = clean[:, frame - start:frame - start + 1]
         frames, self._cache = decode_next(self._codec, latent, self._cache,
                                           self._system.config.codec.later_frames_scale)
         return frames
+
+    def _denoised(self, frame: int, start: int, stop: int, begin: int) -> jax.Array:
+        """A frame of the window from `start` to `stop`, by the denoiser's cache; the window's context fills it first."""
+        model = self._system.config.model
+        if self._window != start:
+            self._window, self._next, self._state = start, start, None
+        while self._next <= frame:
+            score, self._state = score_next(
+                self._system.flow, self._params["denoiser"], self._state, self._noisy, self._next,
+                text_at(self._text, begin) if model.text_length else None,
+                frames=min(1 + model.denoiser_lookahead, stop - self._next))
+            self._next += 1
+        return self._noisy[:, frame:frame + 1] - REFERENCE_NOISE * score
 
 
 def latency(system: System, settings: Sample) -> int:

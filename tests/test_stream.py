@@ -19,12 +19,23 @@ SEEDS = [5, 6, 7]
 
 @pytest.mark.parametrize("frames,devices", [(9, 1), (9, 2), (21, 2), (9, 4)])
 def test_stream_equals_the_whole_clip(system: System, params, frames: int, devices: int) -> None:
-    """Bit for bit, within the window and beyond it."""
-    settings = dataclasses.replace(SETTINGS, frames=frames, devices=devices, frames_per_step=1)
-    whole = generate_clips(system, params, CAPTIONS, SEEDS, settings)
-    parts = list(stream_clips(system, params, CAPTIONS, SEEDS, settings))
-    assert [part.shape[1] for part in parts] == [1] + [4] * ((frames - 1) // 4)
-    np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole.frames_BTHWC)
+    """Within the window and beyond it; bit for bit but for the denoiser, which has its own order of additions."""
+    for denoise in ("denoiser", "none"):
+        settings = dataclasses.replace(SETTINGS, frames=frames, devices=devices, frames_per_step=1, denoise=denoise)
+        whole = generate_clips(system, params, CAPTIONS, SEEDS, settings).frames_BTHWC
+        parts = list(stream_clips(system, params, CAPTIONS, SEEDS, settings))
+        assert [part.shape[1] for part in parts] == [1] + [4] * ((frames - 1) // 4)
+        difference = np.abs(np.int32(np.concatenate(parts, axis=1)) - np.int32(whole))
+        assert difference.max() <= (denoise == "denoiser") and (difference > 0).mean() < 1e-3
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_more_devices_give_the_same_stream(system: System, params, devices: int) -> None:
+    """Bit for bit."""
+    settings = dataclasses.replace(SETTINGS, frames=21, frames_per_step=1)
+    alone, parted = (np.concatenate(list(stream_clips(system, params, CAPTIONS, SEEDS, dataclasses.replace(
+        settings, devices=count))), axis=1) for count in (1, devices))
+    np.testing.assert_array_equal(parted, alone)
 
 
 def test_given_frames_lead_the_stream(system: System, params) -> None:
@@ -32,7 +43,8 @@ def test_given_frames_lead_the_stream(system: System, params) -> None:
     settings = dataclasses.replace(SETTINGS, frames_per_step=1)
     whole = generate_clips(system, params, CAPTIONS, SEEDS, settings, known)
     streamed = np.concatenate(list(stream_clips(system, params, CAPTIONS, SEEDS, settings, known)), axis=1)
-    np.testing.assert_array_equal(streamed, whole.frames_BTHWC)
+    difference = np.abs(np.int32(streamed) - np.int32(whole.frames_BTHWC))
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
 
 
 def test_a_frame_leaves_one_frame_after_it_is_made(system: System, params) -> None:
