@@ -170,7 +170,7 @@ class _Finisher:
         return frames
 
     def _denoised(self, frame: int, start: int, stop: int, begin: int) -> jax.Array:
-        """A frame of the window from `start` to `stop`, by the denoiser's cache; the window's context fills it first."""
+        """A frame of a window by the denoiser's cache, which the window's context fills first."""
         model = self._system.config.model
         if self._window != start:
             self._window, self._next, self._state = start, start, None
