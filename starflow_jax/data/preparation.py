@@ -71,14 +71,19 @@ class Gathering:
 def prepare_clips(job: Job, *, processes: int = 0, beam: str | None = None) -> dict[str, Any]:
     """Make the clips, or go on with it, and return what prepared.json holds.
 
-    Raises UserError where the input is missing, the folder holds something prepared with other settings, or not
-    one clip comes out.
+    Raises UserError where the input is missing, the folder holds something prepared with other settings, another
+    run works in it, the disk is full, or not one clip comes out.
     """
-    if (job.path / PREPARED).exists():
+    with shards.work_in(job.path):
+        if not (job.path / PREPARED).exists():
+            return _prepare(job, processes, beam)
         done = json.loads((job.path / PREPARED).read_text())
         _check_same(job, done["job"])
         _clean(job)
         return done
+
+
+def _prepare(job: Job, processes: int, beam: str | None) -> dict[str, Any]:
     units = _open_parts(job)
     left = [unit for unit in units if not (job.part(unit.index) / SUMMARY).exists()]
     tasks.run(partial(cut_unit, job), left, what="cut", processes=processes, beam=beam,
