@@ -19,7 +19,7 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation
 from etils import epath
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from starflow_jax.data.sources import Item, Rejected
 from starflow_jax.video_io import Mp4Writer, tag_colours, to_rgb
@@ -83,6 +83,8 @@ def cut(item: Item, recipe: Recipe) -> Iterator[Clip | Rejected]:
     """The clips of an item in order, and what of it is left out. Never raises for what is in the file."""
     try:
         yield from [_picture(item, recipe)] if item.is_image else _video_clips(item, recipe)
+    except UnidentifiedImageError:  # says nothing but the name of the file
+        yield Rejected(item.key, "unreadable: not a picture of a known kind")
     except (_Unusable, Image.DecompressionBombError) as error:
         yield Rejected(item.key, str(error))
     except Exception as error:  # a damaged file can make a decoder fail in any way

@@ -93,6 +93,7 @@ def _prepare(job: Job, processes: int, beam: str | None) -> dict[str, Any]:
     shards.write_text(job.path / REJECTED, "".join(json.dumps(entry) + "\n" for entry in rejected))
     gatherings = plan_shards(job, [summary["clips"] for summary in summaries])
     if not gatherings:
+        _clean(job)  # so that a mended input is read anew
         reason, count = _reasons(rejected).most_common(1)[0]
         raise UserError(f"{job.source}: not one clip came out of it; {count} times: {reason} "
                         f"(all of it in {job.path / REJECTED})")

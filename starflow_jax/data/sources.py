@@ -309,7 +309,7 @@ def _read_tar(path: str, captions: Captions) -> Iterator[Item | Rejected]:
                 read += 1
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         # The sample under way may lack what comes after the damage, so it is left out with the rest.
-        yield Rejected(f"{tar_name}/{key}" if key else tar_name, f"tar damaged after {read} files: {error}")
+        yield Rejected(f"{tar_name}/{key}" if key else tar_name, f"tar damaged: after {read} files, {error}")
         return
     if files:
         yield _from_sample(f"{tar_name}/{key}", files, captions)
