@@ -1,4 +1,4 @@
-"""Speed, as ratios within one run: a training step in forward passes, and the matrix rate that is reached."""
+"""Speed, as ratios within one run: data, attention, decoding, a training step in forward passes and matrix rate."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from starflow_jax import benchmark_attention, benchmark_decode, hlo_cost
+from starflow_jax import benchmark_attention, benchmark_data, benchmark_decode, hlo_cost
 from starflow_jax.config import Config, Model
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.losses import nll_mean
@@ -27,28 +27,43 @@ BENCHMARK_MODEL = Model(
 
 
 def benchmark(config: Config, workdir: Path) -> None:
-    """Time attention (where there is a GPU), decoding and training; write WORKDIR/benchmark.json and
-    benchmark_decoding.png."""
-    attention = benchmark_attention.against_cudnn() if jax.default_backend() == "gpu" else []
-    decoding: dict[str, Any] = {"trained": benchmark_decode.trained_model(config, workdir),
-                                "lengths": benchmark_decode.lengths(config, workdir),
-                                "random": benchmark_decode.random_model(BENCHMARK_MODEL)}
-    benchmark_decode.plot(workdir / "benchmark_decoding.png", decoding["trained"])
-    results = train_step_ratio(dataclasses.replace(config, model=BENCHMARK_MODEL))
-    results |= {"decoding": decoding, "attention": attention}
+    """Time what config.benchmark.parts names (attention where there is a GPU); write WORKDIR/benchmark.json, and
+    benchmark_decoding.png of decoding."""
+    parts = config.benchmark.named
+    results: dict[str, Any] = {"device": jax.devices()[0].device_kind}
+    if "data" in parts:
+        results["data"] = benchmark_data.report()
+        _print("data", results["data"])
+    if "attention" in parts and jax.default_backend() == "gpu":
+        results["attention"] = benchmark_attention.against_cudnn()
+    if "decoding" in parts:
+        results["decoding"] = {"trained": benchmark_decode.trained_model(config, workdir),
+                               "lengths": benchmark_decode.lengths(config, workdir),
+                               "random": benchmark_decode.random_model(BENCHMARK_MODEL)}
+        benchmark_decode.plot(workdir / "benchmark_decoding.png", results["decoding"]["trained"])
+        _print("decoding", results["decoding"])
+    if "training" in parts:
+        results |= train_step_ratio(dataclasses.replace(config, model=BENCHMARK_MODEL))
+        _print_training(results)
     with atomic_path(workdir / "benchmark.json") as path:
         path.write_text(json.dumps(results, indent=1))
+    print(f"written: {workdir / 'benchmark.json'}")
+
+
+def _print(part: str, tables: dict[str, list[dict[str, Any]]]) -> None:
+    for name, rows in tables.items():
+        print(f"{part}, {name}:")
+        print(table([list(row.values()) for row in rows], list(rows[0])) + "\n")
+
+
+def _print_training(results: dict[str, Any]) -> None:
     rows = [("forward pass", f"{results['forward_seconds']:.3f} s", "1.00"),
             ("training step", f"{results['step_seconds']:.3f} s", f"{results['step_in_forward_passes']:.2f}"),
             ("matrix products alone", f"{results['matrix_seconds']:.3f} s",
              f"{results['matrix_seconds'] / results['forward_seconds']:.2f}")]
     print(table(rows, ("", "median", "forward passes")))
-    print()
-    for name in decoding:
-        print(f"decoding, {name}:")
-        print(table([list(row.values()) for row in decoding[name]], list(decoding[name][0])) + "\n")
-    print(f"the forward pass reaches {results['forward_matrix_fraction']:.0%} of this machine's measured float32 "
-          f"matrix rate ({results['matrix_gflops']:.0f} GFLOP/s)\nwritten: {workdir / 'benchmark.json'}")
+    print(f"\nthe forward pass reaches {results['forward_matrix_fraction']:.0%} of this machine's measured float32 "
+          f"matrix rate ({results['matrix_gflops']:.0f} GFLOP/s)")
 
 
 def train_step_ratio(config: Config) -> dict[str, Any]:
@@ -83,7 +98,6 @@ def train_step_ratio(config: Config) -> dict[str, Any]:
     }, ROUNDS)
     rate = 2 * side**3 / seconds["matrix"]
     return {
-        "device": jax.devices()[0].device_kind,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "forward_seconds": seconds["forward"],
         "step_seconds": seconds["step"],

@@ -29,6 +29,18 @@ LATENTS = (22, 30, 53, 48)  # of such a clip, and the one more that training wan
 FEATURE_ROWS, FEATURE_DIM = 120, 2048  # of one prompt of flan-t5-xl
 READ_EXAMPLES = 24
 ROUNDS = 3
+PLANS = (  # of the 7B model's training step at 480p (--mode=plan): clips, its bound in seconds, hosts
+    ("7b on v5p:4x4x4", 192, 19.7, 16),
+    ("7b on v6e:16x16", 192, 2.46, 64),
+)
+
+
+def report() -> dict[str, list[dict[str, Any]]]:
+    """Tables by title: what making clips costs, and what reading prepared ones costs beside what 7B training eats."""
+    rate, megabytes = reading()
+    return {f"clips of {CLIP_FRAMES} frames of {BUCKET.name} made of {SOURCE_SIZE[0]}p video": decoding(),
+            "prepared latents and text features read for training":
+                [needed(rate, megabytes, *plan) for plan in PLANS]}
 
 
 def decoding(size: tuple[int, int] = SOURCE_SIZE, bucket: clips.Bucket = BUCKET, frames: int = CLIP_FRAMES
@@ -66,14 +78,10 @@ def decoding(size: tuple[int, int] = SOURCE_SIZE, bucket: clips.Bucket = BUCKET,
             for name, value in seconds.items()]
 
 
-def reading(step_seconds: float, clips_per_step: int, latents: tuple[int, ...] = LATENTS, batch_size: int = 8,
-            examples: int = READ_EXAMPLES) -> dict[str, Any]:
-    """Prepared latents and text features read through the training pipeline, in clips per second and core.
-
-    step_seconds, clips_per_step: of the training that they are to feed, such as the plan's bound for 7B; the
-    answer says how many cores that takes, of all machines together. What is read was just written: a disk's own
-    speed is not in it, but megabytes_per_second_needed says what it has to be.
-    """
+def reading(latents: tuple[int, ...] = LATENTS, batch_size: int = 8, examples: int = READ_EXAMPLES
+            ) -> tuple[float, float]:
+    """(clips per second and core, megabytes per clip) of prepared latents and text features read through the
+    training pipeline. What is read was just written: a disk's own speed is not in it."""
     with tempfile.TemporaryDirectory() as folder:
         _write_examples(epath.Path(folder), latents, examples)
         source = prepared.source(folder, "train", latents_by={}, features_by={})
@@ -89,11 +97,17 @@ def reading(step_seconds: float, clips_per_step: int, latents: tuple[int, ...] =
             rate = 2 * rounds * batch_size / (time.process_time() - began)
         finally:
             batches.close()
-    megabytes = (np.prod(latents) + FEATURE_ROWS * FEATURE_DIM * len(_prompts())) * 2 / 1e6
-    needed = clips_per_step / step_seconds
-    return {"clips_per_second_and_core": rate, "step_seconds": step_seconds, "clips_per_step": clips_per_step,
-            "clips_per_second_needed": needed, "cores_needed": needed / rate,
-            "megabytes_per_second_needed": needed * float(megabytes)}
+    return rate, (float(np.prod(latents)) + FEATURE_ROWS * FEATURE_DIM * len(_prompts())) * 2 / 1e6
+
+
+def needed(rate: float, megabytes: float, training: str, clips_per_step: int, step_seconds: float, hosts: int
+           ) -> dict[str, Any]:
+    """What a training step takes of what `reading` found: cores and the disk's or network's speed on each host."""
+    clips_per_second = clips_per_step / step_seconds
+    return {"training": training, "step, s": step_seconds, "clips/s needed": clips_per_second,
+            "clips/s and core": rate, "cores, all hosts": clips_per_second / rate,
+            "cores a host": clips_per_second / rate / hosts, "MB/s, all hosts": clips_per_second * megabytes,
+            "MB/s a host": clips_per_second * megabytes / hosts}
 
 
 def _moving_texture(frames: int, height: int, width: int) -> np.ndarray:

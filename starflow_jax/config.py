@@ -306,6 +306,24 @@ class Plan:
         _check_positive(self, "videos", "updates")
 
 
+BENCHMARKS = ("data", "attention", "decoding", "training")
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """What --mode=benchmark times."""
+
+    parts: str = ",".join(BENCHMARKS)
+
+    def __post_init__(self) -> None:
+        _check(self, "parts", set(self.named) <= set(BENCHMARKS), f"has to be of {', '.join(BENCHMARKS)}, parted by "
+                                                                  "commas")
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        return tuple(map(str.strip, self.parts.split(",")))
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
     """Likelihood and adherence on the test split; or, where one of the others is asked for, that alone."""
@@ -415,6 +433,7 @@ class Config:
     sample: Sample = Sample()
     mesh: Mesh = Mesh()
     plan: Plan = Plan()
+    benchmark: Benchmark = Benchmark()
     evaluate: Evaluate = Evaluate()
     convert: Convert = Convert()
     prepare: Prepare = Prepare()

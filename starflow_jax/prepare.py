@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from starflow_jax import sharding
 from starflow_jax.config import Config, Mesh, UserError
@@ -40,6 +41,9 @@ def prepare(config: Config, workdir: Path) -> None:
     settings = config.prepare
     folder = settings.output or str(workdir / "prepared")
     beam = None if settings.beam == "none" else settings.beam
+    if jax.process_index() == 0 and (epath.Path(folder) / PREPARED).exists():
+        print(f"{folder}: its clips are whole and stay; files that came into the input since need another "
+              "prepare.output")
     done = sharding.on_every_process(partial(prepare_clips, processes=settings.processes, beam=beam),
                                      job_of(config, folder))
     if settings.latents:

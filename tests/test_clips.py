@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import struct
 
 import av
 import numpy as np
@@ -90,6 +91,57 @@ def test_cuts_are_found_and_movement_is_none(tmp_path):
     assert len(made(video(tmp_path, scene(13, step=3)), buckets=(WIDE,), cut_threshold=20.0)) == 2
 
 
+def test_fast_movement_is_no_cut_and_a_cut_in_fast_movement_is_one(tmp_path):
+    """Stripes that slide by a third of their period change by more than the threshold at every frame."""
+    columns = np.arange(48)[None, None, :, None]
+    stripes = [np.broadcast_to(96 + 90 * np.sin((columns + 4 * np.arange(20)[:, None, None, None]) / 2 + phase),
+                               (20, 32, 48, 3)).astype(np.uint8) for phase in (0, 3)]
+    changes = np.abs(np.diff(stripes[0].astype(int), axis=0)).mean((1, 2, 3))
+    assert changes.min() > 40
+    fast = made(video(tmp_path, stripes[0]), buckets=(WIDE,), cut_threshold=20.0)
+    assert [clip.start for clip in fast if isinstance(clip, Clip)] == pytest.approx([0, 5 / 16, 10 / 16, 15 / 16])
+    # A still shot, and then the fast one: its every frame differs from the still ones' habits, but it is one shot.
+    still = np.repeat(scene(1), 7, axis=0)
+    both = made(video(tmp_path, np.concatenate([still, stripes[0]])), buckets=(WIDE,), cut_threshold=20.0)
+    assert [type(found) for found in both] == [Clip, Rejected, Clip, Clip, Clip, Clip]
+    # Slower stripes, a change to bright ones among them: 2.6 times what they change by.
+    slow = np.broadcast_to(60 + 50 * np.sin((columns + np.arange(12)[:, None, None, None]) / 2), (12, 32, 48, 3))
+    cut_in = np.concatenate([slow[:8], slow[:6] + 90]).astype(np.uint8)
+    usual = np.abs(np.diff(slow, axis=0)).mean((1, 2, 3)).max()
+    assert 15 < usual < 40
+    starts = [clip.start for clip in made(video(tmp_path, cut_in), buckets=(WIDE,), cut_threshold=20.0)
+              if isinstance(clip, Clip)]
+    assert starts == pytest.approx([0, 8 / 16], abs=1e-3)
+
+
+def test_a_cut_between_two_clips_costs_nothing(tmp_path):
+    frames = np.concatenate([scene(5, seed=1), scene(5, seed=2)])
+    assert all(isinstance(clip, Clip) for clip in made(video(tmp_path, frames), buckets=(WIDE,), cut_threshold=20.0))
+
+
+def test_noise_is_no_movement(tmp_path):
+    noisy = np.repeat(np.full((1, 288, 288, 3), 100), 5, axis=0)
+    noisy = noisy + np.random.default_rng(0).integers(-6, 7, noisy.shape)
+    path = video(tmp_path, noisy.astype(np.uint8))
+    rejected, = made(path, buckets=(Bucket(288, 288, "1:1"),), min_motion=0.8)
+    assert "too static" in rejected.reason
+    assert np.abs(np.diff(noisy, axis=0)).mean() > 4
+
+
+def test_a_video_marked_as_turned_is_turned(tmp_path):
+    """As phones keep upright videos: lying, with a matrix that says how to show them."""
+    path = video(tmp_path, scene(5, 32, 48))
+    upright, = made(path, buckets=(WIDE, TALL))
+    content = bytearray(path.read_bytes())
+    whole, turned = 0x40000000, (0, 65536, 0, -65536, 0, 0, 0, 0, 0x40000000)  # x' = -y, y' = x: clockwise
+    place = content.index(struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, whole), content.index(b"tkhd"))
+    content[place:place + 36] = struct.pack(">9i", *turned)
+    (tmp_path / "turned.mp4").write_bytes(content)
+    clip, = made(tmp_path / "turned.mp4", buckets=(WIDE, TALL))
+    assert upright.bucket is WIDE and clip.bucket is TALL
+    np.testing.assert_array_equal(clip.frames_THWC, np.rot90(upright.frames_THWC, -1, axes=(1, 2)))
+
+
 def test_dark_and_still_clips_are_left_out(tmp_path):
     still = np.repeat(scene(1), 5, axis=0)
     rejected, = made(video(tmp_path, still), min_motion=0.1)
@@ -105,10 +157,12 @@ def test_dark_and_still_clips_are_left_out(tmp_path):
 @pytest.mark.parametrize("changes,frames,message", [
     ({}, 4, "too short: 4 frames at 16 fps, a clip has 5"),
     ({"buckets": (Bucket(64, 64, "1:1"),)}, 6, "too small: 48x32 would be enlarged 2.00 times"),
-    ({"fps": 20}, 6, "frame rate 16 is below 20"),
+    ({"fps": 20}, 6, "frame rate 16 is below 20"), ({"rate": 0.25}, 6, "frame rate 0.25 is not from 1 to 240"),
+    ({"rate": 500}, 6, "frame rate 500 is not from 1 to 240"),
 ])
 def test_videos_that_give_no_clip_say_why(tmp_path, changes, frames, message):
-    assert [rejected.reason for rejected in made(video(tmp_path, scene(frames)), **changes)] == [message]
+    path = video(tmp_path, scene(frames), changes.pop("rate", 16))
+    assert [rejected.reason for rejected in made(path, **changes)] == [message]
 
 
 def test_enlarging_is_allowed_up_to_the_limit(tmp_path):
@@ -234,5 +288,5 @@ def test_real_videos_give_the_clips_their_length_allows():
     assert len(made(videos["carphone_pristine"], **changes)) == 3
     bikes = made(videos["bikes"], **changes)
     starts = [clip.start for clip in bikes if isinstance(clip, Clip)]
-    # Scenes of the film begin at 1.25, 5.5 and 7.5 s.
-    assert {0.0, 1.25, 5.5, 7.5} <= set(starts) and {clip.bucket for clip in bikes if isinstance(clip, Clip)} == {WIDE}
+    # Scenes of the film begin at 1.25, 3.0625, 5.5 and 7.5 s.
+    assert {0.0, 1.25, 3.0625, 5.5, 7.5} <= set(starts) and {clip.bucket for clip in bikes if isinstance(clip, Clip)} == {WIDE}

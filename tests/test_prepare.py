@@ -22,6 +22,7 @@ from starflow_jax.config import UserError
 from starflow_jax.data import clips, preparation, shards
 from starflow_jax.data.preparation import Job, cut_unit, plan_shards, prepare_clips, split_of, write_shard
 from starflow_jax.data.sources import Captions
+from starflow_jax.video_io import write_mp4
 from tests.prepared_input import scene, write_inputs
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +96,19 @@ def test_every_clip_is_where_it_belongs_and_tfds_reads_it(inputs, whole):
 
 def _item(inputs, key):
     return preparation.clips.Item(key, str(inputs / f"{key}.mp4"), False, "", "")
+
+
+def test_names_that_are_no_utf8_are_taken(inputs, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    name = os.fsdecode(b"n\xe9")
+    try:
+        shutil.copy(inputs / "wide0.mp4", source / f"{name}.mp4")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    (source / f"{name}.txt").write_text("named in Latin-1")
+    assert prepare_clips(job(source, tmp_path / "out"), processes=1)["clips"] == 4
+    assert {clip["key"] for of_split in examples(tmp_path / "out").values() for clip in of_split} == {b"n?"}
 
 
 def test_what_is_left_out_is_counted_and_listed(whole):
@@ -231,8 +245,44 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(inputs, 
 
 
 def test_an_input_without_one_good_clip_says_so(inputs, tmp_path):
+    settings = _only_small(inputs, tmp_path)
     with pytest.raises(UserError, match="not one clip came out of it; 10 times: too small"):
-        prepare_clips(_only_small(inputs, tmp_path), processes=1)
+        prepare_clips(settings, processes=1)
+    assert len((tmp_path / "out" / "rejected.jsonl").read_text().splitlines()) == 10
+    # A mended input is looked at anew.
+    write_mp4(tmp_path / "in" / "3.mp4", scene(6, height=64, width=64), 8)
+    assert prepare_clips(settings, processes=1)["clips"] == 1
+
+
+def test_two_runs_in_one_folder_and_a_full_disk_are_said(inputs, whole, tmp_path, monkeypatch):
+    settings = job(inputs, tmp_path / "out")
+    with shards.work_in(settings.path), pytest.raises(UserError, match="out: another run is preparing it"):
+        prepare_clips(settings, processes=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "RecordWriter", full_disk_after(7))
+        with pytest.raises(UserError, match="out: write.. failed: No space left on device; writing .*; what is done"):
+            prepare_clips(settings, processes=1)
+    assert list((tmp_path / "out").glob(".parts/*/summary.json"))
+    prepare_clips(settings, processes=1)
+    assert tree(tmp_path / "out") == tree(whole)
+
+
+def full_disk_after(records):
+    """A RecordWriter as it is when the disk fills up: array_record says so when it closes the file."""
+    left = [records]
+
+    class Full(shards.RecordWriter):
+        def __exit__(self, *exception):
+            left[0] -= self.count
+            if left[0] < 0:
+                writer, self._writer = self._writer, self
+                writer.close()
+            super().__exit__(*exception)
+
+        def close(self):
+            raise RuntimeError("write() failed: No space left on device; writing x; at byte 1048576; Failed to close")
+
+    return Full
 
 
 def _only_small(inputs, folder):

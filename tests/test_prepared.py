@@ -117,8 +117,15 @@ def test_every_epoch_has_every_clip_once(folders):
         f"8 fps 3:2:a block moves over backdrop {index}": 2 for index in range(4)}
 
 
-def test_any_number_of_workers_and_any_resumption_gives_the_same(folders):
-    source = prepared.source(",".join(folders), "train")
+def joined(parts):
+    """The global batches, of those of several processes."""
+    return [{key: np.concatenate([part[key] for part in step]) for key in step[0]}
+            for step in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("derived_by", [{}, {"latents_by": MADE_BY, "features_by": {"text": 1}}])
+def test_any_number_of_workers_and_any_resumption_gives_the_same(folders, derived_by):
+    source = prepared.source(",".join(folders), "train", **derived_by)
     expected = take(train(source), 12)
     same(take(train(source), 12), expected)
     workers = train(source, workers=2)
@@ -128,10 +135,22 @@ def test_any_number_of_workers_and_any_resumption_gives_the_same(folders):
     resumed = train(source, read_threads=5)
     resumed.set_state(state)
     same(take(resumed, 5), expected[7:])
-    parts = [take(train(source, batch_size=4, image_batch_size=6, process_index=i, process_count=2), 6)
-             for i in range(2)]
-    whole = take(train(source, batch_size=4, image_batch_size=6), 6)
-    same([{key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts)], whole)
+    sizes = {"batch_size": 4, "image_batch_size": 6}
+    whole = take(train(source, **sizes), 9)
+    two = [train(source, **sizes, process_index=index, process_count=2) for index in range(2)]
+    same(joined([take(part, 4) for part in two]), whole[:4])
+    # Resumed in the middle, the second process with workers, and each on what the other one read before.
+    states = [json.loads(json.dumps(part.get_state())) for part in two]
+    later = [train(source, **sizes, process_index=index, process_count=2, workers=index) for index in range(2)]
+    for part, state in zip(later, reversed(states)):
+        part.set_state(state)
+    same(joined([take(part, 3) for part in later]), whole[4:7])
+    # And then by one process alone.
+    alone = train(source, **sizes)
+    alone.set_state(later[0].get_state())
+    same(take(alone, 2), whole[7:])
+    for part in (*two, *later):
+        part.close()
 
 
 def test_latents_are_those_of_the_clips(folders):

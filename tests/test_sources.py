@@ -136,7 +136,7 @@ def test_a_damaged_tar_gives_what_comes_before_the_damage(tmp_path, end):
     whole = read(tmp_path / "whole.tar")
     (tmp_path / "part.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:end])
     *before, last = read(tmp_path / "part.tar")
-    assert "tar damaged after" in last.reason
+    assert "tar damaged: after" in last.reason
     assert [vars(item) | {"key": ""} for item in before] == [vars(item) | {"key": ""} for item in whole[:len(before)]]
     assert len(before) < 4
 

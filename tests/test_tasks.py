@@ -41,3 +41,9 @@ def test_an_exception_is_passed_on():
 def test_one_process_is_this_one(tmp_path):
     tasks.run(partial(leave_a_file, str(tmp_path)), [0, 1], what="test", processes=1)
     assert {path.read_text() for path in tmp_path.iterdir()} == {str(os.getpid())}
+
+
+def test_nothing_left_to_do_is_done():
+    """As of a run that was killed between two kinds of tasks: neither processes nor Beam are started."""
+    tasks.run(fail, [], what="test", processes=2, crashed=print)
+    tasks.run(fail, [], what="test", beam="--runner=NoSuchRunner")

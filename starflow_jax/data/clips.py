@@ -8,6 +8,7 @@ the key frame before, in every epoch. Little is lost: colours are kept at full r
 kept as JPEG.
 """
 
+import collections
 import dataclasses
 import io
 import itertools
@@ -18,15 +19,16 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation
 from etils import epath
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from starflow_jax.data.sources import Item, Rejected
 from starflow_jax.video_io import Mp4Writer, tag_colours, to_rgb
 
 MAX_GAP = 0.5  # seconds without a frame: what follows is another shot
 SLOWEST = 0.9  # a source of less than this share of the wanted rate would stutter
+FASTEST = 240  # frames per second that are believed, where the source's own rate is kept
 THUMBNAIL = 36  # rows, about, of the pictures that darkness, movement and cuts are judged by
-CUT_RATIO = 3.0  # a cut changes the picture this much more than the frames before it did
+CUT_RATIO = 1.4  # times the largest change of the frames before: a cut, and not movement that grows faster
 CUT_MEMORY = 8  # frames
 JPEG_QUALITY = 95
 # Without accurate rounding, greys that are made ten times smaller get a tint.
@@ -81,6 +83,8 @@ def cut(item: Item, recipe: Recipe) -> Iterator[Clip | Rejected]:
     """The clips of an item in order, and what of it is left out. Never raises for what is in the file."""
     try:
         yield from [_picture(item, recipe)] if item.is_image else _video_clips(item, recipe)
+    except UnidentifiedImageError:  # says nothing but the name of the file
+        yield Rejected(item.key, "unreadable: not a picture of a known kind")
     except (_Unusable, Image.DecompressionBombError) as error:
         yield Rejected(item.key, str(error))
     except Exception as error:  # a damaged file can make a decoder fail in any way
@@ -132,6 +136,8 @@ def _video_clips(item: Item, recipe: Recipe) -> Iterator[Clip | Rejected]:
             raise _Unusable("frame rate unknown")
         if rate < SLOWEST * recipe.fps:
             raise _Unusable(f"frame rate {rate:.4g} is below {recipe.fps}")
+        if not (recipe.fps or 1 <= round(rate) <= FASTEST):
+            raise _Unusable(f"frame rate {rate:.4g} is not from 1 to {FASTEST}")
         cutter = _Cutter(item, recipe, recipe.fps or round(rate), float(stream.sample_aspect_ratio or 1))
         decoded = _decode(container, stream, item.start, item.end)
         try:
@@ -202,11 +208,17 @@ class _Cutter:
         self.time, self.frames, self.clips, self.made = 0.0, 0, 0, 0  # clips: judged; made: of these, good
         self._size: tuple[int, int] | None = None
         self._bucket: Bucket | None = None
-        self._begin()
+        self._begin_shot()
 
-    def _begin(self) -> None:
+    def _begin_shot(self) -> None:
+        self._seen: np.ndarray | None = None  # thumbnail of the last frame
+        self._usual: collections.deque[float] = collections.deque(maxlen=CUT_MEMORY)  # the last changes of the shot
+        self._begin_clip()
+
+    def _begin_clip(self) -> None:
         self._pictures: list[np.ndarray] = []
         self._changes: list[float] = []  # from frame to frame of the clip under way
+        self._brightness: list[float] = []
         self._start = 0.0
 
     def add(self, time: float, frame: av.VideoFrame | None) -> Iterator[Clip | Rejected]:
@@ -217,15 +229,20 @@ class _Cutter:
             return
         self.frames += 1
         picture = self._fit(frame)
-        if self._pictures:
-            change = float(np.abs(_thumbnail(picture) - _thumbnail(self._pictures[-1])).mean())
+        seen = _thumbnail(picture)
+        if self._seen is not None:
+            change = float(np.abs(seen - self._seen).mean())
             if self._is_cut(change):
                 yield from self._break(time)
             else:
-                self._changes.append(change)
+                self._usual.append(change)
+                if self._pictures:
+                    self._changes.append(change)
         if not self._pictures:
             self._start = time
+        self._seen = seen
         self._pictures.append(picture)
+        self._brightness.append(float(seen.mean()))
         if len(self._pictures) == self._recipe.frames:
             yield self._finish()
 
@@ -234,20 +251,19 @@ class _Cutter:
             self.clips += 1
             yield Rejected(self._item.key, f"cut inside: {len(self._pictures)} frames of {self._recipe.frames}",
                            round(self._start, 3), round(time, 3))
-        self._begin()
+        self._begin_shot()
 
     def _is_cut(self, change: float) -> bool:
-        """Much change, and much more than in the frames before: fast movement is no cut."""
-        before = self._changes[-CUT_MEMORY:]
-        usual = sum(before) / len(before) if before else 0.0
-        return 0 < self._recipe.cut_threshold < change and change > CUT_RATIO * usual
+        """Much change, and much more than in the frames before: fast movement is no cut. A shot's first change
+        has nothing to be held against, and is none."""
+        return 0 < self._recipe.cut_threshold < change and change > CUT_RATIO * max(self._usual, default=math.inf)
 
     def _finish(self) -> Clip | Rejected:
         assert self._bucket is not None
         pictures, changes, start = np.stack(self._pictures), self._changes, self._start
-        self._begin()
+        brightness = sum(self._brightness) / len(self._brightness)
+        self._begin_clip()
         self.clips += 1
-        brightness = float(np.mean([_thumbnail(picture).mean() for picture in pictures]))
         motion = sum(changes) / max(len(changes), 1)
         reason = ""
         if brightness < self._recipe.min_brightness:
@@ -293,8 +309,8 @@ def fit_frame(frame: av.VideoFrame, height: int, width: int, pixel_aspect: float
 
 
 def _thumbnail(picture_HWC: np.ndarray) -> np.ndarray:
-    step = max(1, picture_HWC.shape[0] // THUMBNAIL)
-    return picture_HWC[::step, ::step].astype(np.int16)
+    """Means of square blocks, so that neither a sensor's noise nor fine detail looks like movement."""
+    return np.asarray(Image.fromarray(picture_HWC).reduce(max(1, picture_HWC.shape[0] // THUMBNAIL)), np.int16)
 
 
 # --------------------------------------------------------------------------------- what is kept on disk

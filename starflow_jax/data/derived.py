@@ -110,6 +110,11 @@ def check_made_by(folder: epath.Path, kind: str, made_by: Any) -> None:
 
 
 def _derive(folder: epath.Path, kind: _Kind, batch_size: int, made_by: Any, share: tuple[int, int]) -> None:
+    with shards.work_in(folder, alone=share[1] == 1):
+        _derive_in(folder, kind, batch_size, made_by, share)
+
+
+def _derive_in(folder: epath.Path, kind: _Kind, batch_size: int, made_by: Any, share: tuple[int, int]) -> None:
     check_made_by(folder, kind.name, made_by)
     shards.write_text(folder / kind.name / MADE_BY, json.dumps(made_by))
     buckets = json.loads((folder / PREPARED).read_text())["buckets"]

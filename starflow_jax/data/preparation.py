@@ -71,14 +71,19 @@ class Gathering:
 def prepare_clips(job: Job, *, processes: int = 0, beam: str | None = None) -> dict[str, Any]:
     """Make the clips, or go on with it, and return what prepared.json holds.
 
-    Raises UserError where the input is missing, the folder holds something prepared with other settings, or not
-    one clip comes out.
+    Raises UserError where the input is missing, the folder holds something prepared with other settings, another
+    run works in it, the disk is full, or not one clip comes out.
     """
-    if (job.path / PREPARED).exists():
+    with shards.work_in(job.path):
+        if not (job.path / PREPARED).exists():
+            return _prepare(job, processes, beam)
         done = json.loads((job.path / PREPARED).read_text())
         _check_same(job, done["job"])
         _clean(job)
         return done
+
+
+def _prepare(job: Job, processes: int, beam: str | None) -> dict[str, Any]:
     units = _open_parts(job)
     left = [unit for unit in units if not (job.part(unit.index) / SUMMARY).exists()]
     tasks.run(partial(cut_unit, job), left, what="cut", processes=processes, beam=beam,
@@ -88,6 +93,7 @@ def prepare_clips(job: Job, *, processes: int = 0, beam: str | None = None) -> d
     shards.write_text(job.path / REJECTED, "".join(json.dumps(entry) + "\n" for entry in rejected))
     gatherings = plan_shards(job, [summary["clips"] for summary in summaries])
     if not gatherings:
+        _clean(job)  # so that a mended input is read anew
         reason, count = _reasons(rejected).most_common(1)[0]
         raise UserError(f"{job.source}: not one clip came out of it; {count} times: {reason} "
                         f"(all of it in {job.path / REJECTED})")

@@ -11,6 +11,7 @@ Files appear whole: they are written under another name and renamed, or, on an o
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -24,6 +25,8 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source, array_record_module
 from etils import epath
 from tensorflow_datasets.core import example_parser, example_serializer
+
+from starflow_jax.config import UserError
 
 SPLITS = ("train", "validation", "test")
 VERSION = "1.0.0"
@@ -87,6 +90,40 @@ def parse_clip(record: bytes) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def work_in(folder: epath.Path, alone: bool = True) -> Iterator[None]:
+    """Raises UserError where the disk fails or fills up, and, with `alone`, where another run works in the folder.
+
+    That one is seen if it is on this machine, and not on an object store.
+    """
+    try:
+        with _locked(folder) if alone and "://" not in str(folder) else contextlib.nullcontext():
+            yield
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}; what is done is kept: mend it, and "
+                        "give the same command to go on") from error
+
+
+@contextlib.contextmanager
+def _locked(folder: epath.Path) -> Iterator[None]:
+    import fcntl  # not on Windows
+
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            os.close(handle)
+            raise UserError(f"{folder}: another run is preparing it; wait for its end, stop it, or give another "
+                            "prepare.output") from error
+        # Some network file systems have no locks.
+    try:
+        yield
+    finally:
+        os.close(handle)  # the system does, too, where this process is killed
+
+
+@contextlib.contextmanager
 def arriving(path: epath.Path) -> Iterator[Path]:
     """Yields a local path to write a file or folder to, which then becomes `path`, at once.
 
@@ -137,7 +174,10 @@ class RecordWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        except RuntimeError as error:  # a full disk is said here, and not when a record is written
+            raise OSError(errno.EIO, str(error).partition("; at byte")[0]) from error
 
 
 @contextlib.contextmanager

@@ -141,7 +141,7 @@ def _grouped(kind: str, where: epath.Path, entries: Iterable[Any], size: int) ->
 
 def _from_folder(folder: epath.Path, name: str, captions: Captions) -> Item | Rejected:
     path = folder / name
-    key = name[:-len(path.suffix)]
+    key = _printable(name[:-len(path.suffix)])
     beside = {suffix: path.with_suffix(f".{suffix}") for suffix in (TXT, "json")}
     try:
         fields = _fields({suffix: file.read_bytes() for suffix, file in beside.items() if file.exists()})
@@ -194,6 +194,11 @@ def _first_text(fields: Mapping[str, Any], names: Sequence[str]) -> str:
                 raise _Unusable(f'wrong encoding: the caption in "{name}" is not UTF-8') from error
             return " ".join(value.split())
     return ""
+
+
+def _printable(name: str) -> str:
+    """A file's name as UTF-8, which it need not be: with question marks then."""
+    return name.encode(errors="replace").decode()
 
 
 def _is_image(name: str) -> bool:
@@ -254,7 +259,7 @@ def _from_row(folder: epath.Path, number: int, row: Any, captions: Captions) -> 
         name = row.get("path") if isinstance(row, dict) else None
         if not isinstance(name, str) or not name:
             raise _Unusable("no path")
-        key = f"{name}#{number}"
+        key = f"{_printable(name)}#{number}"
         if name.startswith(("http://", "https://")):
             raise _Unusable("not a file but an address: download it first, for example with video2dataset")
         if not name.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES):
@@ -267,7 +272,7 @@ def _from_row(folder: epath.Path, number: int, row: Any, captions: Captions) -> 
             raise _Unusable(f"start {start} and end {end} are no stretch of time")
         return Item(key, str(folder / name), _is_image(name), long, short, start, end)
     except (_Unusable, OSError, ValueError) as error:
-        return Rejected(key.encode(errors="replace").decode(), _said(error))
+        return Rejected(key, _said(error))
 
 
 def _seconds(row: Mapping[str, Any], name: str, default: float) -> float:
@@ -295,16 +300,16 @@ def _read_tar(path: str, captions: Captions) -> Iterator[Item | Rejected]:
                     continue
                 folder, slash, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
-                if folder + slash + stem != key and files:
+                if (sample := _printable(folder + slash + stem)) != key and files:
                     yield _from_sample(f"{tar_name}/{key}", files, captions)
                     files = {}
-                key = folder + slash + stem
+                key = sample
                 content = tar.extractfile(member)
                 files[suffix.lower()] = content.read() if content else b""
                 read += 1
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         # The sample under way may lack what comes after the damage, so it is left out with the rest.
-        yield Rejected(f"{tar_name}/{key}" if key else tar_name, f"tar damaged after {read} files: {error}")
+        yield Rejected(f"{tar_name}/{key}" if key else tar_name, f"tar damaged: after {read} files, {error}")
         return
     if files:
         yield _from_sample(f"{tar_name}/{key}", files, captions)

@@ -33,6 +33,8 @@ def run(function: Callable[[T], None], tasks: Sequence[T], *, what: str, process
     "--runner=FlinkRunner --flink_master=..."; None: no Beam. crashed(task) is called, in this process, for a
     task whose process ended (a decoder's fault, memory), and has to leave in its place what the task would have.
     """
+    if not tasks:
+        return
     if beam is not None:
         _on_beam(function, tasks, beam)
     elif processes == 1 or len(tasks) <= 1 and not crashed:
