@@ -166,23 +166,24 @@ def test_two_processes_train_as_one_and_one_that_dies_stops_the_other(tmp_path: 
     step, and both times they go on from the checkpoint."""
     data, one, two = tmp_path / "data", tmp_path / "one", tmp_path / "two"
     data.mkdir()
-    longer = ("--config.train.steps=60", "--config.train.checkpoint_every=10", "--config.train.log_every=5")
+    longer = ("--config.train.steps=40", "--config.train.checkpoint_every=8", "--config.train.log_every=4",
+              "--config.model.denoiser=none", "--config.sample.denoise=none")
     alone = start(one, data, *longer, devices=2)
     assert alone.wait(600) == 0, alone.stdout.read()  # type: ignore[union-attr]
     pair = start_two(two, data, *longer)
-    wait_for(two / "checkpoints" / "10", pair)
+    wait_for(two / "checkpoints" / "8", pair)
     pair[1].kill()
     said = pair[0].communicate(timeout=300)[0]
     # At once by the line of ours, or, where it was waiting for the other to save, by JAX's after 100 seconds.
     assert pair[0].returncode, said
     assert "another process of this run was lost" in said or "another task died" in said, said
     pair = start_two(two, data, *longer)
-    wait_for(two / "checkpoints" / "30", pair)
+    wait_for(two / "checkpoints" / "24", pair)
     pair[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=60)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
-    stopped = int(re.search(r"stopped at step (\d+) of 60, saved", outputs[0])[1])  # type: ignore[index]
-    assert 30 <= stopped < 60 and (two / "checkpoints" / str(stopped)).exists()
+    stopped = int(re.search(r"stopped at step (\d+) of 40, saved", outputs[0])[1])  # type: ignore[index]
+    assert 24 <= stopped < 40 and (two / "checkpoints" / str(stopped)).exists()
     pair = start_two(two, data, *longer)
     outputs = [process.communicate(timeout=600)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
