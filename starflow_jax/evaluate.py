@@ -63,7 +63,7 @@ def evaluate(config: Config, workdir: Path) -> None:
         "model": source,
         **likelihood,
         "adherence": {key: value for key, value in choices[config.sample.denoise].items() if key in ADHERENCE},
-        "temporal_flickering": choices[config.sample.denoise]["temporal_flickering"],
+        "temporal_flickering": choices[config.sample.denoise].get("temporal_flickering"),
         "denoising": choices,
         "real_clips": read(*_real_clips(system, config.evaluate.prompts)),
         "prompts": len(captions),
@@ -98,11 +98,12 @@ def _generate(system: System, params: Params, captions: list[str]) -> dict[str, 
 
 
 def read(labels_B3: np.ndarray | None, frames_BTHWC: np.ndarray) -> dict[str, float]:
-    """Adherence to the labels of moving digits, and steadiness."""
-    steady = {"temporal_flickering": temporal_flickering(frames_BTHWC)}
-    if labels_B3 is None:
-        return steady
-    return {**adherence.default_reader().adherence(labels_B3, frames_BTHWC), **steady}
+    """Adherence to the labels of moving digits, and steadiness; of pictures what does not take two frames."""
+    moves = frames_BTHWC.shape[1] > 1
+    scores = {} if labels_B3 is None else adherence.default_reader().adherence(labels_B3, frames_BTHWC)
+    if moves:
+        return {**scores, "temporal_flickering": temporal_flickering(frames_BTHWC)}
+    return {name: share for name, share in scores.items() if name != "direction"}
 
 
 def _real_clips(system: System, count: int) -> tuple[np.ndarray | None, np.ndarray]:

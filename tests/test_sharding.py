@@ -180,7 +180,7 @@ def test_two_processes_train_as_one_and_one_that_dies_stops_the_other(tmp_path: 
     pair = start_two(two, data, *longer)
     wait_for(two / "checkpoints" / "24", pair)
     pair[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=60)[0] for process in pair]
+    outputs = [process.communicate(timeout=300)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
     stopped = int(re.search(r"stopped at step (\d+) of 40, saved", outputs[0])[1])  # type: ignore[index]
     assert 24 <= stopped < 40 and (two / "checkpoints" / str(stopped)).exists()
