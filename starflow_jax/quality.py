@@ -69,7 +69,7 @@ def quality(config: Config, workdir: Path) -> None:
     with atomic_path(workdir / "quality.json") as path:
         path.write_text(json.dumps(facts, indent=1))
     print(table(*rows_of(results)))
-    for line in missing:
+    for line in (*unreadable_lines(results), *missing):
         print(line)
     print(f"\nwritten: {workdir / 'quality.json'}")
 
@@ -237,6 +237,13 @@ def vbench_share(by_video: dict[str, dict[str, float]], prompts: dict[str, froze
                   if "temporal_flickering" in wanted[name] and "temporal_flickering" in by_video[name]]
     return {"vbench_videos": [len(there), len(wanted)], "vbench_videos_by_dimension": by_dimension,
             "vbench_temporal_flickering": float(np.mean(flickering)) if flickering else None}
+
+
+def unreadable_lines(results: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each set some of whose videos were left out."""
+    reasons = {name: list(found["unreadable"].values()) for name, found in results.items()}
+    return [f"{name}: left out {len(told)} that can't be read: {'; '.join(told)}"
+            for name, told in reasons.items() if told]
 
 
 def rows_of(results: dict[str, dict[str, Any]]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:

