@@ -224,7 +224,9 @@ def _sheet(system: System, params: Params, step: int, writer: MetricWriter) -> N
     """Samples of fixed captions as a picture."""
     count, size = system.config.train.sheet_clips, system.config.sample.batch_size
     digits = system.config.data.source == "digits"
-    captions = list(DIGITS_SHEET[:count]) if digits else fixed_captions(system, "validation", count)
+    # Clips of one video share its caption.
+    found = DIGITS_SHEET if digits else dict.fromkeys(fixed_captions(system, "validation", 32 * count))
+    captions = list(found)[:count]
     parts = [generate_clips(system, params, captions[begin:begin + size], range(begin, len(captions))[:size],
                             system.config.sample).frames_BTHWC for begin in range(0, len(captions), size)]
     frames_BTHWC = np.concatenate(parts)
