@@ -137,7 +137,9 @@ class Codec:
     encoder_width: int = 160
     decoder_width: int = 256
     dtype: str = "float32"
-    tile: int = 0  # latent rows and columns that are encoded and decoded at once; 0: whole frames
+    # Latent rows and columns that are encoded and decoded at once; 0: whole frames. Saves memory with whole videos; a
+    # stream has to keep what each tile remembers, overlaps too.
+    tile: int = 0
     tile_overlap: int = 8  # latents that neighbouring tiles share
 
     def __post_init__(self) -> None:

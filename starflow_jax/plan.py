@@ -284,7 +284,7 @@ def _advice(config: Config, row: dict[str, Any]) -> str:
     elif row["step"] == "codec":
         if config.codec.dtype != "bfloat16":
             helps.append("--config.codec.dtype=bfloat16")
-        helps.append(f"a smaller --config.codec.tile (now {config.codec.tile or 'whole frames'})")
+        helps.append(f"for whole videos a smaller --config.codec.tile (now {config.codec.tile or 'whole frames'})")
         if config.plan.videos > 1:
             helps.append("--config.plan.videos=1")
     else:

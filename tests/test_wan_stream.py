@@ -103,6 +103,13 @@ def test_tiles_in_rows_and_columns_stream_as_they_decode_at_once() -> None:
         part, cache = decode_at_once(codec, z[:, index:index + 1], cache)
         parts.append(part)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5)
+    np.testing.assert_allclose(decode(codec, z), whole, atol=1e-5)  # a tile of all frames after the other
+
+
+def test_tiles_of_whole_videos_encode_as_all_frames_at_once() -> None:
+    codec, video = small_codec(tiles=Tiles(6, 4)), pixels(5, 32, 28)
+    for ours, expected in zip(moments(codec, video), encode_at_once(codec, video, None)[0]):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_later_latents_are_scaled_and_unscaled() -> None:

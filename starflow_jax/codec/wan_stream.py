@@ -1,7 +1,8 @@
 """The Wan VAE as the flow's codec: pixels <-> normalised latents, in parts of bounded memory, large frames in tiles.
 
 A whole video is encoded and decoded as the stream that it is: its first frame, then a scan over the others, so that
-memory does not grow with its length but for the result.
+memory does not grow with its length but for the result, and for features at the latents' resolution. Of a whole video
+one tile is finished after the other, with one tile's cache at a time; a stream keeps the caches of all its tiles.
 """
 
 import dataclasses
@@ -20,6 +21,8 @@ from starflow_jax.codec.wan_vae import Cache, Past, WanConfig, WanVAE
 from starflow_jax.codec.wan_weights import STATISTICS, from_released
 from starflow_jax.config import Codec, UserError
 from starflow_jax.tensor_files import open_safetensors
+
+Step = Callable[[jax.Array, Past], tuple[Any, Past]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,41 +83,53 @@ class WanCodec(flax.struct.PyTreeNode):
         frames, stride = pixels_BTHWC.shape[1], self.config.time_stride
         if frames % stride != 1 % stride or not frames:
             raise UserError(f"a clip of {frames} frames: this codec takes 1 + a multiple of {stride} frames")
-        return _in_parts(self.encode_next, pixels_BTHWC, stride)
+        self._check_size(pixels_BTHWC)
+        features, _ = self._tiled(self._whole(WanVAE.encode_high, stride), pixels_BTHWC, None, self.config.stride, 1)
+        (mean, log_variance), _ = self._whole(WanVAE.encode_low, 1)(features, None)
+        return (mean - self.mean_C) / self.std_C, log_variance
 
     def encode_next(self, pixels_BTHWC: jax.Array, cache: Cache | None) -> tuple[tuple[jax.Array, jax.Array], Cache]:
         """The moments of a video's next frames: without a cache of its first (and a multiple of the time stride
         more), then of a multiple of the time stride. Returns the cache for the next call, too."""
-        height, width = pixels_BTHWC.shape[2:4]
-        if height % self.config.stride or width % self.config.stride:
-            raise UserError(f"frames of {height}x{width}: this codec takes multiples of {self.config.stride} pixels")
+        self._check_size(pixels_BTHWC)
         before = cache or Cache(None, None)
-        features, high = self._tiled(WanVAE.encode_high, pixels_BTHWC, before.high, self.config.stride, 1)
-        (mean, log_variance), low = self._apply(WanVAE.encode_low, features, before.low)
+        features, high = self._tiled(self._part(WanVAE.encode_high), pixels_BTHWC, before.high, self.config.stride, 1)
+        (mean, log_variance), low = self._part(WanVAE.encode_low)(features, before.low)
         return ((mean - self.mean_C) / self.std_C, log_variance), Cache(low, high)
 
     def decode(self, latents_BNhwC: jax.Array) -> jax.Array:
         """Normalised latents -> pixels (B, 1 + (N-1) * time stride, H, W, 3) float32, not clamped."""
-        return _in_parts(self.decode_next, latents_BNhwC, 1)
+        features, _ = self._whole(WanVAE.decode_low, 1)(latents_BNhwC * self.std_C + self.mean_C, None)
+        return self._tiled(self._whole(WanVAE.decode_high, 1), features, None, 1, self.config.stride)[0]
 
     def decode_next(self, latents_BNhwC: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
         """The pixels of a video's next latent frames (without a cache: its first ones), and the cache for the next
         call: the first latent frame becomes one frame, each other one `time stride` frames."""
         before = cache or Cache(None, None)
-        features, low = self._apply(WanVAE.decode_low, latents_BNhwC * self.std_C + self.mean_C, before.low)
-        pixels, high = self._tiled(WanVAE.decode_high, features, before.high, 1, self.config.stride)
+        features, low = self._part(WanVAE.decode_low)(latents_BNhwC * self.std_C + self.mean_C, before.low)
+        pixels, high = self._tiled(self._part(WanVAE.decode_high), features, before.high, 1, self.config.stride)
         return pixels, Cache(low, high)
 
-    def _apply(self, method: Callable, x: jax.Array, past: Past) -> tuple[Any, Past]:
-        vae = WanVAE(self.config, jnp.dtype(self.dtype))
-        return vae.apply({"params": self.params}, x, past, method=method)
+    def _check_size(self, pixels_BTHWC: jax.Array) -> None:
+        height, width = pixels_BTHWC.shape[2:4]
+        if height % self.config.stride or width % self.config.stride:
+            raise UserError(f"frames of {height}x{width}: this codec takes multiples of {self.config.stride} pixels")
 
-    def _tiled(self, method: Callable, x: jax.Array, past: Past, scale: int, out_scale: int) -> tuple[Any, Past]:
-        """`method` tile after tile; scale and out_scale: rows of its input and output per latent row."""
+    def _part(self, method: Callable) -> Step:
+        """A step of the VAE on a video's next frames."""
+        vae = WanVAE(self.config, jnp.dtype(self.dtype))
+        return lambda x, past: vae.apply({"params": self.params}, x, past, method=method)
+
+    def _whole(self, method: Callable, length: int) -> Step:
+        """The same on a whole video, in parts of `length` frames; it neither takes nor leaves a past."""
+        return lambda x, _: (_in_parts(self._part(method), x, length), None)
+
+    def _tiled(self, step: Step, x: jax.Array, past: Past, scale: int, out_scale: int) -> tuple[Any, Past]:
+        """`step` tile after tile; scale and out_scale: rows of its input and output per latent row."""
         height, width = x.shape[2] // scale, x.shape[3] // scale
         starts = np.array(list(itertools.product(self.tiles.starts(height), self.tiles.starts(width))), np.int32)
         if len(starts) == 1:
-            return self._apply(method, x, past)
+            return step(x, past)
         size = [min(self.tiles.size, length) for length in (height, width)]
         weights = np.stack([np.outer(down, across) for down, across in itertools.product(
             self.tiles.weights(height, out_scale), self.tiles.weights(width, out_scale))])
@@ -122,7 +137,7 @@ class WanCodec(flax.struct.PyTreeNode):
         def one(start_2: jax.Array, past: Past) -> tuple[jax.Array, Past]:
             part = lax.dynamic_slice(x, (0, 0, *(start_2 * scale), 0),
                                      (*x.shape[:2], *(length * scale for length in size), x.shape[-1]))
-            return self._apply(method, part, past)
+            return step(part, past)
 
         def add(whole: jax.Array, tile: Any) -> tuple[jax.Array, Past]:
             start_2, weight, past = tile
@@ -137,14 +152,14 @@ class WanCodec(flax.struct.PyTreeNode):
         return whole.astype(shape.dtype), past
 
 
-def _in_parts(step: Callable, x: jax.Array, length: int) -> Any:
+def _in_parts(step: Step, x: jax.Array, length: int) -> Any:
     """step(the first frame, None), then a scan over parts of `length` frames, the cache as its carry."""
     first, cache = step(x[:, :1], None)
     if x.shape[1] == 1:
         return first
     rest = x[:, 1:].reshape(x.shape[0], -1, length, *x.shape[2:])
 
-    def next_part(cache: Cache, part: jax.Array) -> tuple[Cache, Any]:
+    def next_part(cache: Past, part: jax.Array) -> tuple[Past, Any]:
         out, cache = step(part, cache)
         return cache, out
 
