@@ -82,14 +82,13 @@ def write_latents(config: Config, workdir: Path, folder: str) -> None:
     """Encode all clips with the workdir's codec, each batch over all devices of this process."""
     system = _codec_system(config, workdir)
     mesh, batch_size = _over_devices(config.prepare.batch_size)
-    encode = jax.jit(system.encode)
 
     def shape(shape_THWC: tuple[int, ...]) -> tuple[int, ...]:
         frames = jax.ShapeDtypeStruct((1, *shape_THWC), jnp.uint8)
         return jax.eval_shape(system.encode, frames).shape[1:]
 
-    derived.write_latents(folder, lambda frames: np.asarray(encode(_put(frames, mesh))), shape, batch_size=batch_size,
-                          made_by=codec_fingerprint(system), share=_share())
+    derived.write_latents(folder, lambda frames: np.asarray(system.encode(_put(frames, mesh))), shape,
+                          batch_size=batch_size, made_by=codec_fingerprint(system), share=_share())
 
 
 def write_text_features(config: Config, workdir: Path, folder: str) -> None:
