@@ -148,8 +148,8 @@ def flow_variables(params: Params) -> dict[str, Any]:
 
 
 def decoding_variables(config: Config, params: Params) -> dict[str, Any]:
-    """What decoding takes; its layers one by one where the configuration unrolls them."""
-    variables = flow_variables(params)
+    """What decoding takes, the flow's parameters; their layers one by one where the configuration unrolls them."""
+    variables = {"params": params["flow"]}
     return jax.jit(unstacked)(variables) if config.model.unroll_layers else variables
 
 
