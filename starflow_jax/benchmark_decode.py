@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.calibrate import decode_deep, relative_error
+from starflow_jax.calibrate import decode_deep, deep_passes, relative_error
 from starflow_jax.config import Config, Model
 from starflow_jax.flow import decode
 from starflow_jax.flow.decode import Solver
+from starflow_jax.flow.first_guess import NoiseGuess, fit_noise
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.generation import deep_frames, fixed_prompts, prepare
 from starflow_jax.metrics import ProgressBar
 from starflow_jax.model_store import load_box
 from starflow_jax.nn.transformer import unstacked
-from starflow_jax.system import System, decoding_variables
+from starflow_jax.system import Calibrated, System, decoding_variables
 
 PROMPTS = 8
 ROUNDS = 3
@@ -33,21 +34,28 @@ def trained_model(config: Config, workdir: Path) -> list[dict[str, Any]]:
     system, params, _ = load_box(config, workdir)
     captions, _ = fixed_prompts(system, "test", PROMPTS)
     settings = dataclasses.replace(config.sample, frames=0)
-    plain = dataclasses.replace(system, guess=None)
+    plain = dataclasses.replace(system, guess=None, calibrated=Calibrated())
     tokens, window = config.model.tokens_per_frame, config.model.frames
-    cases: list[tuple[str, System, int, int]] = [("sequential", plain, 1, 1)]
-    cases += [("base line", plain, block, 1) for block in (tokens // 6, tokens // 3, tokens // 2, tokens)]
-    cases += [("first guess", system, tokens, 1)]
-    cases += [("first guess, several frames", system, tokens * frames, frames) for frames in (window // 2, window)]
+    jacobi: dict[str, Any] = dict(solver="jacobi", start="previous", frames_per_step=1)
+    cases: list[tuple[str, System, int, dict[str, Any]]] = [("sequential", plain, 1, dict(solver="sequential"))]
+    cases += [("base line", plain, block, jacobi) for block in (tokens // 6, tokens // 3, tokens // 2, tokens)]
+    cases += [("first guess", system, tokens, jacobi)]
+    for frames in (window // 2, window):
+        together = jacobi | dict(frames_per_step=frames)
+        cases += [("first guess, several frames", system, tokens * frames, together)]
+    cases += [("from the noise, all frames", system, tokens * window, together | dict(start="noise"))]
+    cases += [(f"wavefront, {n} updates", system, block, dict(solver="wavefront", updates=n, start="noise",
+                                                              frames_per_step=window))
+              for block, n in ((tokens * 2 // 3, 6), (tokens * 4 // 3, 8))]
     exact, rows = None, []
     with ProgressBar("decoding", len(cases), unit="scheme") as progress:
-        for name, of, block, frames in cases:
-            solver = "sequential" if name == "sequential" else "jacobi"
-            tried = dataclasses.replace(settings, solver=solver, block_size=block, frames_per_step=frames)
+        for name, of, block, asked in cases:
+            tried = dataclasses.replace(settings, block_size=block, **asked)
             u, passes, seconds = _median(partial(decode_deep, of, params, captions, tried))
             _, _, alone = _median(partial(decode_deep, of, params, captions[:1], tried))
             exact = u if exact is None else exact
-            rows.append({"scheme": name, "block": block, "frames_per_step": frames, "passes": passes,
+            rows.append({"scheme": name, "block": block, "frames_per_step": tried.frames_per_step or 1,
+                         "passes": passes,
                          "error": relative_error(u, exact), "seconds_one_video": alone,
                          f"seconds_{PROMPTS}_videos": seconds})
             progress.update()
@@ -77,18 +85,32 @@ def random_model(model: Model, guidance: float = 2.0) -> list[dict[str, Any]]:
 
     layers = jax.jit(unstacked)(params)
 
-    def video(solver: Solver) -> tuple[jax.Array, float]:
-        made, reports = zip(*decode.generate(flow, layers, z, texts, guidance=guidance, solver=solver, token_grid=grid))
-        shallow = decode.SEQUENTIAL if solver == decode.SEQUENTIAL else Solver(1 << 30, solver.tolerance / 10)
-        out, _ = decode.invert_shallow(flow, layers, jnp.concatenate(made, axis=1), solver=shallow, token_grid=grid)
-        return jax.block_until_ready(out), sum(float(report.steps.sum()) for report in reports)
+    def deep(z: jax.Array, solver: Solver, start: jax.Array | None):
+        return zip(*decode.generate(flow, layers, z, texts, guidance=guidance, solver=solver, token_grid=grid,
+                                    start_BTSK=start))
 
-    solvers = {"sequential": decode.SEQUENTIAL, "base line": Solver(tokens, 1e-3),
-               "from the noise": Solver(tokens, 1e-3, start="noise"),
-               "from the noise, all frames": Solver(tokens * model.frames, 1e-3, frames=model.frames, start="noise")}
-    results = {name: video(solver) for name, solver in solvers.items()}
+    def video(solver: Solver, guess: Callable[[jax.Array], jax.Array] | None) -> tuple[jax.Array, float]:
+        made, reports = deep(z, solver, None if guess is None else guess(z))
+        shallow = decode.SEQUENTIAL if solver == decode.SEQUENTIAL else Solver(1 << 30, solver.tolerance / 3)
+        out, _ = decode.invert_shallow(flow, layers, jnp.concatenate(made, axis=1), solver=shallow, token_grid=grid)
+        return jax.block_until_ready(out), sum(deep_passes(report, solver) for report in reports)
+
+    def fitted() -> NoiseGuess:
+        other = jax.random.normal(keys[0], z.shape)  # another video's noise than the one that is timed
+        made = np.concatenate(list(deep(other, Solver(tokens, 1e-3), other))[0], axis=1)
+        return fit_noise(*(np.asarray(a).reshape(-1, model.channels) for a in (other, made)))
+
+    guess, frames = fitted(), model.frames
+    schemes: dict[str, tuple[Solver, Callable[[jax.Array], jax.Array] | None]] = {
+        "sequential": (decode.SEQUENTIAL, None),
+        "base line": (Solver(tokens, 1e-3), None),
+        "from the noise": (Solver(tokens, 1e-3), lambda z: z),
+        "guess from the noise": (Solver(tokens, 1e-3), guess),
+        "the same, all frames": (Solver(tokens * frames, 1e-3, frames=frames), guess),
+        "the same, wavefront of 3 updates": (Solver(3 * tokens, 1e-3, frames=frames, updates=3), guess)}
+    results = {name: video(*scheme) for name, scheme in schemes.items()}
     runs: dict[str, Callable] = {"forward": lambda: jax.block_until_ready(forward(params))}
-    runs |= {name: partial(video, solver) for name, solver in solvers.items()}
+    runs |= {name: partial(video, *scheme) for name, scheme in schemes.items()}
     runs["forward"]()
     times: dict[str, list[float]] = {name: [] for name in runs}
     with ProgressBar("random weights", ROUNDS, unit="round") as progress:

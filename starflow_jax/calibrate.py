@@ -1,4 +1,4 @@
-"""Decoding made fast for one trained model: a first guess is fitted, and block sizes are measured."""
+"""Decoding made fast for one trained model: first guesses are fitted, and solvers and block sizes are measured."""
 
 import dataclasses
 import time
@@ -10,8 +10,16 @@ import numpy as np
 
 from starflow_jax.config import Config, Sample, UserError
 from starflow_jax.data.pipeline import evaluation_batches
-from starflow_jax.flow import first_guess
-from starflow_jax.generation import deep_frames, fixed_prompts, prepare, shallow_tokens
+from starflow_jax.flow import decode, first_guess
+from starflow_jax.generation import (
+    deep_frames,
+    deep_solver,
+    fixed_captions,
+    fixed_prompts,
+    noise_for,
+    prepare,
+    shallow_tokens,
+)
 from starflow_jax.metrics import ProgressBar, table
 from starflow_jax.model_store import BOX, load_model
 from starflow_jax.optimizer import Params
@@ -19,24 +27,27 @@ from starflow_jax.system import Calibrated, System, data_source, decoding_variab
 
 FITTED_CLIPS = 4_096
 PROMPTS = 8
+SAMPLED_CLIPS = 32  # whose tokens are fitted to their noise
 ERROR = 1e-3  # allowed squared distance to sequential decoding, as a share of the squared norm
 
 
 def calibrate(config: Config, workdir: Path) -> None:
-    """Fit the first guess, measure block sizes and keep the fastest; written beside the model."""
+    """Fit the guesses, measure the candidates and keep the fastest; written beside the model."""
     system, params, source = load_model(config, workdir)
     print(f"model: {source}")
     folder = workdir / "system" if (workdir / "system").exists() else BOX
-    system = dataclasses.replace(system, guess=fit_guess(system, params))
+    system = dataclasses.replace(system, guess=fit_guess(system, params), calibrated=Calibrated(), noise_guess=None)
+    system = dataclasses.replace(system, noise_guess=fit_noise_guess(system, params))
     rows = measure(system, params)
-    good = [row for row in rows if row[4] <= ERROR]
+    print(table([row[:-1] for row in rows],
+                ("solver", "block", "frames a step", "start", "passes", "seconds", "error")))
+    good = [row for row in rows if row[6] <= ERROR]
     if not good:
-        raise UserError(f"no block size came within {ERROR} of sequential decoding; lower sample.tolerance")
-    best = min(good, key=lambda row: row[3])
-    system = dataclasses.replace(system, calibrated=Calibrated(block_size=best[0], frames_per_step=best[1]))
-    save_decoding(system, folder)
-    print(table(rows, ("block", "frames a step", "passes", "seconds", "error")))
-    print(f"chosen: blocks of {best[0]}, {best[1]} frames a step; written to {folder}")
+        raise UserError(f"nothing came within {ERROR} of sequential decoding; lower sample.tolerance")
+    best = min(good, key=lambda row: row[5])
+    save_decoding(dataclasses.replace(system, calibrated=best[-1]), folder)
+    print(f"chosen: {best[0]}, blocks of {best[1]}, {best[2]} frames a step, started from the {best[3]}; "
+          f"written to {folder}")
 
 
 def fit_guess(system: System, params: Params) -> first_guess.FirstGuess:
@@ -61,38 +72,68 @@ def fit_guess(system: System, params: Params) -> first_guess.FirstGuess:
     return first_guess.fit(np.concatenate(texts), np.concatenate(frames))
 
 
-def candidates(system: System) -> list[tuple[int, int]]:
-    """(block size, frames per step): parts of a frame, a frame, several frames."""
+def fit_noise_guess(system: System, params: Params) -> first_guess.NoiseGuess:
+    """Tokens of sampled videos from their noise; guided as the configuration says."""
+    model, captions = system.config.model, fixed_captions(system, "train", SAMPLED_CLIPS)
+    settings = dataclasses.replace(system.config.sample, frames=0, stream=False, start="previous")
+    shape, pairs = (model.frames, model.tokens_per_frame, model.token_channels), []
+    with ProgressBar("guess from the noise", len(captions), unit="clip") as progress:
+        for begin in range(0, len(captions), PROMPTS):
+            batch = captions[begin:begin + PROMPTS]
+            u, _, _ = decode_deep(system, params, batch, settings, first_seed=begin)
+            z = np.asarray(noise_for(range(begin, begin + len(batch)), shape))
+            pairs.append((z.reshape(-1, shape[-1]), u.reshape(-1, shape[-1])))
+            progress.update(len(batch))
+    return first_guess.fit_noise(*map(np.concatenate, zip(*pairs)))
+
+
+def candidates(system: System) -> list[Calibrated]:
+    """Block Jacobi over parts of a frame, a frame, several frames; wavefronts of a whole window of frames."""
     tokens, window = system.config.model.tokens_per_frame, system.config.model.frames
-    parts = [(size, 1) for size in sorted({max(1, tokens // n) for n in (6, 3, 2)})]
-    return parts + [(tokens * frames, frames) for frames in sorted({1, max(1, window // 2), window})]
+    parts = [Calibrated(size, 1, start="previous") for size in sorted({max(1, tokens // n) for n in (6, 3, 2)})]
+    several = sorted({1, max(1, window // 2), window})
+    whole = [Calibrated(tokens * frames, frames, start=start) for frames in several for start in ("previous", "noise")]
+    sizes = sorted({max(updates, tokens * share // 4) for updates in (3, 6) for share in (2, 4)})
+    return parts + whole + [Calibrated(size, window, updates, "noise") for size in sizes for updates in (3, 6)]
 
 
-def measure(system: System, params: Params) -> list[tuple[int, int, float, float, float]]:
-    """(block size, frames per step, passes, seconds, error) of each candidate on a few validation prompts."""
+def measure(system: System, params: Params) -> list[tuple]:
+    """(solver, block size, frames per step, start, passes, seconds, error, candidate) of each candidate on a few
+    validation prompts."""
     captions, _ = fixed_prompts(system, "validation", PROMPTS)
     settings = dataclasses.replace(system.config.sample, frames=0, stream=False)
     exact, _, _ = decode_deep(system, params, captions, dataclasses.replace(settings, solver="sequential"))
-    rows = []
-    for block, frames in candidates(system):
-        tried = dataclasses.replace(settings, block_size=block, frames_per_step=frames)
-        decode_deep(system, params, captions, tried)  # compiles
-        u, passes, seconds = decode_deep(system, params, captions, tried)
-        rows.append((block, frames, passes, seconds, relative_error(u, exact)))
+    rows, tried = [], candidates(system)
+    with ProgressBar("measuring", len(tried), unit="solver") as progress:
+        for candidate in tried:
+            of = dataclasses.replace(system, calibrated=candidate)
+            plain = dataclasses.replace(settings, solver="", start="", block_size=0, frames_per_step=0)
+            decode_deep(of, params, captions, plain)  # compiles
+            u, passes, seconds = decode_deep(of, params, captions, plain)
+            name = f"wavefront, {candidate.updates} updates" if candidate.updates else "jacobi"
+            rows.append((name, candidate.block_size, candidate.frames_per_step, candidate.start, passes, seconds,
+                         relative_error(u, exact), candidate))
+            progress.update()
     return rows
 
 
 def decode_deep(
-    system: System, params: Params, captions: list[str], settings: Sample
+    system: System, params: Params, captions: list[str], settings: Sample, first_seed: int = 0
 ) -> tuple[np.ndarray, float, float]:
     """(u, deep-block passes per video, seconds) of the deep block alone."""
-    given = prepare(system, params, captions, range(len(captions)), settings)
+    given = prepare(system, params, captions, range(first_seed, first_seed + len(captions)), settings)
     variables = jax.block_until_ready(decoding_variables(system.config, params))
     began = time.perf_counter()
     made, reports = zip(*deep_frames(system, variables, given, settings))
     u = np.asarray(jnp.concatenate(made, axis=1))
     seconds = time.perf_counter() - began
-    return u, float(sum(np.asarray(r.steps).sum(axis=0).mean() for r in reports)), seconds
+    return u, sum(deep_passes(report, deep_solver(system, settings)) for report in reports), seconds
+
+
+def deep_passes(report: decode.Report, solver: decode.Solver) -> float:
+    """Runs of the deep block, mean over samples: a wavefront's update the strides of a window together."""
+    steps = np.asarray(report.steps)
+    return float(len(steps) + solver.updates - 1 if solver.updates else steps.sum(axis=0).mean())
 
 
 def relative_error(u: np.ndarray, exact: np.ndarray) -> float:

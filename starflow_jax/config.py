@@ -30,7 +30,8 @@ def _check_positive(settings: Any, *fields: str) -> None:
 
 
 def _check_choice(settings: Any, field: str, choices: tuple[str, ...]) -> None:
-    _check(settings, field, getattr(settings, field) in choices, f"has to be one of {', '.join(choices)}")
+    _check(settings, field, getattr(settings, field) in choices,
+           f"has to be one of {', '.join(choice or '(empty)' for choice in choices)}")
 
 
 # What the backward pass of a layer finds: all that it needs; the layer's input, the rest computed again; that and what
@@ -245,10 +246,11 @@ class Sample:
     batch_size: int = 32
     stream: bool = False  # write each video while it is made
     devices: int = 1  # of a stream: 1, or 2 and more: the deep block on the first, the rest on the second
-    solver: str = "jacobi"
+    solver: str = ""  # "jacobi", "wavefront" or "sequential"; "": as calibrated, or jacobi
     block_size: int = 0  # tokens solved for at once; 0: as calibrated, or a frame's
+    updates: int = 3  # of each token by the wavefront, whatever the tolerance
     frames_per_step: int = 0  # frames solved for at once; 0: as calibrated, or one
-    start: str = "previous"  # where the solver starts: the frame before (the first: calibrated guess), or the "noise"
+    start: str = ""  # where the solver starts: the "previous" frame, or the "noise"; "": as calibrated, or previous
     tolerance: float = 1e-3  # 0: exact
     max_steps: int = 0  # 0: the block size, which is exact
     certify: bool = False  # encode the sample again and report the distance to its noise
@@ -258,7 +260,7 @@ class Sample:
     output: str = ""  # "": WORKDIR/samples
 
     def __post_init__(self) -> None:
-        _check_positive(self, "count", "batch_size", "devices")
+        _check_positive(self, "count", "batch_size", "devices", "updates")
         for field in ("keep", "fps", "block_size", "frames_per_step", "tolerance"):
             _check(self, field, getattr(self, field) >= 0, "has to be 0 or more")
         _check(self, "keep", self.keep <= self.count, f"has to be at most count={self.count}")
@@ -266,10 +268,12 @@ class Sample:
         _check(self, "frames", self.frames >= 0, "has to be 0 (the training length) or more")
         _check(self, "max_steps", self.max_steps >= 0, "has to be 0 (the block size) or more")
         _check(self, "context_frames", self.context_frames >= 0, "has to be 0 (three quarters) or more")
-        _check_choice(self, "solver", ("jacobi", "sequential"))
+        _check_choice(self, "solver", ("", "jacobi", "wavefront", "sequential"))
+        _check(self, "solver", self.solver != "wavefront" or self.tolerance > 0,
+               "is not exact, as sample.tolerance=0 asks; take jacobi or sequential")
         _check_choice(self, "denoise", ("denoiser", "score", "none"))
         _check_choice(self, "checkpoint", ("newest", "best"))
-        _check_choice(self, "start", ("previous", "noise"))
+        _check_choice(self, "start", ("", "previous", "noise"))
         for field in ("keep", "certify", "vbench"):
             _check(self, field, not (self.stream and getattr(self, field)),
                    "needs whole clips; leave it out, or set sample.stream=false")

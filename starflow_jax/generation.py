@@ -19,6 +19,7 @@ from starflow_jax.losses import REFERENCE_NOISE, nats
 from starflow_jax.optimizer import Params
 from starflow_jax.sharding import fetch, lay_out
 from starflow_jax.system import (
+    Calibrated,
     System,
     data_source,
     decoding_variables,
@@ -76,7 +77,8 @@ class Conditions(flax.struct.PyTreeNode):
     noise_BNSK: jax.Array  # of the frames to make
     known_BTSK: jax.Array | None  # u of the given frames
     known_BThwC: jax.Array | None  # and their noised latents
-    guess_BSK: jax.Array | None
+    guess_BSK: jax.Array | None  # of the first frame
+    start_BNSK: jax.Array | None  # where the solver starts; None: each frame from the one before
 
     @property
     def text(self) -> dict[int, jax.Array]:
@@ -123,7 +125,10 @@ def prepare(
     if min(texts) < 0:
         raise UserError(f"sample.changes={settings.changes!r}: the prompt of given frames can't be changed")
     guess = None if system.guess is None or given else system.guess(texts[0][0])
-    return Conditions(texts, noise[:, given:], known, known_latents, guess)
+    noise, start = noise[:, given:], None
+    if deep_start(system, settings) == "noise":
+        start = noise if system.noise_guess is None else system.noise_guess(noise)
+    return Conditions(texts, noise, known, known_latents, guess, start)
 
 
 def prompt_changes(config: Config, settings: Sample) -> dict[int, str]:
@@ -174,7 +179,8 @@ def deep_frames(system: System, variables: Any, given: Conditions, settings: Sam
     return decode.generate(
         system.flow, variables, given.noise_BNSK, given.texts, guidance=settings.guidance,
         solver=deep_solver(system, settings), token_grid=token_grid(system), known_BTSK=given.known_BTSK,
-        window=system.config.model.frames, context=context_frames(system, settings), guess_BSK=given.guess_BSK)
+        window=system.config.model.frames, context=context_frames(system, settings), guess_BSK=given.guess_BSK,
+        start_BTSK=given.start_BNSK)
 
 
 def token_grid(system: System) -> tuple[int, int]:
@@ -241,7 +247,19 @@ def deep_solver(system: System, settings: Sample) -> decode.Solver:
         return decode.SEQUENTIAL
     frames = settings.frames_per_step or (0 if settings.stream else system.calibrated.frames_per_step) or 1
     block = settings.block_size or system.calibrated.block_size or frames * system.config.model.tokens_per_frame
-    return decode.Solver(block, settings.tolerance, settings.max_steps, frames, settings.start)
+    updates = settings.updates if settings.solver == "wavefront" else _calibrated(system, settings).updates
+    return decode.Solver(block, settings.tolerance, settings.max_steps, frames, updates)
+
+
+def deep_start(system: System, settings: Sample) -> str:
+    """As asked for, or as calibrated: each frame from the "previous" one, or from its "noise"."""
+    return settings.start or _calibrated(system, settings).start or "previous"
+
+
+def _calibrated(system: System, settings: Sample) -> Calibrated:
+    """What was found fastest for whole videos and within a tolerance, where no solver is named."""
+    whole = not settings.solver and not settings.stream and settings.tolerance > 0
+    return system.calibrated if whole else Calibrated()
 
 
 def shallow_solver(settings: Sample) -> decode.Solver:

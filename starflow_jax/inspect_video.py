@@ -183,7 +183,7 @@ def encode_z(system: System, params: Params, noisy: jax.Array, text: jax.Array) 
 
 def decode_z(system: System, params: Params, z_BNSK: jax.Array, text: jax.Array) -> jax.Array:
     """x~ = f^-1(z), exact: block Jacobi until nothing changes, without guidance."""
-    settings = dataclasses.replace(system.config.sample, tolerance=0.0, max_steps=0, stream=False)
+    settings = dataclasses.replace(system.config.sample, solver="jacobi", tolerance=0.0, max_steps=0, stream=False)
     variables, grid = decoding_variables(system.config, params), token_grid(system)
     made = decode.generate(system.flow, variables, z_BNSK, text[None], solver=deep_solver(system, settings),
                            token_grid=grid, window=system.config.model.frames)

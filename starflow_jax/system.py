@@ -22,7 +22,7 @@ from starflow_jax.codec.interface import LatentCodec, decode_latents, encode_fra
 from starflow_jax.codec.wan_stream import load_codec
 from starflow_jax.config import Config, UserError
 from starflow_jax.data import moving_digits, prepared
-from starflow_jax.flow.first_guess import FirstGuess
+from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.nn.transformer import unstacked
 from starflow_jax.optimizer import Params, TrainState, create_state
@@ -33,7 +33,8 @@ from starflow_jax.text.tokenizer import Tokenizer, train_tokenizer
 from starflow_jax.video_io import atomic_path
 
 FITTED_CLIPS = 1_000  # training clips that the patch codec is fitted to
-FIRST_GUESS, DECODING = "first_guess.safetensors", "decoding.json"  # what calibration writes
+# What calibration writes:
+FIRST_GUESS, NOISE_GUESS, DECODING = "first_guess.safetensors", "noise_guess.safetensors", "decoding.json"
 TOKENIZED_CLIPS = 3_000  # training clips whose captions the tokenizer is trained on
 
 
@@ -80,10 +81,13 @@ def patch_shape(config: Config) -> patch.PatchShape:
 
 @dataclasses.dataclass(frozen=True)
 class Calibrated:
-    """Decoding settings measured by --mode=calibrate; 0: none, a whole frame at a time is taken."""
+    """Decoding settings measured by --mode=calibrate, under their names in config.Sample; 0: none, a whole frame at a
+    time is taken."""
 
     block_size: int = 0
     frames_per_step: int = 0
+    updates: int = 0  # > 0: the wavefront solver
+    start: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,6 +99,7 @@ class System:
     codec: LatentCodec
     guess: FirstGuess | None = None  # fitted by --mode=calibrate
     calibrated: Calibrated = Calibrated()
+    noise_guess: NoiseGuess | None = None  # fitted with it
 
     @property
     def flow(self) -> STARFlow:
@@ -261,7 +266,7 @@ def save_system(system: System, folder: Path) -> None:
     if system.guess is not None:
         save_decoding(system, folder)
         return
-    for name in (FIRST_GUESS, DECODING):  # another model's, calibrated in the same folder before
+    for name in (FIRST_GUESS, NOISE_GUESS, DECODING):  # another model's, calibrated in the same folder before
         (folder / name).unlink(missing_ok=True)
 
 
@@ -269,6 +274,8 @@ def save_decoding(system: System, folder: Path) -> None:
     """Write what calibration found."""
     assert system.guess is not None
     export_arrays(folder / FIRST_GUESS, dataclasses.asdict(system.guess), dtype=np.float16)
+    if system.noise_guess is not None:
+        export_arrays(folder / NOISE_GUESS, dataclasses.asdict(system.noise_guess))
     with atomic_path(folder / DECODING) as path:
         path.write_text(json.dumps(dataclasses.asdict(system.calibrated), indent=1))
 
@@ -279,11 +286,13 @@ def load_system(config: Config, folder: Path) -> System:
     tokenizer = load_tokenizer(Path(config.text.weights)) if frozen else Tokenizer.load(folder / "tokenizer.model")
     wan = config.codec.kind == "wan"
     codec = load_codec(config.codec, config.model.channels) if wan else _fitted_codec(config, folder)
-    guess, calibrated = None, Calibrated()
+    guess, noise_guess, calibrated = None, None, Calibrated()
     if (folder / DECODING).exists():
         guess = FirstGuess(**import_arrays(folder / FIRST_GUESS))
+        if (folder / NOISE_GUESS).exists():
+            noise_guess = NoiseGuess(**import_arrays(folder / NOISE_GUESS))
         calibrated = Calibrated(**json.loads((folder / DECODING).read_text()))
-    return System(config, tokenizer, codec, guess, calibrated)
+    return System(config, tokenizer, codec, guess, calibrated, noise_guess)
 
 
 def _fitted_codec(config: Config, folder: Path) -> patch.PatchCodec:

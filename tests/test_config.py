@@ -46,7 +46,7 @@ BAD = [
     (config.Sample, "frames", -1, "training length"),
     (config.Sample, "max_steps", -1, "block size"),
     (config.Sample, "context_frames", -1, "three quarters"),
-    (config.Sample, "solver", "newton", "jacobi, sequential"),
+    (config.Sample, "solver", "newton", "jacobi, wavefront, sequential"),
     (config.Sample, "denoise", "blur", "denoiser, score, none"),
     (config.Evaluate, "prompts", 0, "greater than 0"),
 ]

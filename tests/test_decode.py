@@ -130,6 +130,66 @@ def test_a_guess_changes_where_the_solver_starts_and_not_where_it_ends(setting: 
     assert steps(jnp.asarray(exact[:, 0])) < steps(None)
 
 
+@pytest.mark.parametrize("stride", [1, 4, 5])
+def test_a_wavefront_of_many_updates_is_exact(setting: tuple[STARFlow, Any], stride: int) -> None:
+    """With as many updates as tokens, over strides that divide the tokens and ones that don't; then with few."""
+    exact, start = run(setting, noise(2)), noise(2)
+    many = Solver(block_size=18 * stride, updates=18, frames=3)
+    np.testing.assert_allclose(run(setting, noise(2), solver=many, start_BTSK=start), exact, atol=1e-4)
+    few = Solver(block_size=2 * stride, updates=2, frames=3)
+    error = np.abs(run(setting, noise(2), solver=few, start_BTSK=start) - exact).max()
+    assert error < 1e-4 if stride == 1 else error > 1e-4
+
+
+def test_a_wavefront_updates_each_token_as_often_as_asked(setting: tuple[STARFlow, Any]) -> None:
+    """Its last stride sees the final tokens in front of it: against updates written out one by one, in which slots in
+    front of the window keep what they saw at their last update."""
+    flow, variables = setting
+    z, start, solver = noise(), 0.5 * noise(), Solver(block_size=8, updates=2, frames=3)
+    features = text(MODEL, 1)
+
+    @jax.jit
+    def step(seen: jax.Array) -> jax.Array:  # of all tokens at once; slot n + 1 sees seen[n]
+        def affine(deep: Any):
+            return deep.prefill(seen, flow.rope((3, *GRID), features), features)[0]
+
+        mu, sigma = flow.apply(variables, method=lambda m: affine(m.deep))
+        return mu + sigma * z.reshape(seen.shape)
+
+    u = seen = start.reshape(1, 18, 2)
+    for low in range(-4, 18, 4):  # the window's first stride
+        seen = seen.at[:, max(low - 1, 0):low + 7].set(u[:, max(low - 1, 0):low + 7])
+        u = u.at[:, max(low, 0):low + 8].set(step(seen)[:, max(low, 0):low + 8])
+    (found, report), = decode.generate(flow, variables, z, features[None], token_grid=GRID, solver=solver,
+                                       start_BTSK=start)
+    np.testing.assert_allclose(found.reshape(1, 18, 2), u, atol=1e-5)
+    assert report.steps.shape == (5, 1) and (np.asarray(report.steps) == 2).all()
+    assert not np.asarray(report.converged).all()
+
+
+def test_the_wavefront_of_unstacked_layers_with_guidance(setting: tuple[STARFlow, Any]) -> None:
+    flow, variables = setting
+    texts = jnp.stack([text(MODEL), text(MODEL, seed=5)])
+    solver = Solver(block_size=6, updates=3, frames=2)
+    stacked, layers = (np.concatenate([made for made, _ in decode.generate(
+        flow, of, noise(frames=4), texts, token_grid=GRID, solver=solver, guidance=1.5, window=3, context=1)], axis=1)
+        for of in (variables, unstacked(variables)))
+    np.testing.assert_allclose(layers, stacked, atol=1e-5)
+
+
+def test_where_the_solver_starts_changes_its_steps_and_not_its_end(setting: tuple[STARFlow, Any]) -> None:
+    exact, solver = run(setting, noise()), Solver(block_size=6, tolerance=1e-10)
+    flow, variables = setting
+
+    def steps(start: jax.Array | None) -> int:
+        made, reports = zip(*decode.generate(flow, variables, noise(), text(MODEL, 1)[None], token_grid=GRID,
+                                             solver=solver, start_BTSK=start))
+        np.testing.assert_allclose(np.concatenate(made, axis=1), exact, atol=1e-4)
+        return sum(int(report.steps.sum()) for report in reports)
+
+    assert steps(jnp.asarray(exact)) < min(steps(None), steps(noise()))
+
+
 def test_another_text_holds_from_its_frame_on(setting: tuple[STARFlow, Any]) -> None:
     first, second = text(MODEL, 1)[None], text(MODEL, 1)[None] + 1.0
     plain = run(setting, noise(1, 4), texts=first, window=4, context=2)

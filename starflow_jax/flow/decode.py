@@ -4,6 +4,8 @@
 same for every frame; `generate` drives it over a video of any length, `invert_shallow` finishes frames.
 Sequential decoding is block Jacobi with blocks of one token, which one update solves exactly. Blocks may
 be as long as a step's frames: several frames then converge together, in fewer passes than one by one.
+A wavefront does not wait for blocks: a window of tokens moves on after each update, so that every token gets the
+same few updates and the last of them sees final tokens in front of its stride.
 """
 
 import dataclasses
@@ -34,7 +36,12 @@ class Solver:
     tolerance: float = 1e-3  # 0: until nothing changes, at most block_size steps
     max_steps: int = 0  # 0: block_size, after which the result is exact
     frames: int = 1  # frames that a decoding step solves for; blocks do not reach beyond them
-    start: str = "previous"  # each frame from the one before; or from its own "noise"
+    updates: int = 0  # > 0: a wavefront, in which each token gets so many; tolerance then only says what converged
+
+    @property
+    def stride(self) -> int:
+        """Tokens that a wavefront moves on by."""
+        return -(-self.block_size // self.updates)
 
 
 SEQUENTIAL = Solver(block_size=1)
@@ -67,11 +74,13 @@ def solve_tokens(
     solver: Solver,
     branches: int = 1,
 ) -> tuple[jax.Array, KVCache, jax.Array, Report]:
-    """Solve x = mu(x) + sigma(x) z for S tokens behind the cache, block after block.
+    """Solve x = mu(x) + sigma(x) z for S tokens behind the cache, block after block or by a wavefront.
 
     predict: what each of N slots sees (B, N, K), their RoPE and the cache -> (Affine, keys and values).
     Returns the tokens, the cache with their slots written, the last token and the blocks' report.
     """
+    if solver.updates:
+        return _wavefront(predict, z_BSK, start_BSK, last_B1K, cache, rope_2SE, solver)
     size = min(solver.block_size, z_BSK.shape[1])
 
     def solve_block(carry: tuple[KVCache, jax.Array], block: tuple[jax.Array, jax.Array, jax.Array]):
@@ -97,6 +106,49 @@ def solve_tokens(
         x_BSK = jnp.concatenate([x_BSK, x_rest], axis=1)
         report = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), report, report_rest)
     return x_BSK, carry[0], carry[1], report
+
+
+def _wavefront(predict: Predict, z_BSK, start_BSK, last_B1K, cache: KVCache, rope_2SE, solver: Solver):
+    """`solve_tokens` by windows of `updates` strides: the first stride of a window is at its last update, after which
+    its keys and values are kept and the window moves on; the last stride is at its first. All samples go alike."""
+    tokens, stride, updates = z_BSK.shape[1], solver.stride, solver.updates
+
+    def update(carry, low: int | jax.Array, width: int, final: int):
+        """One pass over `width` tokens, `final` of which it finishes; returns also those tokens' residual.
+
+        What the pass before finished goes into the cache here, before anything reads it: afterwards, XLA would copy
+        the whole cache at each pass."""
+        x_BSK, cache, last_B1K, finished = carry
+        cache = cache if finished is None else cache.append(finished)
+        old, z, rope = (lax.dynamic_slice_in_dim(a, low, width, axis=1) for a in (x_BSK, z_BSK, rope_2SE))
+        affine, kv = predict(jnp.concatenate([last_B1K, old[:, :-1]], axis=1), rope, cache)
+        new = affine.mu_BSC + affine.sigma_BSC * z
+        x_BSK = lax.dynamic_update_slice_in_dim(x_BSK, new, low, axis=1)
+        if final:
+            finished = jax.tree.map(lambda part: part[..., :final, :, :], kv)
+            last_B1K = new[:, final - 1:final]
+        return (x_BSK, cache, last_B1K, finished), jacobi.residual(new[:, :final], old[:, :final])
+
+    carry: Any = (start_BSK, cache, last_B1K, None)
+    residuals, whole = [], tokens // stride
+    passes = list(range(-(-tokens // stride) + updates - 1))
+    alike = [p for p in passes if updates - 1 <= p < whole]  # full windows
+    for p in passes:
+        low, high = max(0, p - updates + 1) * stride, min((p + 1) * stride, tokens)
+        final = min(stride, high - low) if p >= updates - 1 else 0
+        if p not in alike:
+            carry, change = update(carry, low, high - low, final)
+            residuals += [change[None]] * bool(final)
+        elif p == alike[0]:
+            carry, change = update(carry, low, high - low, final)
+            lows = (jnp.asarray(alike[1:], jnp.int32) - updates + 1) * stride
+            carry, rest = lax.scan(lambda carry, low: update(carry, low, updates * stride, stride), carry, lows)
+            residuals += [change[None], rest]
+    x_BSK, cache, last_B1K, finished = carry
+    residual = jnp.concatenate(residuals)
+    converged = (residual < solver.tolerance) | (stride == 1)  # one by one, all in front of a token is final
+    report = Report(jnp.full(residual.shape, updates, jnp.int32), residual, converged)
+    return x_BSK, cache.append(finished), last_B1K, report
 
 
 def _to_blocks(x_BSK: jax.Array, size: int) -> jax.Array:
@@ -157,13 +209,17 @@ def decode_frames(
     state: WindowState,
     z_BGSK: jax.Array,
     guidance: jax.Array,
+    start_BGSK: jax.Array | None = None,
     *,
     solver: Solver,
     window: int,
     token_grid: tuple[int, int],
     branches: int,
 ) -> tuple[jax.Array, WindowState, Report]:
-    """The next G frames of u = f_D^{-1}(z | earlier frames, text). branches: 2 with guidance, 1 without."""
+    """The next G frames of u = f_D^{-1}(z | earlier frames, text). branches: 2 with guidance, 1 without.
+
+    start: where the solver starts; None: at the previous frame.
+    """
     batch, frames, tokens, channels = z_BGSK.shape
     positions = model.rope((window, *token_grid), None)
     rope = lax.dynamic_slice_in_dim(positions, state.frame * tokens, frames * tokens, axis=1)
@@ -177,7 +233,7 @@ def decode_frames(
         return guide(conditional, unconditional, guidance), kv
 
     z = z_BGSK.reshape(batch, -1, channels)
-    start = z if solver.start == "noise" else jnp.tile(state.previous_BSK, (1, frames, 1))
+    start = jnp.tile(state.previous_BSK, (1, frames, 1)) if start_BGSK is None else start_BGSK.reshape(z.shape)
     u, cache, last, report = solve_tokens(
         predict, z, start, state.last_B1K, state.cache, rope, solver, branches)
     u_BGSK = u.reshape(z_BGSK.shape)
@@ -201,6 +257,7 @@ def generate(
     window: int | None = None,
     context: int | None = None,
     guess_BSK: jax.Array | None = None,
+    start_BTSK: jax.Array | None = None,
 ) -> Iterator[tuple[jax.Array, Report]]:
     """Yield the frames of u that follow the known ones, (B, G, S, K) with their report, as they are done.
 
@@ -208,6 +265,7 @@ def generate(
     features and, with guidance, what they are guided away from; or a dict of them by the index of the made
     frame from which on they hold (0 has to be there). Past `window` frames (default: all fit), or with
     another text, the last `context` frames are encoded again at positions from 0 and generation goes on.
+    The solver starts at `start`, shaped as the noise, or each frame at the one before (the first at `guess`).
     Raises ValueError where the known frames or the context do not fit the window.
     """
     batch, total, tokens, channels = noise_BTSK.shape
@@ -231,9 +289,11 @@ def generate(
             state, in_window = begin(u_BTSK, text_GBTD, guess_BSK=guess_BSK), u_BTSK.shape[1]
         next_change = min((at for at in text_of if at > index), default=total)
         frames = min(solver.frames, window - in_window, next_change - index, total - index)
+        now = slice(index, index + frames)
         made_BGSK, state, report = decode_frames(
-            model, params, state, noise_BTSK[:, index:index + frames], jnp.float32(guidance), solver=solver,
-            window=window, token_grid=token_grid, branches=1 if text_GBTD is None else text_GBTD.shape[0])
+            model, params, state, noise_BTSK[:, now], jnp.float32(guidance),
+            None if start_BTSK is None else start_BTSK[:, now], solver=solver, window=window,
+            token_grid=token_grid, branches=1 if text_GBTD is None else text_GBTD.shape[0])
         u_BTSK = jnp.concatenate([u_BTSK, made_BGSK], axis=1)[:, -window:]
         index, in_window = index + frames, in_window + frames
         yield made_BGSK, report

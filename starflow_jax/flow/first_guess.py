@@ -1,7 +1,8 @@
-"""A first guess of the first frame from its text, fitted by least squares: fewer Jacobi passes, the same result.
+"""Where the solver starts, fitted by least squares: fewer Jacobi passes, the same result.
 
-Later frames start from the one before; the first has none, and from zero its digit, face or horizon takes the
-solver most of its passes to find.
+A first guess of the first frame from its text: later frames start from the one before; the first has none, and from
+zero its digit, face or horizon takes the solver most of its passes to find. Or a guess of every token from its own
+noise, for frames that do not wait for one another.
 """
 
 import flax.struct
@@ -24,6 +25,27 @@ class FirstGuess(flax.struct.PyTreeNode):
         """(B, S, K) tokens of u from text features (B, T, D)."""
         codes_BR = (text_BTD.mean(axis=1) - self.text_D) @ self.project_DR
         return self.mean_SK + jnp.einsum("br,rsk->bsk", codes_BR, self.basis_RSK)
+
+
+class NoiseGuess(flax.struct.PyTreeNode):
+    """u ~ mean + z weights, the same for every token."""
+
+    mean_K: jax.Array
+    weights_KK: jax.Array
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        """(..., K) tokens of u from theirs of z."""
+        return self.mean_K + z @ self.weights_KK
+
+
+def fit_noise(z_MK: np.ndarray, u_MK: np.ndarray) -> NoiseGuess:
+    """Ridge regression of decoded tokens on the noise that they were decoded from."""
+    z, u = z_MK.astype(np.float64), u_MK.astype(np.float64)
+    z_mean, u_mean = z.mean(axis=0), u.mean(axis=0)
+    z, u = z - z_mean, u - u_mean
+    gram = z.T @ z
+    weights = np.linalg.solve(gram + RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)), z.T @ u)
+    return NoiseGuess(jnp.asarray(u_mean - z_mean @ weights, jnp.float32), jnp.asarray(weights, jnp.float32))
 
 
 def fit(text_MTD: np.ndarray, u_MSK: np.ndarray, rank: int = 64) -> FirstGuess:
