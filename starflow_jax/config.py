@@ -379,6 +379,7 @@ class Convert:
     prefix: str = ""  # of the names of the flow's tensors in the source, such as "model."
     dtype: str = "stored"  # what is written: as it is in the source, or another
     codec: str = ""  # the Wan VAE's .pth or safetensors, to be written to codec.weights
+    statistics: str = ""  # a JSON file with its latents' channel means and deviations; "": those of codec.latent_*
 
     def __post_init__(self) -> None:
         _check_choice(self, "dtype", ("stored", "float32", "bfloat16"))

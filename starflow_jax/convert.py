@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.checkpoint import Checkpoints
-from starflow_jax.codec.wan_stream import channel_statistics, wan_config
+from starflow_jax.codec.wan_stream import channel_statistics, read_statistics, wan_config
 from starflow_jax.codec.wan_weights import check_released
 from starflow_jax.config import Config, UserError
 from starflow_jax.initialise import inherited_arrays, is_ours, whole_checkpoint
@@ -110,7 +110,8 @@ def write_codec(config: Config) -> None:
     tensors: dict[str, Any] = dict(open_weights(source, config.convert.prefix))
     check_released(tensors, wan_config(config.codec, config.model.channels), str(source))
     tensors = {name: _cast(tensor, config.convert.dtype) for name, tensor in tensors.items()}
-    tensors |= channel_statistics(config.codec, config.model.channels, tensors)
+    given = read_statistics(Path(config.convert.statistics), config.model.channels) if config.convert.statistics else {}
+    tensors |= channel_statistics(config.codec, config.model.channels, tensors | given)
     size = sum(tensor.nbytes for tensor in tensors.values())
     _check_room(target.absolute().parent, size)
     with ProgressBar("convert", len(tensors), unit="tensor") as progress:

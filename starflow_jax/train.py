@@ -97,6 +97,7 @@ def _train_on(mesh: Mesh, config: Config, workdir: Path) -> None:
                               model_fingerprint=model_fingerprint(config))
     system = sharding.on_every_process(open_system, config, workdir)
     batches = train_iterator(system, mesh)
+    training_source(system, "validation")  # or a run would end at its first evaluation
     abstract = sharding.abstract(abstract_state(config), mesh)
     restored = checkpoints.restore(abstract)
     if restored is not None:

@@ -1,6 +1,7 @@
 """The Wan VAE as a codec: whole videos in parts, tiles and their seams, loading, the system and streams with it."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,32 @@ def test_released_weights_are_converted(tmp_path: Path, weights: dict[str, np.nd
     for name, value in (weights | STATISTICS).items():
         np.testing.assert_array_equal(written[name], value)
     jax.tree.map(np.testing.assert_array_equal, load_codec(wan_config(target).codec, 3).params, random_params(RELEASED))
+
+
+def test_statistics_are_read_from_a_file(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:
+    source, target, statistics = tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "config.json"
+    save_file(weights, source)
+    config = dataclasses.replace(wan_config(target), convert=Convert(codec=str(source), statistics=str(statistics)))
+    given = {name: value.tolist() for name, value in STATISTICS.items()}
+    for held in (given, {"z_dim": 3, **{f"latents_{name}": value for name, value in given.items()}}):
+        statistics.write_text(json.dumps(held))
+        convert(config, tmp_path)
+        for name, value in STATISTICS.items():
+            np.testing.assert_array_equal(load_file(target)[name], value)
+        target.unlink()
+    for held, message in (({"mean": [0.0, 0.0, 0.0]}, "`std`"), ({**given, "mean": [1.0]}, "3 numbers .* `mean`"),
+                          ({**given, "mean": ["a", 0, 0]}, "`mean`"), ([1], "`mean`"),
+                          ({**given, "std": [1.0, 0.0, 1.0]}, "greater than 0")):
+        statistics.write_text(json.dumps(held))
+        with pytest.raises(UserError, match=message):
+            convert(config, tmp_path)
+    statistics.write_text("{")
+    with pytest.raises(UserError, match="can't be read as JSON"):
+        convert(config, tmp_path)
+    statistics.unlink()
+    with pytest.raises(UserError, match="No such file"):
+        convert(config, tmp_path)
+    assert not target.exists()
 
 
 def test_weights_of_something_else_are_not_converted(tmp_path: Path, weights: dict[str, np.ndarray]) -> None:

@@ -7,6 +7,7 @@ one tile is finished after the other, with one tile's cache at a time; a stream 
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,28 @@ def wan_config(settings: Codec, channels: int) -> WanConfig:
         if getattr(settings, field) != getattr(config, field):
             raise UserError(f"codec.{field}={getattr(settings, field)}: the Wan VAE's is {getattr(config, field)}")
     return config
+
+
+def read_statistics(path: Path, channels: int) -> dict[str, np.ndarray]:
+    """The STATISTICS from a JSON file that holds `mean` and `std`, or `latents_mean` and `latents_std` as the
+    config.json beside a VAE in diffusers' format does. Raises UserError where it holds something else."""
+    try:
+        held = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"convert.statistics={path}: can't be read as JSON ({error})") from error
+    found = {}
+    for name in STATISTICS:
+        given = held.get(name, held.get(f"latents_{name}")) if isinstance(held, dict) else None
+        try:
+            found[name] = np.asarray(given, np.float32)
+        except (TypeError, ValueError):
+            found[name] = np.full((), np.nan, np.float32)
+        if found[name].shape != (channels,) or not np.isfinite(found[name]).all():
+            raise UserError(f"convert.statistics={path}: {channels} numbers are needed under `{name}` or "
+                            f"`latents_{name}`, one for each channel of the latents")
+    if (found["std"] <= 0).any():
+        raise UserError(f"convert.statistics={path}: each of `std` has to be greater than 0")
+    return found
 
 
 def channel_statistics(settings: Codec, channels: int, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:
