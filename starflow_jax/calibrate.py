@@ -121,14 +121,19 @@ def measure(system: System, params: Params) -> list[tuple]:
 def decode_deep(
     system: System, params: Params, captions: list[str], settings: Sample, first_seed: int = 0
 ) -> tuple[np.ndarray, float, float]:
-    """(u, deep-block passes per video, seconds) of the deep block alone."""
-    given = prepare(system, params, captions, range(first_seed, first_seed + len(captions)), settings)
-    variables = jax.block_until_ready(decoding_variables(system.config, params))
-    began = time.perf_counter()
-    made, reports = zip(*deep_frames(system, variables, given, settings))
-    u = np.asarray(jnp.concatenate(made, axis=1))
-    seconds = time.perf_counter() - began
-    return u, sum(deep_passes(report, deep_solver(system, settings)) for report in reports), seconds
+    """(u, deep-block passes per video, seconds) of the deep block alone, settings.batch_size videos at a time."""
+    variables, solver = jax.block_until_ready(decoding_variables(system.config, params)), deep_solver(system, settings)
+    parts, passes, seconds = [], 0.0, 0.0
+    for begin in range(0, len(captions), settings.batch_size):
+        batch = captions[begin:begin + settings.batch_size]
+        seeds = range(first_seed + begin, first_seed + begin + len(batch))
+        given = jax.block_until_ready(prepare(system, params, batch, seeds, settings))
+        began = time.perf_counter()
+        made, reports = zip(*deep_frames(system, variables, given, settings))
+        parts.append(np.asarray(jnp.concatenate(made, axis=1)))
+        seconds += time.perf_counter() - began
+        passes += sum(deep_passes(report, solver) for report in reports) * len(batch) / len(captions)
+    return np.concatenate(parts), passes, seconds
 
 
 def deep_passes(report: decode.Report, solver: decode.Solver) -> float:

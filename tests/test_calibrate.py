@@ -5,8 +5,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from starflow_jax.calibrate import candidates, fit_noise_guess, measure, relative_error
+from starflow_jax.calibrate import candidates, decode_deep, fit_noise_guess, measure, relative_error
 from starflow_jax.flow import decode
 from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess, fit_noise
 from starflow_jax.generation import deep_solver, deep_start, generate_clips, noise_for, prepare
@@ -79,6 +80,14 @@ def test_a_calibrated_wavefront_serves_whole_videos_within_a_tolerance(system: S
     assert 0 < relative_error(clips.noisy_BNhwC, exact.noisy_BNhwC) < 0.1
     alone = generate_clips(of, params, CAPTIONS[:1], [5], asked)
     np.testing.assert_allclose(alone.noisy_BNhwC, clips.noisy_BNhwC[:1], atol=1e-5)
+
+
+def test_videos_are_decoded_a_batch_at_a_time(system: System, params) -> None:
+    asked = dataclasses.replace(SETTINGS, block_size=0, tolerance=1e-3)
+    together, passes, _ = decode_deep(system, params, CAPTIONS, asked, first_seed=5)
+    parted, parted_passes, _ = decode_deep(system, params, CAPTIONS, dataclasses.replace(asked, batch_size=2), 5)
+    np.testing.assert_allclose(parted, together, atol=1e-5)
+    assert parted_passes == pytest.approx(passes)
 
 
 def test_tokens_are_fitted_to_their_noise() -> None:
