@@ -51,14 +51,9 @@ def evaluate(config: Config, workdir: Path) -> None:
     captions = fixed_captions(system, "test", config.evaluate.prompts)
     labels = adherence.labels_of(captions) if config.data.source == "digits" else None
     likelihood = test_likelihood(system, params)
-    choices = {}
-    made = _generate(system, params, captions)
-    for how, frames in made.items():
-        choices[how] = read(labels, frames)
-        if how == config.sample.denoise:
-            contact_sheet(workdir / "evaluate_samples.png", frames[:SHOWN], captions[:SHOWN], scale=3)
-            write_gif(workdir / "evaluate_samples.gif", frames[:SHOWN], captions[:SHOWN], config.text.fps or 1,
-                      columns=3, scale=8)
+    choices, shown = generate_and_read(system, params, captions, labels)
+    contact_sheet(workdir / "evaluate_samples.png", shown, captions[:SHOWN], scale=3)
+    write_gif(workdir / "evaluate_samples.gif", shown, captions[:SHOWN], config.text.fps or 1, columns=3, scale=8)
     results = {
         "model": source,
         **likelihood,
@@ -75,14 +70,18 @@ def evaluate(config: Config, workdir: Path) -> None:
     _print(results, workdir)
 
 
-def _generate(system: System, params: Params, captions: list[str]) -> dict[str, np.ndarray]:
-    """One clip per caption, seeds 0, 1, 2, ..., denoised in every way: frames (B, T, H, W, 3) each.
+def generate_and_read(
+    system: System, params: Params, captions: list[str], labels_B3: np.ndarray | None
+) -> tuple[dict[str, dict[str, float]], np.ndarray]:
+    """One clip per caption, seeds 0, 1, 2, ..., denoised in every way: what `read` finds in all of each way's, and the
+    first clips' frames, denoised as the configuration says.
 
-    The last batch is filled up to keep its shape.
+    Batch after batch, of which only the figures and those first frames are kept. The last batch is filled up to keep
+    its shape.
     """
     settings = dataclasses.replace(system.config.sample, denoise="none", frames=0)
-    size = settings.batch_size
-    parts: dict[str, list[np.ndarray]] = {how: [] for how in DENOISE_CHOICES}
+    size, shown = settings.batch_size, []
+    scores: dict[str, dict[str, float]] = {how: {} for how in DENOISE_CHOICES}
     features = jax.jit(system.features)
     with ProgressBar("samples", len(captions), unit="clip") as progress:
         for begin in range(0, len(captions), size):
@@ -92,9 +91,14 @@ def _generate(system: System, params: Params, captions: list[str]) -> dict[str, 
             text = features(params, jnp.asarray(system.text_ids([system.prompt(caption) for caption in filled])))
             for how in DENOISE_CHOICES:
                 clean = denoise(system, params, jnp.asarray(clips.noisy_BNhwC), text, how)
-                parts[how].append(np.asarray(system.decode(clean))[:len(batch)])
+                frames = np.asarray(system.decode(clean))[:len(batch)]
+                of_batch = read(None if labels_B3 is None else labels_B3[begin:begin + size], frames)
+                for name, value in of_batch.items():  # each a mean over clips
+                    scores[how][name] = scores[how].get(name, 0.0) + value * len(batch) / len(captions)
+                if how == system.config.sample.denoise and begin < SHOWN:
+                    shown.append(frames[:SHOWN - begin])
             progress.update(len(batch))
-    return {how: np.concatenate(frames) for how, frames in parts.items()}
+    return scores, np.concatenate(shown)
 
 
 def read(labels_B3: np.ndarray | None, frames_BTHWC: np.ndarray) -> dict[str, float]:

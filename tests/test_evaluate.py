@@ -1,8 +1,16 @@
 """What evaluation makes of clips and of single pictures; its two baselines."""
 
-import numpy as np
+import dataclasses
 
-from starflow_jax.evaluate import baselines, read
+import numpy as np
+import pytest
+
+from starflow_jax.evaluate import baselines, generate_and_read, read
+from starflow_jax.generation import generate_clips
+from starflow_jax.system import System
+from tests.test_generation import CAPTIONS, CONFIG, params, system
+
+__all__ = ["params", "system"]  # fixtures
 
 
 def test_pictures_have_no_direction_and_do_not_flicker() -> None:
@@ -23,3 +31,17 @@ def test_baselines_know_their_own_data() -> None:
     walk = np.cumsum(still * np.array([1.0, 0.1, 0.1])[:, None, None, None], axis=1)
     expected = entropy + 2 / 3 * np.log2(0.1)
     assert abs(baselines(walk[:2_000], walk[2_000:])["last_frame"] - expected) < 0.02
+
+
+def test_figures_of_batches_are_those_of_all_clips(system: System, params) -> None:
+    """Three clips in batches of two, the last one filled up; each way of denoising."""
+    sample = dataclasses.replace(CONFIG.sample, batch_size=2, guidance=0.0)
+    of = dataclasses.replace(system, config=dataclasses.replace(CONFIG, sample=sample))
+    scores, shown = generate_and_read(of, params, CAPTIONS, None)
+    for how, found in scores.items():
+        settings = dataclasses.replace(sample, denoise=how, frames=0)
+        frames = generate_clips(of, params, CAPTIONS, [0, 1, 2], settings).frames_BTHWC
+        assert found == {"temporal_flickering": pytest.approx(read(None, frames)["temporal_flickering"], abs=1e-4)}
+        if how == sample.denoise:
+            assert np.abs(shown.astype(int) - frames).max() <= 1
+    assert len({round(found["temporal_flickering"], 5) for found in scores.values()}) > 1
