@@ -274,7 +274,9 @@ def save_decoding(system: System, folder: Path) -> None:
     """Write what calibration found."""
     assert system.guess is not None
     export_arrays(folder / FIRST_GUESS, dataclasses.asdict(system.guess), dtype=np.float16)
-    if system.noise_guess is not None:
+    if system.noise_guess is None:
+        (folder / NOISE_GUESS).unlink(missing_ok=True)
+    else:
         export_arrays(folder / NOISE_GUESS, dataclasses.asdict(system.noise_guess))
     with atomic_path(folder / DECODING) as path:
         path.write_text(json.dumps(dataclasses.asdict(system.calibrated), indent=1))

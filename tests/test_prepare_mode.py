@@ -14,7 +14,7 @@ from starflow_jax.data import clips
 from starflow_jax.prepare import buckets_of, job_of, prepare
 from starflow_jax.sharding import make_mesh
 from starflow_jax.system import make_system, save_system, training_source
-from starflow_jax.train import train_iterator
+from starflow_jax.train import train, train_iterator
 from starflow_jax.train_step import clean_latents
 from starflow_jax.video_io import read_video, resize_crop
 from tests import small_run
@@ -97,6 +97,14 @@ def test_latents_of_another_codec_are_refused(config, tmp_path):
 def test_settings_are_checked(changes, message):
     with pytest.raises(UserError, match=message):
         Prepare(**changes)
+
+
+def test_nothing_to_validate_on_is_said_before_training(config, tmp_path):
+    without = dataclasses.replace(config.prepare, validation_share=0.0, test_share=0.0)
+    prepare(dataclasses.replace(config, prepare=without), tmp_path / "run")
+    with pytest.raises(UserError, match="no validation clips; prepare them with a larger prepare.validation_share"):
+        train(config, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 
 def test_prepared_data_needs_a_folder_and_no_digits_readers(config):

@@ -42,9 +42,7 @@ def fit_noise(z_MK: np.ndarray, u_MK: np.ndarray) -> NoiseGuess:
     """Ridge regression of decoded tokens on the noise that they were decoded from."""
     z, u = z_MK.astype(np.float64), u_MK.astype(np.float64)
     z_mean, u_mean = z.mean(axis=0), u.mean(axis=0)
-    z, u = z - z_mean, u - u_mean
-    gram = z.T @ z
-    weights = np.linalg.solve(gram + RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)), z.T @ u)
+    weights = _ridge(z - z_mean, u - u_mean)
     return NoiseGuess(jnp.asarray(u_mean - z_mean @ weights, jnp.float32), jnp.asarray(weights, jnp.float32))
 
 
@@ -54,12 +52,17 @@ def fit(text_MTD: np.ndarray, u_MSK: np.ndarray, rank: int = 64) -> FirstGuess:
     frames = u_MSK.reshape(len(u_MSK), -1).astype(np.float64)
     text, mean = features.mean(axis=0), frames.mean(axis=0)
     features, frames = features - text, frames - mean
-    gram = features.T @ features
-    ridge = RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
-    weights = np.linalg.solve(gram + ridge, features.T @ frames)
+    weights = _ridge(features, frames)
     # The strongest directions of what is predicted, not of the weights.
     _, _, directions = np.linalg.svd(features @ weights, full_matrices=False)
     basis = directions[:rank]
     shape = u_MSK.shape[1:]
     return FirstGuess(*(jnp.asarray(a, jnp.float32) for a in (
         text, mean.reshape(shape), weights @ basis.T, basis.reshape(-1, *shape))))
+
+
+def _ridge(x_MD: np.ndarray, y_MK: np.ndarray) -> np.ndarray:
+    """(D, K) weights from centred x to centred y."""
+    gram = x_MD.T @ x_MD
+    ridge = RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
+    return np.linalg.solve(gram + ridge, x_MD.T @ y_MK)
