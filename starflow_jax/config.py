@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 class UserError(Exception):
     """Bad input that its user can mend: shown as one line, exit code 2, no traceback."""
 
-
 def _check(settings: Any, field: str, ok: bool, allowed: str) -> None:
     if not ok:
         value = getattr(settings, field)

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     workdir = Path(WORKDIR.value or f"runs/{config.name}")
     prepare_jax()
     join(DISTRIBUTED.value)
-    module = importlib.import_module(f"starflow_jax.{MODE.value}")
+    module = importlib.import_module(f"starflow_jax.modes.{MODE.value}")
     getattr(module, MODE.value)(config, workdir)
 
 

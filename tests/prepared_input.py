@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from starflow_jax.video_io import write_mp4
+from starflow_jax.io.video import write_mp4
 
 
 def scene(frames, height=32, width=48, seed=0, step=1):

@@ -15,13 +15,14 @@ import numpy as np
 
 from starflow_jax import config as settings_of
 from starflow_jax import sharding
-from starflow_jax.checkpoint import Checkpoints
+from starflow_jax.checkpoints.training import Checkpoints
 from starflow_jax.flow import decode
-from starflow_jax.optimizer import create_state
-from starflow_jax.system import System, flow_variables, init_params
-from starflow_jax.train_step import make_train_step
+from starflow_jax.model.parameters import flow_variables, init_params
+from starflow_jax.model.system import System
+from starflow_jax.training.optimizer import create_state
+from starflow_jax.training.step import make_train_step
 from tests.helpers import randomised, tiny_model
-from tests.test_losses import system
+from tests.training.test_losses import system
 
 ONE = (1, 1, 1, 1)
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2))

@@ -30,7 +30,6 @@ printf '%s' "$err" >&2
 exit "$code"
 """
 
-
 class StandIns:
     """A folder of commands that comes first on the PATH, and is the HOME, of what it runs."""
 

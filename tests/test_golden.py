@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from starflow_jax.checkpoints.released import from_released, released_model, to_released
 from starflow_jax.flow import decode
 from starflow_jax.flow.control import plucker_rays
+from starflow_jax.flow.likelihood import nll_mean
 from starflow_jax.flow.starflow import STARFlow
-from starflow_jax.losses import nll_mean, weighted_loss
-from starflow_jax.released import from_released, released_model, to_released
 from starflow_jax.text.prompt import format_prompt, frame_size
-from tests.test_t5 import check_golden_t5
-from tests.test_wan_vae import check_golden_wan
+from starflow_jax.training.losses import weighted_loss
+from tests.codec.test_wan_vae import check_golden_wan
+from tests.text.test_t5 import check_golden_t5
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -24,7 +24,6 @@ class LatentCodec(Protocol):
     def decode_next(self, latents_BNhwC: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """The pixels of a video's next latent frames, and the cache for the next call; None where it begins."""
 
-
 def to_float(frames: np.ndarray | jax.Array):
     """uint8 pixels -> [-1, 1] float32."""
     return frames.astype(np.float32) / 127.5 - 1.0

@@ -21,7 +21,7 @@ from jax import lax
 from starflow_jax.codec.wan_vae import Cache, Past, WanConfig, WanVAE
 from starflow_jax.codec.wan_weights import STATISTICS, from_released
 from starflow_jax.config import Codec, UserError
-from starflow_jax.tensor_files import open_safetensors
+from starflow_jax.io.tensor_files import open_safetensors
 
 Step = Callable[[jax.Array, Past], tuple[Any, Past]]
 

@@ -11,7 +11,7 @@ import numpy as np
 from flax import traverse_util
 
 from starflow_jax.codec.wan_vae import WanConfig, WanVAE
-from starflow_jax.tensor_files import Array, check_shapes
+from starflow_jax.io.tensor_files import Array, check_shapes
 
 STATISTICS = ("mean", "std")  # a file's tensors with the latents' channel statistics, beside the weights
 

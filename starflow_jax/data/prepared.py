@@ -14,8 +14,8 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from starflow_jax.config import UserError
-from starflow_jax.data import clips, derived, shards
-from starflow_jax.data.preparation import PREPARED
+from starflow_jax.data.raw import clips, latents, shards
+from starflow_jax.data.raw.building import PREPARED
 
 
 class Record(dict):
@@ -99,7 +99,7 @@ def source(folders: str, split: str, *, latents_by: Any = None, features_by: Any
 
 
 def _check_derived(folder: epath.Path, kind: str, made_by: Any) -> None:
-    derived.check_made_by(folder, kind, made_by)
+    latents.check_made_by(folder, kind, made_by)
     wanted = {shard.bucket for shard in shards.written_shards(folder, shards.CLIPS)}
     if wanted - {shard.bucket for shard in shards.written_shards(folder, kind)}:
         setting = "latents" if kind == shards.LATENTS else "text_features"

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from starflow_jax import jacobi
+from starflow_jax.flow import jacobi
 from starflow_jax.flow.block import Affine, FlowBlock
 from starflow_jax.flow.guidance import guide
 from starflow_jax.flow.starflow import STARFlow

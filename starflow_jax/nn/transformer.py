@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from starflow_jax.kernels.attention import ATTENTION_RESULTS
 from starflow_jax.kernels.mask import Mask
 from starflow_jax.nn.cache import KVCache
-from starflow_jax.nn.parted_attention import by_tokens, parted_attention
 from starflow_jax.nn.rope import apply_rope
+from starflow_jax.nn.sequence_parallel import by_tokens, parted_attention
 from starflow_jax.sharding import constrain
 
 KeyValue = tuple[jax.Array, jax.Array]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from starflow_jax.config import UserError
-from starflow_jax.tensor_files import open_safetensors
+from starflow_jax.io.tensor_files import open_safetensors
 from starflow_jax.text.t5 import T5Config, load_t5
 from starflow_jax.text.tokenizer import Tokenizer
 

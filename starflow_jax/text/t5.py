@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from starflow_jax.config import UserError
-from starflow_jax.tensor_files import Array
+from starflow_jax.io.tensor_files import Array
 
 
 @dataclasses.dataclass(frozen=True)

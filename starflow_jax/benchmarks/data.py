@@ -1,0 +1,171 @@
+"""How fast data comes: clips made of video, beside PyAV's bare decoding, and prepared latents read for training.
+
+All rates are per second of processor time, that is per core: what else the machine does is not in them.
+"""
+
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from etils import epath
+
+from starflow_jax.data import pipeline, prepared
+from starflow_jax.data.raw import clips, shards
+from starflow_jax.data.raw.building import PREPARED
+from starflow_jax.data.raw.latents import MADE_BY
+from starflow_jax.data.raw.sources import Item
+from starflow_jax.io.progress import ProgressBar
+from starflow_jax.io.video import write_mp4
+
+CLIP_FRAMES, CLIP_FPS = 81, 16  # of the 7B model
+SOURCE_FPS, SOURCE_SIZE = 25, (720, 1280)
+BUCKET = clips.Bucket(480, 848, "16:9")
+LATENTS = (22, 30, 53, 48)  # of such a clip, and the one more that training wants
+FEATURE_ROWS, FEATURE_DIM = 120, 2048  # of one prompt of flan-t5-xl
+READ_EXAMPLES = 24
+ROUNDS = 3
+PLANS = (  # of the 7B model's training step at 480p (--mode=plan): clips, its bound in seconds, hosts
+    ("7b on v5p:4x4x4", 192, 19.7, 16),
+    ("7b on v6e:16x16", 192, 2.46, 64),
+)
+
+
+def report() -> dict[str, list[dict[str, Any]]]:
+    """Tables by title: what making clips costs, and what reading prepared ones costs beside what 7B training eats."""
+    rate, megabytes = reading()
+    return {f"clips of {CLIP_FRAMES} frames of {BUCKET.name} made of {SOURCE_SIZE[0]}p video": decoding(),
+            "prepared latents and text features read for training":
+                [needed(rate, megabytes, *plan) for plan in PLANS]}
+
+
+def decoding(size: tuple[int, int] = SOURCE_SIZE, bucket: clips.Bucket = BUCKET, frames: int = CLIP_FRAMES
+             ) -> list[dict[str, Any]]:
+    """Clips per second and core of a made 25 fps H.264 video, step by step.
+
+    Each step does what those before it do and more; "read back" is what training does with a prepared clip.
+    """
+    seconds_of_video = frames / CLIP_FPS
+    recipe = clips.Recipe((bucket,), frames, CLIP_FPS, 0, 9.0, 0.0, 0.0, 0.0, crf=10)
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "source.mp4")
+        write_mp4(path, _moving_texture(round(seconds_of_video * SOURCE_FPS) + 1, *size), SOURCE_FPS)
+        item = Item("source", path, False, "", "")
+
+        def bare() -> None:
+            with av.open(path, "r") as container:
+                container.streams.video[0].thread_count = 1
+                assert sum(1 for _ in container.decode(video=0)) >= frames
+
+        def cut() -> clips.Clip:
+            made = next(clips.cut(item, recipe))
+            assert isinstance(made, clips.Clip)
+            return made
+
+        kept = clips.encode(cut(), recipe.crf)
+        seconds = _interleaved({
+            "PyAV alone: decode every frame": bare,
+            "cut: also resample, resize to RGB, look for cuts": cut,
+            "prepare: also encode the clip": lambda: clips.encode(cut(), recipe.crf),
+            "read back: decode a prepared clip": lambda: clips.decode(kept),
+        })
+    first = next(iter(seconds.values()))
+    return [{"step": name, "clips per second and core": 1 / value, "times PyAV alone": value / first}
+            for name, value in seconds.items()]
+
+
+def reading(latents: tuple[int, ...] = LATENTS, batch_size: int = 8, examples: int = READ_EXAMPLES
+            ) -> tuple[float, float]:
+    """(clips per second and core, megabytes per clip) of prepared latents and text features read through the
+    training pipeline. What is read was just written: a disk's own speed is not in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write_examples(epath.Path(folder), latents, examples)
+        source = prepared.source(folder, "train", latents_by={}, features_by={})
+        batches = pipeline.train_batches(
+            source, batch_size=batch_size, image_batch_size=1, seed=0, image_probability=0.0,
+            pixel_frames=1 + (latents[0] - 2) * 4, encode_text=_no_ids, format_caption=_format, text_length=256)
+        try:
+            rounds = max(2, examples // batch_size)
+            list(itertools.islice(batches, 2))
+            began = time.process_time()
+            for batch in itertools.islice(batches, 2 * rounds):
+                assert batch["latents_BNhwC"].shape == (batch_size, latents[0] - 1, *latents[1:])
+            rate = 2 * rounds * batch_size / (time.process_time() - began)
+        finally:
+            batches.close()
+    return rate, (float(np.prod(latents)) + FEATURE_ROWS * FEATURE_DIM * len(_prompts())) * 2 / 1e6
+
+
+def needed(rate: float, megabytes: float, training: str, clips_per_step: int, step_seconds: float, hosts: int
+           ) -> dict[str, Any]:
+    """What a training step takes of what `reading` found: cores and the disk's or network's speed on each host."""
+    clips_per_second = clips_per_step / step_seconds
+    return {"training": training, "step, s": step_seconds, "clips/s needed": clips_per_second,
+            "clips/s and core": rate, "cores, all hosts": clips_per_second / rate,
+            "cores a host": clips_per_second / rate / hosts, "MB/s, all hosts": clips_per_second * megabytes,
+            "MB/s a host": clips_per_second * megabytes / hosts}
+
+
+def _moving_texture(frames: int, height: int, width: int) -> np.ndarray:
+    """Smooth noise that slides: motion and detail that a codec has to work for. uint8 (T, H, W, 3)."""
+    coarse = np.random.default_rng(0).uniform(0, 255, (height // 8 + 2, width // 8 + frames // 4 + 2, 3))
+    texture = coarse.repeat(8, axis=0).repeat(8, axis=1).astype(np.uint8)
+    return np.stack([texture[:height, 2 * index:2 * index + width] for index in range(frames)])
+
+
+def _write_examples(folder: epath.Path, latents: tuple[int, ...], count: int) -> None:
+    """A prepared folder whose media is nothing but whose latents and features have a real one's size."""
+    random = np.random.default_rng(0)
+    text = {"caption_long": "a long caption", "caption_short": "short", "fps": CLIP_FPS}
+    rows = random.standard_normal((FEATURE_ROWS * len(_prompts()), FEATURE_DIM)).astype(np.float16)
+    features = {shards.CLIPS: shards.clip_features(), shards.LATENTS: shards.latent_features(latents),
+                shards.FEATURES: shards.text_features(FEATURE_DIM)}
+
+    def examples(kind: str) -> Iterator[dict[str, Any]]:
+        made: dict[str, dict[str, Any]] = {
+            shards.CLIPS: {**text, "media": b"", "key": "", "start": 0.0},
+            shards.LATENTS: {**text, "latents": random.standard_normal(latents).astype(np.float16)},
+            shards.FEATURES: {"prompts": json.dumps(_prompts()), "rows": rows,
+                              "lengths": np.full(len(_prompts()), FEATURE_ROWS)}}
+        yield from [made[kind]] * count
+
+    for kind, spec in features.items():
+        shard = shards.Shard(kind, "bucket", "train", 0, 1, count)
+        with shards.arriving(shard.path(folder)) as path, shards.RecordWriter(path) as writer:
+            for example in examples(kind):
+                writer.write(shards.serialize(spec, example))
+        shards.write_metadata(folder, [shard], spec, "benchmark")
+        shards.write_text(folder / kind / MADE_BY, "{}")
+    bucket = {"frames": CLIP_FRAMES, "aspect_ratio": "16:9", "clips": {"train": count}}
+    shards.write_text(folder / PREPARED, json.dumps({"buckets": {"bucket": bucket}}))
+
+
+def _prompts() -> list[str]:
+    record = {"caption_long": "a long caption", "caption_short": "short"}
+    return list(dict.fromkeys(pipeline.prompts_of(record, _format, is_image=False)))
+
+
+def _format(caption: str, is_image: bool, **told: Any) -> str:
+    return f"{'image' if is_image else 'video'}: {caption}"
+
+
+def _no_ids(texts: list[str]) -> np.ndarray:
+    raise AssertionError("the features are prepared: nothing is tokenized")
+
+
+def _interleaved(cases: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median processor seconds of each case, all of them run once a round, so that a slow clock slows all alike."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    with ProgressBar("decoding", ROUNDS, unit="round") as progress:
+        for _ in range(ROUNDS):
+            for name, run in cases.items():
+                began = time.process_time()
+                run()
+                times[name].append(time.process_time() - began)
+            progress.update()
+    return {name: float(np.median(values)) for name, values in times.items()}

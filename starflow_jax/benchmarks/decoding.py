@@ -1,0 +1,197 @@
+"""How fast the flow is inverted: passes, time and error by block size, against sequential decoding."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow_jax.config import Config, Model
+from starflow_jax.evaluation.adherence import fixed_prompts
+from starflow_jax.flow import decode
+from starflow_jax.flow.decode import Solver
+from starflow_jax.flow.first_guess import NoiseGuess, fit_noise
+from starflow_jax.flow.starflow import STARFlow, apply_flow
+from starflow_jax.io.progress import ProgressBar
+from starflow_jax.model.parameters import decoding_variables
+from starflow_jax.model.store import load_box
+from starflow_jax.model.system import Calibrated, System
+from starflow_jax.nn.transformer import unstacked
+from starflow_jax.sampling.calibration import decode_deep, deep_passes, relative_error
+from starflow_jax.sampling.conditions import prepare
+from starflow_jax.sampling.generate import deep_frames
+
+PROMPTS = 8
+ROUNDS = 3
+LENGTHS = (1, 4, 32)  # times the training length
+
+
+def trained_model(config: Config, workdir: Path) -> list[dict[str, Any]]:
+    """The model in the box, guided: each scheme's passes, error against sequential decoding and time, one video
+    at a time and several together. The base line starts each frame from the one before, the first from 0."""
+    system, params, _ = load_box(config, workdir)
+    captions, _ = fixed_prompts(system, "test", PROMPTS)
+    settings = dataclasses.replace(config.sample, frames=0)
+    plain = dataclasses.replace(system, guess=None, calibrated=Calibrated())
+    tokens, window = config.model.tokens_per_frame, config.model.frames
+    jacobi: dict[str, Any] = dict(solver="jacobi", start="previous", frames_per_step=1)
+    cases: list[tuple[str, System, int, dict[str, Any]]] = [("sequential", plain, 1, dict(solver="sequential"))]
+    cases += [("base line", plain, block, jacobi) for block in (tokens // 6, tokens // 3, tokens // 2, tokens)]
+    cases += [("first guess", system, tokens, jacobi)]
+    for frames in (window // 2, window):
+        together = jacobi | dict(frames_per_step=frames)
+        cases += [("first guess, several frames", system, tokens * frames, together)]
+    cases += [("from the noise, all frames", system, tokens * window, together | dict(start="noise"))]
+    cases += [("wavefront, 6 updates", system, tokens * 2 // 3,
+               dict(solver="wavefront", updates=6, start="noise", frames_per_step=window))]
+    exact, rows = None, []
+    with ProgressBar("decoding", len(cases), unit="scheme") as progress:
+        for name, of, block, asked in cases:
+            tried = dataclasses.replace(settings, block_size=block, **asked)
+            u, passes, seconds = _median(partial(decode_deep, of, params, captions, tried))
+            _, _, alone = _median(partial(decode_deep, of, params, captions[:1], tried))
+            exact = u if exact is None else exact
+            rows.append({"scheme": name, "block": block, "frames_per_step": tried.frames_per_step or 1,
+                         "passes": passes,
+                         "error": relative_error(u, exact), "seconds_one_video": alone,
+                         f"seconds_{PROMPTS}_videos": seconds})
+            progress.update()
+    return rows
+
+
+def _median(run: Callable[[], tuple[np.ndarray, float, float]]) -> tuple[np.ndarray, float, float]:
+    """The result, with the median of its seconds; the first run compiles."""
+    results = [run() for _ in range(ROUNDS + 1)][1:]
+    return results[0][0], results[0][1], float(np.median([seconds for _, _, seconds in results]))
+
+
+def random_model(model: Model, guidance: float = 2.0) -> list[dict[str, Any]]:
+    """A whole guided video (both stacks inverted, without the denoiser) in guided forward passes (shallow and deep
+    on both branches), with random weights: how little the solver costs where nothing can be guessed."""
+    flow = STARFlow(model)
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (1, model.frames, model.height, model.width, model.channels))
+    texts = jax.random.normal(keys[1], (2, 1, model.text_length, model.text_dim))
+    params = {"params": _random_weights(jax.jit(flow.init)(keys[2], x, texts[0])["params"], keys[3])}
+    grid, tokens = (model.height, model.width), model.tokens_per_frame
+    z = jax.random.normal(keys[3], (1, model.frames, tokens, model.channels))
+
+    @jax.jit
+    def forward(params: Any) -> tuple[jax.Array, ...]:
+        return tuple(apply_flow(flow, params, STARFlow.forward, x, text).z_BTSK for text in texts)
+
+    layers = jax.jit(unstacked)(params)
+
+    def deep(z: jax.Array, solver: Solver, start: jax.Array | None):
+        return zip(*decode.generate(flow, layers, z, texts, guidance=guidance, solver=solver, token_grid=grid,
+                                    start_BTSK=start))
+
+    def video(solver: Solver, guess: Callable[[jax.Array], jax.Array] | None) -> tuple[jax.Array, float]:
+        made, reports = deep(z, solver, None if guess is None else guess(z))
+        shallow = decode.SEQUENTIAL if solver == decode.SEQUENTIAL else Solver(1 << 30, solver.tolerance / 3)
+        out, _ = decode.invert_shallow(flow, layers, jnp.concatenate(made, axis=1), solver=shallow, token_grid=grid)
+        return jax.block_until_ready(out), sum(deep_passes(report, solver) for report in reports)
+
+    def fitted() -> NoiseGuess:
+        other = jax.random.normal(keys[0], z.shape)  # another video's noise than the one that is timed
+        made = np.concatenate(list(deep(other, Solver(tokens, 1e-3), other))[0], axis=1)
+        return fit_noise(*(np.asarray(a).reshape(-1, model.channels) for a in (other, made)))
+
+    guess, frames = fitted(), model.frames
+    schemes: dict[str, tuple[Solver, Callable[[jax.Array], jax.Array] | None]] = {
+        "sequential": (decode.SEQUENTIAL, None),
+        "base line": (Solver(tokens, 1e-3), None),
+        "from the noise": (Solver(tokens, 1e-3), lambda z: z),
+        "guess from the noise": (Solver(tokens, 1e-3), guess),
+        "the same, all frames": (Solver(tokens * frames, 1e-3, frames=frames), guess),
+        "the same, wavefront of 3 updates": (Solver(3 * tokens, 1e-3, frames=frames, updates=3), guess)}
+    results = {name: video(*scheme) for name, scheme in schemes.items()}
+    runs: dict[str, Callable] = {"forward": lambda: jax.block_until_ready(forward(params))}
+    runs |= {name: partial(video, *scheme) for name, scheme in schemes.items()}
+    runs["forward"]()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    with ProgressBar("random weights", ROUNDS, unit="round") as progress:
+        for _ in range(ROUNDS):
+            for name, run in runs.items():
+                began = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - began)
+            progress.update()
+    seconds = {name: float(np.median(values)) for name, values in times.items()}
+    exact = np.asarray(results["sequential"][0])
+    return [{"scheme": name, "passes": passes, "error": relative_error(np.asarray(out), exact),
+             "seconds": seconds[name], "guided_forward_passes": seconds[name] / seconds["forward"]}
+            for name, (out, passes) in results.items()]
+
+
+def _random_weights(params: Any, key: jax.Array) -> Any:
+    """Matrices N(0, 0.9^2 / fan-in), output projections 0.35^2 / fan-in, SOS N(0, 1); the rest as initialised."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    keys = jax.random.split(key, len(leaves))
+
+    def weight(path: Any, leaf: jax.Array, key: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if "sos" in name:
+            return jax.random.normal(key, leaf.shape)
+        if "kernel" not in name:
+            return leaf
+        scale = 0.35 if "proj_out" in name else 0.9
+        fan_in = leaf.shape[-3 if "qkv" in name else -2]
+        return scale * fan_in**-0.5 * jax.random.normal(key, leaf.shape)
+
+    return jax.tree_util.tree_unflatten(tree, [weight(path, leaf, k) for (path, leaf), k in zip(leaves, keys)])
+
+
+def lengths(config: Config, workdir: Path) -> list[dict[str, Any]]:
+    """Longer and longer videos by the same compiled step: programs, cache and time per latent frame."""
+    system, params, _ = load_box(config, workdir)
+    captions, _ = fixed_prompts(system, "test", 1)
+    rows = []
+    for times in LENGTHS:
+        frames = 1 + (config.model.frames * times - 1) * config.codec.time_stride
+        settings = dataclasses.replace(config.sample, frames=frames, frames_per_step=1)
+        given = prepare(system, params, captions, [0], settings)
+        before, began, made = _programs(), time.perf_counter(), 0
+        for u, _ in deep_frames(system, decoding_variables(config, params), given, settings):
+            made += jax.block_until_ready(u).shape[1]
+        rows.append({"times_training_length": times, "latent_frames": made,
+                     "decoding_programs_added": _programs() - before,
+                     "cache_megabytes": cache_bytes(system, settings.guidance > 0) / 1e6,
+                     "live_megabytes": sum(a.nbytes for a in jax.live_arrays()) / 1e6,
+                     "seconds_per_latent_frame": (time.perf_counter() - began) / made})
+    return rows
+
+
+def _programs() -> int:
+    return decode.decode_frames._cache_size()  # type: ignore[attr-defined]
+
+
+def cache_bytes(system: System, guided: bool) -> int:
+    """Of one video's window: keys and values of all layers and slots."""
+    model = system.config.model
+    slots = model.text_length + model.frames * model.tokens_per_frame
+    return 2 * (1 + guided) * model.deep_layers * slots * model.deep_width * jnp.dtype(model.dtype).itemsize
+
+
+def plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Time and passes against block size (the paper's Fig. 3)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, key, label in zip(figure.subplots(1, 2), ("passes", "seconds_one_video"), ("passes of the deep block",
+                                                                                         "seconds, one video")):
+        for name in dict.fromkeys(row["scheme"] for row in rows):
+            points = [(row["block"], row[key]) for row in rows if row["scheme"] == name]
+            axes.plot(*zip(*points), marker="o", label=name)
+        axes.set_xlabel("block size (tokens)")
+        axes.set_ylabel(label)
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

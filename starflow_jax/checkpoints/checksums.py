@@ -1,0 +1,50 @@
+"""Checksums of a checkpoint's files: damage is found before anything is read."""
+
+import json
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+CHECKSUMS = "checksums"
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _checksums(folder: Path, names: Iterable[str]) -> dict[str, int | None]:
+    """CRC-32 of each file, None for one that is missing."""
+    def checksum(name: str) -> int | None:
+        value = 0
+        try:
+            with open(folder / name, "rb") as file:
+                while chunk := file.read(1 << 24):
+                    value = zlib.crc32(chunk, value)
+        except FileNotFoundError:
+            return None
+        return value
+
+    names = list(names)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(checksum, names)))
+
+
+def write_checksums(folder: Path) -> None:
+    """Into a checkpoint's folder, of all its files."""
+    # The files directly in the folder hold no data, and change with the commit.
+    names = sorted(str(path.relative_to(folder)) for path in folder.glob("*/**/*") if path.is_file())
+    (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder, names)))
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        expected = json.loads((folder / CHECKSUMS).read_text())
+        found = _checksums(folder, expected)
+    except (OSError, ValueError) as error:
+        return first_line(error)
+    for name, value in expected.items():
+        if found[name] != value:
+            return f"{name} is missing" if found[name] is None else f"{name} has changed"
+    return None

@@ -1,0 +1,117 @@
+"""Parameters alone in orbax checkpoints: written array by array, read without the optimizer's state.
+
+A converted model is a checkpoint of step 0 whose state is {"ema": parameters}; in a training checkpoint the
+averaged parameters lie under the same name, so that both are read in the same way.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import traverse_util
+from jax.sharding import SingleDeviceSharding
+
+from starflow_jax.checkpoints.checksums import damage_of, write_checksums
+from starflow_jax.config import UserError
+from starflow_jax.io.tensor_files import StoredArray, check_shapes
+
+CHUNK_BYTES = 64 << 20  # of an array on disk: what reading and compressing hold at a time
+
+
+class _OneByOne(ocp.type_handlers.NumpyHandler):
+    """Reads, writes and drops one array after the other; orbax's own way holds all of them."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(self, values, infos, args=None):
+        for value, info, arg in zip(values, infos, args, strict=True):
+            for written in await super().serialize([np.asarray(value)], [info], [arg]):
+                written.result()
+        return []
+
+
+def save_params(directory: Path, arrays: Mapping[str, Any], data: dict[str, Any]) -> None:
+    """Write {"a/b": array} as the checkpoint of step 0 of a folder that has none; it appears when all is on disk.
+
+    data: what goes with it, as JSON. Raises UserError where the folder has checkpoints.
+    """
+    directory = Path(directory).absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    if newest_first(directory):
+        raise UserError(f"{directory} holds checkpoints; convert into another --workdir, or delete them")
+    tree = {"ema": traverse_util.unflatten_dict(dict(arrays), sep="/")}
+    state = ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+        (StoredArray, _OneByOne()), (np.ndarray, _OneByOne())))
+    how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".converting_") as temporary:
+        made = Path(temporary) / "0"
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(
+                state=state, data=ocp.JsonCheckpointHandler())) as checkpointer:
+            checkpointer.save(made, args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(tree, save_args=how), data=ocp.args.JsonSave(data)))
+        write_checksums(made)
+        os.replace(made, directory / "0")
+
+
+def newest_first(directory: Path) -> list[int]:
+    """The steps of a folder of checkpoints. Reads names alone: another process may be writing there."""
+    return sorted((int(path.name) for path in directory.glob("*") if path.name.isdigit()), reverse=True)
+
+
+def first_whole(directory: Path, steps: Iterable[int]) -> int | None:
+    """The first of the steps whose files are undamaged; each damaged one before it is reported.
+
+    Raises UserError where there are steps and all are damaged.
+    """
+    step = None
+    for step in steps:
+        damage = damage_of(directory / str(step))
+        if damage is None:
+            return step
+        logging.error("checkpoint %s is damaged (%s); using the one before it", directory / str(step), damage)
+    if step is not None:
+        raise UserError(f"{directory}: all checkpoints are damaged; start in another --workdir")
+    return None
+
+
+def stored_params(folder: Path) -> dict[str, StoredArray]:
+    """{"a/b": array} of the averaged parameters in one checkpoint, read one at a time."""
+    path = Path(folder).absolute() / "state"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree["ema"]
+    found = traverse_util.flatten_dict(tree, sep="/")
+    return {name: StoredArray(kind.shape, kind.dtype, partial(_read_array, path, name))
+            for name, kind in found.items()}
+
+
+def _read_array(path: Path, name: str) -> np.ndarray:
+    part = {"ema": traverse_util.unflatten_dict({name: 0}, sep="/")}
+    how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        found = checkpointer.restore(path, args=ocp.args.PyTreeRestore(part, how, partial_restore=True))
+    return jax.tree.leaves(found)[0]
+
+
+def restore_params(folder: Path, abstract_params: Any) -> Any:
+    """The averaged parameters of one checkpoint, in the dtypes and shardings of a pytree of ShapeDtypeStruct.
+
+    Without a sharding they go to this process's first device. Parameters that are not asked for are left where
+    they are. Raises UserError listing every one that is missing or of another shape.
+    """
+    wanted = traverse_util.flatten_dict(abstract_params, sep="/")
+    found = {name: array for name, array in stored_params(folder).items() if name in wanted}
+    check_shapes(str(folder), found, {name: leaf.shape for name, leaf in wanted.items()})
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    placed = {"ema": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=leaf.sharding or here), abstract_params)}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(Path(folder).absolute() / "state", args=ocp.args.PyTreeRestore(
+            placed, ocp.checkpoint_utils.construct_restore_args(placed), partial_restore=True))["ema"]

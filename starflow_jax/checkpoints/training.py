@@ -1,0 +1,149 @@
+"""Checkpoints by orbax: the whole state with the data position, asynchronous, atomic and verified."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from flax import traverse_util
+from jax.sharding import SingleDeviceSharding
+
+from starflow_jax.checkpoints.checksums import CHECKSUMS, damage_of, first_line, write_checksums
+from starflow_jax.config import UserError
+from starflow_jax.io.files import atomic_path
+
+BEST = "validation_bits_per_dim"  # the smaller the better
+
+
+class Checkpoints:
+    """The checkpoints of one model in one folder: the newest `keep`, and the best by validation besides.
+
+    Raises UserError where the folder holds another model's.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, model_fingerprint: dict[str, Any]):
+        self.directory = Path(directory).absolute()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _check_fingerprint(self.directory / "model.json", model_fingerprint)
+        _drop_unreadable_metrics(self.directory)
+        self._damaged: list[int] = []
+        latest = ocp.checkpoint_managers.LatestN(keep)
+        best = ocp.checkpoint_managers.BestN(
+            get_metric_fn=_bits, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        self._manager = ocp.CheckpointManager(epath.Path(self.directory), options=ocp.CheckpointManagerOptions(
+            best_fn=_bits, best_mode="min",  # without best_fn orbax drops the metrics
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([latest, best]),
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums)))
+
+    def save(self, step: int, state: Any, data_state: dict[str, Any], metrics: dict[str, float] | None) -> None:
+        """Begin to write a checkpoint; the folder gets its final name when all of it is on disk.
+
+        metrics[BEST], where given and finite, ranks it. A damaged checkpoint that `restore` passed over is
+        deleted now: its step comes again.
+        """
+        self.wait()
+        while self._damaged:
+            self._manager.delete(self._damaged.pop())
+        ranked = metrics is not None and math.isfinite(metrics[BEST])
+        self._manager.save(step, args=ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)),
+            metrics=metrics if ranked else None, force=True)
+
+    def wait(self) -> None:
+        """Until all that was begun is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """The newest checkpoint not found damaged."""
+        return max(set(self._manager.all_steps()) - set(self._damaged), default=None)
+
+    def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
+        """(state, data position, step) of the newest whole checkpoint, or None where there is none at all.
+
+        abstract_state: a pytree of jax.ShapeDtypeStruct, restored to their shardings, or to this process's
+        first device where they have none: whatever devices wrote it.
+        A damaged checkpoint is reported and the one before it is taken; raises UserError where all are
+        damaged, and where a whole one holds other arrays than abstract_state.
+        """
+        return self._restore_first(self.steps(), abstract_state)
+
+    def restore_best(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
+        """As `restore`, but the best by validation, or the newest where none has been validated."""
+        return self._restore_first(self.steps(best=True), abstract_state)
+
+    def steps(self, best: bool = False) -> list[int]:
+        """All steps, the newest first; before them, where asked for, the best by validation."""
+        first = self._manager.best_step() if best else None
+        return sorted(self._manager.all_steps(), key=lambda step: (step == first, step), reverse=True)
+
+    def _restore_first(self, steps: list[int], abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
+        damaged: list[int] = []
+        abstract_state = jax.tree.map(_placed, abstract_state)
+        for step in steps:
+            folder = self.directory / str(step)
+            damage = damage_of(folder)
+            if damage is None:
+                try:
+                    found = self._manager.restore(step, args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()))
+                except Exception as error:  # whatever orbax and tensorstore raise
+                    raise UserError(f"{folder} is whole but does not fit this configuration ({first_line(error)}); "
+                                    "use the one it was trained with, or another --workdir") from error
+                self._damaged = damaged
+                return found["state"], found["data"], step
+            logging.error("checkpoint %s is damaged (%s); using the one before it", folder, damage)
+            damaged.append(step)
+        if steps:
+            raise UserError(f"{self.directory}: all checkpoints are damaged; start in another --workdir")
+        return None
+
+    def _write_checksums(self) -> None:
+        """Called by orbax when a checkpoint is complete under its temporary name, just before its commit."""
+        for folder in self.directory.glob("*.orbax-checkpoint-tmp"):
+            if not (folder / CHECKSUMS).exists():
+                write_checksums(folder)
+
+
+def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """With a sharding; without one orbax would look for the devices that wrote the checkpoint."""
+    if leaf.sharding is not None:
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(jax.local_devices()[0]))
+
+
+def _bits(metrics: Any) -> float:
+    return metrics[BEST]
+
+
+def _drop_unreadable_metrics(directory: Path) -> None:
+    """Orbax reads every checkpoint's metrics when it opens a folder, and fails on damaged ones."""
+    for path in directory.glob("*/metrics/metrics"):
+        try:
+            float(json.loads(path.read_text())[BEST])
+        except (ValueError, KeyError, TypeError):
+            logging.error("%s is damaged; it is deleted", path)
+            path.unlink()
+
+
+def _check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(fingerprint, indent=1))
+        return
+    try:
+        held = traverse_util.flatten_dict(json.loads(path.read_text()), sep=".")
+    except (ValueError, AssertionError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it if this workdir holds this model") from error
+    asked = traverse_util.flatten_dict(json.loads(json.dumps(fingerprint)), sep=".")
+    for name in (*asked, *held):
+        if held.get(name) != asked.get(name):
+            raise UserError(f"{path.parent} holds another model: its {name} is {held.get(name)!r}, the "
+                            f"configuration's is {asked.get(name)!r}; use its configuration or another --workdir")

@@ -1,0 +1,290 @@
+"""Raw input to shards of clips, in two passes of independent tasks: cut every unit, then gather the pieces.
+
+`cut_unit` makes of a unit of the input a folder FOLDER/.parts/NUMBER with its clips by bucket and split, and a
+summary; `write_shard` copies clips of many units, in the input's order, into one shard. Both write whole files
+or none and do nothing where theirs is there, so a run that was killed goes on where it was, and the result
+depends neither on that nor on how many processes or machines took part. In the end FOLDER holds
+
+    clips/BUCKET/1.0.0/  the shards (shards.py)
+    prepared.json        settings, sizes, counts; written last
+    rejected.jsonl       what was left out: key, reason, and of a stretch its start and end in seconds
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from starflow_jax.config import UserError
+from starflow_jax.data.raw import clips, shards, tasks
+from starflow_jax.data.raw.sources import Captions, Rejected, Unit, list_units, read_unit
+
+SUMMARY = "summary.json"  # of a part; sent last
+PREPARED, REJECTED = "prepared.json", "rejected.jsonl"
+_PARTS, _UNITS, _JOB = ".parts", "units.jsonl", "job.json"
+_CHUNK = 16  # records copied at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All that the result depends on, but the input's files."""
+
+    source: str
+    folder: str
+    items_per_unit: int
+    captions: Captions
+    recipe: clips.Recipe
+    validation_share: float
+    test_share: float
+    clips_per_shard: int
+
+    @property
+    def path(self) -> epath.Path:
+        return epath.Path(self.folder)
+
+    def part(self, index: int) -> epath.Path:
+        return self.path / _PARTS / f"{index:07d}"
+
+    def described(self) -> dict[str, Any]:
+        """As JSON, without the folder: it may be moved."""
+        described = json.loads(json.dumps(dataclasses.asdict(self)))
+        del described["folder"]
+        return described
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathering:
+    """A shard and the clips that go into it: (part, first, end) each."""
+
+    shard: shards.Shard
+    pieces: tuple[tuple[int, int, int], ...]
+
+
+def prepare_clips(job: Job, *, processes: int = 0, beam: str | None = None) -> dict[str, Any]:
+    """Make the clips, or go on with it, and return what prepared.json holds.
+
+    Raises UserError where the input is missing, the folder holds something prepared with other settings, another
+    run works in it, the disk is full, or not one clip comes out.
+    """
+    with shards.work_in(job.path):
+        if not (job.path / PREPARED).exists():
+            return _prepare(job, processes, beam)
+        done = json.loads((job.path / PREPARED).read_text())
+        _check_same(job, done["job"])
+        _clean(job)
+        return done
+
+
+def _prepare(job: Job, processes: int, beam: str | None) -> dict[str, Any]:
+    units = _open_parts(job)
+    left = [unit for unit in units if not (job.part(unit.index) / SUMMARY).exists()]
+    tasks.run(partial(cut_unit, job), left, what="cut", processes=processes, beam=beam,
+              crashed=partial(_skip_what_crashes, job))
+    summaries = [json.loads((job.part(unit.index) / SUMMARY).read_text()) for unit in units]
+    rejected = [entry for summary in summaries for entry in summary["rejected"]]
+    shards.write_text(job.path / REJECTED, "".join(json.dumps(entry) + "\n" for entry in rejected))
+    gatherings = plan_shards(job, [summary["clips"] for summary in summaries])
+    if not gatherings:
+        _clean(job)  # so that a mended input is read anew
+        reason, count = _reasons(rejected).most_common(1)[0]
+        raise UserError(f"{job.source}: not one clip came out of it; {count} times: {reason} "
+                        f"(all of it in {job.path / REJECTED})")
+    left_shards = [task for task in gatherings if not task.shard.path(job.path).exists()]
+    tasks.run(partial(write_shard, job), left_shards, what="gather", processes=processes, beam=beam)
+    return _finish(job, summaries, rejected, [task.shard for task in gatherings])
+
+
+def cut_unit(job: Job, unit: Unit) -> None:
+    """Read a unit's items and write its part, unless it is there."""
+    part = job.part(unit.index)
+    if (part / SUMMARY).exists():
+        return
+    counts: collections.Counter[str] = collections.Counter()
+    rejected: list[Rejected] = []
+    with shards.arriving(part) as local, contextlib.ExitStack() as stack:
+        local.mkdir()
+        writers: dict[str, shards.RecordWriter] = {}
+        skipped = _crashing(job, unit)
+        for item in read_unit(unit, job.captions):
+            counts["items"] += 1
+            if isinstance(item, Rejected):
+                rejected.append(item)
+                continue
+            if item.key in skipped:
+                rejected.append(Rejected(item.key, "unreadable: it ends the process that decodes it"))
+                continue
+            _mark(job, unit, item.key)
+            for made in clips.cut(item, job.recipe):
+                if isinstance(made, Rejected):
+                    rejected.append(made)
+                    continue
+                name = f"{bucket_name(made)}.{split_of(job, item.key)}"
+                if name not in writers:
+                    writers[name] = stack.enter_context(shards.RecordWriter(_part_file(local, name)))
+                writers[name].write(shards.serialize_clip({
+                    "media": clips.encode(made, job.recipe.crf), "caption_long": item.caption_long,
+                    "caption_short": item.caption_short, "key": item.key, "fps": made.fps, "start": made.start}))
+        stack.close()
+        written = {name: writer.count for name, writer in sorted(writers.items())}
+        summary = {"items": counts["items"], "clips": written, "rejected": [_as_json(entry) for entry in rejected]}
+        (local / SUMMARY).write_text(json.dumps(summary))
+
+
+def bucket_name(clip: clips.Clip) -> str:
+    return f"{clip.bucket.name}_{len(clip.frames_THWC)}f"
+
+
+def split_of(job: Job, key: str) -> str:
+    """By a hash of the video's name: all clips of a video, and of its rows in a list, are in the same split."""
+    video = key.rpartition("#")[0] or key
+    place = int.from_bytes(hashlib.sha256(video.encode()).digest()[:8]) / 2**64
+    if place < job.test_share:
+        return "test"
+    return "validation" if place < job.test_share + job.validation_share else "train"
+
+
+def plan_shards(job: Job, clips_of_parts: Sequence[dict[str, int]]) -> list[Gathering]:
+    """Which clips go into which shard: those of a bucket and split in order, an equal number each."""
+    by_name: dict[str, list[tuple[int, int]]] = {}
+    for index, counts in enumerate(clips_of_parts):
+        for name, count in counts.items():
+            by_name.setdefault(name, []).append((index, count))
+    plan = []
+    for name, parts in sorted(by_name.items()):
+        bucket, split = name.split(".")
+        total = sum(count for _, count in parts)
+        number = -(-total // job.clips_per_shard)
+        ends = [total * (index + 1) // number for index in range(number)]
+        for index, (begin, end) in enumerate(zip([0, *ends], ends)):
+            shard = shards.Shard(shards.CLIPS, bucket, split, index, number, end - begin)
+            plan.append(Gathering(shard, tuple(_pieces(parts, begin, end))))
+    return plan
+
+
+def _pieces(parts: Iterable[tuple[int, int]], begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """What of each part lies between two positions of all of them laid end to end."""
+    before = 0
+    for index, count in parts:
+        first, last = max(begin - before, 0), min(end - before, count)
+        if first < last:
+            yield index, first, last
+        before += count
+
+
+def write_shard(job: Job, task: Gathering) -> None:
+    """Write a shard unless it is there."""
+    path = task.shard.path(job.path)
+    if path.exists():
+        return
+    with shards.arriving(path) as local, shards.RecordWriter(local) as writer:
+        for index, first, end in task.pieces:
+            file = _part_file(job.part(index), f"{task.shard.bucket}.{task.shard.split}")
+            with shards.records(file) as records:
+                for begin in range(first, end, _CHUNK):
+                    for record in records.__getitems__(range(begin, min(begin + _CHUNK, end))):
+                        writer.write(record)
+
+
+def _part_file(part: Any, name: str) -> Any:
+    return part / f"{name}.{shards.SUFFIX}"
+
+
+# -------------------------------------------------------------------------------------- begin and end
+
+
+def _open_parts(job: Job) -> list[Unit]:
+    """The units, listed once: a run that goes on must not mind what came into the input since."""
+    parts = job.path / _PARTS
+    if (parts / _JOB).exists():
+        _check_same(job, json.loads((parts / _JOB).read_text()))
+        for leftover in [*parts.glob(".arriving-*"), *job.path.glob(f"{shards.CLIPS}/*/*/.arriving-*")]:
+            leftover.rmtree()  # of processes that were killed
+    else:
+        lines = [json.dumps(dataclasses.asdict(unit), default=str)
+                 for unit in list_units(job.source, job.items_per_unit)]
+        shards.write_text(parts / _UNITS, "".join(line + "\n" for line in lines))
+        shards.write_text(parts / _JOB, json.dumps(job.described()))
+    entries = [json.loads(line) for line in (parts / _UNITS).read_text().splitlines()]
+    return [Unit(entry["index"], entry["kind"], entry["where"], tuple(entry["entries"])) for entry in entries]
+
+
+def _check_same(job: Job, begun: dict[str, Any]) -> None:
+    described = job.described()
+    for name, value in described.items():
+        if begun.get(name) != value:
+            raise UserError(f"{job.folder}: was begun with {name} {begun.get(name)}, not {value}; "
+                            "give the same settings to go on, or another prepare.output")
+
+
+def _finish(job: Job, summaries: Sequence[dict[str, Any]], rejected: Sequence[dict[str, Any]],
+            written: Sequence[shards.Shard]) -> dict[str, Any]:
+    buckets: dict[str, dict[str, Any]] = {}
+    aspect_ratios = {bucket.name: bucket.aspect_ratio for bucket in job.recipe.buckets}
+    for name in sorted({shard.bucket for shard in written}):
+        of_bucket = [shard for shard in written if shard.bucket == name]
+        shards.write_metadata(job.path, of_bucket, shards.clip_features(),
+                              "Clips with captions, prepared by starflow_jax.")
+        size, _, frames = name.partition("_")
+        counts: collections.Counter[str] = collections.Counter()
+        for shard in of_bucket:
+            counts[shard.split] += shard.count
+        height, width = map(int, size.split("x"))
+        buckets[name] = {"height": height, "width": width, "frames": int(frames.removesuffix("f")),
+                         "aspect_ratio": aspect_ratios[size], "clips": dict(counts)}
+    prepared = {"job": job.described(), "buckets": buckets, "items": sum(summary["items"] for summary in summaries),
+                "clips": sum(shard.count for shard in written), "rejected": dict(_reasons(rejected).most_common())}
+    shards.write_text(job.path / PREPARED, json.dumps(prepared, indent=1))
+    _clean(job)
+    return prepared
+
+
+def _clean(job: Job) -> None:
+    if (job.path / _PARTS).exists():
+        (job.path / _PARTS).rmtree()
+
+
+def _reasons(rejected: Iterable[dict[str, Any]]) -> collections.Counter[str]:
+    """How often each reason is given, details left out."""
+    return collections.Counter(entry["reason"].partition(":")[0] for entry in rejected)
+
+
+def _as_json(rejected: Rejected) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(rejected).items() if value is not None}
+
+
+# --------------------------------------------------------------------- what ends the process that reads it
+
+
+def _skip_what_crashes(job: Job, unit: Unit) -> None:
+    """Find the items that end their process, one after the other, and leave them out."""
+    while not (job.part(unit.index) / SUMMARY).exists():
+        crashing = _crashing(job, unit)
+        key = _marks(job, unit).read_text() if _marks(job, unit).exists() else ""
+        if not key or key in crashing:
+            raise UserError(f"cut: the process ends at part {unit.index} ({unit.where}) of the input, "
+                            "before or after an item; is there enough memory?")
+        shards.write_text(_marks(job, unit, "crashing"), json.dumps([*crashing, key]))
+        tasks.survives(partial(cut_unit, job), unit)
+
+
+def _crashing(job: Job, unit: Unit) -> list[str]:
+    path = _marks(job, unit, "crashing")
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _mark(job: Job, unit: Unit, key: str) -> None:
+    """Note which item is begun. On an object store it is not: there a crash is the runner's to report."""
+    if "://" not in job.folder:
+        Path(os.fspath(_marks(job, unit))).write_text(key)
+
+
+def _marks(job: Job, unit: Unit, what: str = "at") -> epath.Path:
+    return job.part(unit.index).with_suffix(f".{what}")

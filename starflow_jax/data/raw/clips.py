@@ -1,0 +1,338 @@
+"""One video or picture to clips of a fixed length, rate and size: decode, resample, cut, judge, encode.
+
+A video is read once, front to back. Frames are taken at a fixed rate (or as they come), resized and cropped to
+the bucket nearest in shape, and gathered into clips without overlap; a change of scene, or a gap in the
+timestamps, begins a new clip. Clips are kept as H.264 of the bucket's size: reading one for training then
+decodes just its own few frames, where the source file would have to be sought and decoded at full size from
+the key frame before, in every epoch. Little is lost: colours are kept at full resolution (4:4:4). Pictures are
+kept as JPEG.
+"""
+
+import collections
+import dataclasses
+import io
+import itertools
+import math
+from collections.abc import Iterator
+
+import av
+import numpy as np
+from av.video.reformatter import Interpolation
+from etils import epath
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from starflow_jax.data.raw.sources import Item, Rejected
+from starflow_jax.io.video import Mp4Writer, tag_colours, to_rgb
+
+MAX_GAP = 0.5  # seconds without a frame: what follows is another shot
+SLOWEST = 0.9  # a source of less than this share of the wanted rate would stutter
+FASTEST = 240  # frames per second that are believed, where the source's own rate is kept
+THUMBNAIL = 36  # rows, about, of the pictures that darkness, movement and cuts are judged by
+CUT_RATIO = 1.4  # times the largest change of the frames before: a cut, and not movement that grows faster
+CUT_MEMORY = 8  # frames
+JPEG_QUALITY = 95
+# Without accurate rounding, greys that are made ten times smaller get a tint.
+SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND
+# "fast" would take twice the time for 1 dB; x264's result depends on its number of threads.
+X264 = {"preset": "veryfast", "threads": "1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """A size of clips, in pixels, and the aspect ratio that the model is told."""
+
+    height: int
+    width: int
+    aspect_ratio: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.height}x{self.width}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What clips are made of a video, and which are left out."""
+
+    buckets: tuple[Bucket, ...]
+    frames: int
+    fps: int  # 0: the source's
+    clips_per_video: int  # 0: all
+    max_upscale: float
+    min_brightness: float  # mean, 0 to 255
+    min_motion: float  # mean change from frame to frame, 0 to 255
+    cut_threshold: float  # the same; 0: cuts are not looked for
+    crf: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """uint8 frames (T, H, W, 3), T = 1 and fps = 0 of a picture; `start` in seconds of the source."""
+
+    frames_THWC: np.ndarray
+    bucket: Bucket
+    fps: int
+    start: float
+
+
+class _Unusable(Exception):
+    """Why an item is rejected."""
+
+def cut(item: Item, recipe: Recipe) -> Iterator[Clip | Rejected]:
+    """The clips of an item in order, and what of it is left out. Never raises for what is in the file."""
+    try:
+        yield from [_picture(item, recipe)] if item.is_image else _video_clips(item, recipe)
+    except UnidentifiedImageError:  # says nothing but the name of the file
+        yield Rejected(item.key, "unreadable: not a picture of a known kind")
+    except (_Unusable, Image.DecompressionBombError) as error:
+        yield Rejected(item.key, str(error))
+    except Exception as error:  # a damaged file can make a decoder fail in any way
+        yield Rejected(item.key, f"unreadable: {getattr(error, 'strerror', '') or error or type(error).__name__}")
+
+
+def nearest_bucket(buckets: tuple[Bucket, ...], height: float, width: float) -> Bucket:
+    """The bucket whose shape is nearest, as a ratio; the first of equally near ones."""
+    return min(buckets, key=lambda bucket: abs(math.log(bucket.width / bucket.height / (width / height))))
+
+
+# ------------------------------------------------------------------------------------------- pictures
+
+
+def _picture(item: Item, recipe: Recipe) -> Clip:
+    with _file(item.media) as file, Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened).convert("RGB")
+    bucket = nearest_bucket(recipe.buckets, image.height, image.width)
+    _check_size(bucket, image.height, image.width, recipe)
+    frame = np.asarray(ImageOps.fit(image, (bucket.width, bucket.height), Image.Resampling.LANCZOS))
+    if frame.mean() < recipe.min_brightness:
+        raise _Unusable(f"too dark: brightness {frame.mean():.1f} of 255")
+    return Clip(frame[None], bucket, 0, 0.0)
+
+
+def _file(media: str | bytes):
+    return io.BytesIO(media) if isinstance(media, bytes) else epath.Path(media).open("rb")
+
+
+def _check_size(bucket: Bucket, height: float, width: float, recipe: Recipe) -> None:
+    upscale = max(bucket.height / height, bucket.width / width)
+    if upscale > recipe.max_upscale:
+        raise _Unusable(f"too small: {width:.0f}x{height:.0f} would be enlarged {upscale:.2f} times")
+
+
+# --------------------------------------------------------------------------------------------- videos
+
+
+def _video_clips(item: Item, recipe: Recipe) -> Iterator[Clip | Rejected]:
+    # A path is opened by ffmpeg itself, which is faster than through Python.
+    local = isinstance(item.media, str) and "://" not in item.media
+    with av.open(item.media if local else _file(item.media), "r") as container:
+        if not container.streams.video:
+            raise _Unusable("no video track")
+        stream = container.streams.video[0]
+        stream.thread_count = 1  # there is a process per core
+        rate = float(stream.average_rate or stream.guessed_rate or 0)
+        if not rate:
+            raise _Unusable("frame rate unknown")
+        if rate < SLOWEST * recipe.fps:
+            raise _Unusable(f"frame rate {rate:.4g} is below {recipe.fps}")
+        if not (recipe.fps or 1 <= round(rate) <= FASTEST):
+            raise _Unusable(f"frame rate {rate:.4g} is not from 1 to {FASTEST}")
+        cutter = _Cutter(item, recipe, recipe.fps or round(rate), float(stream.sample_aspect_ratio or 1))
+        decoded = _decode(container, stream, item.start, item.end)
+        try:
+            for time, frame in _resample(decoded, recipe.fps, rate):
+                yield from cutter.add(time, frame)
+                if recipe.clips_per_video and cutter.made >= recipe.clips_per_video:
+                    return
+        except (av.FFmpegError, _Damaged) as error:
+            # The clips before the damage are good.
+            yield Rejected(item.key, f"damaged: {getattr(error, 'strerror', '') or error}", round(cutter.time, 3))
+            return
+        if not cutter.clips:
+            raise _Unusable("no frames" if not cutter.frames else
+                            f"too short: {cutter.frames} frames at {recipe.fps or round(rate)} fps, "
+                            f"a clip has {recipe.frames}")
+
+
+class _Damaged(Exception):
+    """A packet that the container itself calls corrupt."""
+
+
+def _decode(container: av.container.InputContainer, stream: av.VideoStream, start: float, end: float
+            ) -> Iterator[tuple[float, av.VideoFrame]]:
+    """(seconds from the first frame of the file, frame) of the stretch."""
+    time_base = float(stream.time_base or 0)
+    origin = (stream.start_time or 0) * time_base
+    if start > 0:
+        container.seek(round((start + origin) / time_base), stream=stream)
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise _Damaged("a packet is corrupt or cut short")
+        for frame in packet.decode():
+            if frame.time is None:
+                raise _Damaged("a frame without a time")
+            time = frame.time - origin
+            if time >= end:
+                return
+            if time >= start - 1e-3:
+                yield time, frame
+
+
+def _resample(decoded: Iterator[tuple[float, av.VideoFrame]], fps: int, rate: float
+              ) -> Iterator[tuple[float, av.VideoFrame | None]]:
+    """At every 1/fps the frame that is shown then; None at a gap. fps=0: all frames."""
+    held: av.VideoFrame | None = None
+    held_time, begin, count = 0.0, 0.0, 0
+    # After the last frame None: what is held is shown for one frame's time, as it is before a gap.
+    for time, frame in itertools.chain(decoded, [(math.inf, None)]):
+        gap = time - held_time > MAX_GAP
+        until = held_time + 1 / rate if gap else time
+        while fps and held is not None and begin + count / fps < until - 1e-6:
+            yield begin + count / fps, held
+            count += 1
+        if gap and held is not None and frame is not None:
+            yield held_time, None
+        if held is None or gap:
+            begin, count = time, 0
+        held, held_time = frame, time
+        if not fps and frame is not None:
+            yield time, frame
+
+
+class _Cutter:
+    """Gathers frames into clips; begins anew at a change of scene."""
+
+    def __init__(self, item: Item, recipe: Recipe, fps: int, pixel_aspect: float) -> None:
+        self._item, self._recipe, self._fps, self._pixel_aspect = item, recipe, fps, pixel_aspect
+        self.time, self.frames, self.clips, self.made = 0.0, 0, 0, 0  # clips: judged; made: of these, good
+        self._size: tuple[int, int] | None = None
+        self._bucket: Bucket | None = None
+        self._begin_shot()
+
+    def _begin_shot(self) -> None:
+        self._seen: np.ndarray | None = None  # thumbnail of the last frame
+        self._usual: collections.deque[float] = collections.deque(maxlen=CUT_MEMORY)  # the last changes of the shot
+        self._begin_clip()
+
+    def _begin_clip(self) -> None:
+        self._pictures: list[np.ndarray] = []
+        self._changes: list[float] = []  # from frame to frame of the clip under way
+        self._brightness: list[float] = []
+        self._start = 0.0
+
+    def add(self, time: float, frame: av.VideoFrame | None) -> Iterator[Clip | Rejected]:
+        """Take the next frame, or a gap (None)."""
+        self.time = time
+        if frame is None:
+            yield from self._break(time)
+            return
+        self.frames += 1
+        picture = self._fit(frame)
+        seen = _thumbnail(picture)
+        if self._seen is not None:
+            change = float(np.abs(seen - self._seen).mean())
+            if self._is_cut(change):
+                yield from self._break(time)
+            else:
+                self._usual.append(change)
+                if self._pictures:
+                    self._changes.append(change)
+        if not self._pictures:
+            self._start = time
+        self._seen = seen
+        self._pictures.append(picture)
+        self._brightness.append(float(seen.mean()))
+        if len(self._pictures) == self._recipe.frames:
+            yield self._finish()
+
+    def _break(self, time: float) -> Iterator[Rejected]:
+        if self._pictures:
+            self.clips += 1
+            yield Rejected(self._item.key, f"cut inside: {len(self._pictures)} frames of {self._recipe.frames}",
+                           round(self._start, 3), round(time, 3))
+        self._begin_shot()
+
+    def _is_cut(self, change: float) -> bool:
+        """Much change, and much more than in the frames before: fast movement is no cut. A shot's first change
+        has nothing to be held against, and is none."""
+        return 0 < self._recipe.cut_threshold < change and change > CUT_RATIO * max(self._usual, default=math.inf)
+
+    def _finish(self) -> Clip | Rejected:
+        assert self._bucket is not None
+        pictures, changes, start = np.stack(self._pictures), self._changes, self._start
+        brightness = sum(self._brightness) / len(self._brightness)
+        self._begin_clip()
+        self.clips += 1
+        motion = sum(changes) / max(len(changes), 1)
+        reason = ""
+        if brightness < self._recipe.min_brightness:
+            reason = f"too dark: brightness {brightness:.1f} of 255"
+        elif changes and motion < self._recipe.min_motion:
+            reason = f"too static: {motion:.3f} of 255 change from frame to frame"
+        if reason:
+            return Rejected(self._item.key, reason, round(start, 3), round(self.time, 3))
+        self.made += 1
+        return Clip(pictures, self._bucket, self._fps, start)
+
+    def _fit(self, frame: av.VideoFrame) -> np.ndarray:
+        """RGB (H, W, 3) of the bucket's size: turned upright, resized to cover it, its middle."""
+        if self._size is None:
+            self._size = (frame.width, frame.height)
+            height, width = float(frame.height), frame.width * self._pixel_aspect
+            if frame.rotation % 180 == 90:
+                height, width = width, height
+            self._bucket = nearest_bucket(self._recipe.buckets, height, width)
+            _check_size(self._bucket, height, width, self._recipe)
+        if (frame.width, frame.height) != self._size:
+            raise _Unusable("frames change size")
+        assert self._bucket is not None
+        return fit_frame(frame, self._bucket.height, self._bucket.width, self._pixel_aspect)
+
+
+def fit_frame(frame: av.VideoFrame, height: int, width: int, pixel_aspect: float = 1.0) -> np.ndarray:
+    """A decoded frame as uint8 (height, width, 3) RGB: upright, resized to cover that size, its middle.
+
+    pixel_aspect: width by height of the source's pixels as shown.
+    """
+    turns = round(frame.rotation / 90) % 4  # counterclockwise
+    shown_height, shown_width = float(frame.height), frame.width * pixel_aspect
+    rows, columns = (width, height) if turns % 2 else (height, width)
+    scale = max(rows / shown_height, columns / shown_width)
+    covered = max(rows, round(shown_height * scale)), max(columns, round(shown_width * scale))
+    tag_colours(frame)
+    # In one step with the conversion to RGB, ffmpeg's scaler would come out two levels too dark.
+    resized = frame.reformat(covered[1], covered[0], "yuv444p", interpolation=SCALER, threads=1)
+    picture = to_rgb(resized, threads=1)
+    top, left = (covered[0] - rows) // 2, (covered[1] - columns) // 2
+    return np.ascontiguousarray(np.rot90(picture[top:top + rows, left:left + columns], turns))
+
+
+def _thumbnail(picture_HWC: np.ndarray) -> np.ndarray:
+    """Means of square blocks, so that neither a sensor's noise nor fine detail looks like movement."""
+    return np.asarray(Image.fromarray(picture_HWC).reduce(max(1, picture_HWC.shape[0] // THUMBNAIL)), np.int16)
+
+
+# --------------------------------------------------------------------------------- what is kept on disk
+
+
+def encode(clip: Clip, crf: int) -> bytes:
+    """The clip as a file: MP4 of H.264, or JPEG of a picture. The same bytes for the same clip."""
+    file = io.BytesIO()
+    if len(clip.frames_THWC) == 1:
+        Image.fromarray(clip.frames_THWC[0]).save(file, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
+        return file.getvalue()
+    writer = Mp4Writer(file, clip.fps, 1, {"fflags": "+bitexact"}, {"crf": str(crf), **X264}, "yuv444p")
+    writer.write(clip.frames_THWC)
+    writer.close()
+    return file.getvalue()
+
+
+def decode(media: bytes) -> np.ndarray:
+    """What `encode` kept: uint8 (T, H, W, 3)."""
+    if media.startswith(b"\xff\xd8"):
+        with Image.open(io.BytesIO(media)) as image:
+            return np.asarray(image.convert("RGB"))[None]
+    with av.open(io.BytesIO(media), "r") as container:
+        stream = container.streams.video[0]
+        stream.thread_count = 1  # there are several readers
+        return np.stack([to_rgb(frame, threads=1) for frame in container.decode(stream)])

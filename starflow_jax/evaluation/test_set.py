@@ -1,0 +1,116 @@
+"""Likelihood, adherence and denoising on a data set's test split, beside two baselines."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow_jax.data.digits import reader
+from starflow_jax.evaluation.measures import temporal_flickering
+from starflow_jax.io.progress import ProgressBar
+from starflow_jax.model.parameters import Params
+from starflow_jax.model.sources import data_source
+from starflow_jax.model.system import System
+from starflow_jax.sampling.denoise import denoise
+from starflow_jax.sampling.generate import generate_clips
+from starflow_jax.sampling.likelihood import bits_per_frame, likelihood_batches, noised_latents
+from starflow_jax.sharding import fetch
+
+BASELINE_CLIPS, BASELINE_BYTES = 2_000, 2**31  # training clips that the baselines are fitted to, at most
+DENOISE_CHOICES = ("denoiser", "score", "none")
+ADHERENCE = ("digit", "colour", "direction")  # of moving digits
+SHOWN = 12  # clips on the sheet
+
+
+def generate_and_read(
+    system: System, params: Params, captions: list[str], labels_B3: np.ndarray | None
+) -> tuple[dict[str, dict[str, float]], np.ndarray]:
+    """One clip per caption, seeds 0, 1, 2, ..., denoised in every way: what `read` finds in all of each way's, and the
+    first clips' frames, denoised as the configuration says.
+
+    Batch after batch, of which only the figures and those first frames are kept. The last batch is filled up to keep
+    its shape.
+    """
+    settings = dataclasses.replace(system.config.sample, denoise="none", frames=0)
+    size, shown = settings.batch_size, []
+    scores: dict[str, dict[str, float]] = {how: {} for how in DENOISE_CHOICES}
+    features = jax.jit(system.features)
+    with ProgressBar("samples", len(captions), unit="clip") as progress:
+        for begin in range(0, len(captions), size):
+            batch = captions[begin:begin + size]
+            filled = batch + [batch[-1]] * (size - len(batch))
+            clips = generate_clips(system, params, filled, range(begin, begin + size), settings)
+            text = features(params, jnp.asarray(system.text_ids([system.prompt(caption) for caption in filled])))
+            for how in DENOISE_CHOICES:
+                clean = denoise(system, params, jnp.asarray(clips.noisy_BNhwC), text, how)
+                frames = np.asarray(system.decode(clean))[:len(batch)]
+                of_batch = read(None if labels_B3 is None else labels_B3[begin:begin + size], frames)
+                for name, value in of_batch.items():  # each a mean over clips
+                    scores[how][name] = scores[how].get(name, 0.0) + value * len(batch) / len(captions)
+                if how == system.config.sample.denoise and begin < SHOWN:
+                    shown.append(frames[:SHOWN - begin])
+            progress.update(len(batch))
+    return scores, np.concatenate(shown)
+
+
+def read(labels_B3: np.ndarray | None, frames_BTHWC: np.ndarray) -> dict[str, float]:
+    """Adherence to the labels of moving digits, and steadiness; of pictures what does not take two frames."""
+    moves = frames_BTHWC.shape[1] > 1
+    scores = {} if labels_B3 is None else reader.default_reader().adherence(labels_B3, frames_BTHWC)
+    if moves:
+        return {**scores, "temporal_flickering": temporal_flickering(frames_BTHWC)}
+    return {name: share for name, share in scores.items() if name != "direction"}
+
+
+def real_clips(system: System, count: int) -> tuple[np.ndarray | None, np.ndarray]:
+    source = data_source(system.config, "test")
+    examples = [source[index] for index in range(min(count, len(source)))]
+    labels = np.array([[e[name] for name in ADHERENCE] for e in examples]) if ADHERENCE[0] in examples[0] else None
+    return labels, np.stack([e["frames"][:system.pixel_frames] for e in examples])
+
+
+def test_likelihood(system: System, params: Params) -> dict[str, Any]:
+    """Bits per dimension of the sigma-noised test latents, constants included, beside two baselines."""
+    clips = system.config.evaluate.clips
+    bits = bits_per_frame(system, params, likelihood_batches(system, "test", clips))
+    train = _noisy_latents(system, "train", BASELINE_CLIPS)
+    same_size = [latents for latents in _noisy_latents(system, "test", clips) if latents.shape == train[0].shape]
+    train = [latents for latents in train if latents.shape == train[0].shape]
+    return {
+        "bits_per_dim": float(bits.mean()),
+        "bits_per_dim_standard_error": float(bits.mean(axis=1).std() / np.sqrt(len(bits))),
+        "bits_per_dim_per_frame": [float(value) for value in bits.mean(axis=0)],
+        "bits_per_dim_of": f"test latents with noise {system.config.model.noise_std}, given the caption",
+        "baselines": baselines(np.stack(train), np.stack(same_size)) if same_size else {},
+        "test_clips": len(bits),
+    }
+
+
+def _noisy_latents(system: System, split: str, limit: int) -> list[np.ndarray]:
+    """The first clips' noised latents, fewer of large ones."""
+    model = system.config.model
+    clip_bytes = 4 * model.frames * model.height * model.width * model.channels
+    batches = likelihood_batches(system, split, min(limit, max(2, BASELINE_BYTES // clip_bytes)))
+    return [clip for index, batch in enumerate(batches)
+            for clip in fetch(noised_latents(system, batch, index))[batch["valid_B"]]]
+
+
+def baselines(train_BNhwC: np.ndarray, test_BNhwC: np.ndarray) -> dict[str, float]:
+    """Bits per dimension of two simple models of the same noised latents, fitted to training clips.
+
+    gaussian: one Gaussian per dimension. last_frame: the first frame by those Gaussians, each later frame
+    as the frame before it with noise fitted per dimension.
+    """
+    mean, std = train_BNhwC.mean(axis=0), train_BNhwC.std(axis=0) + 1e-6
+    gaussian = _gaussian_bits(test_BNhwC - mean, std)
+    change = train_BNhwC[:, 1:] - train_BNhwC[:, :-1]
+    spread = np.sqrt((change**2).mean(axis=0)) + 1e-6
+    repeated = _gaussian_bits(test_BNhwC[:, 1:] - test_BNhwC[:, :-1], spread)
+    last_frame = np.concatenate([gaussian[:, :1], repeated], axis=1)
+    return {"gaussian": float(gaussian.mean()), "last_frame": float(last_frame.mean())}
+
+
+def _gaussian_bits(error: np.ndarray, std: np.ndarray) -> np.ndarray:
+    return (0.5 * (error / std) ** 2 + np.log(std) + 0.5 * np.log(2 * np.pi)) / np.log(2)

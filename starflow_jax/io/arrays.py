@@ -1,0 +1,39 @@
+"""A pytree of arrays as one safetensors file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from starflow_jax.config import UserError
+from starflow_jax.io.files import atomic_path
+
+
+def export_arrays(path: Path, params: Mapping[str, Any], dtype: Any = None,
+                  metadata: dict[str, str] | None = None) -> None:
+    """Write a pytree of dicts of arrays as one safetensors file with names a/b/c; dtype: of floats on disk."""
+    flat = {name: np.array(value, order="C") for name, value in traverse_util.flatten_dict(params, sep="/").items()}
+    if dtype is not None:
+        flat = {name: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v for name, v in flat.items()}
+    with atomic_path(Path(path)) as temporary:
+        save_file(flat, str(temporary), metadata)
+
+
+def import_arrays(path: Path) -> dict[str, Any]:
+    """Read what `export_arrays` wrote; floats of less than 32 bits come back as float32.
+
+    Raises UserError for a missing or damaged file.
+    """
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            flat = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: can't be read as safetensors ({error})") from error
+    small = (np.float16, jnp.bfloat16)
+    return traverse_util.unflatten_dict(
+        {name: v.astype(np.float32) if v.dtype in small else v for name, v in flat.items()}, sep="/")

@@ -1,0 +1,133 @@
+"""Pictures: reading, resizing, contact sheets and GIFs."""
+
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from starflow_jax.config import UserError
+from starflow_jax.io.files import atomic_path
+
+FONT_SIZE = 13  # pixels; legible at 100% on a screen
+MARGIN = 4  # pixels between the cells of a sheet
+
+
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads a picture as (H, W, 3) uint8, turned upright. Raises UserError if missing or damaged."""
+    if not Path(path).is_file():
+        raise UserError(f"image not found: {path}; check the path")
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read image {path} ({error}); give an undamaged PNG or JPEG") from error
+
+
+def resize_crop(frames_THWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Antialiased resize to cover height × width, centre crop: (T, H, W, 3) -> (T, height, width, 3) uint8."""
+    check_frames(frames_THWC)
+    _, rows, columns, _ = frames_THWC.shape
+    scale = max(height / rows, width / columns)
+    left, top = (columns - width / scale) / 2, (rows - height / scale) / 2
+    # Rounding may carry the box a hair outside the picture, which Pillow refuses.
+    box = (max(left, 0), max(top, 0), min(columns - left, columns), min(rows - top, rows))
+    resized = [
+        Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box=box)
+        for frame in frames_THWC
+    ]
+    return np.stack([np.asarray(image) for image in resized])
+
+
+def contact_sheet(
+    path: str | os.PathLike[str],
+    clips_BTHWC: np.ndarray,
+    captions: Sequence[str],
+    columns: int = 16,
+    scale: int = 1,
+) -> None:
+    """Writes a PNG, one row per clip: its caption, and under it `columns` frames evenly spread in time.
+
+    clips (B, T, H, W, 3) uint8, B captions. `scale` enlarges each pixel to scale × scale.
+    """
+    frame_count = clips_BTHWC.shape[1]
+    shown = np.linspace(0, frame_count - 1, min(columns, frame_count)).round().astype(int)
+    rows = []
+    for clip_THWC, caption in zip(clips_BTHWC, captions, strict=True):
+        check_frames(clip_THWC)
+        padded = _pad_cells(enlarge(clip_THWC[shown], scale))
+        strip_HWC = np.concatenate(list(padded), axis=1)
+        rows.append(np.concatenate([_caption_picture(caption, strip_HWC.shape[1]), strip_HWC], axis=0))
+    with atomic_path(path) as temporary:
+        Image.fromarray(np.concatenate(rows, axis=0)).save(temporary, format="PNG", optimize=True)
+
+
+def write_gif(
+    path: str | os.PathLike[str],
+    clips_BTHWC: np.ndarray,
+    captions: Sequence[str],
+    fps: float,
+    columns: int = 4,
+    scale: int = 1,
+) -> None:
+    """Writes clips (B, T, H, W, 3) uint8 as one endlessly moving grid, `columns` clips wide, captions above.
+
+    One palette of 128 colours without dithering keeps the file small. It is chosen from the distinct colours,
+    or the black and white that most pixels have would take all of it. GIF counts time in 1/100 s.
+    """
+    cells = [_pad_cells(enlarge(clip_THWC, scale)) for clip_THWC in clips_BTHWC]
+    titles = [_caption_picture(caption, cells[0].shape[2]) for caption in captions]
+    title_height = max(title.shape[0] for title in titles)
+    for index, (title, cell_THWC) in enumerate(zip(titles, cells, strict=True)):
+        title = np.pad(title, ((title_height - title.shape[0], 0), (0, 0), (0, 0)), constant_values=255)
+        title_THWC = np.broadcast_to(title, (len(cell_THWC), *title.shape))
+        cells[index] = np.concatenate([title_THWC, cell_THWC], axis=1)
+    cells += [np.full_like(cells[0], 255)] * (-len(cells) % columns)
+    rows = [np.concatenate(cells[i : i + columns], axis=2) for i in range(0, len(cells), columns)]
+    grid_THWC = np.concatenate(rows, axis=1)
+    distinct_N3 = np.unique(grid_THWC.reshape(-1, 3), axis=0)
+    palette = Image.fromarray(distinct_N3[None]).quantize(128, kmeans=3)
+    pictures = [
+        Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in grid_THWC
+    ]
+    with atomic_path(path) as temporary:
+        pictures[0].save(
+            temporary, format="GIF", save_all=True, append_images=pictures[1:], loop=0,
+            duration=round(100 / fps) * 10, optimize=True,
+        )  # fmt: skip
+
+
+def check_frames(frames_THWC: np.ndarray) -> None:
+    if frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3:
+        raise ValueError(
+            f"frames must be uint8 of shape (T, H, W, 3), not {frames_THWC.dtype} {frames_THWC.shape}"
+        )
+    if 0 in frames_THWC.shape:
+        raise ValueError(f"frames are empty: shape {frames_THWC.shape}")
+
+
+def enlarge(frames_THWC: np.ndarray, scale: int) -> np.ndarray:
+    return frames_THWC.repeat(scale, axis=1).repeat(scale, axis=2)
+
+
+def _pad_cells(frames_THWC: np.ndarray) -> np.ndarray:
+    """A white margin at the right of and below each frame."""
+    return np.pad(frames_THWC, ((0, 0), (0, MARGIN), (0, MARGIN), (0, 0)), constant_values=255)
+
+
+def _caption_picture(caption: str, width: int) -> np.ndarray:
+    """The caption in black on white, wrapped to `width` pixels: (H, width, 3) uint8."""
+    font = ImageFont.load_default(FONT_SIZE)
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    fits = len(caption)
+    lines = [caption]
+    while fits > 1 and any(draw.textlength(line, font) > width - MARGIN for line in lines):
+        fits -= 1
+        lines = textwrap.wrap(caption, fits)
+    line_height = FONT_SIZE + 3
+    picture = Image.new("RGB", (width, line_height * len(lines)), "white")
+    for index, line in enumerate(lines):
+        ImageDraw.Draw(picture).text((1, index * line_height), line, fill="black", font=font)
+    return np.asarray(picture)

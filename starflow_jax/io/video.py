@@ -1,0 +1,134 @@
+"""Video and picture files in and out: PyAV for MP4, Pillow for images.
+
+Frames are uint8 RGB everywhere, 0 to 255, axes in the name: T frames, H rows, W columns, C = 3 colours,
+B clips. Files appear whole or not at all, each written under a temporary name and then renamed; but for
+`growing_mp4`, which is there to be watched while it is written.
+"""
+
+import os
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import numpy as np
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+
+from starflow_jax.config import UserError
+from starflow_jax.io.files import atomic_path
+from starflow_jax.io.pictures import check_frames, enlarge
+
+
+def write_mp4(
+    path: str | os.PathLike[str], frames_THWC: np.ndarray, fps: float, scale: int = 1
+) -> None:
+    """Writes frames (T, H, W, 3) uint8 as H.264 yuv420p, which every player and browser opens.
+
+    `scale` enlarges each pixel to scale × scale. yuv420p wants even sizes: an odd last row or column is
+    repeated once. Raises ValueError for another shape or dtype.
+    """
+    check_frames(frames_THWC)
+    with atomic_path(path) as temporary:
+        writer = Mp4Writer(temporary, fps, scale, {"movflags": "+faststart"}, {"crf": "16"})
+        writer.write(frames_THWC)
+        writer.close()
+
+
+class Mp4Writer:
+    """An H.264 MP4 that frames are written to as they come; settings are ffmpeg's."""
+
+    def __init__(self, path: str | os.PathLike[str] | BinaryIO, fps: float, scale: int, container: dict[str, str],
+                 codec: dict[str, str], pixels: str = "yuv420p") -> None:
+        self._scale, self._codec, self._pixels = scale, codec, pixels
+        self._rate = Fraction(fps).limit_denominator(60060)
+        file = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+        self._container = av.open(file, "w", format="mp4", options=container)
+        self._stream: av.VideoStream | None = None
+
+    def write(self, frames_THWC: np.ndarray) -> None:
+        """Append frames (T, H, W, 3) uint8, all of one size."""
+        check_frames(frames_THWC)
+        frames_THWC = enlarge(frames_THWC, self._scale)
+        _, height, width, _ = frames_THWC.shape
+        frames_THWC = np.pad(frames_THWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if self._stream is None:
+            self._stream = self._open_stream(*frames_THWC.shape[1:3])
+        for frame_HWC in frames_THWC:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+            frame = frame.reformat(
+                format=self._pixels, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            )
+            self._container.mux(self._stream.encode(frame))
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._container.mux(self._stream.encode(None))
+        self._container.close()
+
+    def _open_stream(self, height: int, width: int) -> av.VideoStream:
+        stream = self._container.add_stream("libx264", rate=self._rate)
+        stream.height, stream.width, stream.pix_fmt = height, width, self._pixels
+        stream.options = {**self._codec}
+        # Tagged and converted as BT.709: untagged files are shown as BT.601 or BT.709 as the player likes.
+        context = stream.codec_context
+        context.colorspace = Colorspace.ITU709
+        context.color_primaries = ColorPrimaries.BT709
+        context.color_trc = ColorTrc.BT709
+        context.color_range = ColorRange.MPEG
+        return stream
+
+
+def growing_mp4(path: str | os.PathLike[str], fps: float, scale: int = 1) -> Mp4Writer:
+    """An MP4 that plays while it grows: every frame is a fragment of its own, on disk as soon as it is written."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return Mp4Writer(path, fps, scale, {"movflags": "+frag_every_frame+empty_moov+default_base_moof",
+                                        "flush_packets": "1"}, {"crf": "16", "tune": "zerolatency"})
+
+
+def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
+    """Reads a whole video: frames (T, H, W, 3) uint8 and its frames per second.
+
+    Raises UserError where the file is missing, damaged, or holds no video frames.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"video not found: {path}; check the path")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UserError(f"no video in {path}; give a file with a video track, such as an MP4")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            rate = stream.average_rate or stream.guessed_rate
+            frames = []
+            for packet in container.demux(stream):
+                if packet.is_corrupt:
+                    raise UserError(f"video {path} is damaged or cut short; copy or encode it again")
+                frames += [to_rgb(frame) for frame in packet.decode()]
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(
+            f"cannot read video {path} ({getattr(error, 'strerror', error)}); copy or encode it again"
+        ) from error
+    if not frames or not rate:
+        raise UserError(f"no video frames in {path}; copy or encode it again")
+    if any(frame.shape != frames[0].shape for frame in frames):
+        raise UserError(f"the frames of {path} change size; encode it again at one size")
+    return np.stack(frames), float(rate)
+
+
+def at_rate(frames_THWC: np.ndarray, fps: float, wanted: float) -> np.ndarray:
+    """Frames (T, ...) of a video of `fps` as one of `wanted` frames per second has them: repeated or left out."""
+    count = max(1, round(len(frames_THWC) * wanted / fps))
+    return frames_THWC[np.minimum(np.arange(count) * fps / wanted, len(frames_THWC) - 1).astype(int)]
+
+
+def to_rgb(frame: av.VideoFrame, threads: int = 0) -> np.ndarray:
+    """Decoded frame -> (H, W, 3) uint8. threads: 0 for as many as there are cores."""
+    tag_colours(frame)
+    return frame.to_ndarray(format="rgb24", threads=threads)
+
+
+def tag_colours(frame: av.VideoFrame) -> None:
+    """Takes an untagged frame to be BT.709 from 720 rows on, else BT.601, as players do."""
+    unspecified = 2  # AVCOL_SPC_UNSPECIFIED
+    if frame.colorspace == unspecified and frame.height >= 720:
+        frame.colorspace = Colorspace.ITU709

@@ -1,0 +1,70 @@
+"""Which model a mode works with: the workdir's newest or best checkpoint, or the one carried in the package."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow_jax import sharding
+from starflow_jax.checkpoints.parameters import first_whole, restore_params
+from starflow_jax.checkpoints.training import Checkpoints
+from starflow_jax.config import Config, UserError
+from starflow_jax.io.arrays import export_arrays, import_arrays
+from starflow_jax.io.files import atomic_path
+from starflow_jax.model.parameters import Params, init_params, model_fingerprint
+from starflow_jax.model.system import System, load_system, save_system
+from starflow_jax.text.pretrained import load_encoder
+
+BOX = Path(__file__).parents[1] / "assets" / "tiny"
+
+
+def load_model(config: Config, workdir: Path) -> tuple[System, Params, str]:
+    """(system, averaged parameters, where they come from).
+
+    Raises UserError where the workdir holds another model, or holds none and the package has none either.
+    """
+    if (workdir / "checkpoints").exists():
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
+                                  model_fingerprint=model_fingerprint(config))
+        steps = checkpoints.steps(best=config.sample.checkpoint == "best")
+        checkpoints.close()
+        step = first_whole(checkpoints.directory, steps)
+        if step is not None:
+            abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+            if not (mesh := jax.sharding.get_mesh()).empty:
+                abstract = sharding.abstract(abstract, mesh)
+            abstract = sharding.layers_as(abstract, jnp.dtype(config.model.dtype))
+            params = restore_params(checkpoints.directory / str(step), abstract)
+            return load_system(config, workdir / "system"), with_text(config, params), f"{workdir}, step {step}"
+    return load_box(config, workdir)
+
+
+def with_text(config: Config, params: Params) -> Params:
+    """The parameters with the frozen text encoder's, which no checkpoint holds."""
+    if config.text.encoder != "frozen" or not config.model.text_length:
+        return params
+    weights = load_encoder(Path(config.text.weights), config.model.text_dim)
+    return {**params, "text": jax.tree.map(jax.numpy.asarray, weights)}
+
+
+def load_box(config: Config, workdir: Path) -> tuple[System, Params, str]:
+    """The model in the package."""
+    description = BOX / "model.json"
+    if not description.exists() or json.loads(description.read_text())["fingerprint"] != model_fingerprint(config):
+        raise UserError(f"{workdir} holds no checkpoint, and the package carries none of {config.name}; "
+                        "train one first (--mode=train) or name its folder with --workdir")
+    params = jax.tree.map(jax.numpy.asarray, import_arrays(BOX / "model.safetensors"))
+    return load_system(config, BOX), params, "the model in the package"
+
+
+def save_box(config: Config, system: System, params: Params, facts: dict) -> None:
+    """Write a model into the package: parameters in float16, tokenizer, codec, and what made it."""
+    BOX.mkdir(parents=True, exist_ok=True)
+    export_arrays(BOX / "model.safetensors", jax.tree.map(np.asarray, params), dtype=np.float16)
+    save_system(system, BOX)
+    with atomic_path(BOX / "model.json") as path:
+        path.write_text(json.dumps({"fingerprint": model_fingerprint(config),
+                                    "config": dataclasses.asdict(config), **facts}, indent=1))

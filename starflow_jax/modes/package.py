@@ -1,0 +1,21 @@
+"""Put a trained small model into the package, as the model that an empty workdir samples with."""
+
+from pathlib import Path
+
+from starflow_jax.config import Config, UserError
+from starflow_jax.model.store import BOX, load_model, save_box
+
+LARGEST = 15 * 2**20  # bytes that the package may carry
+
+
+def package(config: Config, workdir: Path) -> None:
+    """Write the workdir's averaged parameters, tokenizer, codec and configuration into the package."""
+    if not (workdir / "checkpoints").exists():
+        raise UserError(f"{workdir} holds no checkpoint to put into the package; train one first")
+    system, params, source = load_model(config, workdir)
+    save_box(config, system, params, {"source": f"{config.name}: {source.rsplit(', ', 1)[-1]}"})
+    size = sum(path.stat().st_size for path in BOX.iterdir())
+    if size > LARGEST:
+        raise UserError(f"{BOX} is now {size / 2**20:.1f} MiB, more than the {LARGEST / 2**20:.0f} MiB allowed; "
+                        "make the model smaller")
+    print(f"{BOX}: {source}, {size / 2**20:.1f} MiB")

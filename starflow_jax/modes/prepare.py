@@ -1,0 +1,159 @@
+"""--mode=prepare: raw videos and pictures to clips, and, where asked for, their latents and text features."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from starflow_jax import sharding
+from starflow_jax.config import Config, Mesh, UserError
+from starflow_jax.data import pipeline
+from starflow_jax.data.raw import latents
+from starflow_jax.data.raw.building import PREPARED, REJECTED, Job, prepare_clips
+from starflow_jax.data.raw.clips import Bucket, Recipe
+from starflow_jax.data.raw.shards import SPLITS
+from starflow_jax.data.raw.sources import Captions
+from starflow_jax.io.progress import table
+from starflow_jax.model.fit import make_codec, make_tokenizer
+from starflow_jax.model.parameters import Params
+from starflow_jax.model.shapes import prompt_text
+from starflow_jax.model.sources import codec_fingerprint, digest, text_fingerprint
+from starflow_jax.model.store import load_model, with_text
+from starflow_jax.model.system import System, load_system
+from starflow_jax.text.prompt import frame_size
+
+
+def prepare(config: Config, workdir: Path) -> None:
+    """Prepare config.prepare.input, going on where an earlier run was killed; print what came of it.
+
+    Several processes share the latents and features; the clips are made by the first one.
+    """
+    settings = config.prepare
+    folder = settings.output or str(workdir / "prepared")
+    beam = None if settings.beam == "none" else settings.beam
+    if jax.process_index() == 0 and (epath.Path(folder) / PREPARED).exists():
+        print(f"{folder}: its clips are whole and stay; files that came into the input since need another "
+              "prepare.output")
+    done = sharding.on_every_process(partial(prepare_clips, processes=settings.processes, beam=beam),
+                                     job_of(config, folder))
+    if settings.latents:
+        write_latents(config, workdir, folder)
+    if settings.text_features:
+        write_text_features(config, workdir, folder)
+    if jax.process_index() == 0:
+        _print(done, folder, settings.latents or settings.text_features)
+
+
+def job_of(config: Config, folder: str) -> Job:
+    """The settings as the data modules take them. Raises UserError for sizes that can't be."""
+    settings = config.prepare
+    later = config.codec.time_stride if config.model.frames > 1 else 0
+    frames = settings.frames or 1 + (config.model.frames - 1) * config.codec.time_stride + later
+    recipe = Recipe(buckets_of(config), frames, settings.fps, settings.clips_per_video, settings.max_upscale,
+                    settings.min_brightness, settings.min_motion, settings.cut_threshold, settings.crf)
+    captions = Captions(_names(settings.long_captions), _names(settings.short_captions))
+    return Job(settings.input, folder, settings.items_per_part, captions, recipe, settings.validation_share,
+               settings.test_share, settings.clips_per_shard)
+
+
+def buckets_of(config: Config) -> tuple[Bucket, ...]:
+    """One size per aspect ratio, of whole tokens: 480p is 640 x 640, or 480 x 848."""
+    side = round(config.prepare.resolution * 4 / 3)  # of a square of as many pixels as 16:9 at this height
+    multiple = math.lcm(config.codec.stride * config.model.patch_size, 2)  # video files have even sides
+    buckets: list[Bucket] = []
+    for aspect_ratio in _names(config.prepare.aspect_ratios):
+        height, width = frame_size(side, aspect_ratio, multiple)
+        if all((bucket.height, bucket.width) != (height, width) for bucket in buckets):
+            buckets.append(Bucket(height, width, aspect_ratio))
+    return tuple(buckets)
+
+
+def write_latents(config: Config, workdir: Path, folder: str) -> None:
+    """Encode all clips with the workdir's codec, each batch over all devices of this process."""
+    system = _codec_system(config, workdir)
+    mesh, batch_size = _over_devices(config.prepare.batch_size)
+
+    def shape(shape_THWC: tuple[int, ...]) -> tuple[int, ...]:
+        frames = jax.ShapeDtypeStruct((1, *shape_THWC), jnp.uint8)
+        return jax.eval_shape(system.encode, frames).shape[1:]
+
+    latents.write_latents(folder, lambda frames: np.asarray(system.encode(_put(frames, mesh))), shape,
+                          batch_size=batch_size, made_by=codec_fingerprint(system), share=_share())
+
+
+def write_text_features(config: Config, workdir: Path, folder: str) -> None:
+    """Encode all prompts that the clips may be trained with by the frozen text encoder, or the workdir's own."""
+    system, params = _text_system(config, workdir)
+    mesh, batch_size = _over_devices(config.prepare.batch_size)
+    features = jax.jit(system.features)
+    made_by = text_fingerprint(config)
+    if config.text.encoder == "trained":  # it changes as training goes on
+        made_by["arrays"] = digest(params["text"])
+    text = jax.device_put({"text": params["text"]}, sharding.replicated(mesh))
+
+    def encode(prompts: list[str]) -> np.ndarray:
+        return np.asarray(features(text, _put(system.text_ids(prompts), mesh)))
+
+    def prompts_of(bucket: dict[str, Any], clip: dict[str, Any]) -> list[str]:
+        told = {**clip, "fps": int(clip["fps"]), "aspect_ratio": bucket["aspect_ratio"]}
+        return pipeline.prompts_of(told, partial(prompt_text, config), bucket["frames"] == 1)
+
+    latents.write_text_features(folder, encode, config.model.text_dim, prompts_of, batch_size=batch_size,
+                                made_by=made_by, share=_share())
+
+
+def _codec_system(config: Config, workdir: Path) -> System:
+    """A VAE; or the workdir's own codec, whose model may not be trained yet, or the package's."""
+    if config.codec.kind == "wan":
+        return System(config, tokenizer=None, codec=make_codec(config))  # type: ignore[arg-type]
+    if (workdir / "system" / "codec.safetensors").exists():
+        return load_system(config, workdir / "system")
+    try:
+        return load_model(config, workdir)[0]
+    except UserError as error:
+        raise UserError(f"{workdir} holds no codec to make latents with: it is fitted at the start of --mode=train "
+                        "--config.data.source=prepared; without prepare.latents the clips alone are made") from error
+
+
+def _text_system(config: Config, workdir: Path) -> tuple[System, Params]:
+    if config.text.encoder == "frozen":
+        return System(config, make_tokenizer(config), codec=None), with_text(config, {})  # type: ignore[arg-type]
+    system, params, source = load_model(config, workdir)
+    print(f"text encoder: of {source}")
+    return system, params
+
+
+def _over_devices(batch_size: int) -> tuple[jax.sharding.Mesh, int]:
+    """(this process's devices side by side, the batch size rounded up so that all have as many clips)."""
+    devices = jax.local_devices()
+    return sharding.make_mesh(Mesh(), devices), -(-batch_size // len(devices)) * len(devices)
+
+
+def _put(batch: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
+    return jax.device_put(batch, sharding.batch_sharding(mesh))
+
+
+def _share() -> tuple[int, int]:
+    return jax.process_index(), jax.process_count()
+
+
+def _names(parted: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in parted.split(","))
+
+
+def _print(done: dict[str, Any], folder: str, derived_too: bool) -> None:
+    rows = [(name, bucket["aspect_ratio"], *(bucket["clips"].get(split, 0) for split in SPLITS))
+            for name, bucket in done["buckets"].items()]
+    print(table(rows, ("bucket", "aspect ratio", *SPLITS)))
+    if done["rejected"]:
+        print()
+        print(table(list(done["rejected"].items()), ("left out because", "times")))
+    print(f"\n{done['items']} files, {done['clips']} clips: {folder}/{PREPARED}\n"
+          f"what was left out and why: {folder}/{REJECTED}")
+    print(f"next: --mode=train --config.data.source=prepared --config.data.directory={folder}"
+          + (" --config.data.latents=true" if derived_too else ""))

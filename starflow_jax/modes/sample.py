@@ -1,0 +1,97 @@
+"""Prompts -> videos: an MP4, a contact sheet and a JSON for each."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from starflow_jax.config import Config
+from starflow_jax.io.files import atomic_path
+from starflow_jax.io.progress import ProgressBar, table
+from starflow_jax.io.video import growing_mp4
+from starflow_jax.model.parameters import Params
+from starflow_jax.model.store import load_model
+from starflow_jax.model.system import System
+from starflow_jax.sampling.conditions import latent_frames, prompt_changes
+from starflow_jax.sampling.files import SHOWN_PIXELS, Request, write_video
+from starflow_jax.sampling.generate import generate_clips
+from starflow_jax.sampling.requests import given_frames, most_likely, read_requests, rewritten, with_length
+from starflow_jax.sampling.stream import stream_clips
+from starflow_jax.sampling.timeline import Timeline, draw_timeline
+
+
+def sample(config: Config, workdir: Path) -> None:
+    """Make config.sample's videos with the workdir's model, or with the one in the package."""
+    requests = read_requests(config)
+    prompt_changes(config, config.sample)  # errors before anything is loaded
+    known_THWC = given_frames(config)
+    config = with_length(config, known_THWC)
+    latent_frames(config, config.sample)
+    requests = rewritten(config, requests)
+    system, params, source = load_model(config, workdir)
+    folder = Path(config.sample.output or workdir / "samples")
+    print(f"model: {source}")
+    make = _stream_all if config.sample.stream else _make_all
+    rows, headers = make(folder, system, params, requests, known_THWC)
+    print(table(rows, headers))
+    if len(rows) > 1:
+        print(f"all in {folder}")
+
+
+def _make_all(folder: Path, system: System, params: Params, requests: list[Request], known_THWC: np.ndarray | None):
+    """Whole clips, written batch by batch, or when the most likely of each prompt's are known. Returns the table."""
+    settings, made, rows = system.config.sample, [], []
+    with ProgressBar("samples", len(requests), unit="video") as progress:
+        for batch in _batches(requests, settings.batch_size):
+            began = time.perf_counter()
+            known = None if known_THWC is None else np.broadcast_to(known_THWC, (len(batch), *known_THWC.shape))
+            clips = generate_clips(system, params, [r.prompt for r in batch], [r.seed for r in batch], settings, known)
+            seconds = (time.perf_counter() - began) / len(batch)
+            made += [(request, clips, index, seconds) for index, request in enumerate(batch)]
+            if not settings.keep:
+                rows += [write_video(folder, system.config, *one) for one in made]
+                made = []
+            progress.update(len(batch))
+    if settings.keep:
+        rows = [write_video(folder, system.config, *one) for one in most_likely(made, settings.keep)]
+    return rows, ("video", "bits/dim", "Jacobi steps", "seconds")
+
+
+def _stream_all(folder: Path, system: System, params: Params, requests: list[Request], known_THWC: np.ndarray | None):
+    """Each batch's videos grow on disk while they are made; the pipeline's times are drawn beside them."""
+    settings, rows = system.config.sample, []
+    for batch in _batches(requests, settings.batch_size):
+        known = None if known_THWC is None else np.broadcast_to(known_THWC, (len(batch), *known_THWC.shape))
+        scale = max(1, SHOWN_PIXELS // (system.config.model.height * system.config.codec.stride))
+        paths = [folder / f"{request.name}_stream.mp4" for request in batch]
+        writers = [growing_mp4(path, settings.fps or system.config.text.fps or 1, scale) for path in paths]
+        timeline, began, first, frames = Timeline(), time.perf_counter(), 0.0, 0
+        prompts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
+        with ProgressBar("stream", settings.frames or system.pixel_frames, unit="frame") as progress:
+            for part_BTHWC in stream_clips(system, params, prompts, seeds, settings, known, timeline):
+                first = first or time.perf_counter() - began
+                frames += part_BTHWC.shape[1]
+                for writer, part_THWC in zip(writers, part_BTHWC):
+                    writer.write(part_THWC)
+                progress.update(part_BTHWC.shape[1])
+        seconds = time.perf_counter() - began
+        events = timeline.close()
+        for writer, path, request in zip(writers, paths, batch):
+            writer.close()
+            facts = {"prompt": request.prompt, "prompt_given": request.given or request.prompt,
+                     "seed": request.seed, "frames": frames, "seconds": round(seconds, 3),
+                     "seconds_to_first_frame": round(first, 3), "settings": dataclasses.asdict(settings),
+                     "timeline": [dataclasses.asdict(event) for event in events]}
+            with atomic_path(path.with_suffix(".json")) as temporary:
+                temporary.write_text(json.dumps(facts, indent=1))
+            draw_timeline(path.with_suffix(".timeline.png"), events)
+            rows.append((str(path), f"{first:.2f}", f"{frames / seconds:.2f}"))
+    return rows, ("video", "seconds to the first frame", "frames per second")
+
+
+def _batches(requests: list[Request], size: int) -> Iterator[list[Request]]:
+    for begin in range(0, len(requests), size):
+        yield requests[begin:begin + size]

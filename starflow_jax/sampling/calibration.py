@@ -1,0 +1,122 @@
+"""Decoding made fast for one trained model: first guesses are fitted, and solvers and block sizes are measured."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow_jax.config import Sample, UserError
+from starflow_jax.data.pipeline import evaluation_batches
+from starflow_jax.flow import decode, first_guess
+from starflow_jax.io.progress import ProgressBar
+from starflow_jax.model.parameters import Params, decoding_variables
+from starflow_jax.model.sources import data_source, fixed_captions
+from starflow_jax.model.system import Calibrated, System
+from starflow_jax.sampling.conditions import noise_for, prepare, shallow_tokens
+from starflow_jax.sampling.generate import deep_frames
+from starflow_jax.sampling.solver import deep_solver
+
+FITTED_CLIPS = 4_096
+PROMPTS = 8
+SAMPLED_CLIPS = 32  # whose tokens are fitted to their noise
+ROUNDS = 3  # of which the fastest counts
+ERROR = 1e-3  # allowed squared distance to sequential decoding, as a share of the squared norm
+
+
+def fit_guess(system: System, params: Params) -> first_guess.FirstGuess:
+    """First frames of training clips, as the deep block sees them, from their captions."""
+    features, tokens, texts, frames = jax.jit(system.features), jax.jit(shallow_tokens, static_argnums=0), [], []
+    batches = evaluation_batches(data_source(system.config, "train"), batch_size=64, limit=FITTED_CLIPS,
+                                 pixel_frames=1, encode_text=system.text_ids,
+                                 format_caption=lambda caption, _, **told: system.prompt(caption, **told))
+    with ProgressBar("first guess", FITTED_CLIPS // 64, unit="batch") as progress:
+        for index, batch in enumerate(batches):
+            latents = system.encode(jnp.asarray(batch["frames_BTHWC"]))
+            if latents.shape[2:4] != (system.config.model.height, system.config.model.width):
+                continue  # prepared data has other sizes, too
+            noise = jax.random.normal(jax.random.key(index), latents.shape)
+            noisy = latents + system.config.model.noise_std * noise
+            frames.append(np.asarray(tokens(system, params, noisy))[:, 0])
+            texts.append(np.asarray(features(params, jnp.asarray(batch["text_ids_BS"]))))
+            progress.update()
+    if not frames:
+        raise UserError(f"calibration needs training clips of the size that is sampled, {system.config.model.height}x"
+                        f"{system.config.model.width} latents; the prepared data holds none")
+    return first_guess.fit(np.concatenate(texts), np.concatenate(frames))
+
+
+def fit_noise_guess(system: System, params: Params) -> first_guess.NoiseGuess:
+    """Tokens of sampled videos from their noise; guided as the configuration says."""
+    model, captions = system.config.model, fixed_captions(system, "train", SAMPLED_CLIPS)
+    settings = dataclasses.replace(system.config.sample, frames=0, stream=False, start="previous")
+    shape, pairs = (model.frames, model.tokens_per_frame, model.token_channels), []
+    with ProgressBar("guess from the noise", len(captions), unit="clip") as progress:
+        for begin in range(0, len(captions), PROMPTS):
+            batch = captions[begin:begin + PROMPTS]
+            u, _, _ = decode_deep(system, params, batch, settings, first_seed=begin)
+            z = np.asarray(noise_for(range(begin, begin + len(batch)), shape))
+            pairs.append((z.reshape(-1, shape[-1]), u.reshape(-1, shape[-1])))
+            progress.update(len(batch))
+    return first_guess.fit_noise(*map(np.concatenate, zip(*pairs)))
+
+
+def candidates(system: System) -> list[Calibrated]:
+    """Block Jacobi over parts of a frame, a frame, several frames; wavefronts of a whole window of frames."""
+    tokens, window = system.config.model.tokens_per_frame, system.config.model.frames
+    parts = [Calibrated(size, 1, start="previous") for size in sorted({max(1, tokens // n) for n in (6, 3, 2)})]
+    several = sorted({1, max(1, window // 2), window})
+    whole = [Calibrated(tokens * frames, frames, start=start) for frames in several for start in ("previous", "noise")]
+    sizes = sorted({max(updates, tokens * share // 4) for updates in (3, 6) for share in (2, 4)})
+    return parts + whole + [Calibrated(size, window, updates, "noise") for size in sizes for updates in (3, 6)]
+
+
+def measure(system: System, params: Params) -> list[tuple]:
+    """(solver, block size, frames per step, start, passes, seconds, error, candidate) of each candidate on a few
+    validation prompts."""
+    captions = fixed_captions(system, "validation", PROMPTS)
+    settings = dataclasses.replace(system.config.sample, frames=0, stream=False)
+    exact, _, _ = decode_deep(system, params, captions, dataclasses.replace(settings, solver="sequential"))
+    rows, tried = [], candidates(system)
+    with ProgressBar("measuring", len(tried), unit="solver") as progress:
+        for candidate in tried:
+            of = dataclasses.replace(system, calibrated=candidate)
+            plain = dataclasses.replace(settings, solver="", start="", block_size=0, frames_per_step=0)
+            runs = [decode_deep(of, params, captions, plain) for _ in range(1 + ROUNDS)]  # the first compiles
+            u, passes, seconds = min(runs[1:], key=lambda run: run[2])
+            name = f"wavefront, {candidate.updates} updates" if candidate.updates else "jacobi"
+            rows.append((name, candidate.block_size, candidate.frames_per_step, candidate.start, passes, seconds,
+                         relative_error(u, exact), candidate))
+            progress.update()
+    return rows
+
+
+def decode_deep(
+    system: System, params: Params, captions: list[str], settings: Sample, first_seed: int = 0
+) -> tuple[np.ndarray, float, float]:
+    """(u, deep-block passes per video, seconds) of the deep block alone, settings.batch_size videos at a time."""
+    variables, solver = jax.block_until_ready(decoding_variables(system.config, params)), deep_solver(system, settings)
+    parts, passes, seconds = [], 0.0, 0.0
+    for begin in range(0, len(captions), settings.batch_size):
+        batch = captions[begin:begin + settings.batch_size]
+        seeds = range(first_seed + begin, first_seed + begin + len(batch))
+        given = jax.block_until_ready(prepare(system, params, batch, seeds, settings))
+        began = time.perf_counter()
+        made, reports = zip(*deep_frames(system, variables, given, settings))
+        parts.append(np.asarray(jnp.concatenate(made, axis=1)))
+        seconds += time.perf_counter() - began
+        passes += sum(deep_passes(report, solver) for report in reports) * len(batch) / len(captions)
+    return np.concatenate(parts), passes, seconds
+
+
+def deep_passes(report: decode.Report, solver: decode.Solver) -> float:
+    """Runs of the deep block, mean over samples: a wavefront's update the strides of a window together."""
+    steps = np.asarray(report.steps)
+    return float(len(steps) + solver.updates - 1 if solver.updates else steps.sum(axis=0).mean())
+
+
+def relative_error(u: np.ndarray, exact: np.ndarray) -> float:
+    """Mean over videos of ||u - exact||^2 / ||exact||^2."""
+    axes = tuple(range(1, u.ndim))
+    return float((((u - exact) ** 2).sum(axes) / (exact**2).sum(axes)).mean())

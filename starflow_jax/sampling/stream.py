@@ -1,0 +1,144 @@
+"""Frames that leave as they are made: a pipeline of the deep block and of all that comes after it.
+
+The deep block runs on the first device; the shallow stack, the denoiser and the codec on the second where
+there is one. JAX dispatches without waiting, so the deep block is asked for its next frame before the one
+before it is fetched, and never waits for the rest. The frames equal those of the whole clip: each stage is
+causal, and the denoiser, which looks one frame ahead, is one frame late.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow_jax.codec.interface import decode_next
+from starflow_jax.config import Sample, UserError
+from starflow_jax.flow import decode
+from starflow_jax.flow.denoiser_stream import score_next
+from starflow_jax.flow.likelihood import REFERENCE_NOISE
+from starflow_jax.model.parameters import Params, decoding_variables
+from starflow_jax.model.system import System
+from starflow_jax.sampling.conditions import Conditions, prepare, text_at, token_grid
+from starflow_jax.sampling.denoise import denoise_window
+from starflow_jax.sampling.generate import deep_frames
+from starflow_jax.sampling.solver import shallow_solver
+from starflow_jax.sampling.timeline import Timeline
+from starflow_jax.sampling.windows import output_windows
+
+
+def stream_devices(count: int) -> tuple[jax.Device, jax.Device]:
+    """(the deep block's, everything else's). Raises UserError where there are not as many."""
+    devices = jax.local_devices()
+    if count > len(devices):
+        raise UserError(f"sample.devices={count}: this machine has {len(devices)}; on a CPU, set XLA_FLAGS="
+                        f"--xla_force_host_platform_device_count={count}")
+    return devices[0], devices[min(count, 2) - 1]
+
+
+def stream_clips(
+    system: System,
+    params: Params,
+    captions: list[str],
+    seeds: list[int],
+    settings: Sample,
+    known_BTHWC: np.ndarray | None = None,
+    timeline: Timeline | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield the clips' next frames, uint8 (B, T, H, W, 3), T = 1 for the first latent frame and the codec's time
+    stride for each after it; the given ones come first."""
+    deep, rest = stream_devices(settings.devices)
+    given = prepare(system, params, captions, seeds, settings, known_BTHWC)
+    variables = jax.device_put(decoding_variables(system.config, params), deep)
+    finish = _Finisher(system, jax.device_put(params, rest), given, settings)
+    timeline = timeline or Timeline()
+    index = 0 if given.known_BTSK is None else given.known_BTSK.shape[1]
+    pending: list[jax.Array] = []
+    for u_BGSK, _ in deep_frames(system, variables, jax.device_put(given, deep), settings):
+        timeline.watch("deep", index, u_BGSK)
+        # What was asked for a step ago is fetched only now, with the deep block at work on the next.
+        yield from (np.asarray(frames) for frames in pending)
+        pending = finish(jax.device_put(u_BGSK, rest))
+        if pending:
+            timeline.watch("rest", index, pending)
+        index += u_BGSK.shape[1]
+    yield from (np.asarray(frames) for frames in pending)
+
+
+class _Finisher:
+    """From u to pixels, frame after frame: what is known so far, and how much of it has left."""
+
+    def __init__(self, system: System, params: Params, given: Conditions, settings: Sample) -> None:
+        model = system.config.model
+        self._system, self._params, self._settings = system, params, settings
+        self._variables = decoding_variables(system.config, params)
+        device = jax.tree.leaves(params)[0].device
+        self._text = jax.device_put(given.text, device)
+        self._codec, self._cache = jax.device_put(system.codec, device), None
+        batch, made = given.noise_BNSK.shape[:2]
+        known = given.known_BThwC
+        self._window, self._next, self._state = -1, 0, None  # of the denoiser
+        self._ready = 0 if known is None else known.shape[1]
+        self._left = 0
+        shape = (batch, self._ready + made, model.height, model.width, model.channels)
+        # Frames that are not made yet are 0: nothing that is taken depends on them.
+        noisy = jnp.zeros(shape) if known is None else jnp.zeros(shape).at[:, :self._ready].set(known)
+        self._noisy = jax.device_put(noisy, device)
+        self._windows = output_windows(system.config, shape[1], model.denoiser_lookahead)
+
+    def __call__(self, u_BGSK: jax.Array) -> list[jax.Array]:
+        """Take the next frames of u; returns the pixels that they complete."""
+        noisy, _ = decode.invert_shallow(
+            self._system.flow, self._variables, u_BGSK, solver=shallow_solver(self._settings),
+            token_grid=token_grid(self._system))
+        self._noisy = _place(self._noisy, noisy, self._ready)
+        self._ready += u_BGSK.shape[1]
+        total = self._noisy.shape[1]
+        done = total if self._ready == total else self._ready - latency(self._system, self._settings)
+        out = []
+        while self._left < done:
+            out.append(self._pixels(self._left))
+            self._left += 1
+        return out
+
+    def _pixels(self, frame: int) -> jax.Array:
+        start, stop, begin, _ = next(w for w in self._windows if w[2] <= frame < w[3])
+        if self._settings.denoise == "denoiser" and self._system.config.model.denoiser == "first_layer":
+            latent = self._denoised(frame, start, stop, begin)
+        else:
+            clean = denoise_window(self._system, self._params, self._noisy[:, start:stop], begin, self._text,
+                                   self._settings.denoise)
+            latent = clean[:, frame - start:frame - start + 1]
+        frames, self._cache = decode_next(self._codec, latent, self._cache,
+                                          self._system.config.codec.later_frames_scale)
+        return frames
+
+    def _denoised(self, frame: int, start: int, stop: int, begin: int) -> jax.Array:
+        """A frame of a window by the denoiser's cache, which the window's context fills first."""
+        model = self._system.config.model
+        if self._window != start:
+            self._window, self._next, self._state = start, start, None
+        while self._next <= frame:
+            score, self._state = score_next(
+                self._system.flow, self._params["denoiser"], self._state, self._noisy, self._next,
+                text_at(self._text, begin) if model.text_length else None,
+                frames=min(1 + model.denoiser_lookahead, stop - self._next))
+            self._next += 1
+        return self._noisy[:, frame:frame + 1] - REFERENCE_NOISE * score
+
+
+def latency(system: System, settings: Sample) -> int:
+    """Latent frames that have to be there beyond one that leaves."""
+    model = system.config.model
+    if settings.denoise == "none" or model.denoiser == "none":
+        return 0
+    if settings.denoise == "score":
+        raise UserError("sample.denoise=score: the score of a frame depends on all frames after it; "
+                        "stream with denoiser or none")
+    return model.denoiser_lookahead * (model.denoiser_layers if model.denoiser == "every_layer" else 1)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _place(noisy: jax.Array, frames: jax.Array, at: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(noisy, frames, at, axis=1)

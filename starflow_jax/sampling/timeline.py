@@ -1,0 +1,76 @@
+"""When each stage of a stream worked on which frame, and a picture of it."""
+
+import dataclasses
+import queue
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from PIL import Image, ImageDraw
+
+from starflow_jax.io.files import atomic_path
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """When a stage's work on one latent frame was asked for and done, in seconds from the stream's start."""
+
+    stage: str  # "deep", or "rest": shallow stack, denoiser, codec
+    frame: int
+    asked: float
+    done: float
+
+
+class Timeline:
+    """Waits, in threads of its own, for what was dispatched, and notes when it was done."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.events: list[Event] = []
+        self.asked: dict[str, int] = {}  # results dispatched so far, by stage
+        self._queues: dict[str, queue.Queue] = {}
+        self._threads: list[threading.Thread] = []
+
+    def watch(self, stage: str, frame: int, result: Any) -> None:
+        if stage not in self._queues:
+            self._queues[stage] = queue.Queue()
+            self._threads.append(threading.Thread(target=self._wait, args=(stage, self._queues[stage]), daemon=True))
+            self._threads[-1].start()
+        self.asked[stage] = self.asked.get(stage, 0) + 1
+        self._queues[stage].put((frame, time.perf_counter() - self._began, result))
+
+    def close(self) -> list[Event]:
+        """All events, once the last is done."""
+        for waiting in self._queues.values():
+            waiting.put(None)
+        for thread in self._threads:
+            thread.join()
+        return sorted(self.events, key=lambda event: event.done)
+
+    def _wait(self, stage: str, waiting: queue.Queue) -> None:
+        while (item := waiting.get()) is not None:
+            frame, asked, result = item
+            jax.block_until_ready(result)
+            self.events.append(Event(stage, frame, asked, time.perf_counter() - self._began))
+
+
+def draw_timeline(path: Path, events: list[Event], width: int = 900) -> None:
+    """A PNG: one row per stage, one bar per latent frame, from when its work could begin to when it was done."""
+    end = max((event.done for event in events), default=1.0) or 1.0
+    image = Image.new("RGB", (width, 34 * 2 + 24), "white")
+    draw, left = ImageDraw.Draw(image), 50
+    scale = (width - left - 10) / end
+    for row, stage in enumerate(("deep", "rest")):
+        draw.text((4, row * 34 + 10), stage, fill="black")
+        free = 0.0
+        for event in (event for event in events if event.stage == stage):
+            begin, free = max(event.asked, free), event.done
+            x0, x1 = left + begin * scale, left + event.done * scale
+            box = (x0, row * 34 + 4, max(x1, x0 + 1), row * 34 + 30)
+            draw.rectangle(box, fill=("#4C78A8", "#F58518")[event.frame % 2])
+            draw.text((box[0] + 2, row * 34 + 10), str(event.frame), fill="white")
+    draw.text((left, 72), f"0 to {end:.2f} s; bars are latent frames", fill="black")
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")

@@ -1,0 +1,51 @@
+"""Windows of the training length that cover a video of any length."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from starflow_jax.config import Config, Sample, UserError
+from starflow_jax.model.system import System
+
+
+def context_frames(system: System, settings: Sample) -> int:
+    """Latent frames that are encoded again when the window moves on."""
+    window = system.config.model.frames
+    context = settings.context_frames or max(1, window * 3 // 4)
+    if context >= window > 1:
+        raise UserError(f"sample.context_frames={context}: has to be less than the window of {window} latent frames")
+    return context
+
+
+def windows(total: int, size: int, context: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, first frame of which it is the source) of the windows that cover `total` frames."""
+    yield 0, min(size, total), 0
+    done = min(size, total)
+    while done < total:
+        start = done - context
+        stop = min(start + size, total)
+        yield start, stop, done
+        done = stop
+
+
+def windowed(
+    system: System, noisy: jax.Array, run: Callable[[jax.Array, int], jax.Array], lookahead: int | None = None
+) -> jax.Array:
+    """`run` (of a window, and of the first frame wanted from it) over a clip of any length."""
+    ahead = system.config.model.denoiser_lookahead if lookahead is None else lookahead
+    spans = output_windows(system.config, noisy.shape[1], ahead)
+    return jnp.concatenate([run(noisy[:, start:stop], begin)[:, begin - start:end - start]
+                            for start, stop, begin, end in spans], axis=1)
+
+
+def output_windows(config: Config, total: int, ahead: int) -> list[tuple[int, int, int, int]]:
+    """(start, stop, begin, end) of the windows of the training length that cover a clip: frames start to stop go
+    in, noisy ones before `begin` for context, and frames begin to end are taken from what comes out."""
+    size = config.model.frames
+    if total <= size:
+        return [(0, total, 0, total)]
+    context = max(1, min(config.model.denoiser_window, size * 3 // 4) - ahead)
+    # A window's last `ahead` frames lack their look-ahead, so the next window makes them again.
+    return [(start, stop, max(first - ahead, 0), stop if stop == total else stop - ahead)
+            for start, stop, first in windows(total, size, context + ahead)]

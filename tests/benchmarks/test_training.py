@@ -1,0 +1,43 @@
+"""What the benchmark reckons: weights, cache, and that its plot is drawn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow_jax.benchmarks import decoding as benchmark_decode
+from starflow_jax.flow.decode import start_window
+from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.model.parameters import flow_variables
+from starflow_jax.model.system import System
+from tests.sampling.test_generate import CONFIG, params, system
+
+__all__ = ["params", "system"]  # fixtures
+
+
+def test_cache_is_as_large_as_reckoned_and_does_not_depend_on_the_length(system: System, params) -> None:
+    model = CONFIG.model
+    texts = jnp.zeros((2, 1, model.text_length, model.text_dim))
+    state = start_window(system.flow, flow_variables(params), jnp.zeros((1, 0, 4, 4)), texts, window=model.frames,
+                         token_grid=(2, 2))
+    assert state.cache.k_LBPHD.nbytes + state.cache.v_LBPHD.nbytes == benchmark_decode.cache_bytes(system, guided=True)
+
+
+def test_random_weights_have_the_stated_scales(system: System) -> None:
+    model = CONFIG.model
+    flow = STARFlow(model)
+    x = jnp.zeros((1, 2, model.height, model.width, model.channels))
+    plain = flow.init(jax.random.key(0), x, jnp.zeros((1, model.text_length, model.text_dim)))["params"]
+    drawn = benchmark_decode._random_weights(plain, jax.random.key(1))
+    deep = drawn["deep"]
+    kernel = np.asarray(deep["transformer"]["layers"]["layer"]["mlp_out"]["kernel"])
+    assert np.isclose(kernel.std(), 0.9 / kernel.shape[-2] ** 0.5, rtol=0.05)
+    out = np.asarray(deep["proj_out"]["kernel"])
+    assert np.isclose(out.std(), 0.35 / out.shape[-2] ** 0.5, rtol=0.15)
+    np.testing.assert_array_equal(deep["proj_out"]["bias"], plain["deep"]["proj_out"]["bias"])
+
+
+def test_plot_is_drawn(tmp_path) -> None:
+    rows = [{"scheme": "sequential", "block": 1, "passes": 144.0, "seconds_one_video": 0.2},
+            {"scheme": "base line", "block": 12, "passes": 40.0, "seconds_one_video": 0.1}]
+    benchmark_decode.plot(tmp_path / "plot.png", rows)
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"

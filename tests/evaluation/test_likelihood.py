@@ -1,0 +1,196 @@
+"""Likelihood by token, the way to z and back, interpolation: equations on a small random model, signs on the one in
+the box."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from starflow_jax.codec import patch
+from starflow_jax.config import Codec, Config, Evaluate, Model, Text, UserError
+from starflow_jax.evaluation.likelihood import (
+    check_pair,
+    decode_z,
+    encode_z,
+    inspect_video,
+    interpolate,
+    likelihood,
+    noised,
+    read_clip,
+    round_trip,
+    slerp,
+    text_of,
+    token_nats,
+)
+from starflow_jax.flow.starflow import STARFlow, apply_flow
+from starflow_jax.io.video import write_mp4
+from starflow_jax.model.shapes import prompt_text
+from starflow_jax.model.store import load_box
+from starflow_jax.model.system import System
+from starflow_jax.sampling.likelihood import frame_nats
+from starflow_jax.text.tokenizer import Tokenizer, train_tokenizer
+from tests.helpers import latents, random_flow, randomised, tiny_model
+
+CAPTION, OTHER = "a red seven moves right", "a blue three drifts left"
+CONFIG = Config(
+    name="small",
+    model=Model(channels=4, frames=3, height=2, width=3, shallow_layers=(1,), shallow_width=40, deep_layers=1,
+                deep_width=40, head_dim=20, text_length=24, text_dim=16, denoiser="none", noise_std=0.3),
+    text=Text(vocab_size=256, layers=1, d_model=16, d_kv=8, d_ff=16, heads=2), codec=Codec(stride=4, time_stride=4))
+
+
+def small_system(config: Config = CONFIG) -> System:
+    frames = np.random.default_rng(0).integers(0, 256, (4, 9, 8, 12, 3), np.uint8)
+    codec = patch.fit(frames, patch.PatchShape(4, 4), config.model.channels)
+    texts = [prompt_text(config, caption) for caption in (CAPTION, OTHER, "")]
+    return System(config, Tokenizer(train_tokenizer(texts, 256)), codec)
+
+
+@pytest.fixture(scope="module")
+def system() -> System:
+    return small_system()
+
+
+@pytest.fixture(scope="module")
+def params(system: System):
+    return randomised(jax.jit(lambda: system.init(0))(), scale=0.3)
+
+
+def video(frames: int = 9, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (frames, 8, 12, 3), np.uint8)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_tokens_add_up_to_frames(local: bool) -> None:
+    model = tiny_model(local_shallow=local, deep_layers=1, text_length=0)
+    flow, variables = random_flow(model)
+    out = jax.jit(lambda x: apply_flow(flow, variables, STARFlow.forward, x))(latents(model, batch=2))
+    tokens = token_nats(flow, out)
+    assert tokens.shape == (2, 2, 6)
+    z, logdets = np.asarray(out.z_BTSK, np.float64), [np.asarray(a, np.float64) for a in out.logdets]
+    noise = 0.5 * (z**2 + np.log(2 * np.pi))
+    total = noise.sum(axis=(1, 2, 3)) - sum(a.reshape(2, -1).sum(axis=1) for a in logdets)
+    np.testing.assert_allclose(tokens.sum(axis=(1, 2)), total, rtol=1e-5)
+    # The first shallow block reverses the order: its last slot's scale belongs to the first token.
+    first = logdets[0][:, :, ::-1] if local else logdets[0].reshape(2, 12, 2)[:, ::-1]
+    by_token = noise - sum(a.reshape(z.shape) for a in (first, *logdets[1:]))
+    np.testing.assert_allclose(tokens, by_token.sum(axis=-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frames", [9, 25])
+def test_likelihood_equals_frame_nats(system: System, params, frames: int) -> None:
+    found = likelihood(system, params, video(frames), CAPTION, draws=2)
+    noisy, features = noised(system, video(frames), draws=2), text_of(system, params, CAPTION, False)
+    expected = frame_nats(system, params, noisy, jnp.broadcast_to(features, (2, *features.shape[1:])))
+    np.testing.assert_allclose(found.nats_DNS.sum(axis=2), expected, rtol=1e-5)
+    assert found.nats_DNS.shape == (2, 1 + (frames - 1) // 4, 6)
+    np.testing.assert_allclose(found.bits_NS.sum() * 4 * np.log(2), found.nats_DNS.sum(axis=(1, 2)).mean(), rtol=1e-6)
+
+
+def test_to_z_and_back(system: System, params) -> None:
+    noisy, features = noised(system, video(), draws=1), text_of(system, params, CAPTION, False)
+    z = encode_z(system, params, noisy, features)
+    assert float(jnp.abs(z.reshape(noisy.shape) - noisy).max()) > 0.1
+    np.testing.assert_allclose(decode_z(system, params, z, features), noisy, atol=1e-4)
+    back = round_trip(system, params, video(13), CAPTION)
+    assert back.latents_error < 1e-5 and back.frames_THWC.shape == back.codec_THWC.shape == (9, 8, 12, 3)
+    np.testing.assert_allclose(back.z_mean_square, np.mean(np.square(z)), rtol=1e-5)
+
+
+def test_interpolation_ends_at_the_videos(system: System, params) -> None:
+    pair = video(seed=1), video(seed=2)
+    between = interpolate(system, params, pair, (CAPTION, OTHER), steps=4)
+    assert between.shape == (4, 9, 8, 12, 3)
+    for frames, caption, made in ((pair[0], CAPTION, between[0]), (pair[1], OTHER, between[-1])):
+        ours = round_trip(system, params, frames, caption).frames_THWC
+        assert np.abs(made.astype(int) - ours).max() <= 1  # a rounded grey level
+    for inner in between[1:-1]:
+        assert min(np.abs(inner.astype(int) - end).mean() for end in (between[0], between[-1])) > 1
+
+
+def test_slerp_keeps_the_norm_and_the_ends() -> None:
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
+    b *= np.linalg.norm(a) / np.linalg.norm(b)
+    points = np.asarray(slerp(jnp.asarray(a), jnp.asarray(b), np.linspace(0, 1, 5)))
+    np.testing.assert_allclose(points[0], a, atol=1e-6)
+    np.testing.assert_allclose(points[-1], b, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(points.reshape(5, -1), axis=1), np.linalg.norm(a), rtol=1e-5)
+    steps = np.linalg.norm(np.diff(points.reshape(5, -1), axis=0), axis=1)
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-4)  # at one speed
+    np.testing.assert_allclose(slerp(jnp.asarray(a), jnp.asarray(a), np.array([0.3]))[0], a, rtol=1e-6)
+
+
+def test_clips_are_read_at_the_models_size_rate_and_length(tmp_path: Path) -> None:
+    write_mp4(tmp_path / "clip.mp4", np.zeros((24, 20, 40, 3), np.uint8), fps=16)
+    frames, left_out = read_clip(CONFIG, str(tmp_path / "clip.mp4"))  # 12 frames at 8 a second
+    assert frames.shape == (9, 8, 12, 3) and left_out == 3
+    write_mp4(tmp_path / "short.mp4", np.zeros((3, 8, 12, 3), np.uint8), fps=8)
+    with pytest.raises(UserError, match="3 frames at 8 frames per second; the model needs 5 or more"):
+        read_clip(CONFIG, str(tmp_path / "short.mp4"))
+    with pytest.raises(UserError, match="13 frames .*evaluate.video 9"):
+        check_pair(CONFIG, video(9), video(13))
+    with pytest.raises(UserError, match="longer than the window of 9"):
+        check_pair(CONFIG, video(13), video(13))
+
+
+@pytest.mark.parametrize("settings, told", [
+    (dict(video="a.mp4"), "needs a caption"), (dict(video="a.mp4", caption="  "), "needs a caption"),
+    (dict(caption="x"), "evaluate.caption"), (dict(other="b.mp4"), "evaluate.other"),
+    (dict(video="a.mp4", caption="x", other_caption="y"), "other_caption"),
+    (dict(video="a.mp4", caption="x", recognise=5), "one thing at a time"), (dict(recognise=-1), "recognise"),
+    (dict(video="a.mp4", caption="x", steps=1), "steps"), (dict(draws=0), "draws")])
+def test_settings_that_cannot_be(settings: dict, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        Evaluate(**settings)
+
+
+@pytest.fixture(scope="module")
+def box_config():
+    from configs.t2v import tiny
+
+    return tiny()
+
+
+def moving_bar(colour: int, step: int) -> np.ndarray:
+    """A one, or a bar of its kind, in one colour, that moves sideways."""
+    frames = np.zeros((13, 24, 24, 3), np.uint8)
+    for time in range(13):
+        left = 11 + round(step * (time - 6) * 0.6)
+        frames[time, 5:18, left:left + 2, colour] = 220
+    return frames
+
+
+def test_the_caption_that_fits_is_told_from_one_that_does_not(box_config, tmp_path: Path) -> None:
+    box, params, _ = load_box(box_config, tmp_path)
+    frames = moving_bar(colour=0, step=1)
+
+    def fit(caption: str) -> float:
+        return float(likelihood(box, params, frames, caption, draws=2).caption_fit_NS.sum())
+
+    assert fit("a red one moves right") > 5
+    assert fit("a red one moves left") < 0
+    assert fit("a green one moves right") < -100
+
+
+def test_files_of_a_video(tmp_path: Path, monkeypatch, capsys, system: System, params) -> None:
+    monkeypatch.setattr("starflow_jax.evaluation.likelihood.load_model",
+                        lambda config, workdir: (system, params, "a test"))
+    for name, seed in (("one", 1), ("two", 2)):
+        write_mp4(tmp_path / f"{name}.mp4", video(10, seed), fps=8)
+    settings = Evaluate(video=str(tmp_path / "one.mp4"), caption=CAPTION, other=str(tmp_path / "two.mp4"), steps=4,
+                        draws=2)
+    inspect_video(dataclasses.replace(CONFIG, evaluate=settings), tmp_path)
+    folder = tmp_path / "inspected"
+    assert {path.name for path in folder.iterdir()} == {
+        "one.json", "one_surprise.png", "one_round_trip.png", "one_to_two.mp4", "one_to_two.png"}
+    facts = json.loads((folder / "one.json").read_text())
+    assert facts["frames"] == 9 and facts["frames_left_out"] == 1
+    for kind in ("log_likelihood_nats", "caption_fit_nats"):
+        np.testing.assert_allclose(np.sum(facts[f"{kind}_per_token"], axis=1), facts[f"{kind}_per_frame"], rtol=1e-4,
+                                   atol=1e-4)
+        np.testing.assert_allclose(np.sum(facts[f"{kind}_per_frame"]), facts[kind], rtol=1e-4, atol=1e-4)
+    assert "bits per dimension" in capsys.readouterr().out

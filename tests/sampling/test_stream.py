@@ -1,0 +1,76 @@
+"""Streams: the frames of the whole clip, on one device or two, as early as they can be."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from starflow_jax.config import UserError
+from starflow_jax.model.system import System
+from starflow_jax.sampling.generate import generate_clips
+from starflow_jax.sampling.stream import latency, stream_clips, stream_devices
+from starflow_jax.sampling.timeline import Timeline, draw_timeline
+from tests.sampling.test_generate import CAPTIONS, SETTINGS, params, system
+
+__all__ = ["params", "system"]  # fixtures
+SEEDS = [5, 6, 7]
+
+
+@pytest.mark.parametrize("frames,devices", [(9, 1), (9, 2), (21, 2), (9, 4)])
+def test_stream_equals_the_whole_clip(system: System, params, frames: int, devices: int) -> None:
+    """Within the window and beyond it; bit for bit but for the denoiser, which has its own order of additions."""
+    for denoise in ("denoiser", "none"):
+        settings = dataclasses.replace(SETTINGS, frames=frames, devices=devices, frames_per_step=1, denoise=denoise)
+        whole = generate_clips(system, params, CAPTIONS, SEEDS, settings).frames_BTHWC
+        parts = list(stream_clips(system, params, CAPTIONS, SEEDS, settings))
+        assert [part.shape[1] for part in parts] == [1] + [4] * ((frames - 1) // 4)
+        difference = np.abs(np.int32(np.concatenate(parts, axis=1)) - np.int32(whole))
+        assert difference.max() <= (denoise == "denoiser") and (difference > 0).mean() < 1e-3
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_more_devices_give_the_same_stream(system: System, params, devices: int) -> None:
+    """Bit for bit."""
+    settings = dataclasses.replace(SETTINGS, frames=21, frames_per_step=1)
+    alone, parted = (np.concatenate(list(stream_clips(system, params, CAPTIONS, SEEDS, dataclasses.replace(
+        settings, devices=count))), axis=1) for count in (1, devices))
+    np.testing.assert_array_equal(parted, alone)
+
+
+def test_given_frames_lead_the_stream(system: System, params) -> None:
+    known = np.random.default_rng(1).integers(0, 256, (3, 5, 8, 8, 3), np.uint8)
+    settings = dataclasses.replace(SETTINGS, frames_per_step=1)
+    whole = generate_clips(system, params, CAPTIONS, SEEDS, settings, known)
+    streamed = np.concatenate(list(stream_clips(system, params, CAPTIONS, SEEDS, settings, known)), axis=1)
+    difference = np.abs(np.int32(streamed) - np.int32(whole.frames_BTHWC))
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+
+
+def test_a_frame_leaves_one_frame_after_it_is_made(system: System, params) -> None:
+    """The deep block has made n + 2 frames, and no more, when frame n is handed out."""
+    timeline = Timeline()
+    frames = stream_clips(system, params, CAPTIONS, SEEDS, dataclasses.replace(SETTINGS, frames=21), timeline=timeline)
+    asked = []
+    for _ in frames:
+        asked.append(timeline.asked["deep"])
+    assert asked[:4] == [3, 4, 5, 6]
+    events = timeline.close()
+    assert sorted(e.frame for e in events if e.stage == "deep") == list(range(6))
+    assert all(e.asked <= e.done for e in events)
+
+
+def test_timeline_is_drawn(tmp_path: Path) -> None:
+    timeline = Timeline()
+    timeline.watch("deep", 0, jax.numpy.ones(3))
+    timeline.watch("rest", 0, jax.numpy.ones(3))
+    draw_timeline(tmp_path / "timeline.png", timeline.close())
+    assert (tmp_path / "timeline.png").stat().st_size > 200
+
+
+def test_what_cannot_be_streamed_is_refused(system: System) -> None:
+    with pytest.raises(UserError, match="sample.devices=999"):
+        stream_devices(999)
+    with pytest.raises(UserError, match="sample.denoise=score"):
+        latency(system, dataclasses.replace(SETTINGS, denoise="score"))

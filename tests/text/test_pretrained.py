@@ -1,0 +1,114 @@
+"""A folder as flan-t5 is published: the golden numbers from shards on disk, its tokenizer, what is refused."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from starflow_jax.codec import patch
+from starflow_jax.config import Codec, Config, Convert, Text, UserError
+from starflow_jax.io.tensor_files import write_safetensors
+from starflow_jax.model.parameters import build_text_encoder, model_fingerprint
+from starflow_jax.model.shapes import patch_shape
+from starflow_jax.model.store import load_model, with_text
+from starflow_jax.model.system import System, save_system
+from starflow_jax.modes.convert import convert
+from starflow_jax.text.pretrained import encoder_config, load_encoder, load_tokenizer
+from starflow_jax.text.t5 import T5Encoder, mask_padding
+from starflow_jax.text.tokenizer import EOS_ID, PAD_ID, train_tokenizer
+from tests.helpers import tiny_model
+from tests.modes.test_convert import random_released
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASE = json.loads((GOLDEN / "t5_encoder.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The golden encoder in two shards, with a decoder's tensor among them."""
+    folder = tmp_path_factory.mktemp("flan")
+    tensors = load_file(GOLDEN / "t5_encoder.safetensors")
+    weights = {name[7:]: value for name, value in tensors.items() if name.startswith("params/")}
+    weights["decoder.final_layer_norm.weight"] = np.ones(48, np.float32)
+    shard_of = {name: f"model-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(sorted(weights))}
+    for shard in set(shard_of.values()):
+        save_file({name: weights[name] for name in weights if shard_of[name] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5", **CASE["config"]}))
+    (folder / "spiece.model").write_bytes(train_tokenizer(["a red seven moves", "a blue cat sleeps"], 140))
+    return folder
+
+
+def test_golden_numbers_from_shards(published: Path) -> None:
+    tensors = load_file(GOLDEN / "t5_encoder.safetensors")
+    ids_BS, mask_BS = tensors["in/input_ids"], tensors["in/attention_mask"]
+    params = load_encoder(published, text_dim=48)
+    encoder = T5Encoder(encoder_config(published, text_dim=48))
+    features = jax.jit(encoder.apply)({"params": params}, ids_BS, mask_BS)
+    for ours, name in ((features, "out/last_hidden_state"), (mask_padding(features, mask_BS), "out/masked")):
+        assert np.abs(ours - tensors[name]).max() <= 2e-4 * max(1, np.abs(tensors[name]).max())
+
+
+def test_features_of_a_prompt(published: Path) -> None:
+    """Ids cut or padded to the model's text length with the end mark; padding zeroed; weights in no fingerprint."""
+    config = Config(name="frozen", model=tiny_model(text_length=40, text_dim=48), codec=Codec(),
+                    text=Text(encoder="frozen", weights=str(published)))
+    tokenizer = load_tokenizer(published)
+    # The golden encoder's table is smaller than a real one.
+    system = System(config, tokenizer, codec=None)  # type: ignore[arg-type]
+    ids_BS = system.text_ids(["a red seven", "a red seven " * 30])
+    assert ids_BS.shape == (2, 40) and ids_BS[1, 39] == EOS_ID
+    length = int((ids_BS[0] != PAD_ID).sum())
+    assert ids_BS[0, length - 1] == EOS_ID and 3 < length < 12
+    params = with_text(config, {})
+    assert build_text_encoder(config).config.d_ff == CASE["config"]["d_ff"]
+    features = np.asarray(system.features(params, jnp.asarray(np.minimum(ids_BS, 95))))
+    assert features.shape == (2, 40, 48)
+    assert np.abs(features[0, :length]).max(axis=-1).min() > 0 and not features[0, length:].any()
+    assert features[1].any(axis=-1).all()
+    moved = dataclasses.replace(config, text=dataclasses.replace(config.text, weights="elsewhere"))
+    assert model_fingerprint(moved) == model_fingerprint(config)
+
+
+def test_a_converted_model_comes_with_its_encoder(published: Path, tmp_path: Path) -> None:
+    config = Config(name="frozen", model=tiny_model(text_dim=48), codec=Codec(kind="patch"),
+                    text=Text(encoder="frozen", weights=str(published)),
+                    convert=Convert(source=str(tmp_path / "released.safetensors")))
+    write_safetensors(tmp_path / "released.safetensors", random_released(config.model))
+    convert(config, tmp_path)
+    codec = patch.fit(np.zeros((1, 5, 8, 12, 3), np.uint8), patch_shape(config), config.model.channels)
+    save_system(System(config, load_tokenizer(published), codec), tmp_path / "system")
+    system, params, source = load_model(config, tmp_path)
+    assert source == f"{tmp_path}, step 0" and set(params) == {"flow", "text"}
+    assert params["text"]["embed"]["embedding"].shape == (96, 48)
+    assert system.tokenizer.model == (published / "spiece.model").read_bytes()
+
+
+def test_what_is_no_such_encoder_is_refused(published: Path, tmp_path: Path) -> None:
+    for told, folder in (("has to be a folder", Path("")), ("has to be a folder", tmp_path / "none"),
+                         ("holds no config.json", tmp_path)):
+        with pytest.raises(UserError, match=told):
+            load_encoder(folder, 48)
+    with pytest.raises(UserError, match="48 channels, model.text_dim=2048"):
+        encoder_config(published, 2048)
+    for harm, told in [(dict(feed_forward_proj="relu"), "no T5 v1.1"), (dict(d_kv=None), "d_kv"),
+                       (dict(model_type="bert"), "no T5 v1.1"), (dict(num_layers=4), "encoder.block.3")]:
+        folder = tmp_path / "-".join(harm) / str(*harm.values())
+        shutil.copytree(published, folder)
+        (folder / "config.json").write_text(json.dumps({**CASE["config"], **harm}))
+        with pytest.raises(UserError, match=told):
+            load_encoder(folder, 48)
+    (folder / "spiece.model").unlink()
+    with pytest.raises(UserError, match="holds no spiece.model"):
+        load_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(CASE["config"]))
+    (folder / "spiece.model").write_bytes(b"")
+    next(folder.glob("model-00002*")).write_bytes(b"cut")
+    with pytest.raises(UserError, match="can't be read as safetensors"):
+        load_encoder(tmp_path / "num_layers" / "4", 48)

@@ -1,0 +1,91 @@
+"""Likelihood in nats and bits, and the flow-score target, against what they stand for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow_jax.config import Config, Model, Text
+from starflow_jax.flow.likelihood import nats, nll_mean
+from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.model.parameters import flow_variables, init_params
+from starflow_jax.model.system import System
+from starflow_jax.training.losses import weighted_loss
+from starflow_jax.training.step import gradients, to_bits
+from tests.helpers import fresh, latents, random_flow, randomised, text, tiny_model
+
+IDS = jnp.ones((2, 3), jnp.int32)
+
+
+def system(model: Model) -> System:
+    """Neither tokenizer nor codec: the losses begin with latents and token ids."""
+    t5 = Text(vocab_size=8, layers=1, d_model=model.text_dim, d_kv=2, d_ff=4, heads=2)
+    return System(Config("test", model, t5), tokenizer=None, codec=None)  # type: ignore[arg-type]
+
+
+def test_nats_of_an_identity_flow_are_the_standard_normals() -> None:
+    model = tiny_model()
+    flow, variables = fresh(model)
+    x = np.asarray(latents(model, batch=2), np.float64)
+    out = flow.apply(variables, jnp.asarray(x, jnp.float32), text(model, 2), method=STARFlow.forward)
+    density = np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
+    expected = -np.log(density).sum(axis=(2, 3, 4))
+    np.testing.assert_allclose(nats(out), expected, rtol=1e-5)
+    bits = -np.log2(density).mean()
+    np.testing.assert_allclose(to_bits(nll_mean(out).loss), bits, rtol=1e-5)
+
+
+def test_nats_bits_and_mean_loss_agree() -> None:
+    model = tiny_model()
+    flow, variables = random_flow(model)
+    x = latents(model, batch=2)
+    out = flow.apply(variables, x, text(model, 2), method=STARFlow.forward)
+    total = nats(out)
+    assert total.shape == (2, 2)
+    loss = nll_mean(out)
+    assert abs(float(loss.loss_logdet)) > 0.05
+    np.testing.assert_allclose(loss.loss, loss.loss_z + loss.loss_logdet, rtol=1e-6)
+    np.testing.assert_allclose(to_bits(loss.loss), total.sum() / x.size / np.log(2), rtol=1e-5)
+
+
+def test_nats_of_a_frame_are_given_the_frames_before_it() -> None:
+    model = tiny_model()
+    flow, variables = random_flow(model)
+    forward = lambda x: nats(flow.apply(variables, x, text(model), method=STARFlow.forward))  # noqa: E731
+    x = latents(model)
+    np.testing.assert_allclose(forward(x)[:, :1], forward(x[:, :1]), rtol=1e-5)
+
+
+def test_weight_is_the_noise_level_over_its_reference() -> None:
+    np.testing.assert_allclose(weighted_loss(jnp.float32(2.0), 0.3), 2.0)
+    np.testing.assert_allclose(weighted_loss(jnp.float32(2.0), 0.6), 4.0)
+
+
+def test_target_is_the_tweedie_step_of_an_identity_flow() -> None:
+    """x - 0.3 target = x + sigma^2 score, and the standard normal's score is -x."""
+    model = tiny_model(noise_std=0.5)
+    flow, variables = fresh(model)
+    x = latents(model, batch=2)
+
+    def loss(x: jax.Array) -> jax.Array:
+        out = flow.apply(variables, x, text(model, 2), method=STARFlow.forward)
+        return weighted_loss(nll_mean(out).loss, model.noise_std)
+
+    target = model.noise_std * x.size * jax.grad(loss)(x)
+    np.testing.assert_allclose(x - 0.3 * target, x + 0.5**2 * -x, rtol=1e-5, atol=1e-6)
+
+
+def test_denoiser_regresses_the_scaled_score() -> None:
+    """With an output of 0 its loss is the mean square of the target -sigma^2/0.3 grad log p."""
+    model = tiny_model(noise_std=0.5, denoiser="first_layer", denoiser_layers=1)
+    whole, x = system(model), latents(model, batch=2)
+    params = init_params(whole.config, jax.random.key(0))
+    params["flow"], params["text"] = randomised(params["flow"]), randomised(params["text"], seed=2)
+    features = whole.features(params, IDS)
+
+    def negative_log_p(x: jax.Array) -> jax.Array:
+        return nats(whole.flow.apply(flow_variables(params), x, features, method=STARFlow.forward)).sum()
+
+    target = 0.5**2 / 0.3 * jax.jit(jax.grad(negative_log_p))(x)
+    _, losses = jax.jit(lambda: gradients(whole, params, x, IDS))()
+    np.testing.assert_allclose(losses["denoiser_loss"], jnp.mean(target**2), rtol=1e-4)
+    np.testing.assert_allclose(losses["loss"], negative_log_p(x) / x.size - 0.5 * np.log(2 * np.pi), rtol=1e-4)

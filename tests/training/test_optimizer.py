@@ -1,0 +1,88 @@
+"""Schedule, skipped steps, clip, EMA and weight decay."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from starflow_jax.config import Train
+from starflow_jax.training.optimizer import NORM_WARMUP, TrainState, apply_gradients, create_state, schedule
+
+SETTINGS = Train(steps=100, warmup_steps=10, learning_rate=1e-2, final_learning_rate=1e-4, weight_decay=0.0,
+                 denoiser_learning_rate=2e-2, clip=1.0, ema=0.5)
+
+
+def toy_state(settings: Train = SETTINGS) -> TrainState:
+    params = {"flow": {"w": jnp.array([1.0, -2.0])}, "denoiser": {"v": jnp.array([3.0])}}
+    return create_state(params, settings)
+
+
+def toy_gradients(flow: tuple[float, float] = (0.3, 0.4), denoiser: float = 0.1) -> dict[str, Any]:
+    return {"flow": {"w": jnp.array(flow)}, "denoiser": {"v": jnp.array([denoiser])}}
+
+
+def after(state: TrainState, grads: dict[str, Any], settings: Train = SETTINGS) -> tuple[TrainState, float, bool]:
+    state, norm, skip = jax.jit(lambda s, g: apply_gradients(s, g, settings))(state, grads)
+    return state, float(norm), bool(skip)
+
+
+def test_schedule_values() -> None:
+    rate = schedule(SETTINGS)
+    halfway = 1e-4 + 0.5 * (1e-2 - 1e-4)
+    for step, expected in ((0, 0.0), (5, 5e-3), (10, 1e-2), (55, halfway), (100, 1e-4), (200, 1e-4)):
+        np.testing.assert_allclose(rate(step), expected, rtol=1e-5, atol=1e-9)
+    assert float(schedule(Train(warmup_steps=0, learning_rate=1e-2))(0)) == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize("bad", [toy_gradients((float("nan"), 0.0)), toy_gradients(denoiser=float("inf"))])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: dict[str, Any]) -> None:
+    before = toy_state()
+    state, _, skip = after(before, bad)
+    assert skip and int(state.skipped) == 1 and int(state.step) == 1
+    for name in ("params", "ema", "flow_optimizer", "denoiser_optimizer", "norm_mean", "key"):
+        for old, new in zip(jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(state, name))):
+            np.testing.assert_array_equal(old, new)
+
+
+def test_an_outlier_is_skipped_once_the_mean_is_known() -> None:
+    grads, large = toy_gradients(), toy_gradients((30.0, 40.0))
+    warm = toy_state().replace(step=jnp.int32(NORM_WARMUP), norm_mean=jnp.float32(0.5))
+    state, norm, skip = after(warm, large)
+    assert skip and int(state.skipped) == 1 and norm == pytest.approx(50)
+    np.testing.assert_array_equal(state.params["flow"]["w"], warm.params["flow"]["w"])
+    assert not after(warm, grads)[2]
+    assert not after(warm.replace(step=jnp.int32(NORM_WARMUP - 1)), large)[2]  # too early to tell
+
+
+def test_running_mean_of_norms() -> None:
+    state, norm, _ = after(toy_state(), toy_gradients())
+    np.testing.assert_allclose((norm, state.norm_mean), (0.5, 0.5), rtol=1e-6)
+    state, _, _ = after(state, toy_gradients((0.6, 0.8)))
+    np.testing.assert_allclose(state.norm_mean, 0.98 * 0.5 + 0.02 * 1.0, rtol=1e-6)
+
+
+def test_clip_keeps_the_direction_and_the_length_one() -> None:
+    """Adam's first moment after one step is 0.1 of the gradient that it was given."""
+    state, norm, _ = after(toy_state(), toy_gradients((30.0, 40.0)))
+    assert norm == pytest.approx(50)  # reported before the clip
+    first_moment = state.flow_optimizer[1][0].mu["flow"]["w"]
+    np.testing.assert_allclose(first_moment, [0.06, 0.08], rtol=1e-5)
+
+
+def test_first_step_is_adams_and_the_ema_follows() -> None:
+    """Without warm-up the first update is the learning rate against each sign."""
+    settings = Train(steps=100, warmup_steps=0, learning_rate=1e-2, final_learning_rate=1e-4, weight_decay=0.0,
+                     denoiser_learning_rate=2e-2, ema=0.9)
+    state, _, _ = after(toy_state(settings), toy_gradients(), settings)
+    np.testing.assert_allclose(state.params["flow"]["w"], [1.0 - 1e-2, -2.0 - 1e-2], rtol=1e-5)
+    np.testing.assert_allclose(state.params["denoiser"]["v"], [3.0 - 2e-2], rtol=1e-5)
+    decay = 1 / 10  # min(ema, (1 + accepted) / (10 + accepted))
+    np.testing.assert_allclose(state.ema["flow"]["w"], np.array([1.0, -2.0]) - (1 - decay) * 1e-2, rtol=1e-5)
+
+
+def test_weight_decay_is_decoupled() -> None:
+    settings = Train(steps=100, warmup_steps=0, learning_rate=1e-2, weight_decay=0.1)
+    state, _, _ = after(toy_state(settings), toy_gradients((0.0, 0.0), 0.0), settings)
+    np.testing.assert_allclose(state.params["flow"]["w"], np.array([1.0, -2.0]) * (1 - 1e-2 * 0.1), rtol=1e-6)
