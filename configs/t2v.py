@@ -1,7 +1,7 @@
 """Text and images to video: python -m starflow_jax.main --config=configs/t2v.py[:VARIANT]
 
-tiny     moving digits, 13 frames of 24x24 pixels: trains on two CPU cores, nothing is downloaded
-box      the same model, trained for longer with larger batches, on a GPU: what the package carries
+tiny      moving digits, 13 frames of 24x24 pixels: trains on two CPU cores, nothing is downloaded
+tiny_gpu  the same model, trained for longer with larger batches, on a GPU: what the package carries
 
 The paper's curriculum, 81 frames in Wan2.2 latents, text by flan-t5-xl; each stage is begun with the one before it by
 --config.train.init_from=WORKDIR. The paper's page gives the order and the last stage's batch; steps are ours.
@@ -49,7 +49,7 @@ TINY_TRAIN = dict(
     denoiser_learning_rate=1.5e-3, warmup_steps=50, ema=0.998, log_every=10, checkpoint_every=100,
     evaluate_every=220, validation_clips=128)
 
-BOX_TRAIN = dict(
+TINY_GPU_TRAIN = dict(
     steps=14_000, batch_size=64, image_batch_size=192, ema=0.999, log_every=50, checkpoint_every=1_000,
     evaluate_every=2_000, adherence_prompts=128)
 
@@ -86,7 +86,7 @@ def at_resolution(config: Config, resolution: int, steps: int = 0) -> Config:
 def get_config(variant: str = "tiny"):
     variants = {
         "tiny": tiny,
-        "box": lambda: tiny("box", **BOX_TRAIN),
+        "tiny_gpu": lambda: tiny("tiny_gpu", **TINY_GPU_TRAIN),
         "3b_384p": lambda: at_resolution(paper("3b_384p", deep_layers=24, deep_width=3072), 384, steps=50_000),
         "3b": lambda: paper("3b", deep_layers=24, deep_width=3072),
         "7b": lambda: paper("7b", deep_layers=24, deep_width=4096),

@@ -70,14 +70,14 @@ def check(options: argparse.Namespace) -> None:
     if any(flag.startswith("--workdir") for flag in options.flags):
         fail("--workdir belongs before the --")
     if options.gpus < 1:
-        fail(f"--gpus={options.gpus}: has to be 1 or more")
+        fail(f"--gpus={options.gpus}: must be 1 or more")
     if options.executor == "local":
         if options.workdir.startswith("gs://"):
-            fail(f"--workdir={options.workdir}: on this machine it has to be a folder")
+            fail(f"--workdir={options.workdir}: on this machine it must be a folder")
         if not options.dry_run and not os.access(options.python, os.X_OK):
             fail(f"--python={options.python}: no such program; install starflow_jax as README says")
     elif not options.workdir.startswith("gs://") or options.workdir.count("/") < 3:
-        fail(f"--workdir={options.workdir}: on Vertex AI it has to be gs://BUCKET/FOLDER")
+        fail(f"--workdir={options.workdir}: on Vertex AI it must be gs://BUCKET/FOLDER")
     elif not options.image:
         fail("--image is missing: where Vertex AI gets the image from")
     elif not options.dry_run and not shutil.which("docker"):
@@ -90,7 +90,7 @@ def runs(options: argparse.Namespace) -> list[list[str]]:
     for sweep in options.sweep:
         field, equals, values = sweep.partition("=")
         if not equals or not all(values.split(",")):
-            fail(f"--sweep={sweep}: has to be FIELD=VALUE,VALUE, such as train.learning_rate=1e-4,3e-4")
+            fail(f"--sweep={sweep}: must be FIELD=VALUE,VALUE, such as train.learning_rate=1e-4,3e-4")
         axes.append([(field, value) for value in values.split(",")])
     # Vertex AI mounts every bucket of the project at /gcs.
     base = options.workdir.replace("gs://", "/gcs/", 1) if options.executor == "vertex" else options.workdir

@@ -25,19 +25,19 @@ def _check(settings: Any, field: str, ok: bool, allowed: str) -> None:
 def _check_positive(settings: Any, *fields: str) -> None:
     for field in fields:
         value = getattr(settings, field)
-        _check(settings, field, value > 0 and math.isfinite(value), "has to be greater than 0")
+        _check(settings, field, value > 0 and math.isfinite(value), "must be greater than 0")
 
 
 def _check_choice(settings: Any, field: str, choices: tuple[str, ...]) -> None:
     _check(settings, field, getattr(settings, field) in choices,
-           f"has to be one of {', '.join(choice or '(empty)' for choice in choices)}")
+           f"must be one of {', '.join(choice or '(empty)' for choice in choices)}")
 
 
 # What the backward pass of a layer finds: all that it needs; the layer's input, the rest computed again; that and what
 # attention gave; or the same kept in the host's memory.
 REMAT = ("none", "layer", "attention", "offload")
-# What moves in attention where mesh.sequence parts the tokens (nn/parted_attention.py).
-PARTED_ATTENTION = ("heads", "gather", "ring")
+# What moves in attention where mesh.sequence shards the tokens (nn/sequence_parallel.py).
+SEQUENCE_PARALLEL = ("ulysses", "all_gather", "ring")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,28 +65,28 @@ class Model:
     noise_std: float = 0.5
     dtype: str = "float32"
     remat: str = "none"  # of REMAT
-    parted_attention: str = "heads"  # of PARTED_ATTENTION
+    sequence_parallel: str = "ulysses"  # of SEQUENCE_PARALLEL
     unroll_layers: bool = False  # faster steps for small models on CPU, for longer compilation
 
     def __post_init__(self) -> None:
         _check_positive(self, "channels", "frames", "height", "width", "shallow_width", "deep_layers", "deep_width",
                         "patch_size", "denoiser_layers", "denoiser_window", "noise_std", "text_dim")
         _check(self, "shallow_layers", len(self.shallow_layers) > 0 and min(self.shallow_layers) > 0,
-               "has to be a tuple of layer counts greater than 0, one per shallow block")
-        _check(self, "head_dim", self.head_dim % 4 == 0 and self.head_dim >= 20, "has to be a multiple of 4, >= 20")
+               "must be a tuple of layer counts greater than 0, one per shallow block")
+        _check(self, "head_dim", self.head_dim % 4 == 0 and self.head_dim >= 20, "must be a multiple of 4, >= 20")
         for field in ("shallow_width", "deep_width"):
             _check(self, field, getattr(self, field) % self.head_dim == 0,
-                   f"has to be a multiple of head_dim={self.head_dim}")
+                   f"must be a multiple of head_dim={self.head_dim}")
         for field in ("height", "width"):
             _check(self, field, getattr(self, field) % self.patch_size == 0,
-                   f"has to be a multiple of patch_size={self.patch_size}")
-        _check(self, "text_length", self.text_length >= 0, "has to be 0 (no text) or more")
-        _check(self, "rope_extent", self.rope_extent >= 0, "has to be 0 (from the latent size) or more")
-        _check(self, "denoiser_lookahead", self.denoiser_lookahead >= 0, "has to be 0 or more")
+                   f"must be a multiple of patch_size={self.patch_size}")
+        _check(self, "text_length", self.text_length >= 0, "must be 0 (no text) or more")
+        _check(self, "rope_extent", self.rope_extent >= 0, "must be 0 (from the latent size) or more")
+        _check(self, "denoiser_lookahead", self.denoiser_lookahead >= 0, "must be 0 or more")
         _check_choice(self, "denoiser", ("none", "first_layer", "every_layer"))
         _check_choice(self, "dtype", ("float32", "bfloat16"))
         _check_choice(self, "remat", REMAT)
-        _check_choice(self, "parted_attention", PARTED_ATTENTION)
+        _check_choice(self, "sequence_parallel", SEQUENCE_PARALLEL)
 
     @property
     def token_channels(self) -> int:
@@ -119,7 +119,7 @@ class Text:
     def __post_init__(self) -> None:
         _check_choice(self, "encoder", ("trained", "frozen"))
         _check_positive(self, "vocab_size", "layers", "d_model", "d_kv", "d_ff", "heads")
-        _check(self, "fps", self.fps >= 0, "has to be 0 (an image model) or more")
+        _check(self, "fps", self.fps >= 0, "must be 0 (an image model) or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,10 +146,10 @@ class Codec:
         _check_choice(self, "kind", ("patch", "wan"))
         _check_choice(self, "dtype", ("float32", "bfloat16"))
         _check_positive(self, "stride", "time_stride", "later_frames_scale", "encoder_width", "decoder_width")
-        _check(self, "tile_overlap", self.tile_overlap > 0, "has to be greater than 0")
+        _check(self, "tile_overlap", self.tile_overlap > 0, "must be greater than 0")
         _check(self, "tile", self.tile == 0 or self.tile > self.tile_overlap,
-               f"has to be 0 (whole frames) or greater than tile_overlap={self.tile_overlap}")
-        _check(self, "latent_std", all(value > 0 for value in self.latent_std), "each has to be greater than 0")
+               f"must be 0 (whole frames) or greater than tile_overlap={self.tile_overlap}")
+        _check(self, "latent_std", all(value > 0 for value in self.latent_std), "each must be greater than 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,13 +172,13 @@ class Data:
 
     def __post_init__(self) -> None:
         _check_positive(self, "size", "digit_size", "train_clips", "validation_clips", "test_clips")
-        _check(self, "workers", self.workers >= 0, "has to be 0 (threads) or more")
+        _check(self, "workers", self.workers >= 0, "must be 0 (threads) or more")
         _check_choice(self, "source", ("digits", "prepared"))
         _check(self, "directory", bool(self.directory) or self.source == "digits",
                "has to name the folder that --mode=prepare wrote")
         _check(self, "latents", self.source == "prepared" or not self.latents, "needs data.source=prepared")
         for field in ("image_probability", "first_frame_drop", "caption_drop", "short_caption"):
-            _check(self, field, 0 <= getattr(self, field) <= 1, "has to be a probability, 0 to 1")
+            _check(self, field, 0 <= getattr(self, field) <= 1, "must be a probability, 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,16 +211,16 @@ class Train:
         _check_positive(self, "steps", "batch_size", "accumulate", "learning_rate", "final_learning_rate",
                         "denoiser_learning_rate", "clip", "log_every", "checkpoint_every", "evaluate_every",
                         "keep_checkpoints", "validation_clips")
-        _check(self, "warmup_steps", 0 <= self.warmup_steps <= self.steps, f"has to be 0 to steps={self.steps}")
+        _check(self, "warmup_steps", 0 <= self.warmup_steps <= self.steps, f"must be 0 to steps={self.steps}")
         for field in ("adherence_prompts", "sheet_clips"):
-            _check(self, field, getattr(self, field) >= 0, "has to be 0 (none) or more")
-        _check(self, "outlier_factor", self.outlier_factor > 1, "has to be greater than 1")
-        _check(self, "ema", 0 <= self.ema < 1, "has to be at least 0 and below 1")
-        _check(self, "weight_decay", self.weight_decay >= 0, "has to be 0 or more")
-        _check(self, "image_batch_size", self.image_batch_size >= 0, "has to be 0 (as many as frames) or more")
+            _check(self, field, getattr(self, field) >= 0, "must be 0 (none) or more")
+        _check(self, "outlier_factor", self.outlier_factor > 1, "must be greater than 1")
+        _check(self, "ema", 0 <= self.ema < 1, "must be at least 0 and below 1")
+        _check(self, "weight_decay", self.weight_decay >= 0, "must be 0 or more")
+        _check(self, "image_batch_size", self.image_batch_size >= 0, "must be 0 (as many as frames) or more")
         for field in ("batch_size", "image_batch_size"):
             _check(self, field, getattr(self, field) % self.accumulate == 0,
-                   f"has to be a multiple of accumulate={self.accumulate}")
+                   f"must be a multiple of accumulate={self.accumulate}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,12 +261,12 @@ class Sample:
     def __post_init__(self) -> None:
         _check_positive(self, "count", "batch_size", "devices", "updates")
         for field in ("keep", "fps", "block_size", "frames_per_step", "tolerance"):
-            _check(self, field, getattr(self, field) >= 0, "has to be 0 or more")
-        _check(self, "keep", self.keep <= self.count, f"has to be at most count={self.count}")
-        _check(self, "guidance", self.guidance >= 0, "has to be 0 (none) or more")
-        _check(self, "frames", self.frames >= 0, "has to be 0 (the training length) or more")
-        _check(self, "max_steps", self.max_steps >= 0, "has to be 0 (the block size) or more")
-        _check(self, "context_frames", self.context_frames >= 0, "has to be 0 (three quarters) or more")
+            _check(self, field, getattr(self, field) >= 0, "must be 0 or more")
+        _check(self, "keep", self.keep <= self.count, f"must be at most count={self.count}")
+        _check(self, "guidance", self.guidance >= 0, "must be 0 (none) or more")
+        _check(self, "frames", self.frames >= 0, "must be 0 (the training length) or more")
+        _check(self, "max_steps", self.max_steps >= 0, "must be 0 (the block size) or more")
+        _check(self, "context_frames", self.context_frames >= 0, "must be 0 (three quarters) or more")
         _check_choice(self, "solver", ("", "jacobi", "wavefront", "sequential"))
         _check(self, "solver", self.solver != "wavefront" or self.tolerance > 0,
                "is not exact, as sample.tolerance=0 asks; take jacobi or sequential")
@@ -284,13 +284,13 @@ class Mesh:
     """How devices are arranged (sharding.py); their product is the number of devices. 0: what the others leave."""
 
     data: int = 0  # copies of the model
-    fsdp: int = 1  # parts of parameters and optimizer state; clips are parted over data and fsdp
+    fsdp: int = 1  # parts of parameters and optimizer state; clips are sharded over data and fsdp
     tensor: int = 1  # parts of every layer
     sequence: int = 1  # parts of every clip's tokens
 
     def __post_init__(self) -> None:
         for field in ("data", "fsdp", "tensor", "sequence"):
-            _check(self, field, getattr(self, field) >= 0, "has to be 0 (what the others leave) or more")
+            _check(self, field, getattr(self, field) >= 0, "must be 0 (what the others leave) or more")
         zeros = [self.data, self.fsdp, self.tensor, self.sequence].count(0)
         _check(self, "data", zeros <= 1, "only one axis of the mesh can be 0 (what the others leave)")
 
@@ -303,7 +303,7 @@ class Plan:
     # or "sample": all programs that make videos of the training length; or "codec": the Wan VAE's on one chip
     step: str = "train"
     videos: int = 1  # sampled, or coded, together
-    updates: int = 8  # of the solver per block of tokens that the bound of sampling is reckoned with
+    updates: int = 8  # of the solver per block of tokens that the bound of sampling is estimated with
     search: bool = False  # try meshes and rematerialisations, and rank what fits
 
     def __post_init__(self) -> None:
@@ -321,7 +321,7 @@ class Benchmark:
     parts: str = ",".join(BENCHMARKS)
 
     def __post_init__(self) -> None:
-        _check(self, "parts", set(self.named) <= set(BENCHMARKS), f"has to be of {', '.join(BENCHMARKS)}, parted by "
+        _check(self, "parts", set(self.named) <= set(BENCHMARKS), f"must be of {', '.join(BENCHMARKS)}, separated by "
                                                                   "commas")
 
     @property
@@ -344,7 +344,7 @@ class Evaluate:
     draws: int = 8  # of the training noise, over which the likelihood of a video is averaged
     recognise: int = 0  # test clips whose caption is chosen by likelihood; 0: none
     every_caption: bool = False  # score all of them; else only those that the search comes by
-    folder: str = ""  # folders of videos of any system, parted by commas: their quality side by side
+    folder: str = ""  # comma-separated folders of videos of any system: their quality side by side
     reference: str = ""  # a folder of real ones; without `folder`: how well the codec gives them back
     vbench: str = ""  # VBench's prompt list, a file or "installed", after which the videos are named
     frames: int = 16  # first frames of each video that Frechet video distance compares
@@ -352,8 +352,8 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         _check_positive(self, "clips", "batch_size", "prompts", "draws")
-        _check(self, "steps", self.steps >= 2, "has to be 2 or more: both ends are included")
-        _check(self, "recognise", self.recognise >= 0, "has to be 0 (none) or more")
+        _check(self, "steps", self.steps >= 2, "must be 2 or more: both ends are included")
+        _check(self, "recognise", self.recognise >= 0, "must be 0 (none) or more")
         _check(self, "caption", bool(self.caption.strip()) or not self.video,
                "evaluate.video needs a caption, such as 'a red seven moves left'")
         for field in ("caption", "other"):
@@ -365,8 +365,8 @@ class Evaluate:
         _check(self, jobs[-1] if jobs else "video", len(jobs) < 2 or jobs == ["folder", "reference"],
                f"is asked for beside {', '.join(f'evaluate.{job}' for job in jobs[:-1])}; ask for one thing at a time")
         _check(self, "vbench", bool(self.folder) or not self.vbench, "belongs to evaluate.folder; give that too")
-        _check(self, "frames", self.frames >= 9, "has to be 9 or more: fewer vanish in I3D's strides")
-        _check(self, "fps", self.fps >= 0, "has to be 0 (the videos' own) or more")
+        _check(self, "frames", self.frames >= 9, "must be 9 or more: fewer vanish in I3D's strides")
+        _check(self, "fps", self.fps >= 0, "must be 0 (the videos' own) or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -415,15 +415,15 @@ class Prepare:
     def __post_init__(self) -> None:
         _check_positive(self, "resolution", "max_upscale", "items_per_part", "clips_per_shard", "batch_size")
         for field in ("frames", "fps", "clips_per_video", "min_brightness", "min_motion", "cut_threshold", "processes"):
-            _check(self, field, getattr(self, field) >= 0, "has to be 0 or more")
-        _check(self, "crf", 0 <= self.crf <= 51, "has to be 0 (lossless) to 51")
+            _check(self, field, getattr(self, field) >= 0, "must be 0 or more")
+        _check(self, "crf", 0 <= self.crf <= 51, "must be 0 (lossless) to 51")
         for field in ("validation_share", "test_share"):
-            _check(self, field, 0 <= getattr(self, field) < 1, "has to be 0 or more and below 1")
+            _check(self, field, 0 <= getattr(self, field) < 1, "must be 0 or more and below 1")
         _check(self, "test_share", self.validation_share + self.test_share < 1,
                f"leaves nothing to train on beside validation_share={self.validation_share}")
         for field in ("aspect_ratios", "long_captions", "short_captions"):
             named = all(map(str.strip, getattr(self, field).split(",")))
-            _check(self, field, named, "has to be names parted by commas")
+            _check(self, field, named, "must be comma-separated names")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -446,7 +446,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _check(self.train, "adherence_prompts", self.data.source == "digits" or not self.train.adherence_prompts,
-               "has to be 0 with prepared data: only moving digits can be read")
+               "must be 0 with prepared data: only moving digits can be read")
 
 
 def to_config_dict(config: Config) -> ConfigDict:
@@ -474,5 +474,5 @@ def _build(kind: Any, values: dict[str, Any], path: str) -> Any:
     missing = [name for name, field in fields.items()
                if name not in built and field.default is dataclasses.MISSING]
     if missing:
-        raise UserError(f"{path}.{missing[0]}: this setting has no default and has to be given")
+        raise UserError(f"{path}.{missing[0]}: this setting has no default and must be given")
     return kind(**built)

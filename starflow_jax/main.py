@@ -14,7 +14,7 @@ from starflow_jax.config import UserError, from_config_dict
 # Each mode is the function of its own name in the module of its own name: (config, workdir) -> None.
 MODES = ("train", "calibrate", "sample", "evaluate", "benchmark", "package", "plan", "convert", "prepare")
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: configs/t2v.py[:tiny|box|3b|7b].")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: configs/t2v.py[:tiny|tiny_gpu|3b|7b].")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and results; default: runs/NAME.")
 DISTRIBUTED = flags.DEFINE_string(
     "distributed", "", "One of several processes of a run: true (on TPU pods, Slurm, Kubernetes the others are found) "
@@ -53,7 +53,7 @@ def join(distributed: str) -> None:
     if distributed != "true":
         address, *numbers = distributed.split(",")
         if len(numbers) != 2 or not all(number.isdigit() for number in numbers) or ":" not in address:
-            raise UserError(f"--distributed={distributed}: has to be true or HOST:PORT,COUNT,INDEX")
+            raise UserError(f"--distributed={distributed}: must be true or HOST:PORT,COUNT,INDEX")
         given = dict(coordinator_address=address, num_processes=int(numbers[0]), process_id=int(numbers[1]))
     try:
         jax.distributed.initialize(**given)

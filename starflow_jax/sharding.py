@@ -3,10 +3,11 @@
     data       copies of the model, each on its own clips
     fsdp       clips too, and parameters and optimizer state in parts, gathered layer by layer where they are used
     tensor     heads and hidden channels of each layer; the weights stay where they are
-    sequence   tokens; within attention heads, or tokens too (nn/parted_attention.py)
+    sequence   tokens; within attention heads, or tokens too (nn/sequence_parallel.py)
 
 Code below names axes by what they mean; without a mesh, or on a mesh of one device, nothing happens. XLA does the
-rest (jax.set_mesh), but for the attention kernels, which it cannot part: those run in a shard_map over clips and heads.
+rest (jax.set_mesh), but for the attention kernels, which it cannot shard: those run in a shard_map over clips and
+heads.
 """
 
 import math
@@ -69,13 +70,13 @@ def mesh_shape(settings: settings_of.Mesh, devices: int) -> tuple[int, ...]:
 
 def check_model(model: settings_of.Model, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError where the model's heads or widths do not divide over the mesh."""
-    axes = TABLE["heads" if model.parted_attention == "heads" else "hidden"]
+    axes = TABLE["heads" if model.sequence_parallel == "ulysses" else "hidden"]
     parts = math.prod(mesh.shape[axis] for axis in axes)
     named = ", ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
     for name in ("deep_width", "shallow_width"):
         width = getattr(model, name)
         if (width // model.head_dim) % parts:
-            helps = ", or set model.parted_attention=gather" if len(axes) > 1 else ""
+            helps = ", or set model.sequence_parallel=all_gather" if len(axes) > 1 else ""
             raise UserError(f"{named}: their product has to divide the {width // model.head_dim} heads of "
                             f"model.{name}={width}{helps}")
         if width % mesh.shape["fsdp"]:
@@ -86,7 +87,7 @@ def check_batch(field: str, size: int, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError where a batch does not divide over the mesh's clips."""
     parts = math.prod(mesh.shape[axis] for axis in TABLE["batch"])
     if size % parts:
-        raise UserError(f"{field}={size}: has to be a multiple of mesh.data x mesh.fsdp = {parts}")
+        raise UserError(f"{field}={size}: must be a multiple of mesh.data x mesh.fsdp = {parts}")
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -100,15 +101,15 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """x, laid out over the current mesh as TABLE says; a batch that does not divide stays whole, heads that do not are
-    parted over mesh.tensor alone."""
+    sharded over mesh.tensor alone."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
     return lax.with_sharding_constraint(x, NamedSharding(mesh, spec(_dividing(axes, x.shape, mesh))))
 
 
-def tokens_parted() -> bool:
-    """Whether the current mesh parts sequences, which then are not to be cut at odd places."""
+def tokens_sharded() -> bool:
+    """Whether the current mesh shards sequences, which then are not to be cut at odd places."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and math.prod(mesh.shape[axis] for axis in TABLE["tokens"]) > 1
 
@@ -132,11 +133,11 @@ def over_heads(attend: Callable, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: j
     array = spec(_dividing(("batch", None, "heads", None), q_BSHD.shape, mesh))
     batch, = _dividing(("batch",), q_BSHD.shape, mesh)
     length = spec((batch,)) if past is not None and np.ndim(past[2]) else PartitionSpec()
-    parted = jax.shard_map(
+    sharded = jax.shard_map(
         lambda q, k, v, past, *whole: attend(q, k, v, *whole, past=past), check_vma=False, out_specs=array,
         in_specs=(array, array, array, None if past is None else (array, array, length),
                   *[PartitionSpec() for _ in whole]))
-    return parted(q_BSHD, k_BSHD, v_BSHD, past, *whole)
+    return sharded(q_BSHD, k_BSHD, v_BSHD, past, *whole)
 
 
 def over_tokens(attend: Callable, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, *whole: jax.Array
@@ -144,9 +145,9 @@ def over_tokens(attend: Callable, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: 
     """attend(q, k, v, *whole), each device with the tokens, clips and mesh.tensor's share of the heads of its own."""
     mesh = jax.sharding.get_abstract_mesh()
     array = spec(_dividing(("batch", "tokens", "hidden", None), q_BSHD.shape, mesh))
-    parted = jax.shard_map(attend, check_vma=False, out_specs=array,
+    sharded = jax.shard_map(attend, check_vma=False, out_specs=array,
                            in_specs=(array, array, array, *[PartitionSpec() for _ in whole]))
-    return parted(q_BSHD, k_BSHD, v_BSHD, *whole)
+    return sharded(q_BSHD, k_BSHD, v_BSHD, *whole)
 
 
 def _dividing(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AbstractMesh) -> tuple[str | None, ...]:

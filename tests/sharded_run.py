@@ -26,7 +26,7 @@ from tests.training.test_losses import system
 
 ONE = (1, 1, 1, 1)
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2))
-BY_TOKENS = {"gather": (1, 1, 1, 8), "ring": (1, 2, 1, 4)}  # of the model's four heads too few for eight devices
+BY_TOKENS = {"all_gather": (1, 1, 1, 8), "ring": (1, 2, 1, 4)}  # of the model's four heads too few for eight devices
 # Odd numbers of tokens (2 x 9, and 3 of text before them), which no axis divides.
 MODEL = tiny_model(height=3, width=3, deep_width=80, shallow_width=80, denoiser="first_layer", denoiser_layers=1)
 SYSTEM = system(MODEL)
@@ -115,14 +115,14 @@ def main(folder: Path) -> None:
                 "restored": difference(restored[0], expected["state"]), "laid_out": laid_out,
                 "kernel_part": kernel.addressable_shards[0].data.size / kernel.size}
     for choice, shape in BY_TOKENS.items():
-        by_tokens, mesh = system(dataclasses.replace(MODEL, parted_attention=choice)), sharding.make_mesh(
+        by_tokens, mesh = system(dataclasses.replace(MODEL, sequence_parallel=choice)), sharding.make_mesh(
             settings_of.Mesh(*shape))
         sharding.check_model(by_tokens.config.model, mesh)
         with jax.set_mesh(mesh):
             placed = jax.tree.map(lambda leaf: leaf.sharding, sharding.abstract(abstract_state(), mesh))
             state, scalars = trained(mesh, jax.device_put(start, placed), by_tokens)
             found = {"state": state, "scalars": scalars}
-            if choice == "gather":
+            if choice == "all_gather":
                 found["single"] = sampled(state.params, 1, by_tokens)
         results[choice] = {name: difference(found[name], expected[name]) for name in found}
     one = sharding.make_mesh(settings_of.Mesh(1, 1, 1, 1), jax.devices()[:1])

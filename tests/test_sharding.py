@@ -50,12 +50,12 @@ def test_training_sampling_and_checkpoints_are_those_of_one_device(eight_devices
     assert found["laid_out"]
 
 
-@pytest.mark.parametrize("choice", ["gather", "ring"])
+@pytest.mark.parametrize("choice", ["all_gather", "ring"])
 def test_attention_by_tokens_is_that_of_one_device(eight_devices: dict, choice: str) -> None:
     """Training, the denoiser's first layer with a mask of its own; gathered also a sample, over more devices than
     heads."""
     found = eight_devices[choice]
-    assert set(found) == {"state", "scalars"} | ({"single"} if choice == "gather" else set())
+    assert set(found) == {"state", "scalars"} | ({"single"} if choice == "all_gather" else set())
     assert all(error < 1e-5 for error in found.values()), found
 
 
@@ -82,7 +82,7 @@ def test_what_does_not_divide_is_named() -> None:
     sharding.check_model(model, shape_of(1, 2, 2, 1))
     with pytest.raises(UserError, match="mesh.tensor=2, mesh.sequence=2.*2 heads"):
         sharding.check_model(model, shape_of(1, 1, 2, 2))
-    sharding.check_model(dataclasses.replace(model, parted_attention="gather"), shape_of(1, 1, 2, 2))
+    sharding.check_model(dataclasses.replace(model, sequence_parallel="all_gather"), shape_of(1, 1, 2, 2))
     with pytest.raises(UserError, match="mesh.fsdp=3"):
         sharding.check_model(model, shape_of(1, 3, 1, 1))
     with pytest.raises(UserError, match="train.batch_size=6.*= 4"):

@@ -19,7 +19,7 @@ from starflow_jax.flow.first_guess import NoiseGuess, fit_noise
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.io.progress import ProgressBar
 from starflow_jax.model.parameters import decoding_variables
-from starflow_jax.model.store import load_box
+from starflow_jax.model.store import load_pretrained
 from starflow_jax.model.system import Calibrated, System
 from starflow_jax.nn.transformer import unstacked
 from starflow_jax.sampling.calibration import decode_deep, deep_passes, relative_error
@@ -32,9 +32,9 @@ LENGTHS = (1, 4, 32)  # times the training length
 
 
 def trained_model(config: Config, workdir: Path) -> list[dict[str, Any]]:
-    """The model in the box, guided: each scheme's passes, error against sequential decoding and time, one video
+    """The pretrained model, guided: each scheme's passes, error against sequential decoding and time, one video
     at a time and several together. The base line starts each frame from the one before, the first from 0."""
-    system, params, _ = load_box(config, workdir)
+    system, params, _ = load_pretrained(config, workdir)
     captions, _ = fixed_prompts(system, "test", PROMPTS)
     settings = dataclasses.replace(config.sample, frames=0)
     plain = dataclasses.replace(system, guess=None, calibrated=Calibrated())
@@ -149,7 +149,7 @@ def _random_weights(params: Any, key: jax.Array) -> Any:
 
 def lengths(config: Config, workdir: Path) -> list[dict[str, Any]]:
     """Longer and longer videos by the same compiled step: programs, cache and time per latent frame."""
-    system, params, _ = load_box(config, workdir)
+    system, params, _ = load_pretrained(config, workdir)
     captions, _ = fixed_prompts(system, "test", 1)
     rows = []
     for times in LENGTHS:

@@ -180,7 +180,7 @@ def load_codec(settings: Codec, channels: int) -> WanCodec:
         raise UserError("codec.kind=wan needs the VAE's weights: name them with "
                         "--config.codec.weights=FILE.safetensors (--mode=convert makes one of the released .pth)")
     if not settings.weights.endswith(".safetensors"):
-        raise UserError(f"codec.weights={settings.weights!r}: has to be a .safetensors file; --mode=convert "
+        raise UserError(f"codec.weights={settings.weights!r}: must be a .safetensors file; --mode=convert "
                         "--config.convert.codec=FILE.pth makes one of the released .pth")
     tensors = open_safetensors(Path(settings.weights))
     config = wan_config(settings, channels)
@@ -217,7 +217,7 @@ def read_statistics(path: Path, channels: int) -> dict[str, np.ndarray]:
             raise UserError(f"convert.statistics={path}: {channels} numbers are needed under `{name}` or "
                             f"`latents_{name}`, one for each channel of the latents")
     if (found["std"] <= 0).any():
-        raise UserError(f"convert.statistics={path}: each of `std` has to be greater than 0")
+        raise UserError(f"convert.statistics={path}: each of `std` must be greater than 0")
     return found
 
 

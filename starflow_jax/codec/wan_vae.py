@@ -41,9 +41,9 @@ class WanConfig:
                             f"stage of dim_mult={self.dim_mult} but the last")
         for field in ("dim", "dec_dim", "z_dim", "num_res_blocks", "patch_size"):
             if getattr(self, field) < 1:
-                raise UserError(f"wan.{field}={getattr(self, field)!r}: has to be greater than 0")
+                raise UserError(f"wan.{field}={getattr(self, field)!r}: must be greater than 0")
         if len(self.dim_mult) < 2 or self.dim_mult[-1] != self.dim_mult[-2]:
-            raise UserError(f"wan.dim_mult={self.dim_mult!r}: the last two have to be the same; the last stage's "
+            raise UserError(f"wan.dim_mult={self.dim_mult!r}: the last two must be the same; the last stage's "
                             "shortcut has no parameters")
 
     @property

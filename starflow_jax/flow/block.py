@@ -18,7 +18,7 @@ from starflow_jax.kernels.mask import Causal
 from starflow_jax.nn import rope
 from starflow_jax.nn.cache import KVCache
 from starflow_jax.nn.transformer import KeyValue, Transformer
-from starflow_jax.sharding import constrain, token_padding, tokens_parted
+from starflow_jax.sharding import constrain, token_padding, tokens_sharded
 
 SOFT_CLIP = 4.0
 UNIT_SCALE = 0.54132485  # softplus(UNIT_SCALE) = 1: a block whose output is 0 changes nothing
@@ -40,7 +40,7 @@ class FlowBlock(nn.Module):
     head_dim: int
     dtype: Any = jnp.float32
     remat: str = "none"
-    parted: str = "heads"
+    sequence_parallel: str = "ulysses"
     unroll: bool = False
     text: bool = False  # takes a text prefix: the deep block
 
@@ -49,7 +49,8 @@ class FlowBlock(nn.Module):
         self.proj_in = nn.Dense(self.width, dtype=self.dtype)
         if self.text:
             self.proj_text = nn.Dense(self.width, dtype=self.dtype)
-        self.transformer = Transformer(self.layers, self.head_dim, self.dtype, self.remat, self.parted, self.unroll)
+        self.transformer = Transformer(self.layers, self.head_dim, self.dtype, self.remat, self.sequence_parallel,
+                                       self.unroll)
         self.proj_out = nn.Dense(2 * self.channels, dtype=self.dtype, kernel_init=nn.initializers.zeros)
 
     def __call__(
@@ -98,7 +99,7 @@ class FlowBlock(nn.Module):
         behind = (0, token_padding(slots))
         hidden, kv = self.transformer(jnp.pad(hidden_BSD, ((0, 0), behind, (0, 0))), Causal(),
                                       jnp.pad(rope_2SE, ((0, 0), behind, (0, 0))), cache, keep_kv=keep_kv)
-        if not tokens_parted():
+        if not tokens_sharded():
             hidden, slots, prefix = hidden[:, prefix:], slots - prefix, 0
         affine = Affine(*(constrain(part[:, prefix:slots], "batch", None, None) for part in self._affine(hidden)))
         return affine, jax.tree.map(lambda part: part[..., :whole, :, :], kv)

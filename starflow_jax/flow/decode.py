@@ -263,7 +263,7 @@ def generate(
 
     noise: one frame of it per frame to make. texts: (branches, B, text_length, text_dim), conditional
     features and, with guidance, what they are guided away from; or a dict of them by the index of the made
-    frame from which on they hold (0 has to be there). Past `window` frames (default: all fit), or with
+    frame from which on they hold (0 must be there). Past `window` frames (default: all fit), or with
     another text, the last `context` frames are encoded again at positions from 0 and generation goes on.
     The solver starts at `start`, shaped as the noise, or each frame at the one before (the first at `guess`).
     Raises ValueError where the known frames or the context do not fit the window.
@@ -275,7 +275,7 @@ def generate(
     if u_BTSK.shape[1] >= window and total:
         u_BTSK = u_BTSK[:, -max(context, 1):]
     if not 0 < context < window and u_BTSK.shape[1] + total > window:
-        raise ValueError(f"context={context}: has to be at least 1 and less than the window of {window} frames")
+        raise ValueError(f"context={context}: must be at least 1 and less than the window of {window} frames")
     text_of = texts if isinstance(texts, dict) else {0: texts}
     begin = partial(start_window, model, params, window=window, token_grid=token_grid)
     index, in_window, state = 0, 0, None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from starflow_jax.kernels.mask import FrameWindow
 from starflow_jax.nn.transformer import Transformer
-from starflow_jax.sharding import constrain, token_padding, tokens_parted
+from starflow_jax.sharding import constrain, token_padding, tokens_sharded
 
 
 class Denoiser(nn.Module):
@@ -28,7 +28,7 @@ class Denoiser(nn.Module):
     first_layer_only: bool
     dtype: Any = jnp.float32
     remat: str = "none"
-    parted: str = "heads"
+    sequence_parallel: str = "ulysses"
     unroll: bool = False
     text: bool = True
 
@@ -47,10 +47,10 @@ class Denoiser(nn.Module):
         ahead = FrameWindow(prefix, x_BSC.shape[1] // frames, self.window, self.lookahead, frames)
         causal = dataclasses.replace(ahead, lookahead=0)
         mask, first_mask = (causal, ahead) if self.first_layer_only else (ahead, None)
-        stack = Transformer(self.layers, self.head_dim, self.dtype, self.remat, self.parted, self.unroll,
+        stack = Transformer(self.layers, self.head_dim, self.dtype, self.remat, self.sequence_parallel, self.unroll,
                             name="transformer")
         hidden, _ = stack(hidden, mask, rope_2SE, first_mask=first_mask, keep_kv=False)
-        if not tokens_parted():
+        if not tokens_sharded():
             hidden, slots, prefix = hidden[:, prefix:], slots - prefix, 0
         out = nn.Dense(self.channels, dtype=self.dtype, name="proj_out", kernel_init=nn.initializers.zeros)(
             hidden.astype(self.dtype)

@@ -73,7 +73,7 @@ def _layers(model: STARFlow, layers: Any, hidden: jax.Array, rope: jax.Array, st
             text_length: int, kept: int) -> tuple[jax.Array, Any]:
     """The hidden states of the text, where it is there, and of one frame, and their keys and values (L, B, S, H, D)."""
     config = model.config
-    layer = Layer(config.head_dim, jnp.dtype(config.dtype), Full(), None, config.parted_attention, parent=None)
+    layer = Layer(config.head_dim, jnp.dtype(config.dtype), Full(), None, config.sequence_parallel, parent=None)
     before = None if state is None else jnp.minimum(state.frame, config.denoiser_window - 1)
 
     def run(x: jax.Array, index: jax.Array | int, rope: jax.Array) -> tuple[jax.Array, Any]:

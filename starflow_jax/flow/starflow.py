@@ -36,7 +36,7 @@ class STARFlow(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         common: dict[str, Any] = dict(channels=c.token_channels, head_dim=c.head_dim, dtype=dtype, remat=c.remat,
-                      parted=c.parted_attention, unroll=c.unroll_layers)
+                      sequence_parallel=c.sequence_parallel, unroll=c.unroll_layers)
         self.shallow = [FlowBlock(width=c.shallow_width, layers=layers, **common) for layers in c.shallow_layers]
         self.deep = FlowBlock(width=c.deep_width, layers=c.deep_layers, text=c.text_length > 0, **common)
         if c.denoiser != "none":

@@ -65,7 +65,7 @@ def open_safetensors(path: Path) -> dict[str, StoredArray]:
     if not indices and len(files) == 1:
         return _open_file(files[0])
     if len(indices) != 1:
-        raise UserError(f"{path}: holds {len(files)} safetensors files and {len(indices)} index files; it has to be "
+        raise UserError(f"{path}: holds {len(files)} safetensors files and {len(indices)} index files; it must be "
                         "one file, or shards with one *.safetensors.index.json")
     try:
         shard_of = json.loads(indices[0].read_text())["weight_map"]

@@ -6,7 +6,7 @@ a loop of their own, so that the one over whole blocks compares nothing and keep
 
 Forward: a program has 64 queries per computing warpgroup and walks over the keys; the softmax of one block runs
 beside the product of the last one's weights and values. Where that makes fewer programs than the GPU has
-multiprocessors (decoding), the keys are parted among several.
+multiprocessors (decoding), the keys are split among several.
 Backward: a program has 128 keys and walks over the queries. All five products are taken once; dq, to which
 every program contributes, is summed in float32 by the copy engine's add (so its last bits depend on the order of
 the programs).

@@ -10,7 +10,7 @@ with it.
 
 Forward: visits go query block by query block.
 Backward: visits go key block by key block, and all five products are taken once: dk and dv are summed over a block's
-visits, dq of the whole head in VMEM. Where that is too large, the queries are parted into chunks, whose dk and dv
+visits, dq of the whole head in VMEM. Where that is too large, the queries are split into chunks, whose dk and dv
 are added up afterwards.
 """
 

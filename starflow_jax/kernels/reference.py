@@ -27,7 +27,7 @@ def attention(
     """softmax(q k^T / sqrt(D)) v over the keys that the mask allows, all at once; softmax in float32 at least.
 
     mask: a Mask, or (S, K) of bool. past: (k_BPGD, v_BPGD, length) of earlier slots, of which all queries see
-    the first `length` (int32, one for all samples or (B,)). H has to be a multiple of G.
+    the first `length` (int32, one for all samples or (B,)). H must be a multiple of G.
     Returns (B, S, H, D) in q's dtype.
     """
     queries, keys = q_BSHD.shape[1], k_BKGD.shape[1]

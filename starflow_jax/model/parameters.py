@@ -21,7 +21,7 @@ Params = dict[str, Any]  # {"flow", "denoiser" (where there is one), "text" (whe
 def model_fingerprint(config: Config) -> dict[str, Any]:
     """What a checkpoint's parameters depend on; a workdir holds one such model."""
     model = dataclasses.asdict(config.model)
-    for name in ("dtype", "remat", "parted_attention", "unroll_layers"):
+    for name in ("dtype", "remat", "sequence_parallel", "unroll_layers"):
         del model[name]
     text = dataclasses.asdict(config.text)
     del text["weights"]  # where they lie

@@ -18,7 +18,7 @@ from starflow_jax.model.parameters import Params, init_params, model_fingerprint
 from starflow_jax.model.system import System, load_system, save_system
 from starflow_jax.text.pretrained import load_encoder
 
-BOX = Path(__file__).parents[1] / "assets" / "tiny"
+PRETRAINED = Path(__file__).parents[1] / "assets" / "tiny"
 
 
 def load_model(config: Config, workdir: Path) -> tuple[System, Params, str]:
@@ -39,7 +39,7 @@ def load_model(config: Config, workdir: Path) -> tuple[System, Params, str]:
             abstract = sharding.layers_as(abstract, jnp.dtype(config.model.dtype))
             params = restore_params(checkpoints.directory / str(step), abstract)
             return load_system(config, workdir / "system"), with_text(config, params), f"{workdir}, step {step}"
-    return load_box(config, workdir)
+    return load_pretrained(config, workdir)
 
 
 def with_text(config: Config, params: Params) -> Params:
@@ -50,21 +50,21 @@ def with_text(config: Config, params: Params) -> Params:
     return {**params, "text": jax.tree.map(jax.numpy.asarray, weights)}
 
 
-def load_box(config: Config, workdir: Path) -> tuple[System, Params, str]:
+def load_pretrained(config: Config, workdir: Path) -> tuple[System, Params, str]:
     """The model in the package."""
-    description = BOX / "model.json"
+    description = PRETRAINED / "model.json"
     if not description.exists() or json.loads(description.read_text())["fingerprint"] != model_fingerprint(config):
         raise UserError(f"{workdir} holds no checkpoint, and the package carries none of {config.name}; "
                         "train one first (--mode=train) or name its folder with --workdir")
-    params = jax.tree.map(jax.numpy.asarray, import_arrays(BOX / "model.safetensors"))
-    return load_system(config, BOX), params, "the model in the package"
+    params = jax.tree.map(jax.numpy.asarray, import_arrays(PRETRAINED / "model.safetensors"))
+    return load_system(config, PRETRAINED), params, "the model in the package"
 
 
-def save_box(config: Config, system: System, params: Params, facts: dict) -> None:
+def save_pretrained(config: Config, system: System, params: Params, facts: dict) -> None:
     """Write a model into the package: parameters in float16, tokenizer, codec, and what made it."""
-    BOX.mkdir(parents=True, exist_ok=True)
-    export_arrays(BOX / "model.safetensors", jax.tree.map(np.asarray, params), dtype=np.float16)
-    save_system(system, BOX)
-    with atomic_path(BOX / "model.json") as path:
+    PRETRAINED.mkdir(parents=True, exist_ok=True)
+    export_arrays(PRETRAINED / "model.safetensors", jax.tree.map(np.asarray, params), dtype=np.float16)
+    save_system(system, PRETRAINED)
+    with atomic_path(PRETRAINED / "model.json") as path:
         path.write_text(json.dumps({"fingerprint": model_fingerprint(config),
                                     "config": dataclasses.asdict(config), **facts}, indent=1))

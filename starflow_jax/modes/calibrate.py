@@ -5,7 +5,7 @@ from pathlib import Path
 
 from starflow_jax.config import Config, UserError
 from starflow_jax.io.progress import table
-from starflow_jax.model.store import BOX, load_model
+from starflow_jax.model.store import PRETRAINED, load_model
 from starflow_jax.model.system import Calibrated, save_decoding
 from starflow_jax.sampling.calibration import ERROR, fit_guess, fit_noise_guess, measure
 
@@ -14,7 +14,7 @@ def calibrate(config: Config, workdir: Path) -> None:
     """Fit the guesses, measure the candidates and keep the fastest; written beside the model."""
     system, params, source = load_model(config, workdir)
     print(f"model: {source}")
-    folder = workdir / "system" if (workdir / "system").exists() else BOX
+    folder = workdir / "system" if (workdir / "system").exists() else PRETRAINED
     system = dataclasses.replace(system, guess=fit_guess(system, params), calibrated=Calibrated(), noise_guess=None)
     system = dataclasses.replace(system, noise_guess=fit_noise_guess(system, params))
     rows = measure(system, params)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from starflow_jax.config import Config, UserError
-from starflow_jax.model.store import BOX, load_model, save_box
+from starflow_jax.model.store import PRETRAINED, load_model, save_pretrained
 
 LARGEST = 15 * 2**20  # bytes that the package may carry
 
@@ -13,9 +13,9 @@ def package(config: Config, workdir: Path) -> None:
     if not (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} holds no checkpoint to put into the package; train one first")
     system, params, source = load_model(config, workdir)
-    save_box(config, system, params, {"source": f"{config.name}: {source.rsplit(', ', 1)[-1]}"})
-    size = sum(path.stat().st_size for path in BOX.iterdir())
+    save_pretrained(config, system, params, {"source": f"{config.name}: {source.rsplit(', ', 1)[-1]}"})
+    size = sum(path.stat().st_size for path in PRETRAINED.iterdir())
     if size > LARGEST:
-        raise UserError(f"{BOX} is now {size / 2**20:.1f} MiB, more than the {LARGEST / 2**20:.0f} MiB allowed; "
+        raise UserError(f"{PRETRAINED} is now {size / 2**20:.1f} MiB, more than the {LARGEST / 2**20:.0f} MiB allowed; "
                         "make the model smaller")
-    print(f"{BOX}: {source}, {size / 2**20:.1f} MiB")
+    print(f"{PRETRAINED}: {source}, {size / 2**20:.1f} MiB")

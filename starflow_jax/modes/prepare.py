@@ -142,8 +142,8 @@ def _share() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def _names(parted: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in parted.split(","))
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in listed.split(","))
 
 
 def _print(done: dict[str, Any], folder: str, derived_too: bool) -> None:

@@ -1,14 +1,14 @@
-"""Attention over a mesh whose sequence axis parts the tokens: what moves (config.PARTED_ATTENTION).
+"""Attention over a mesh whose sequence axis shards the tokens: what moves (config.SEQUENCE_PARALLEL).
 
-    heads    all-to-all: each device gets whole sequences of some heads, and gives back its tokens' share of the results
-    gather   all-gather of keys and values: each device answers its own queries of all its heads
-    ring     the same, with keys and values going round, one device's part at a time, and the parts' softmaxes merged
+    ulysses     all-to-all: each device gets whole sequences of some heads, and returns its tokens' share of the results
+    all_gather  keys and values of all devices: each device answers its own queries of all its heads
+    ring        the same, with keys and values going round, one device's part at a time, and the parts' softmaxes merged
 
-Heads moves 4 (n-1)/n of a device's queries' bytes among n devices, the others 2 (n-1) of its keys' and values' and 2 of
-its queries'; but heads needs a number of them that divides over the devices.
+Ulysses sends 4 (n-1)/n of a device's queries' bytes among n devices, the others 2 (n-1) of its keys' and values' and 2
+of its queries'; but ulysses needs a number of heads that divides over the devices.
 
-Under a causal mask the device with the last tokens would have n times the first one's work. For gather and ring queries
-therefore change places: of 2n pieces of the sequence device d answers the d-th and the d-th from the end.
+Under a causal mask the device with the last tokens would have n times the first one's work. For all_gather and ring,
+queries therefore change places: of 2n pieces of the sequence device d answers the d-th and the d-th from the end.
 """
 
 from functools import partial
@@ -22,25 +22,25 @@ from jax.ad_checkpoint import checkpoint_name
 
 from starflow_jax.kernels import attention as core
 from starflow_jax.kernels.mask import Mask, piece
-from starflow_jax.sharding import TABLE, over_heads, over_tokens, tokens_parted
+from starflow_jax.sharding import TABLE, over_heads, over_tokens, tokens_sharded
 
 AXIS, = TABLE["tokens"]
 
 
 def by_tokens(choice: str, past: Any) -> bool:
-    """Whether each device answers its own tokens' queries. Those that have a cache are parted by heads."""
-    return choice != "heads" and past is None and tokens_parted()
+    """Whether each device answers its own tokens' queries. Those that have a cache are sharded by heads."""
+    return choice != "ulysses" and past is None and tokens_sharded()
 
 
-def parted_attention(choice: str, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, masks: tuple[Mask, ...],
-                     which: jax.Array | None, past: Any) -> jax.Array:
+def sequence_parallel_attention(choice: str, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array,
+                                masks: tuple[Mask, ...], which: jax.Array | None, past: Any) -> jax.Array:
     """kernels.attention.attention on the current mesh, (B, S, H, D); by tokens, S has to divide over the devices."""
     if not by_tokens(choice, past):
         def attend(q, k, v, *which, past):
             return core.attention(q, k, v, masks, past, which=which[0] if which else None)
 
         return over_heads(attend, q_BSHD, k_BSHD, v_BSHD, past, *() if which is None else (which,))
-    run = partial(_gathered if choice == "gather" else _round_the_ring, masks)
+    run = partial(_gathered if choice == "all_gather" else _round_the_ring, masks)
     return over_tokens(run, q_BSHD, k_BSHD, v_BSHD, jnp.int32(0) if which is None else which)
 
 

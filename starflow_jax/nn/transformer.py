@@ -17,7 +17,7 @@ from starflow_jax.kernels.attention import ATTENTION_RESULTS
 from starflow_jax.kernels.mask import Mask
 from starflow_jax.nn.cache import KVCache
 from starflow_jax.nn.rope import apply_rope
-from starflow_jax.nn.sequence_parallel import by_tokens, parted_attention
+from starflow_jax.nn.sequence_parallel import by_tokens, sequence_parallel_attention
 from starflow_jax.sharding import constrain
 
 KeyValue = tuple[jax.Array, jax.Array]
@@ -44,7 +44,7 @@ class Layer(nn.Module):
     dtype: Any
     mask: Mask
     first_mask: Mask | None
-    parted: str  # of config.PARTED_ATTENTION
+    sequence_parallel: str  # of config.SEQUENCE_PARALLEL
 
     def _norm(self, x_BSD: jax.Array, name: str) -> jax.Array:
         dtype = jnp.promote_types(self.dtype, jnp.float32)
@@ -58,14 +58,14 @@ class Layer(nn.Module):
         qkv = nn.DenseGeneral((3, width), dtype=self.dtype, name="qkv")(self._norm(x_BSD, "attention_norm"))
         q, k, v = (qkv[..., i, :].reshape(*x_BSD.shape[:-1], heads, self.head_dim) for i in range(3))
         q, k = apply_rope(q, rope_2SE), apply_rope(k, rope_2SE)
-        axes = ("tokens", "hidden") if by_tokens(self.parted, past) else (None, "heads")
+        axes = ("tokens", "hidden") if by_tokens(self.sequence_parallel, past) else (None, "heads")
         q, k, v = (constrain(part, "batch", *axes, None) for part in (q, k, v))
         seen = None if past is None else (*past, past_length)
         if self.first_mask is None:
-            out = parted_attention(self.parted, q, k, v, (self.mask,), None, seen)
+            out = sequence_parallel_attention(self.sequence_parallel, q, k, v, (self.mask,), None, seen)
         else:
             masks = (self.mask, self.first_mask)
-            out = parted_attention(self.parted, q, k, v, masks, is_first.astype(jnp.int32), seen)
+            out = sequence_parallel_attention(self.sequence_parallel, q, k, v, masks, is_first.astype(jnp.int32), seen)
         out = constrain(out.reshape(x_BSD.shape), "batch", "tokens", "hidden")
         x_BSD = _tokens(x_BSD + nn.Dense(width, dtype=self.dtype, name="proj")(out))
         hidden = nn.Dense(4 * width, dtype=self.dtype, name="mlp_in")(self._norm(x_BSD, "mlp_norm"))
@@ -87,7 +87,7 @@ class Transformer(nn.Module):
     head_dim: int
     dtype: Any = jnp.float32
     remat: str = "none"
-    parted: str = "heads"
+    sequence_parallel: str = "ulysses"
     unroll: bool = False
 
     @nn.compact
@@ -115,7 +115,7 @@ class Transformer(nn.Module):
             out_axes=0,
             length=self.layers,
             unroll=self.layers if self.unroll else 1,
-        )(self.head_dim, self.dtype, mask, first_mask, self.parted, keep_kv, name="layers")
+        )(self.head_dim, self.dtype, mask, first_mask, self.sequence_parallel, keep_kv, name="layers")
         is_first = jnp.arange(self.layers) == 0
         past = None if cache is None else (cache.k_LBPHD, cache.v_LBPHD)
         past_length = jnp.int32(0) if cache is None else cache.length
@@ -128,7 +128,7 @@ class Transformer(nn.Module):
         for index, params in enumerate(self.variables["params"]["layers"]["layer"]):
             past = None if cache is None else (cache.k_LBPHD[index], cache.v_LBPHD[index])
             first = first_mask if index == 0 and first_mask is not None else mask
-            layer = Layer(self.head_dim, self.dtype, first, None, self.parted, parent=None)
+            layer = Layer(self.head_dim, self.dtype, first, None, self.sequence_parallel, parent=None)
             x_BSD, made = layer.apply({"params": params}, x_BSD, past, False, rope_2SE,
                                       None if cache is None else cache.length)
             kv.append(made)
@@ -169,12 +169,12 @@ class _BodyLayer(nn.Module):
     dtype: Any
     mask: Mask
     first_mask: Mask | None
-    parted: str
+    sequence_parallel: str
     keep_kv: bool
 
     @nn.compact
     def __call__(self, x_BSD, past, is_first, rope_2SE, past_length):
         x_BSD = checkpoint_name(x_BSD, LAYER_INPUT)
-        layer = Layer(self.head_dim, self.dtype, self.mask, self.first_mask, self.parted, name="layer")
+        layer = Layer(self.head_dim, self.dtype, self.mask, self.first_mask, self.sequence_parallel, name="layer")
         x_BSD, kv = layer(x_BSD, past, is_first, rope_2SE, past_length)
         return x_BSD, kv if self.keep_kv else None

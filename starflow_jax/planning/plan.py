@@ -30,7 +30,7 @@ def plan_of(config: Config, devices: list[Any]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": config.name, "step": config.plan.step, "topology": config.plan.topology, "chips": len(devices),
         "device_kind": devices[0].device_kind, "mesh": dict(mesh.shape), "remat": model.remat,
-        "parted_attention": model.parted_attention,
+        "sequence_parallel": model.sequence_parallel,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(
             plan_codec.abstract_codec(config).params if codec else abstract_params_of(config))),
         "tokens_per_step": videos * model.frames * model.tokens_per_frame, "hbm_bytes_per_chip": int(chip.hbm_bytes),

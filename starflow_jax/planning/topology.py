@@ -15,7 +15,7 @@ def topology(name: str) -> list[Any]:
 
     kind, _, shape = name.partition(":")
     if not re.fullmatch(r"\d+(x\d+)+", shape):
-        raise UserError(f"plan.topology={name!r}: has to be a kind and a shape, such as v5p:4x4x4 or v6e:16x16")
+        raise UserError(f"plan.topology={name!r}: must be a kind and a shape, such as v5p:4x4x4 or v6e:16x16")
     options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
     if set(shape.split("x")) == {"1"}:
         options["chips_per_host_bounds"] = [1, 1, 1]  # else libtpu takes a host to have four

@@ -23,7 +23,7 @@ def latent_frames(config: Config, settings: Sample) -> int:
     if (frames - 1) % stride:
         near = (frames - 1) // stride * stride + 1
         raise UserError(
-            f"sample.frames={frames}: has to be 1 + a multiple of {stride}, such as {near} or {near + stride}")
+            f"sample.frames={frames}: must be 1 + a multiple of {stride}, such as {near} or {near + stride}")
     total = 1 + (frames - 1) // stride
     if total > config.model.frames < 3:
         raise UserError(f"sample.frames={frames}: a window of {config.model.frames} latent frames is too short to move "

@@ -129,7 +129,7 @@ class _Finisher:
 
 
 def latency(system: System, settings: Sample) -> int:
-    """Latent frames that have to be there beyond one that leaves."""
+    """Latent frames that must be there beyond one that leaves."""
     model = system.config.model
     if settings.denoise == "none" or model.denoiser == "none":
         return 0

@@ -14,7 +14,7 @@ def context_frames(system: System, settings: Sample) -> int:
     window = system.config.model.frames
     context = settings.context_frames or max(1, window * 3 // 4)
     if context >= window > 1:
-        raise UserError(f"sample.context_frames={context}: has to be less than the window of {window} latent frames")
+        raise UserError(f"sample.context_frames={context}: must be less than the window of {window} latent frames")
     return context
 
 

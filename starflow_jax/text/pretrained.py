@@ -67,6 +67,6 @@ def _file_of(folder: Path, name: str) -> Path:
 
 def _folder(folder: Path) -> Path:
     if folder == Path() or not folder.is_dir():
-        raise UserError(f"text.weights={'' if folder == Path() else str(folder)!r}: has to be a folder with the frozen "
+        raise UserError(f"text.weights={'' if folder == Path() else str(folder)!r}: must be a folder with the frozen "
                         "text encoder; download google/flan-t5-xl and name it with --config.text.weights=DIR")
     return folder

@@ -35,7 +35,7 @@ def _function(hook: str, module: str, name: str) -> Callable[[str], str]:
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"sample.rewrite={hook!r}: there is no such function ({error}); its module has to be "
+        raise UserError(f"sample.rewrite={hook!r}: there is no such function ({error}); its module must be "
                         "importable: set PYTHONPATH to its folder") from error
 
     def call(prompt: str) -> str:

@@ -87,7 +87,7 @@ def train_on(mesh: Mesh, config: Config, workdir: Path) -> None:
         state, position, step = restored
         batches.set_state(position)
         if first:
-            print(f"going on from step {step}")
+            print(f"resuming from step {step}")
     else:
         placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         params, changes = initial_params(config, jax.random.key(config.train.seed), placed.params)

@@ -1,4 +1,4 @@
-"""What the benchmark reckons: weights, cache, and that its plot is drawn."""
+"""What the benchmark estimates: weights, cache, and that its plot is drawn."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from tests.sampling.test_generate import CONFIG, params, system
 __all__ = ["params", "system"]  # fixtures
 
 
-def test_cache_is_as_large_as_reckoned_and_does_not_depend_on_the_length(system: System, params) -> None:
+def test_cache_is_as_large_as_estimated_and_does_not_depend_on_the_length(system: System, params) -> None:
     model = CONFIG.model
     texts = jnp.zeros((2, 1, model.text_length, model.text_dim))
     state = start_window(system.flow, flow_variables(params), jnp.zeros((1, 0, 4, 4)), texts, window=model.frames,

@@ -1,4 +1,4 @@
-"""The caption by likelihood: the search against all captions, marginal choices, and the model in the box."""
+"""The caption by likelihood: the search against all captions, marginal choices, and the pretrained model."""
 
 import itertools
 from pathlib import Path
@@ -23,7 +23,7 @@ from starflow_jax.evaluation.classify import (
     score_captions,
     search,
 )
-from starflow_jax.model.store import load_box
+from starflow_jax.model.store import load_pretrained
 from starflow_jax.sampling.conditions import noise_for
 from starflow_jax.sampling.likelihood import frame_nats
 
@@ -71,7 +71,7 @@ def test_choices_are_marginal() -> None:
 
 
 def test_the_model_in_the_box_reads_clips(tmp_path: Path) -> None:
-    system, params, _ = load_box(tiny(), tmp_path)
+    system, params, _ = load_pretrained(tiny(), tmp_path)
     examples = list(generate_clips(MovingDigitsConfig(train_clips=1, validation_clips=1, test_clips=3), "test"))
     frames = np.stack([example["frames"][:13] for example in examples])
     labels = np.array([[example[name] for name in ATTRIBUTES] for example in examples])

@@ -1,5 +1,5 @@
 """Likelihood by token, the way to z and back, interpolation: equations on a small random model, signs on the one in
-the box."""
+the pretrained model."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ from starflow_jax.evaluation.likelihood import (
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.io.video import write_mp4
 from starflow_jax.model.shapes import prompt_text
-from starflow_jax.model.store import load_box
+from starflow_jax.model.store import load_pretrained
 from starflow_jax.model.system import System
 from starflow_jax.sampling.likelihood import frame_nats
 from starflow_jax.text.tokenizer import Tokenizer, train_tokenizer
@@ -149,7 +149,7 @@ def test_settings_that_cannot_be(settings: dict, told: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def box_config():
+def pretrained_config():
     from configs.t2v import tiny
 
     return tiny()
@@ -164,12 +164,12 @@ def moving_bar(colour: int, step: int) -> np.ndarray:
     return frames
 
 
-def test_the_caption_that_fits_is_told_from_one_that_does_not(box_config, tmp_path: Path) -> None:
-    box, params, _ = load_box(box_config, tmp_path)
+def test_the_caption_that_fits_is_told_from_one_that_does_not(pretrained_config, tmp_path: Path) -> None:
+    pretrained, params, _ = load_pretrained(pretrained_config, tmp_path)
     frames = moving_bar(colour=0, step=1)
 
     def fit(caption: str) -> float:
-        return float(likelihood(box, params, frames, caption, draws=2).caption_fit_NS.sum())
+        return float(likelihood(pretrained, params, frames, caption, draws=2).caption_fit_NS.sum())
 
     assert fit("a red one moves right") > 5
     assert fit("a red one moves left") < 0

@@ -13,7 +13,7 @@ import pytest
 from starflow_jax.config import Config, UserError, from_config_dict
 from starflow_jax.evaluation.adherence import adherence_of_samples
 from starflow_jax.model.parameters import init_params
-from starflow_jax.model.store import BOX, load_model
+from starflow_jax.model.store import PRETRAINED, load_model
 from starflow_jax.modes.package import LARGEST, package
 from starflow_jax.sampling.likelihood import bits_per_frame
 
@@ -34,8 +34,8 @@ def test_box_is_the_tiny_model_and_small_enough(tmp_path: Path) -> None:
     shapes = jax.tree.map(lambda leaf: leaf.shape, params)
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(
         lambda: init_params(config, jax.random.key(0))))
-    assert sum(path.stat().st_size for path in BOX.iterdir()) <= LARGEST
-    made_by = json.loads((BOX / "model.json").read_text())["config"]
+    assert sum(path.stat().st_size for path in PRETRAINED.iterdir()) <= LARGEST
+    made_by = json.loads((PRETRAINED / "model.json").read_text())["config"]
     assert made_by["model"]["deep_width"] == config.model.deep_width
     assert system.tokenizer.vocab_size <= config.text.vocab_size
 

@@ -69,6 +69,6 @@ def test_two_processes_train_as_one_and_one_that_dies_stops_the_other(tmp_path: 
     pair = start_two(two, data, *longer)
     outputs = [process.communicate(timeout=600)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
-    assert f"going on from step {stopped}\n" in outputs[0]
+    assert f"resuming from step {stopped}\n" in outputs[0]
     assert [step for step, _ in losses(two)] == [step for step, _ in losses(one)]
     np.testing.assert_allclose([x for _, x in losses(two)], [x for _, x in losses(one)], rtol=1e-5, atol=1e-5)

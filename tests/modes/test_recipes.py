@@ -125,5 +125,5 @@ def test_weights_that_are_missing_are_asked_for(folder: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match="codec.kind=wan needs the VAE's weights"):
         train(without, tmp_path)
     without = dataclasses.replace(config, text=dataclasses.replace(config.text, weights=""))
-    with pytest.raises(UserError, match="has to be a folder with the frozen text encoder"):
+    with pytest.raises(UserError, match="must be a folder with the frozen text encoder"):
         train(without, tmp_path)

@@ -9,11 +9,11 @@ import pytest
 
 from starflow_jax import config as settings_of
 from starflow_jax import sharding
-from starflow_jax.config import PARTED_ATTENTION
+from starflow_jax.config import SEQUENCE_PARALLEL
 from starflow_jax.kernels import attention as core
 from starflow_jax.kernels import reference
 from starflow_jax.kernels.mask import Causal, FrameWindow, Mask, bounds, piece
-from starflow_jax.nn.sequence_parallel import _runs, parted_attention
+from starflow_jax.nn.sequence_parallel import _runs, sequence_parallel_attention
 from starflow_jax.planning import program_cost
 
 # 36 slots: 3 of text, 4 frames of 8 tokens, one of padding.
@@ -39,7 +39,7 @@ def arrays(slots: int = SLOTS, heads: int = 4) -> list[jax.Array]:
 def with_gradients(masks: tuple[Mask, ...], which: int, choice: str) -> Callable:
     def run(dout, q, k, v):
         index = None if len(masks) == 1 else jnp.int32(which)
-        out, pull_back = jax.vjp(lambda *x: parted_attention(choice, *x, masks, index, None), q, k, v)
+        out, pull_back = jax.vjp(lambda *x: sequence_parallel_attention(choice, *x, masks, index, None), q, k, v)
         return [out, *pull_back(dout)]
 
     return run
@@ -51,7 +51,7 @@ def assert_those_of_one_device(found: list[jax.Array], mask: Mask, dout, *inputs
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("choice", PARTED_ATTENTION)
+@pytest.mark.parametrize("choice", SEQUENCE_PARALLEL)
 @pytest.mark.parametrize(("devices", "masks", "which"), [
     (2, (Causal(),), 0), (4, (DENOISER,), 0), (4, BOTH, 0), (2, BOTH, 1)])
 def test_values_and_gradients(choice: str, devices: int, masks: tuple[Mask, ...], which: int) -> None:
@@ -60,14 +60,14 @@ def test_values_and_gradients(choice: str, devices: int, masks: tuple[Mask, ...]
     assert_those_of_one_device(found, masks[which], *inputs)
 
 
-@pytest.mark.parametrize("choice", ["gather", "ring"])
+@pytest.mark.parametrize("choice", ["all_gather", "ring"])
 def test_more_devices_than_heads_and_odd_parts(choice: str) -> None:
     inputs = arrays(slots=33, heads=1)
     _, found = run_on(3, with_gradients((Causal(),), 0, choice), *inputs)
     assert_those_of_one_device(found, Causal(), *inputs)
 
 
-@pytest.mark.parametrize("choice", ["gather", "ring"])
+@pytest.mark.parametrize("choice", ["all_gather", "ring"])
 def test_long_sequences_go_through_the_kernels(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On this CPU the reference, block by block; each device its own piece of the mask."""
     for name, size in (("SHORT", 0), ("Q_CHUNK", 16), ("K_CHUNK", 16)):
@@ -78,14 +78,14 @@ def test_long_sequences_go_through_the_kernels(choice: str, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("choice", "kinds", "parts"), [
-    ("heads", {"all-to-all"}, 4 * 3 / 4), ("gather", {"all-gather", "collective-permute"}, 2 * 3 + 2),
+    ("ulysses", {"all-to-all"}, 4 * 3 / 4), ("all_gather", {"all-gather", "collective-permute"}, 2 * 3 + 2),
     ("ring", {"collective-permute"}, 2 * 3 + 2)])
 def test_what_moves(choice: str, kinds: set[str], parts: float) -> None:
     """Forward, among 4 devices, in units of a device's queries: what the module says."""
     devices, (_, *inputs) = 4, arrays()
 
     def run(q, k, v):  # and back to the tokens' devices, as in a layer
-        out = parted_attention(choice, q, k, v, (Causal(),), None, None)
+        out = sequence_parallel_attention(choice, q, k, v, (Causal(),), None, None)
         return sharding.constrain(out, "batch", "tokens", None, None)
 
     compiled, _ = run_on(devices, run, *inputs)

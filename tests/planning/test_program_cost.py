@@ -31,7 +31,7 @@ def compiled(function, *shapes: tuple[int, ...], dtype=jnp.float32):
 
 
 def without_trip_counts(text: str) -> str:
-    """As TPUs' compiler writes it: how often a loop runs has to be read from its condition."""
+    """As TPUs' compiler writes it: how often a loop runs must be read from its condition."""
     without = re.sub(r'"known_trip_count":\{[^}]*\},?', "", text)
     assert without != text
     return without

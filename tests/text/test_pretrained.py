@@ -91,7 +91,7 @@ def test_a_converted_model_comes_with_its_encoder(published: Path, tmp_path: Pat
 
 
 def test_what_is_no_such_encoder_is_refused(published: Path, tmp_path: Path) -> None:
-    for told, folder in (("has to be a folder", Path("")), ("has to be a folder", tmp_path / "none"),
+    for told, folder in (("must be a folder", Path("")), ("must be a folder", tmp_path / "none"),
                          ("holds no config.json", tmp_path)):
         with pytest.raises(UserError, match=told):
             load_encoder(folder, 48)

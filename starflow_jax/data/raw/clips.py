@@ -3,7 +3,7 @@
 A video is read once, front to back. Frames are taken at a fixed rate (or as they come), resized and cropped to
 the bucket nearest in shape, and gathered into clips without overlap; a change of scene, or a gap in the
 timestamps, begins a new clip. Clips are kept as H.264 of the bucket's size: reading one for training then
-decodes just its own few frames, where the source file would have to be sought and decoded at full size from
+decodes just its own few frames, where the source file would must be sought and decoded at full size from
 the key frame before, in every epoch. Little is lost: colours are kept at full resolution (4:4:4). Pictures are
 kept as JPEG.
 """
