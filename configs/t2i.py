@@ -10,7 +10,7 @@ import dataclasses
 
 from configs.t2v import at_resolution, paper
 from configs.t2v import tiny as tiny_video
-from starflow_jax.config import Codec, Config, Model, Text, UserError, to_config_dict
+from starflow_jax.config import Codec, Config, Model, Text, choose_variant, to_config_dict
 
 
 def tiny() -> Config:
@@ -48,6 +48,4 @@ def released() -> Config:
 
 def get_config(variant: str = "tiny"):
     variants = {"tiny": tiny, "3b": recipe_3b, "released": released}
-    if variant not in variants:
-        raise UserError(f"configs/t2i.py:{variant}: no such variant; there are {', '.join(variants)}")
-    return to_config_dict(variants[variant]())
+    return to_config_dict(choose_variant("configs/t2i.py", variants, variant))

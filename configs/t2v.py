@@ -24,7 +24,7 @@ from starflow_jax.config import (
     Sample,
     Text,
     Train,
-    UserError,
+    choose_variant,
     to_config_dict,
 )
 from starflow_jax.text.prompt import frame_size
@@ -91,6 +91,4 @@ def get_config(variant: str = "tiny"):
         "3b": lambda: paper("3b", deep_layers=24, deep_width=3072),
         "7b": lambda: paper("7b", deep_layers=24, deep_width=4096),
     }
-    if variant not in variants:
-        raise UserError(f"configs/t2v.py:{variant}: no such variant; there are {', '.join(variants)}")
-    return to_config_dict(variants[variant]())
+    return to_config_dict(choose_variant("configs/t2v.py", variants, variant))

@@ -1,13 +1,16 @@
 """Settings: bad ones fail when they are made, naming field and value."""
 
 import dataclasses
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from starflow_jax import config
 from starflow_jax.config import Config, UserError, from_config_dict, to_config_dict
+from starflow_jax.settings import listing
 from tests.helpers import tiny_model
 
 MODEL = {field.name: getattr(tiny_model(), field.name) for field in dataclasses.fields(config.Model)}
@@ -49,6 +52,15 @@ BAD = [
     (config.Sample, "solver", "newton", "jacobi, wavefront, sequential"),
     (config.Sample, "denoise", "blur", "denoiser, score, none"),
     (config.Evaluate, "prompts", 0, "greater than 0"),
+    (config.Sample, "frames", "49", "a whole number"),
+    (config.Sample, "frames", 49.0, "a whole number"),
+    (config.Sample, "count", True, "a whole number"),
+    (config.Sample, "guidance", "2", "a number"),
+    (config.Sample, "stream", 1, "true or false"),
+    (config.Sample, "prompt", None, "text"),
+    (config.Codec, "latent_std", (1.0, 0.0), "greater than 0"),
+    (config.Prepare, "aspect_ratios", "16:9,,1:1", "comma-separated"),
+    (config.Benchmark, "parts", "data,weather", "of data, "),
 ]
 
 
@@ -101,11 +113,56 @@ def test_overrides_are_checked_again() -> None:
 def test_unknown_and_missing_fields() -> None:
     values = to_config_dict(settings()).to_dict()
     unknown = {**values, "train": {**values["train"], "lr": 1.0}}
-    with pytest.raises(UserError, match=r"config.train.lr: no such setting; there are steps, "):
+    with pytest.raises(UserError, match=r"train.lr: no such setting; did you mean "):
         from_config_dict(ConfigDict(unknown))
     values["model"].pop("channels")
-    with pytest.raises(UserError, match=r"config.model.channels: this setting has no default"):
+    with pytest.raises(UserError, match=r"model.channels: this setting has no default"):
         from_config_dict(ConfigDict(values))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert config.Sample(seed=np.int64(3), guidance=np.float32(2)).seed == 3
+
+
+UNKNOWN = {
+    "sample.guidence": "did you mean sample.guidance",  # mistyped
+    "guidance": "did you mean sample.guidance",  # without its section
+    "model.steps": "did you mean train.steps",  # of another section
+    "mesh.zzz": "mesh has data, fsdp, tensor, sequence",
+    "zzz": "the sections are model, text, codec",
+    "model.parted_attention": "model.sequence_parallel=ulysses|all_gather|ring",
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_setting_is_answered_with_one_that_exists(name: str) -> None:
+    message = str(config.unknown_setting(name))
+    assert message.startswith(f"{name}: ") and UNKNOWN[name] in message
+    assert "\n" not in message
+
+
+def test_a_value_in_place_of_a_section() -> None:
+    values = to_config_dict(settings()).to_dict()
+    with pytest.raises(UserError, match=r"mesh=4: is a section; it has data, fsdp"):
+        from_config_dict(ConfigDict({**values, "mesh": 4}))
+
+
+def test_renamed_settings_lead_to_settings_that_exist() -> None:
+    known = {one.name for one in listing.describe(Config)}
+    for old, now in config.RENAMED.items():
+        assert old not in known
+        assert re.split("[= ]", now)[0] in known
+    variants = {"tiny_gpu"}
+    assert set(config.RENAMED_VARIANTS.values()) <= variants
+
+
+def test_every_setting_is_described() -> None:
+    described = list(listing.describe(Config))
+    assert len({one.name for one in described}) == len(described) > 150
+    assert [one.name for one in described if not one.description] == []
+    assert next(one for one in described if one.name == "sample.guidance") == listing.Described(
+        "sample.guidance", "float", 2.5, "0 (none) or more", "weight of classifier-free guidance")
+    assert next(one for one in described if one.name == "model.channels").default is dataclasses.MISSING
 
 
 def test_settings_that_follow_from_others() -> None:

@@ -1,0 +1,89 @@
+"""What a section of settings is made of: fields that carry their description and the values they may have."""
+
+import dataclasses
+import functools
+import math
+import numbers
+import typing
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+
+class UserError(Exception):
+    """Bad input that its user can mend: shown as one line, exit code 2, no traceback."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Allowed:
+    """The values that a setting may have, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(low: float, zero: str = "") -> Allowed:
+    """zero: what the value 0 stands for."""
+    return Allowed(f"0 ({zero}) or more" if zero else f"{low} or more", lambda value: low <= value < math.inf)
+
+
+def one_of(*choices: str) -> Allowed:
+    return Allowed(f"one of {', '.join(choice or '(empty)' for choice in choices)}", lambda value: value in choices)
+
+
+POSITIVE = Allowed("greater than 0", lambda value: 0 < value < math.inf)
+PROBABILITY = Allowed("a probability, 0 to 1", lambda value: 0 <= value <= 1)
+NAMES = Allowed("comma-separated names", lambda value: all(map(str.strip, value.split(","))))
+
+
+def setting(default: Any, description: str, allowed: Allowed | None = None) -> Any:
+    """A field with what --help says of it."""
+    return dataclasses.field(default=default, metadata={"description": description, "allowed": allowed})
+
+
+def required(description: str, allowed: Allowed | None = None) -> Any:
+    """A field without a default."""
+    return dataclasses.field(metadata={"description": description, "allowed": allowed})
+
+
+class Settings:
+    """A section of the settings; its fields are checked when it is made."""
+
+    path: ClassVar[str] = ""  # what errors call it; "": the name of its class
+
+    def __post_init__(self) -> None:
+        section: Any = type(self)  # a dataclass, as every subclass is
+        hints = type_hints(section)
+        for field in dataclasses.fields(section):
+            value, kind = getattr(self, field.name), hints[field.name]
+            self.require(field.name, _is_a(value, kind), f"must be {TYPE_WORDS.get(kind, kind)}")
+            allowed = field.metadata.get("allowed")
+            if allowed:
+                self.require(field.name, allowed.holds(value), f"must be {allowed.words}")
+        self.check()
+
+    def check(self) -> None:
+        """What must hold beyond each field's own range."""
+
+    def require(self, field: str, holds: bool, words: str) -> None:
+        """Raises UserError, which names the field and its value, unless `holds`."""
+        if not holds:
+            raise UserError(f"{self.path or type(self).__name__.lower()}.{field}={getattr(self, field)!r}: {words}")
+
+
+TYPE_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+@functools.cache
+def type_hints(section: Any) -> dict[str, Any]:
+    """The type of each field of a section."""
+    hints = typing.get_type_hints(section)
+    return {field.name: hints[field.name] for field in dataclasses.fields(section)}
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Numbers of numpy count as numbers, true and false do not."""
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(part, typing.get_args(kind)[0]) for part in value)
+    if kind in (int, float):
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, kind)

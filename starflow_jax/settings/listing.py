@@ -1,0 +1,56 @@
+"""Every setting by its dotted name: for --help, for the manual, and for the word about a name that is none."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from starflow_jax.settings.fields import UserError, type_hints
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """One setting."""
+
+    name: str  # dotted, such as sample.guidance
+    type: str
+    default: Any  # dataclasses.MISSING where it must be given
+    allowed: str  # "": whatever its type allows
+    description: str
+
+
+def describe(section: Any, prefix: str = "") -> Iterator[Described]:
+    """The settings of a section and of the sections in it, in their order."""
+    for field in dataclasses.fields(section):
+        kind = type_hints(section)[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield from describe(kind, f"{prefix}{field.name}.")
+        else:
+            allowed = field.metadata.get("allowed")
+            yield Described(prefix + field.name, kind.__name__ if isinstance(kind, type) else str(kind), field.default,
+                            allowed.words if allowed else "", field.metadata.get("description", ""))
+
+
+def sections(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted name and the class of each section in a section."""
+    for name, kind in type_hints(section).items():
+        if dataclasses.is_dataclass(kind):
+            yield prefix + name, kind
+            yield from sections(kind, f"{prefix}{name}.")
+
+
+def unknown_setting(root: Any, name: str, renamed: Mapping[str, str]) -> UserError:
+    """What is said of a dotted name that is no setting: what it is called now, or names that are like it."""
+    if name in renamed:
+        return UserError(f"{name}: this setting has another name now: {renamed[name]}")
+    known = [one.name for one in describe(root)]
+    section, _, last = name.rpartition(".")
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.75)
+    near += [one for one in known if one.rpartition(".")[2] == last and one not in near]
+    if near:
+        return UserError(f"{name}: no such setting; did you mean {' or '.join(near[:3])}?")
+    inside = [one.removeprefix(f"{section}.") for one in known if section and one.startswith(f"{section}.")]
+    if inside:
+        return UserError(f"{name}: no such setting; {section} has {', '.join(inside)}")
+    tops = [top for top, _ in sections(root) if "." not in top]
+    return UserError(f"{name}: no such setting; the sections are {', '.join(tops)}, and --help lists all settings")
