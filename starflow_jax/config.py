@@ -170,7 +170,8 @@ class Train(Settings):
     accumulate: int = setting(1, "microbatches per step", POSITIVE)
     learning_rate: float = setting(5e-5, "after warm-up", POSITIVE)
     final_learning_rate: float = setting(1e-6, "at the end of the cosine", POSITIVE)
-    warmup_steps: int = setting(1_000, "steps of linear warm-up")
+    warmup_steps: int = setting(1_000, "steps of linear warm-up; a run of fewer steps is all warm-up",
+                                at_least(0, "none"))
     weight_decay: float = setting(1e-4, "of AdamW", at_least(0))
     clip: float = setting(1.0, "largest gradient norm; a larger one is scaled down", POSITIVE)
     outlier_factor: float = setting(8.0, "a step whose gradient norm is this many times its running mean is skipped",
@@ -191,7 +192,6 @@ class Train(Settings):
     sheet_clips: int = setting(8, "samples drawn at each evaluation; 0: none", at_least(0, "none"))
 
     def check(self) -> None:
-        self.require("warmup_steps", 0 <= self.warmup_steps <= self.steps, f"must be 0 to steps={self.steps}")
         for field in ("batch_size", "image_batch_size"):
             self.require(field, getattr(self, field) % self.accumulate == 0,
                          f"must be a multiple of accumulate={self.accumulate}")

@@ -224,19 +224,20 @@ def data_process(mesh: Mesh) -> tuple[int, int]:
     return distinct.index(tuple(sorted(parts[jax.process_index()]))), len(distinct)
 
 
-def put_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch as part of the global arrays."""
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's part of a batch, a pytree of arrays by clip, as part of the global arrays."""
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for name, x in batch.items()}
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
-def lay_out(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+def lay_out(batch: Any) -> Any:
     """A batch that every process holds all of, over the current mesh; as it is where there is none, or where its clips
     don't divide over it."""
     mesh = jax.sharding.get_mesh()
-    if mesh.empty or any(len(x) % math.prod(mesh.shape[axis] for axis in TABLE["batch"]) for x in batch.values()):
+    if mesh.empty or any(len(x) % math.prod(mesh.shape[axis] for axis in TABLE["batch"])
+                         for x in jax.tree.leaves(batch)):
         return batch
-    return {name: _from_whole(x, batch_sharding(mesh)) for name, x in batch.items()}
+    return jax.tree.map(lambda x: _from_whole(x, batch_sharding(mesh)), batch)
 
 
 def spread(tree: Any, mesh: Mesh) -> Any:

@@ -16,10 +16,11 @@ import numpy as np
 from starflow_jax import config as settings_of
 from starflow_jax import sharding
 from starflow_jax.checkpoints.training import Checkpoints
+from starflow_jax.data.batch import Batch
 from starflow_jax.flow import decode
 from starflow_jax.model.parameters import flow_variables, init_params
 from starflow_jax.model.system import System
-from starflow_jax.training.optimizer import create_state
+from starflow_jax.training.state import create_state
 from starflow_jax.training.step import make_train_step
 from tests.helpers import randomised, tiny_model
 from tests.training.test_losses import system
@@ -33,11 +34,11 @@ SYSTEM = system(MODEL)
 BATCH = 8
 
 
-def batch() -> dict[str, np.ndarray]:
+def batch() -> Batch:
     random = np.random.default_rng(0)
     shape = (BATCH, MODEL.frames, MODEL.height, MODEL.width, MODEL.channels)
-    return {"latents_BNhwC": random.normal(size=shape).astype(np.float32),
-            "text_ids_BS": random.integers(1, 8, (BATCH, 3)).astype(np.int32)}
+    return Batch(latents_BNhwC=random.normal(size=shape).astype(np.float32),
+                 text_ids_BS=random.integers(1, 8, (BATCH, 3)).astype(np.int32))
 
 
 def abstract_state() -> Any:

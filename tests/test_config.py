@@ -41,7 +41,7 @@ BAD = [
     (config.Data, "caption_drop", 1.5, "probability"),
     (config.Data, "image_probability", -0.1, "probability"),
     (config.Train, "learning_rate", 0.0, "greater than 0"),
-    (config.Train, "warmup_steps", 200_000, "steps=100000"),
+    (config.Train, "warmup_steps", -1, "0 (none) or more"),
     (config.Train, "outlier_factor", 1.0, "greater than 1"),
     (config.Train, "ema", 1.0, "below 1"),
     (config.Train, "weight_decay", -1e-4, "0 or more"),

@@ -15,6 +15,7 @@ import av
 import numpy as np
 from etils import epath
 
+from starflow_jax.config import Data
 from starflow_jax.data import pipeline, prepared
 from starflow_jax.data.raw import clips, shards
 from starflow_jax.data.raw.building import PREPARED
@@ -87,14 +88,14 @@ def reading(latents: tuple[int, ...] = LATENTS, batch_size: int = 8, examples: i
         _write_examples(epath.Path(folder), latents, examples)
         source = prepared.source(folder, "train", latents_by={}, features_by={})
         batches = pipeline.train_batches(
-            source, batch_size=batch_size, image_batch_size=1, seed=0, image_probability=0.0,
-            pixel_frames=1 + (latents[0] - 2) * 4, encode_text=_no_ids, format_caption=_format, text_length=256)
+            source, Data(image_probability=0.0), pipeline.ClipLength(1 + (latents[0] - 2) * 4),
+            pipeline.TextInput(_format, _no_ids, length=256), batch_size=batch_size, image_batch_size=1, seed=0)
         try:
             rounds = max(2, examples // batch_size)
             list(itertools.islice(batches, 2))
             began = time.process_time()
             for batch in itertools.islice(batches, 2 * rounds):
-                assert batch["latents_BNhwC"].shape == (batch_size, latents[0] - 1, *latents[1:])
+                assert batch.clips_B.shape == (batch_size, *latents)
             rate = 2 * rounds * batch_size / (time.process_time() - began)
         finally:
             batches.close()
@@ -150,7 +151,7 @@ def _prompts() -> list[str]:
     return list(dict.fromkeys(pipeline.prompts_of(record, _format, is_image=False)))
 
 
-def _format(caption: str, is_image: bool, **told: Any) -> str:
+def _format(caption: str, is_image: bool, **metadata: Any) -> str:
     return f"{'image' if is_image else 'video'}: {caption}"
 
 

@@ -12,8 +12,9 @@ from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.io.timing import median_seconds
 from starflow_jax.model.parameters import Params, flow_variables
 from starflow_jax.planning import program_cost
-from starflow_jax.training.optimizer import apply_gradients, create_state
-from starflow_jax.training.step import gradients_from_features
+from starflow_jax.training.losses import gradients_from_features
+from starflow_jax.training.state import create_state
+from starflow_jax.training.step import apply_gradients
 
 ROUNDS = 7
 CLIPS = 2

@@ -94,7 +94,7 @@ def _noisy_latents(system: System, split: str, limit: int) -> list[np.ndarray]:
     clip_bytes = 4 * model.frames * model.height * model.width * model.channels
     batches = likelihood_batches(system, split, min(limit, max(2, BASELINE_BYTES // clip_bytes)))
     return [clip for index, batch in enumerate(batches)
-            for clip in fetch(noised_latents(system, batch, index))[batch["valid_B"]]]
+            for clip in fetch(noised_latents(system, batch, index))[fetch(batch.valid_B)]]
 
 
 def baselines(train_BNhwC: np.ndarray, test_BNhwC: np.ndarray) -> dict[str, float]:

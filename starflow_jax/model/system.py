@@ -18,6 +18,7 @@ from starflow_jax.codec import patch
 from starflow_jax.codec.interface import LatentCodec, decode_latents, encode_frames
 from starflow_jax.codec.wan_stream import load_codec
 from starflow_jax.config import Config, UserError
+from starflow_jax.data.batch import Batch
 from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.io.arrays import export_arrays, import_arrays
@@ -80,15 +81,15 @@ class System:
         features: Any = build_text_encoder(self.config).apply({"params": params["text"]}, ids_BS)
         return mask_padding(features, ids_BS)
 
-    def text_of(self, params: Params, batch: dict[str, Any]) -> jax.Array:
-        """A batch's features: prepared, or of its ids."""
-        return batch["features_BSD"] if "features_BSD" in batch else self.features(params, batch["text_ids_BS"])
+    def text_of(self, params: Params, text: jax.Array) -> jax.Array:
+        """(B, S, D) features of a batch's text: itself where it is features, else of its ids (B, S)."""
+        return text if text.ndim == 3 else self.features(params, text)
 
-    def latents_of(self, batch: dict[str, Any]) -> jax.Array:
-        """A batch's latents, float32: prepared, or of its frames."""
-        if "latents_BNhwC" in batch:
-            return jnp.asarray(batch["latents_BNhwC"], jnp.float32)
-        return self.encode(jnp.asarray(batch["frames_BTHWC"]))
+    def latents_of(self, batch: Batch) -> jax.Array:
+        """(B, N, h, w, C) float32 latents of a batch as trained on: prepared ones, or of its frames."""
+        if batch.latents_BNhwC is None:
+            return batch.without_one_end(self.encode(jnp.asarray(batch.frames_BTHWC)))
+        return batch.without_one_end(jnp.asarray(batch.latents_BNhwC, jnp.float32))
 
     def encode(self, frames_BTHWC: jax.Array) -> jax.Array:
         """uint8 frames -> latents (B, N, h, w, C)."""

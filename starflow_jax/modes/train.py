@@ -1,19 +1,49 @@
-"""The training loop: data in, checkpoints, metrics and sample sheets out; killed and restarted at will."""
+"""--mode=train: train, or resume training, and say how it began and what comes next."""
 
 from pathlib import Path
 
 import jax
 
 from starflow_jax import sharding
+from starflow_jax.checkpoints.training import BEST
 from starflow_jax.config import Config
 from starflow_jax.model.initialise import refuse_converted
-from starflow_jax.training.loop import train_on
+from starflow_jax.training.loop import train_to_end
+from starflow_jax.training.metrics import read_metrics
+from starflow_jax.training.run import Run, open_run
+from starflow_jax.training.validation import DIGITS_SHEET
 
 
 def train(config: Config, workdir: Path) -> None:
-    """Train to config.train.steps, going on from the workdir's newest whole checkpoint."""
+    """Train to config.train.steps, resuming from the workdir's newest whole checkpoint."""
     refuse_converted(workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_model(config.model, mesh)
+    first = jax.process_index() == 0
     with jax.set_mesh(mesh):
-        train_on(mesh, config, workdir)
+        run = open_run(mesh, config, workdir)
+        if first:
+            _say_how_it_begins(config, run)
+        step = train_to_end(run, workdir)
+    if first:
+        _say_what_next(config, workdir, step)
+
+
+def _say_how_it_begins(config: Config, run: Run) -> None:
+    if run.resumed:
+        print(f"resuming from step {int(run.state.step)}")
+    elif config.train.init_from:
+        print(f"beginning with {config.train.init_from}" + (":" if run.changes else ""))
+        for name, old, now, effect in run.changes:
+            print(f"  {name} {old} -> {now}: {effect}")
+
+
+def _say_what_next(config: Config, workdir: Path, step: int) -> None:
+    if step < config.train.steps:
+        print(f"stopped at step {step} of {config.train.steps}, saved; the same command resumes from there")
+        return
+    bits = next(row[BEST] for row in reversed(read_metrics(workdir)) if BEST in row)
+    print(f"trained {step} steps: validation {bits:.4f} bits per dimension of the noised latents\n"
+          f"samples: {workdir / 'sheets'}\n"
+          f"next: the same --config with --workdir={workdir} --mode=sample "
+          f'--config.sample.prompt="{DIGITS_SHEET[0]}"')

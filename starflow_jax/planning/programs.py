@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from starflow_jax import sharding
 from starflow_jax.config import Config
+from starflow_jax.data.batch import Batch
 from starflow_jax.flow import decode
 from starflow_jax.flow.decode import Solver, WindowState
 from starflow_jax.flow.starflow import STARFlow, apply_flow
@@ -16,7 +17,7 @@ from starflow_jax.model.parameters import flow_variables, init_params
 from starflow_jax.model.system import System
 from starflow_jax.nn.cache import KVCache, rounded_slots
 from starflow_jax.planning import codec as plan_codec
-from starflow_jax.training.optimizer import abstract_state
+from starflow_jax.training.state import abstract_state
 from starflow_jax.training.step import make_train_step
 
 
@@ -48,10 +49,12 @@ def _compile_train(config: Config, mesh: Mesh) -> Any:
     sharding.check_batch("train.batch_size / train.accumulate", clips // config.train.accumulate, mesh)
     by_clip = sharding.batch_sharding(mesh)
     system = System(config, tokenizer=None, codec=None)  # type: ignore[arg-type]
-    batch = {"latents_BNhwC": jax.ShapeDtypeStruct(
-        (clips, model.frames, model.height, model.width, model.channels), jnp.bfloat16, sharding=by_clip)}
-    batch["features_BSD"] = jax.ShapeDtypeStruct((clips, model.text_length, model.text_dim), jnp.bfloat16,
-                                                 sharding=by_clip)
+
+    def array(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=by_clip)
+
+    batch = Batch(latents_BNhwC=array(clips, model.frames, model.height, model.width, model.channels),
+                  features_BSD=array(clips, model.text_length, model.text_dim))
     state = sharding.abstract(abstract_state(config), mesh)
     return make_train_step(system, mesh).lower(state, batch).compile()
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Sample, UserError
-from starflow_jax.data.pipeline import evaluation_batches
+from starflow_jax.data.pipeline import ClipLength, TextInput, evaluation_batches
 from starflow_jax.flow import decode, first_guess
 from starflow_jax.io.progress import ProgressBar
 from starflow_jax.model.parameters import Params, decoding_variables
@@ -28,18 +28,18 @@ ERROR = 1e-3  # allowed squared distance to sequential decoding, as a share of t
 def fit_guess(system: System, params: Params) -> first_guess.FirstGuess:
     """First frames of training clips, as the deep block sees them, from their captions."""
     features, tokens, texts, frames = jax.jit(system.features), jax.jit(shallow_tokens, static_argnums=0), [], []
-    batches = evaluation_batches(data_source(system.config, "train"), batch_size=64, limit=FITTED_CLIPS,
-                                 pixel_frames=1, encode_text=system.text_ids,
-                                 format_caption=lambda caption, _, **told: system.prompt(caption, **told))
+    text = TextInput(lambda caption, _, **metadata: system.prompt(caption, **metadata), system.text_ids)
+    batches = evaluation_batches(data_source(system.config, "train"), ClipLength(1), text, batch_size=64,
+                                 limit=FITTED_CLIPS)
     with ProgressBar("first guess", FITTED_CLIPS // 64, unit="batch") as progress:
         for index, batch in enumerate(batches):
-            latents = system.encode(jnp.asarray(batch["frames_BTHWC"]))
+            latents = system.latents_of(batch)
             if latents.shape[2:4] != (system.config.model.height, system.config.model.width):
                 continue  # prepared data has other sizes, too
             noise = jax.random.normal(jax.random.key(index), latents.shape)
             noisy = latents + system.config.model.noise_std * noise
             frames.append(np.asarray(tokens(system, params, noisy))[:, 0])
-            texts.append(np.asarray(features(params, jnp.asarray(batch["text_ids_BS"]))))
+            texts.append(np.asarray(features(params, jnp.asarray(batch.text_B))))
             progress.update()
     if not frames:
         raise UserError(f"calibration needs training clips of the size that is sampled, {system.config.model.height}x"

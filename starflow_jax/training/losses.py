@@ -1,10 +1,79 @@
-"""The weight of the likelihood in training (DESIGN: losses)."""
+"""Both losses of a training step from one backward pass of the flow (DESIGN: losses)."""
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
-from starflow_jax.flow.likelihood import REFERENCE_NOISE
+from starflow_jax.flow.likelihood import REFERENCE_NOISE, nll_mean
+from starflow_jax.flow.starflow import STARFlow, apply_flow
+from starflow_jax.model.parameters import Params, flow_variables
+from starflow_jax.model.system import System
 
 
 def weighted_loss(loss: jax.Array, noise_std: float) -> jax.Array:
     """sigma / 0.3 times the loss, as the noise level stands in the prompt."""
     return loss * (noise_std / REFERENCE_NOISE)
+
+
+def to_bits(loss: jax.Array | float) -> jax.Array | float:
+    """Bits per dimension of the noised latents, constants included, from the mean loss in nats."""
+    return (loss + 0.5 * math.log(2 * math.pi)) / math.log(2)
+
+
+def gradients(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> tuple[Params, dict]:
+    """Gradients of every parameter, and the losses, from noised latents.
+
+    text: ids (B, S), and the text encoder is trained along; or a frozen one's features (B, S, D).
+    """
+    return gradients_from_features(system.flow, params, noisy, lambda trained: system.text_of(trained, text))
+
+
+def gradients_from_features(
+    flow: STARFlow, params: Params, noisy: jax.Array, features: Callable[[Params], jax.Array]
+) -> tuple[Params, dict]:
+    """The same for any source of text features: a function of the parameters.
+
+    Flow-score matching: the backward pass of the flow also gives dL/dx~, whose sigma * numel multiple is
+    the denoiser's regression target.
+    """
+    config = flow.config
+
+    def flow_loss(trained: Params, x: jax.Array):
+        text = features(trained)
+        out = apply_flow(flow, flow_variables(trained), STARFlow.forward, x, text)
+        nll = nll_mean(out)
+        return weighted_loss(nll.loss, config.noise_std), (nll.loss, text)
+
+    trained = {name: value for name, value in params.items() if name != "denoiser"}
+    (_, (loss, text)), (grads, grad_x) = jax.value_and_grad(flow_loss, argnums=(0, 1), has_aux=True)(trained, noisy)
+    if config.denoiser == "none":
+        return grads, {"loss": loss}
+    target = lax.stop_gradient(config.noise_std * noisy.size * grad_x)
+    text = lax.stop_gradient(text)
+
+    def denoiser_loss(denoiser: Params) -> jax.Array:
+        score = apply_flow(flow, {"params": {"denoiser": denoiser}}, STARFlow.score, noisy, text)
+        return jnp.mean((score - target) ** 2)
+
+    regression, denoiser_grads = jax.value_and_grad(denoiser_loss)(params["denoiser"])
+    return {**grads, "denoiser": denoiser_grads}, {"loss": loss, "denoiser_loss": regression}
+
+
+def accumulated_gradients(system: System, params: Params, noisy: jax.Array, text: jax.Array, parts: int
+                          ) -> tuple[Params, dict]:
+    """Mean gradients and losses over `parts` microbatches, one after the other."""
+    if parts == 1:
+        return gradients(system, params, noisy, text)
+    # Every parts-th clip: each microbatch has some of the clips that a device holds already.
+    micro = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), (noisy, text))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
+                        jax.eval_shape(lambda: gradients(system, params, noisy[:1], text[:1])))
+
+    def add(total: Any, part: tuple[jax.Array, jax.Array]):
+        return jax.tree.map(lambda t, g: t + g / parts, total, gradients(system, params, *part)), None
+
+    return lax.scan(add, zero, micro)[0]

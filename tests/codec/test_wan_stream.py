@@ -16,12 +16,13 @@ from starflow_jax.codec.wan_stream import Tiles, WanCodec, load_codec
 from starflow_jax.codec.wan_vae import WanConfig
 from starflow_jax.codec.wan_weights import to_released
 from starflow_jax.config import Codec, Config, Convert, UserError
+from starflow_jax.data.batch import Batch
 from starflow_jax.model.parameters import model_fingerprint
 from starflow_jax.model.system import System, load_system, save_system
 from starflow_jax.modes.convert import convert
 from starflow_jax.sampling.generate import generate_clips
 from starflow_jax.sampling.stream import stream_clips
-from starflow_jax.training.step import clean_latents, encoded
+from starflow_jax.training.step import encoded
 from tests.codec.test_wan_vae import decode_next as decode_at_once
 from tests.codec.test_wan_vae import encode_next as encode_at_once
 from tests.codec.test_wan_vae import latents, pixels, random_params, small_codec
@@ -151,13 +152,13 @@ def test_a_streamed_video_equals_the_whole_one(system: System) -> None:
 def test_training_batches_are_encoded_before_the_step(system: System) -> None:
     wan = with_wan(system)
     frames = np.random.default_rng(1).integers(0, 256, (2, 7, 8, 8, 3), np.uint8)
-    batch = {"frames_BTHWC": jnp.asarray(frames), "drop_first_B": jnp.asarray([True, False]),
-             "text_ids_BS": jnp.zeros((2, 24), jnp.int32)}
+    batch = Batch(frames_BTHWC=jnp.asarray(frames), drop_first_B=jnp.asarray([True, False]),
+                  text_ids_BS=jnp.zeros((2, 24), jnp.int32))
     found = encoded(wan, batch, {})
-    assert set(found) == {"latents_BNhwC", "text_ids_BS"}
-    whole = wan.encode(batch["frames_BTHWC"])
-    np.testing.assert_array_equal(found["latents_BNhwC"], np.stack([whole[0, 1:], whole[1, :-1]]))
-    np.testing.assert_array_equal(clean_latents(wan, found), found["latents_BNhwC"])
+    assert found.frames_BTHWC is None and found.text_ids_BS is batch.text_ids_BS
+    whole = wan.encode(batch.frames_BTHWC)
+    np.testing.assert_array_equal(found.latents_BNhwC, np.stack([whole[0, 1:], whole[1, :-1]]))
+    np.testing.assert_array_equal(wan.latents_of(found), found.latents_BNhwC)  # nothing is dropped twice
 
 
 @pytest.fixture(scope="module")

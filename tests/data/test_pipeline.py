@@ -1,13 +1,17 @@
 """Batches: what is in them, and that they are the same however they are read."""
 
+import hashlib
 import itertools
 import json
+import pickle
 
+import jax
 import numpy as np
 import pytest
 
-from starflow_jax.config import UserError
+from starflow_jax.config import Data, UserError
 from starflow_jax.data import pipeline
+from starflow_jax.data.pipeline import ClipLength, TextInput
 
 RECORDED = 17
 
@@ -37,14 +41,17 @@ def encode_text(texts):
 
 
 def texts_of(batch):
-    return [bytes(row.tolist()).decode().rstrip() for row in batch["text_ids_BS"]]
+    return [bytes(row.tolist()).decode().rstrip() for row in batch.text_ids_BS]
 
 
-def train(source=None, **changes):
-    settings = {"batch_size": 8, "image_batch_size": 12, "seed": 3, "pixel_frames": 13} | changes
-    return pipeline.train_batches(
-        source or FakeSource(40), **settings, encode_text=encode_text, format_caption=format_caption
-    )
+TEXT = TextInput(format_caption, encode_text)
+
+
+def train(source=None, pixel_frames=13, text=TEXT, **changes):
+    """Training batches; changes: of fields of Data, and of arguments of train_batches."""
+    of_data = {name: changes.pop(name) for name in Data.__dataclass_fields__ if name in changes}
+    settings = {"batch_size": 8, "image_batch_size": 12, "seed": 3} | changes
+    return pipeline.train_batches(source or FakeSource(40), Data(**of_data), ClipLength(pixel_frames), text, **settings)
 
 
 def take(batches, count):
@@ -54,37 +61,39 @@ def take(batches, count):
 def same(left, right):
     assert len(left) == len(right)
     for a, b in zip(left, right):
-        assert a.keys() == b.keys()
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key])
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def joined(parts):
+    """The global batches, of those of several processes."""
+    return [jax.tree.map(lambda *arrays: np.concatenate(arrays), *step) for step in zip(*parts, strict=True)]
 
 
 def clip_ids(batch):
-    return batch["frames_BTHWC"][:, 0, 0, 0, 0].tolist()
-
-
-def is_image(batch):
-    return batch["frames_BTHWC"].shape[1] == 1
+    return batch.frames_BTHWC[:, 0, 0, 0, 0].tolist()
 
 
 def test_shapes_types_and_whole_clips():
     for batch in take(train(), 10):
-        frames, size = (1, 12) if is_image(batch) else (RECORDED, 8)
-        assert batch["frames_BTHWC"].shape == (size, frames, 2, 2, 3)
-        assert batch["frames_BTHWC"].dtype == np.uint8
-        assert batch["text_ids_BS"].shape == (size, 40) and batch["text_ids_BS"].dtype == np.int32
-        assert batch["drop_first_B"].shape == (size,) and batch["drop_first_B"].dtype == bool
-        if not is_image(batch):
-            green = batch["frames_BTHWC"][:, :, 0, 0, 1]
+        frames, size = (1, 12) if batch.is_image else (RECORDED, 8)
+        assert batch.frames_BTHWC.shape == (size, frames, 2, 2, 3)
+        assert batch.frames_BTHWC.dtype == np.uint8
+        assert batch.text_ids_BS.shape == (size, 40) and batch.text_ids_BS.dtype == np.int32
+        if batch.is_image:
+            assert batch.drop_first_B is None
+        else:
+            assert batch.drop_first_B.shape == (size,) and batch.drop_first_B.dtype == bool
+            green = batch.frames_BTHWC[:, :, 0, 0, 1]
             np.testing.assert_array_equal(green, np.tile(np.arange(RECORDED), (size, 1)))
 
 
 def test_every_caption_belongs_to_its_clip_and_its_kind():
     seen = set()
     for batch in take(train(caption_drop=0.3, short_caption=0.4), 60):
-        for clip, text, dropped in zip(clip_ids(batch), texts_of(batch), batch["drop_first_B"]):
-            if is_image(batch):
-                assert not dropped
+        drops = [None] * 12 if batch.is_image else batch.drop_first_B
+        for clip, text, dropped in zip(clip_ids(batch), texts_of(batch), drops, strict=True):
+            if dropped is None:
                 expected = {"image:", f"image:long {clip}", f"image:short {clip}"}
             elif dropped:
                 expected = {"video:", f"video:(extend) long {clip}", f"video:(extend) short {clip}"}
@@ -97,7 +106,7 @@ def test_every_caption_belongs_to_its_clip_and_its_kind():
 
 def test_rates_are_the_given_probabilities():
     batches = take(train(FakeSource(250), batch_size=50, image_batch_size=50), 100)
-    videos = [batch for batch in batches if not is_image(batch)]
+    videos = [batch for batch in batches if not batch.is_image]
     assert len(videos) == 80
     texts = [text for batch in batches for text in texts_of(batch)]
     count, video_count = 5_000, 4_000
@@ -107,26 +116,26 @@ def test_rates_are_the_given_probabilities():
 
     check(sum(text.endswith(":") for text in texts), 0.1, count)
     check(sum("short" in text for text in texts), 0.1 * 0.9, count)
-    check(sum(batch["drop_first_B"].sum() for batch in videos), 0.25, video_count)
+    check(sum(batch.drop_first_B.sum() for batch in videos), 0.25, video_count)
 
 
 def test_zero_and_one_are_never_and_always():
     settings = {"first_frame_drop": 0.0, "caption_drop": 0.0, "short_caption": 0.0}
     for batch in take(train(image_probability=0.0, **settings), 20):
-        assert not is_image(batch) and not batch["drop_first_B"].any()
+        assert not batch.is_image and not batch.drop_first_B.any()
         assert texts_of(batch) == [f"video:long {clip}" for clip in clip_ids(batch)]
-    assert all(is_image(batch) for batch in take(train(image_probability=1.0), 20))
+    assert all(batch.is_image for batch in take(train(image_probability=1.0), 20))
     assert all(
-        batch["drop_first_B"].all() for batch in take(train(image_probability=0, first_frame_drop=1), 5)
+        batch.drop_first_B.all() for batch in take(train(image_probability=0, first_frame_drop=1), 5)
     )
 
 
 def test_images_are_spread_evenly_and_show_every_frame():
     batches = take(train(), 100)
     for begin in range(0, 100, 5):
-        assert sum(map(is_image, batches[begin : begin + 5])) == 1
+        assert sum(batch.is_image for batch in batches[begin : begin + 5]) == 1
     shown = {
-        int(green) for batch in batches if is_image(batch) for green in batch["frames_BTHWC"][:, 0, 0, 0, 1]
+        int(green) for batch in batches if batch.is_image for green in batch.frames_BTHWC[:, 0, 0, 0, 1]
     }
     assert shown == set(range(RECORDED))
 
@@ -139,7 +148,7 @@ def test_every_epoch_has_every_clip_once_in_its_own_order():
 
 
 def test_random_choices_differ_between_epochs():
-    dropped = [batch["drop_first_B"] for batch in take(train(image_probability=0, first_frame_drop=0.5), 30)]
+    dropped = [batch.drop_first_B for batch in take(train(image_probability=0, first_frame_drop=0.5), 30)]
     ids = [clip_ids(batch) for batch in take(train(image_probability=0, first_frame_drop=0.5), 30)]
     choices = {}
     for clip, drop in zip(np.ravel(ids), np.ravel(dropped)):
@@ -160,14 +169,12 @@ def test_threads_change_nothing(threads):
 
 @pytest.mark.parametrize("process_count", [2, 4])
 def test_the_parts_of_all_processes_are_the_global_batch(process_count):
-    whole = take(train(), 20)
-    parts = [take(train(process_index=i, process_count=process_count), 20) for i in range(process_count)]
-    joined = [{key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts)]
-    same(joined, whole)
+    parts = [take(train(share=(i, process_count)), 20) for i in range(process_count)]
+    same(joined(parts), take(train(), 20))
 
 
 @pytest.mark.parametrize("done", [0, 1, 7, 23])
-def test_a_saved_state_goes_on_with_the_next_batch(done):
+def test_a_saved_state_resumes_with_the_next_batch(done):
     batches = train()
     take(batches, done)
     state = json.dumps(batches.get_state())
@@ -193,7 +200,7 @@ def test_worker_processes_give_the_same_batches_and_states():
 def test_longer_recordings_are_cut_at_random():
     starts = set()
     for batch in take(train(pixel_frames=5, image_probability=0), 40):
-        green = batch["frames_BTHWC"][:, :, 0, 0, 1].astype(int)
+        green = batch.frames_BTHWC[:, :, 0, 0, 1].astype(int)
         np.testing.assert_array_equal(green - green[:, :1], np.tile(np.arange(9), (8, 1)))
         starts |= set(green[:, 0].tolist())
     assert starts == set(range(RECORDED - 9 + 1))
@@ -202,13 +209,13 @@ def test_longer_recordings_are_cut_at_random():
 @pytest.mark.parametrize(
     "changes,message",
     [
-        ({"caption_drop": 1.5}, "caption_drop is 1.5"),
-        ({"image_probability": -0.1}, "image_probability is -0.1"),
+        ({"caption_drop": 1.5}, "data.caption_drop=1.5"),
+        ({"image_probability": -0.1}, "data.image_probability=-0.1"),
         ({"pixel_frames": 12}, "pixel_frames is 12: the codec takes 1"),
         ({"pixel_frames": 17}, "use at most 13"),
-        ({"process_count": 3}, "batch of 8 cannot be shared by 3 processes"),
-        ({"image_batch_size": 6, "process_count": 4}, "batch of 6 cannot be shared by 4 processes"),
-        ({"process_index": 1}, "process 1 of 1"),
+        ({"share": (0, 3)}, "batch of 8 cannot be shared by 3 processes"),
+        ({"image_batch_size": 6, "share": (0, 4)}, "batch of 6 cannot be shared by 4 processes"),
+        ({"share": (1, 1)}, "process 1 of 1"),
         ({"batch_size": 0}, "batch of 0"),
         ({"seed": -1}, "seed is -1"),
     ],
@@ -218,45 +225,99 @@ def test_settings_that_do_not_fit_are_refused(changes, message):
         train(**changes)
 
 
-def evaluate(clips=10, **changes):
-    settings = {"batch_size": 4, "limit": 100, "pixel_frames": 13} | changes
-    source = FakeSource(clips)
-    return list(
-        pipeline.evaluation_batches(
-            source, **settings, encode_text=encode_text, format_caption=format_caption
-        )
-    )
+def evaluate(clips=10, limit=100, pixel_frames=13):
+    length = ClipLength(pixel_frames)
+    return list(pipeline.evaluation_batches(FakeSource(clips), length, TEXT, batch_size=4, limit=limit))
 
 
 @pytest.mark.parametrize("clips,limit", [(10, 100), (30, 10)])
 def test_evaluation_reads_each_clip_once_in_order_with_long_captions(clips, limit):
     batches = evaluate(clips, limit=limit)
-    assert [batch["valid_B"].tolist() for batch in batches] == [
+    assert [batch.valid_B.tolist() for batch in batches] == [
         [True] * 4,
         [True] * 4,
         [True, True, False, False],
     ]
-    valid_ids = np.concatenate([np.array(clip_ids(batch))[batch["valid_B"]] for batch in batches])
+    valid_ids = np.concatenate([np.array(clip_ids(batch))[batch.valid_B] for batch in batches])
     assert valid_ids.tolist() == list(range(10))
     for batch in batches:
-        assert batch["frames_BTHWC"].shape == (4, 13, 2, 2, 3)
-        assert batch["frames_BTHWC"][0, :, 0, 0, 1].tolist() == list(range(13))
-        assert batch["captions_B"].tolist() == [f"long {clip}" for clip in clip_ids(batch)]
+        assert batch.frames_BTHWC.shape == (4, 13, 2, 2, 3)
+        assert batch.frames_BTHWC[0, :, 0, 0, 1].tolist() == list(range(13))
         assert texts_of(batch) == [f"video:long {clip}" for clip in clip_ids(batch)]
 
 
 def test_evaluation_of_images_and_full_batches():
     batches = evaluate(8, pixel_frames=1)
-    assert len(batches) == 2 and all(batch["valid_B"].all() for batch in batches)
+    assert len(batches) == 2 and all(batch.valid_B.all() for batch in batches)
     assert texts_of(batches[0])[0] == "image:long 0"
 
 
-def test_evaluation_parts_of_all_processes_are_the_global_batches():
-    parts = [evaluate(process_index=i, process_count=2) for i in range(2)]
-    joined = [{key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts)]
-    same(joined, evaluate())
-
-
 def test_evaluation_refuses_more_frames_than_recorded():
-    with pytest.raises(UserError, match="pixel_frames is 18"):
-        evaluate(pixel_frames=18)
+    with pytest.raises(UserError, match="pixel_frames is 21, 21 frames: the clips have 1 to 17"):
+        evaluate(pixel_frames=21)
+
+
+class Derived:
+    """Clip i: five latents, and the features of every prompt that it may have."""
+
+    def __init__(self, clips, height, latents=5):
+        self.clips, self.height, self.latents = clips, height, latents
+
+    def __len__(self):
+        return self.clips
+
+    def __getitem__(self, index):
+        values = np.arange(self.latents * self.height * 2 * 3) % 97 + 100 * index
+        record = {"latents": values.reshape(self.latents, self.height, 2, 3).astype(np.float16), "fps": 8,
+                  "aspect_ratio": "1:1", "caption_long": f"long {index}".encode(), "caption_short": f"short {index}"}
+        prompts = dict.fromkeys(pipeline.prompts_of(record, format_with_metadata, self.latents == 1))
+        record["text"] = {prompt: np.full((len(prompt) % 5 + 1, 4), sum(prompt.encode()) % 1009, np.float16)
+                          for prompt in prompts}
+        return record
+
+
+class Several(Derived):
+    """Videos of two sizes and images of a third."""
+
+    videos, images = (Derived(9, 2), Derived(4, 3)), (Derived(7, 2, latents=1),)
+
+    def __init__(self):
+        super().__init__(9, 2)
+
+
+def format_with_metadata(caption, is_image, fps, aspect_ratio):
+    return f"{'image' if is_image else fps} {aspect_ratio}:{caption}"
+
+
+def digest(batch):
+    """Of what is trained on: dtypes, shapes and bytes."""
+    clips, dropped = batch.clips_B, batch.drop_first_B
+    if batch.latents_BNhwC is not None:
+        clips = np.asarray(batch.without_one_end(clips))
+    dropped = np.zeros(len(clips), bool) if dropped is None else dropped
+    hashed = hashlib.sha256()
+    for array in (clips, batch.text_B, dropped):
+        hashed.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return hashed.hexdigest()[:8]
+
+
+@pytest.mark.parametrize("source,text,changes,expected", [
+    (FakeSource(40), TEXT, {}, "c3b84d2f 4a0367c4 7a8322fd 2880b682 a0aec6f4 810924c7 36da6f96 9af5d38b"),
+    (FakeSource(40), TEXT, {"pixel_frames": 5},
+     "f05cd9c8 271f4c8a 1ff395c9 8aec2bce a0aec6f4 a14c59d6 f494c5bb ac5845db"),
+    (FakeSource(40), TEXT, {"share": (1, 2)},
+     "fac4a734 56aa772f d076db25 c6cbb192 adee3e15 b74d243f 32537bcb 5caa8440"),
+    (Several(), TextInput(format_with_metadata, encode_text, length=8), {},
+     "cda5d9be 6072150b b246cd48 9fdf2ba8 06592c05 020dffbf 5795db13 1ba19f59"),
+], ids=["pixels", "cut out of longer clips", "second of two processes", "latents and features of several sizes"])
+def test_the_nth_example_of_a_seed_never_changes(source, text, changes, expected):
+    """Digests recorded once: a run that resumes with a later version sees the very examples that it would have seen."""
+    batches = train(source, text=text, batch_size=4, image_batch_size=6, first_frame_drop=0.4, caption_drop=0.3,
+                    short_caption=0.4, **changes)
+    assert [digest(batch) for batch in take(batches, 8)] == expected.split()
+
+
+def test_what_makes_the_examples_can_be_pickled():
+    make = pipeline.MakeExample(Data(caption_drop=0.0, short_caption=0.0), ClipLength(13), TEXT)
+    copy = pickle.loads(pickle.dumps(make.image))
+    assert copy(FakeSource(3)[2], np.random.default_rng(0)).prompt == "image:long 2"

@@ -11,10 +11,12 @@ from PIL import Image
 
 from starflow_jax.config import UserError
 from starflow_jax.data import pipeline, prepared
+from starflow_jax.data.pipeline import ClipLength, TextInput
 from starflow_jax.data.raw import clips, latents, shards
 from starflow_jax.data.raw.building import Job, prepare_clips
 from starflow_jax.data.raw.sources import Captions
-from tests.data.test_pipeline import same, take, texts_of
+from tests.data.test_pipeline import joined, same, take, texts_of
+from tests.data.test_pipeline import train as train_of
 from tests.prepared_input import scene, write_inputs
 
 FRAMES, DIM, LENGTH = 9, 3, 64  # 9 frames are prepared: 5 are trained on; letters of a prompt
@@ -80,9 +82,12 @@ def folders(tmp_path_factory):
     return made
 
 
-def train(source, **changes):
-    settings = {"batch_size": 2, "image_batch_size": 3, "seed": 3, "pixel_frames": 5, "text_length": LENGTH} | changes
-    return pipeline.train_batches(source, **settings, encode_text=encode_text, format_caption=format_caption)
+TEXT = TextInput(format_caption, encode_text, LENGTH)
+
+
+def train(source, pixel_frames=5, **changes):
+    settings = {"batch_size": 2, "image_batch_size": 3} | changes
+    return train_of(source, pixel_frames, TEXT, **settings)
 
 
 def test_buckets_and_images_are_mixed_by_their_sizes(folders):
@@ -91,37 +96,31 @@ def test_buckets_and_images_are_mixed_by_their_sizes(folders):
     assert [(bucket.name, len(bucket)) for bucket in source.images] == [("16x16_1f", 3)]
     assert len(source) == 8 and source[0]["frames"].shape == (9, 16, 24, 3)
     batches = take(train(source, image_probability=0.2), 45)
-    shapes = collections.Counter(batch["frames_BTHWC"].shape for batch in batches)
+    shapes = collections.Counter(batch.frames_BTHWC.shape for batch in batches)
     assert shapes == {(2, 9, 16, 24, 3): 32, (2, 9, 24, 16, 3): 4, (3, 1, 16, 16, 3): 9}
     for batch in batches:
         for text in texts_of(batch):
-            begin = {16: "image 1:1:", 24: "8 fps 3:2:"}[batch["frames_BTHWC"].shape[3]] \
-                if batch["frames_BTHWC"].shape[2] == 16 else "8 fps 2:3:"
+            begin = {16: "image 1:1:", 24: "8 fps 3:2:"}[batch.frames_BTHWC.shape[3]] \
+                if batch.frames_BTHWC.shape[2] == 16 else "8 fps 2:3:"
             assert text.startswith(begin)
 
 
 def test_without_pictures_images_are_frames_of_videos(folders):
     images = [batch for batch in take(train(prepared.source(folders[0], "train"), image_probability=1.0), 12)]
-    assert {batch["frames_BTHWC"].shape for batch in images} == {(3, 1, 16, 24, 3), (3, 1, 24, 16, 3)}
+    assert {batch.frames_BTHWC.shape for batch in images} == {(3, 1, 16, 24, 3), (3, 1, 24, 16, 3)}
 
 
 def test_every_epoch_has_every_clip_once(folders):
     source = prepared.source(folders[0], "train")
     batches = take(train(source, image_probability=0.0, caption_drop=0.0, short_caption=0.0, first_frame_drop=0.0), 18)
-    wide = [batch for batch in batches if batch["frames_BTHWC"].shape[2] == 16]
-    shown = [batch["frames_BTHWC"][index].tobytes() for batch in wide for index in range(2)]
+    wide = [batch for batch in batches if batch.frames_BTHWC.shape[2] == 16]
+    shown = [batch.frames_BTHWC[index].tobytes() for batch in wide for index in range(2)]
     assert len(shown) == 32 and {len(set(shown[begin:begin + 8])) for begin in range(0, 32, 8)} == {8}
     by_text = collections.defaultdict(set)
     for text, clip in zip(itertools.chain(*map(texts_of, wide)), shown):
         by_text[text].add(clip)
     assert {text: len(found) for text, found in by_text.items()} == {
         f"8 fps 3:2:a block moves over backdrop {index}": 2 for index in range(4)}
-
-
-def joined(parts):
-    """The global batches, of those of several processes."""
-    return [{key: np.concatenate([part[key] for part in step]) for key in step[0]}
-            for step in zip(*parts, strict=True)]
 
 
 @pytest.mark.parametrize("derived_by", [{}, {"latents_by": MADE_BY, "features_by": {"text": 1}}])
@@ -138,11 +137,11 @@ def test_any_number_of_workers_and_any_resumption_gives_the_same(folders, derive
     same(take(resumed, 5), expected[7:])
     sizes = {"batch_size": 4, "image_batch_size": 6}
     whole = take(train(source, **sizes), 9)
-    two = [train(source, **sizes, process_index=index, process_count=2) for index in range(2)]
+    two = [train(source, **sizes, share=(index, 2)) for index in range(2)]
     same(joined([take(part, 4) for part in two]), whole[:4])
     # Resumed in the middle, the second process with workers, and each on what the other one read before.
     states = [json.loads(json.dumps(part.get_state())) for part in two]
-    later = [train(source, **sizes, process_index=index, process_count=2, workers=index) for index in range(2)]
+    later = [train(source, **sizes, share=(index, 2), workers=index) for index in range(2)]
     for part, state in zip(later, reversed(states)):
         part.set_state(state)
     same(joined([take(part, 3) for part in later]), whole[4:7])
@@ -173,12 +172,14 @@ def test_training_on_latents_drops_one_end_and_never_decodes(folders, monkeypatc
     monkeypatch.setattr(clips, "decode", lambda media: pytest.fail("a clip was decoded"))
     dropped = set()
     for batch in take(train(source, caption_drop=0.0, first_frame_drop=0.5), 40):
-        latents = batch["latents_BNhwC"]
-        assert latents.dtype == np.float16 and "frames_BTHWC" not in batch
+        latents = batch.latents_BNhwC
+        assert latents.dtype == np.float16 and batch.frames_BTHWC is None
         if latents.shape[1] == 1:
             assert latents.shape == (3, 1, 2, 2, 3)
             continue
-        for latent, text, drop in zip(latents, texts_of(batch), batch["drop_first_B"]):
+        trained_on = np.asarray(batch.without_one_end(latents))
+        assert trained_on.dtype == np.float16
+        for latent, text, drop in zip(trained_on, texts_of(batch), batch.drop_first_B, strict=True):
             caption = text.split(":", 2)[2].removeprefix("(extend) ")
             whole = by_caption[caption]
             assert any(np.array_equal(latent, clip[1:] if drop else clip[:-1]) for clip in whole)
@@ -193,18 +194,18 @@ def test_features_are_those_of_the_prompts(folders):
     settings = dict(seed=5, caption_drop=0.3, first_frame_drop=0.5)
     with_ids = take(train(prepared.source(",".join(folders), "train", latents_by=MADE_BY), **settings), 30)
     for batch, other in zip(take(train(source, **settings), 30), with_ids):
-        assert batch["features_BSD"].dtype == np.float16 and "text_ids_BS" not in batch
+        assert batch.features_BSD.dtype == np.float16 and batch.text_ids_BS is None
         texts = texts_of(other)
         for begin in range(0, len(texts), 2):
             pair = (texts[begin:begin + 2] * 2)[:2]
             count = len(texts[begin:begin + 2])
-            np.testing.assert_array_equal(batch["features_BSD"][begin:begin + count], encode_prompts(pair)[:count])
+            np.testing.assert_array_equal(batch.features_BSD[begin:begin + count], encode_prompts(pair)[:count])
 
 
 def test_a_prompt_that_was_not_foreseen_is_named(folders):
     record = prepared.source(folders[0], "train", latents_by=MADE_BY, features_by={"text": 1})[0]
     with pytest.raises(UserError, match="no prepared text features of 'another'"):
-        pipeline.text_of(record, "another")
+        pipeline.features_of(record, "another")
 
 
 def test_latents_go_on_after_a_stop_and_can_be_shared(folders, tmp_path):
@@ -263,13 +264,11 @@ def test_what_does_not_fit_is_refused(folders, tmp_path):
 
 def test_evaluation_goes_through_all_sizes(folders):
     source = prepared.source(folders[0], "train")
-    batches = list(pipeline.evaluation_batches(source, batch_size=4, limit=100, pixel_frames=5, encode_text=encode_text,
-                                               format_caption=format_caption))
-    assert [batch["frames_BTHWC"].shape for batch in batches] == [(4, 5, 16, 24, 3)] * 2 + [(4, 5, 24, 16, 3)]
-    assert sum(batch["valid_B"].sum() for batch in batches) == 9
+    batches = list(pipeline.evaluation_batches(source, ClipLength(5), TEXT, batch_size=4, limit=100))
+    assert [batch.frames_BTHWC.shape for batch in batches] == [(4, 5, 16, 24, 3)] * 2 + [(4, 5, 24, 16, 3)]
+    assert sum(batch.valid_B.sum() for batch in batches) == 9
     assert texts_of(batches[-1])[0] == "8 fps 2:3:a tall picture"
-    assert len(list(pipeline.evaluation_batches(source, batch_size=4, limit=3, pixel_frames=5, encode_text=encode_text,
-                                                format_caption=format_caption))) == 1
+    assert len(list(pipeline.evaluation_batches(source, ClipLength(5), TEXT, batch_size=4, limit=3))) == 1
 
 
 def test_evaluation_takes_what_is_prepared(folders):
@@ -278,15 +277,14 @@ def test_evaluation_takes_what_is_prepared(folders):
     for with_features in (True, False):
         given = source if with_features else prepared.source(folders[0], "train", latents_by=MADE_BY)
         kinds.append(list(pipeline.evaluation_batches(
-            given, batch_size=4, limit=100, pixel_frames=5, encode_text=encode_text, format_caption=format_caption,
-            text_length=6)))
+            given, ClipLength(5), TextInput(format_caption, encode_text, length=6), batch_size=4, limit=100)))
     for batch, other in zip(*kinds, strict=True):
-        assert "frames_BTHWC" not in batch and "text_ids_BS" not in batch
-        np.testing.assert_array_equal(batch["latents_BNhwC"], other["latents_BNhwC"])
+        assert batch.frames_BTHWC is None and batch.text_ids_BS is None
+        np.testing.assert_array_equal(batch.latents_BNhwC, other.latents_BNhwC)
         texts = texts_of(other)
-        np.testing.assert_array_equal(batch["features_BSD"][:2], encode_prompts(texts[:2])[:, :6])
+        np.testing.assert_array_equal(batch.features_BSD[:2], encode_prompts(texts[:2])[:, :6])
     first = source.videos[0][0]
-    np.testing.assert_array_equal(kinds[0][0]["latents_BNhwC"][0], first["latents"][:2])
+    np.testing.assert_array_equal(kinds[0][0].latents_BNhwC[0], first["latents"][:2])
 
 
 def test_sources_travel_to_other_processes(folders):

@@ -21,7 +21,7 @@ from starflow_jax.config import Codec, Config, Convert, Model, Text, Train, User
 from starflow_jax.model.initialise import inherited_system, initial_params, is_ours, refuse_converted
 from starflow_jax.model.parameters import init_params, model_fingerprint
 from starflow_jax.modes.convert import convert
-from starflow_jax.training.optimizer import TrainState
+from starflow_jax.training.state import TrainState
 from tests.helpers import tiny_model
 
 SMALL = tiny_model(shallow_layers=(1,), text_dim=8)

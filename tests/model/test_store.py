@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from starflow_jax.config import Config, UserError, from_config_dict
+from starflow_jax.data.batch import Batch
 from starflow_jax.evaluation.adherence import adherence_of_samples
 from starflow_jax.model.parameters import init_params
 from starflow_jax.model.store import PRETRAINED, load_model
@@ -44,8 +45,8 @@ def test_box_knows_black_frames_from_noise(tmp_path: Path) -> None:
     system, params, _ = load_model(tiny(), tmp_path)
 
     def bits(frames: np.ndarray) -> float:
-        batch = {"frames_BTHWC": frames, "text_ids_BS": system.text_ids([system.prompt("a red one moves up")]),
-                 "valid_B": np.ones(1, bool)}
+        batch = Batch(frames_BTHWC=frames, text_ids_BS=system.text_ids([system.prompt("a red one moves up")]),
+                      valid_B=np.ones(1, bool))
         return float(bits_per_frame(system, params, iter([batch])).mean())
 
     black = np.zeros((1, 13, 24, 24, 3), np.uint8)

@@ -5,7 +5,6 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,8 +18,7 @@ from starflow_jax.model.system import save_system
 from starflow_jax.modes.prepare import buckets_of, job_of, prepare
 from starflow_jax.modes.train import train
 from starflow_jax.sharding import make_mesh
-from starflow_jax.training.loop import train_iterator
-from starflow_jax.training.step import clean_latents
+from starflow_jax.training.run import open_batches
 from tests import small_run
 from tests.data.test_prepare import examples
 from tests.prepared_input import real_videos, write_inputs
@@ -61,19 +59,18 @@ def test_from_raw_files_to_training_batches(config, tmp_path, capsys):
     system = make_system(config)
     save_system(system, tmp_path / "run" / "system")
     mesh = make_mesh(config.mesh)
-    pixels = train_iterator(system, mesh)
+    pixels = open_batches(system, mesh)
     asked = dataclasses.replace(config, prepare=dataclasses.replace(config.prepare, latents=True))
     prepare(asked, tmp_path / "run")
-    latents = train_iterator(dataclasses.replace(
+    latents = open_batches(dataclasses.replace(
         system, config=dataclasses.replace(config, data=dataclasses.replace(config.data, latents=True))), mesh)
     kinds = set()
     for _ in range(6):
         one, other = next(pixels), next(latents)
-        np.testing.assert_array_equal(one["text_ids_BS"], other["text_ids_BS"])
-        kinds.add(one["frames_BTHWC"].shape[1])
-        if one["frames_BTHWC"].shape[1] > 1:  # an image is any frame of a clip, or, as latents, its first
-            expected = clean_latents(system, {name: jnp.asarray(value) for name, value in one.items()})
-            np.testing.assert_allclose(other["latents_BNhwC"], expected, atol=2e-3)
+        np.testing.assert_array_equal(one.text_ids_BS, other.text_ids_BS)
+        kinds.add(one.frames_BTHWC.shape[1])
+        if not one.is_image:  # an image is any frame of a clip, or, as latents, its first
+            np.testing.assert_allclose(system.latents_of(other), system.latents_of(one), atol=2e-3)
     assert kinds == {1, 9}
     pixels.close()
     latents.close()

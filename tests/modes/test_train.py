@@ -83,6 +83,14 @@ def test_sigterm_saves_first(uninterrupted: Path, data: Path, tmp_path: Path) ->
     assert losses(tmp_path) == losses(uninterrupted)
 
 
+def test_a_short_run_is_all_warm_up(data: Path, tmp_path: Path) -> None:
+    """As with --config.train.steps=3 alone: the recipe's warm-up of 50 steps follows."""
+    result = run(tmp_path, data, "--config.train.warmup_steps=50", "--config.train.steps=3")
+    assert result.returncode == 0 and "trained 3 steps" in result.stdout, result.stderr[-2000:]
+    rates = [row["learning_rate"] for _, row in sorted(losses(tmp_path).items())]
+    np.testing.assert_allclose(rates, [0, 0.5e-3, 1e-3], rtol=1e-6)  # of 1.5e-3
+
+
 def test_workdir_of_another_model_is_refused(uninterrupted: Path, data: Path) -> None:
     result = run(uninterrupted, data, "--config.model.denoiser_window=3")
     assert result.returncode == 2

@@ -19,7 +19,7 @@ from starflow_jax.kernels import attention as core
 from starflow_jax.model.parameters import flow_variables
 from starflow_jax.planning.program_cost import count
 from starflow_jax.planning.program_text import parse
-from starflow_jax.training.step import gradients_from_features
+from starflow_jax.training.losses import gradients_from_features
 from tests.helpers import tiny_model
 
 SIDE = 64

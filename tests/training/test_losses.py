@@ -9,8 +9,7 @@ from starflow_jax.flow.likelihood import nats, nll_mean
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.model.parameters import flow_variables, init_params
 from starflow_jax.model.system import System
-from starflow_jax.training.losses import weighted_loss
-from starflow_jax.training.step import gradients, to_bits
+from starflow_jax.training.losses import gradients, to_bits, weighted_loss
 from tests.helpers import fresh, latents, random_flow, randomised, text, tiny_model
 
 IDS = jnp.ones((2, 3), jnp.int32)

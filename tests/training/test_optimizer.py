@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from starflow_jax.config import Train
-from starflow_jax.training.optimizer import NORM_WARMUP, TrainState, apply_gradients, create_state, schedule
+from starflow_jax.training.optimizer import schedule
+from starflow_jax.training.state import TrainState, create_state
+from starflow_jax.training.step import NORM_WARMUP, apply_gradients
 
 SETTINGS = Train(steps=100, warmup_steps=10, learning_rate=1e-2, final_learning_rate=1e-4, weight_decay=0.0,
                  denoiser_learning_rate=2e-2, clip=1.0, ema=0.5)
@@ -34,6 +36,11 @@ def test_schedule_values() -> None:
     for step, expected in ((0, 0.0), (5, 5e-3), (10, 1e-2), (55, halfway), (100, 1e-4), (200, 1e-4)):
         np.testing.assert_allclose(rate(step), expected, rtol=1e-5, atol=1e-9)
     assert float(schedule(Train(warmup_steps=0, learning_rate=1e-2))(0)) == pytest.approx(1e-2)
+
+
+def test_a_run_shorter_than_the_warm_up_is_all_warm_up() -> None:
+    rate = schedule(Train(steps=4, warmup_steps=50, learning_rate=1e-2, final_learning_rate=1e-4))
+    np.testing.assert_allclose([rate(step) for step in range(5)], [0, 2.5e-3, 5e-3, 7.5e-3, 1e-2], rtol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [toy_gradients((float("nan"), 0.0)), toy_gradients(denoiser=float("inf"))])

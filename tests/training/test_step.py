@@ -7,7 +7,7 @@ from starflow_jax.config import REMAT
 from starflow_jax.kernels import attention as core
 from starflow_jax.model.parameters import init_params
 from starflow_jax.planning import program_cost
-from starflow_jax.training.step import _accumulate, gradients
+from starflow_jax.training.losses import accumulated_gradients, gradients
 from tests.helpers import latents, randomised, tiny_model
 from tests.training.test_losses import IDS, system
 
@@ -17,7 +17,7 @@ def test_gradients_of_microbatches_average_to_the_whole_batchs() -> None:
     params = randomised(init_params(whole.config, jax.random.key(0)))
     x = latents(whole.config.model, batch=2)
     once, losses = jax.jit(lambda p: gradients(whole, p, x, IDS))(params)
-    twice, micro_losses = jax.jit(lambda p: _accumulate(whole, p, x, IDS, 2))(params)
+    twice, micro_losses = jax.jit(lambda p: accumulated_gradients(whole, p, x, IDS, 2))(params)
     for expected, ours in zip(jax.tree.leaves((once, losses)), jax.tree.leaves((twice, micro_losses))):
         np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-5 * max(1.0, np.abs(expected).max()))
 

@@ -1,0 +1,42 @@
+"""SIGTERM as a wish to stop, on which all processes agree."""
+
+import signal
+from collections import deque
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from starflow_jax import sharding
+
+
+class StopOnTerm:
+    """Turns SIGTERM into a wish to stop, so that the step under way ends and is saved.
+
+    It is enough that one of several processes is sent it: all stop at the same step, which they must save together.
+    JAX has a handler of its own from jax.distributed.initialize on, which this one replaces.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._asked = False
+        self._answers: deque[jax.Array] = deque(maxlen=2)
+        self._by_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._anyone = jax.jit(jnp.max, out_shardings=sharding.replicated(mesh))
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+
+    def agreed(self) -> bool:
+        """Whether to stop now, the same on all processes; each must call it before each step.
+
+        From the second call on the answer is that to the call before, so that nobody waits for the step under way.
+        """
+        if jax.process_count() == 1:
+            return self._asked
+        wishes = jax.make_array_from_callback(
+            (self._by_device.mesh.size,), self._by_device, lambda _: np.array([self._asked], np.int32))
+        self._answers.append(self._anyone(wishes))
+        return bool(self._answers[0])
