@@ -17,7 +17,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from starflow_jax.config import Config
-from starflow_jax.data.digits.dataset import COLOUR_NAMES, DIGIT_WORDS, DIRECTION_NAMES, caption
+from starflow_jax.data.digits.captions import COLOUR_NAMES, DIGIT_WORDS, DIRECTION_NAMES, caption
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.io.files import atomic_path
 from starflow_jax.io.progress import ProgressBar, table

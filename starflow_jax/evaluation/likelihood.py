@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 
 from starflow_jax.config import Config, UserError
 from starflow_jax.evaluation.measures import psnr
@@ -242,6 +241,8 @@ def draw_surprise(path: Path, system: System, frames_THWC: np.ndarray, found: Li
     """A PNG of three rows: the frames, each token's bits per dimension over them, and what the caption adds."""
     count, grid = found.bits_NS.shape[0], token_grid(system)
     chosen = np.unique(np.linspace(0, count - 1, min(count, SHOWN_FRAMES)).round().astype(int))
+    from matplotlib.figure import Figure  # takes a third of a second to import
+
     figure = Figure(figsize=(1.3 * len(chosen) + 1.8, 4.6), layout="constrained")
     axes = figure.subplots(3, len(chosen), squeeze=False)
     fit = found.caption_fit_NS

@@ -11,13 +11,17 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epy
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from starflow_jax.kernels import pallas_gpu, pallas_tpu, pallas_triton, reference
+from starflow_jax.kernels import reference
 from starflow_jax.kernels.mask import Full, Mask, seen
 from starflow_jax.kernels.reference import Past
 from starflow_jax.kernels.unsupported import Unsupported
+
+with epy.lazy_imports():  # Pallas takes a fifth of a second, and short attention needs none of them
+    from starflow_jax.kernels import pallas_gpu, pallas_tpu, pallas_triton
 
 # By platform, the better one first. The platform is known only when the program is lowered, which may be for
 # a machine other than this one.

@@ -8,11 +8,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epy
 
 from starflow_jax.config import Config
-from starflow_jax.data import prepared
-from starflow_jax.data.digits import dataset as moving_digits
 from starflow_jax.model.system import System
+
+with epy.lazy_imports():  # TFDS and grain, which sampling needs not
+    from starflow_jax.data import prepared
+    from starflow_jax.data.digits import dataset as moving_digits
 
 
 def data_source(config: Config, split: str) -> Sequence[dict[str, Any]]:

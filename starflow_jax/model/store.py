@@ -7,16 +7,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epy
 
 from starflow_jax import sharding
-from starflow_jax.checkpoints.parameters import first_whole, restore_params
-from starflow_jax.checkpoints.training import Checkpoints
 from starflow_jax.config import Config, UserError
 from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.io.files import atomic_path
 from starflow_jax.model.parameters import Params, init_params, model_fingerprint
 from starflow_jax.model.system import System, load_system, save_system
 from starflow_jax.text.pretrained import load_encoder
+
+with epy.lazy_imports():  # orbax, which the model in the package needs not
+    from starflow_jax.checkpoints import parameters, training
 
 PRETRAINED = Path(__file__).parents[1] / "assets" / "tiny"
 
@@ -27,17 +29,17 @@ def load_model(config: Config, workdir: Path) -> tuple[System, Params, str]:
     Raises UserError where the workdir holds another model, or holds none and the package has none either.
     """
     if (workdir / "checkpoints").exists():
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
-                                  model_fingerprint=model_fingerprint(config))
+        checkpoints = training.Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
+                                           model_fingerprint=model_fingerprint(config))
         steps = checkpoints.steps(best=config.sample.checkpoint == "best")
         checkpoints.close()
-        step = first_whole(checkpoints.directory, steps)
+        step = parameters.first_whole(checkpoints.directory, steps)
         if step is not None:
             abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
             if not (mesh := jax.sharding.get_mesh()).empty:
                 abstract = sharding.abstract(abstract, mesh)
             abstract = sharding.layers_as(abstract, jnp.dtype(config.model.dtype))
-            params = restore_params(checkpoints.directory / str(step), abstract)
+            params = parameters.restore_params(checkpoints.directory / str(step), abstract)
             return load_system(config, workdir / "system"), with_text(config, params), f"{workdir}, step {step}"
     return load_pretrained(config, workdir)
 
@@ -47,7 +49,7 @@ def with_text(config: Config, params: Params) -> Params:
     if config.text.encoder != "frozen" or not config.model.text_length:
         return params
     weights = load_encoder(Path(config.text.weights), config.model.text_dim)
-    return {**params, "text": jax.tree.map(jax.numpy.asarray, weights)}
+    return {**params, "text": jax.device_put(weights)}
 
 
 def load_pretrained(config: Config, workdir: Path) -> tuple[System, Params, str]:
@@ -55,8 +57,9 @@ def load_pretrained(config: Config, workdir: Path) -> tuple[System, Params, str]
     description = PRETRAINED / "model.json"
     if not description.exists() or json.loads(description.read_text())["fingerprint"] != model_fingerprint(config):
         raise UserError(f"{workdir} holds no checkpoint, and the package carries none of {config.name}; "
-                        "train one first (--mode=train) or name its folder with --workdir")
-    params = jax.tree.map(jax.numpy.asarray, import_arrays(PRETRAINED / "model.safetensors"))
+                        "train one (--mode=train), convert released weights (--mode=convert "
+                        "--config.convert.source=FILE_OR_DIR), or name the folder of one with --workdir")
+    params = jax.device_put(import_arrays(PRETRAINED / "model.safetensors"))
     return load_system(config, PRETRAINED), params, "the model in the package"
 
 

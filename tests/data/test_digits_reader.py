@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from starflow_jax.config import UserError
+from starflow_jax.data.digits import captions
 from starflow_jax.data.digits import dataset as md
+from starflow_jax.data.digits import reader as reading
 from starflow_jax.data.digits.reader import Reader, default_reader, labels_of
 
 
@@ -17,7 +19,7 @@ def make_clips(count, size, digit_size, frames, recorded, seed=0):
     """Clips of scans that the reader was not fitted on, and their labels (digit, colour, direction)."""
     rng = np.random.default_rng(seed)
     ids = rng.choice(np.concatenate([md.split_scan_ids("validation"), md.split_scan_ids("test")]), count)
-    colours, directions = np.arange(count) % len(md.COLOURS), np.arange(count) % len(md.DIRECTIONS)
+    colours, directions = np.arange(count) % len(captions.COLOURS), np.arange(count) % len(captions.DIRECTIONS)
     start, travel = md.random_starts_and_travels(rng, directions, size - digit_size)
     scans = md.load_scans(ids, digit_size)
     clips = md.render_clips(scans, colours, start, travel, frames=recorded, size=size)
@@ -66,7 +68,7 @@ def test_played_backwards_only_the_direction_turns_round(reader):
     digits, colours, directions = reader.read(clips[:, ::-1])
     np.testing.assert_array_equal(digits, reader.read(clips)[0])
     np.testing.assert_array_equal(colours, labels[:, 1])
-    steps = np.array(list(md.DIRECTIONS.values()))
+    steps = np.array(list(captions.DIRECTIONS.values()))
     np.testing.assert_array_equal(steps[directions], -steps[labels[:, 2]])
 
 
@@ -75,8 +77,8 @@ def test_each_share_counts_its_own_label(reader):
     asked = np.stack(reader.read(clips), axis=1)
     assert reader.adherence(asked, clips) == {"digit": 1.0, "colour": 1.0, "direction": 1.0}
     asked[:10, 0] = (asked[:10, 0] + 1) % 10
-    asked[:20, 1] = (asked[:20, 1] + 1) % len(md.COLOURS)
-    asked[:30, 2] = (asked[:30, 2] + 1) % len(md.DIRECTIONS)
+    asked[:20, 1] = (asked[:20, 1] + 1) % len(captions.COLOURS)
+    asked[:30, 2] = (asked[:30, 2] + 1) % len(captions.DIRECTIONS)
     assert reader.adherence(asked, clips) == {"digit": 0.75, "colour": 0.5, "direction": 0.25}
 
 
@@ -101,7 +103,7 @@ def test_fitting_twice_gives_the_same_reader():
     clips, _ = make_clips(40, 24, 15, 5, 17)
     scores = [
         Reader.fit(scans, ids // 500)._classifier.decision_function(
-            reader._cutouts(reader._ink(clips))
+            reading._cutouts(reading._ink(clips))
         )
         for _ in range(2)
     ]
@@ -110,7 +112,7 @@ def test_fitting_twice_gives_the_same_reader():
 
 def test_labels_of_captions():
     labels = labels_of(["a red seven moves right", "white 0 drifts up and to the left"])
-    names = [(digit, md.COLOUR_NAMES[colour], md.DIRECTION_NAMES[way]) for digit, colour, way in labels]
+    names = [(digit, captions.COLOUR_NAMES[colour], captions.DIRECTION_NAMES[way]) for digit, colour, way in labels]
     assert names == [(7, "red", "right"), (0, "white", "upper left")]
     with pytest.raises(UserError, match="colour"):
         labels_of(["a seven moves right"])

@@ -7,13 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.t2v import tiny
-from starflow_jax.data.digits.dataset import (
-    COLOUR_NAMES,
-    DIRECTION_NAMES,
-    MovingDigitsConfig,
-    generate_clips,
-    parse_caption,
-)
+from starflow_jax.data.digits.captions import COLOUR_NAMES, DIRECTION_NAMES, parse_caption
+from starflow_jax.data.digits.dataset import MovingDigitsConfig, generate_clips
 from starflow_jax.evaluation.classify import (
     ATTRIBUTES,
     CHOICES,

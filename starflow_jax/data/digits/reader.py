@@ -8,11 +8,15 @@ score on test captions says how well generated clips do what they were asked.
 import functools
 
 import numpy as np
+from etils import epy
 from PIL import Image
-from scipy import ndimage
-from sklearn.svm import SVC
 
 from starflow_jax.data.digits import dataset as moving_digits
+from starflow_jax.data.digits.captions import COLOUR_NAMES, COLOURS, DIRECTIONS, parse_caption
+
+with epy.lazy_imports():  # a second together
+    from scipy import ndimage
+    from sklearn import svm
 
 CUTOUT = 16  # pixels on a side of the SVM's input
 _INK_THRESHOLD = 0.25  # of the clip's brightest ink: below it is background or noise
@@ -23,7 +27,7 @@ _TRAINING_FRAMES = 2  # each training scan is seen at this many subpixel offsets
 class Reader:
     """Reads digit, colour and direction; make it with `Reader.fit`."""
 
-    def __init__(self, classifier: SVC) -> None:
+    def __init__(self, classifier: "svm.SVC") -> None:
         self._classifier = classifier
 
     @classmethod
@@ -31,11 +35,11 @@ class Reader:
         """Trains on scans (uint8, N, D, D) rendered as frames of white clips. Deterministic."""
         digit_size = scans_NDD.shape[1]
         start_N2 = np.random.default_rng(0).uniform(0, 1, (len(scans_NDD), 2)).astype(np.float32)
-        white_N = np.full(len(scans_NDD), moving_digits.COLOUR_NAMES.index("white"))
+        white_N = np.full(len(scans_NDD), COLOUR_NAMES.index("white"))
         frames_NTHWC = moving_digits.render_clips(
             scans_NDD, white_N, start_N2, 1 - 2 * start_N2, frames=_TRAINING_FRAMES, size=digit_size + 1
         )
-        classifier = SVC(kernel="rbf", C=10.0, gamma="scale")
+        classifier = svm.SVC(kernel="rbf", C=10.0, gamma="scale")
         classifier.fit(_cutouts(_ink(frames_NTHWC)), np.repeat(digits_N, _TRAINING_FRAMES))
         return cls(classifier)
 
@@ -77,7 +81,7 @@ def default_reader() -> Reader:
 
 def labels_of(captions: list[str]) -> np.ndarray:
     """int64 (B, 3): digit, colour, direction of each caption; UserError where one is not said."""
-    return np.array([moving_digits.parse_caption(caption) for caption in captions])
+    return np.array([parse_caption(caption) for caption in captions])
 
 
 def _ink(frames_BTHWC: np.ndarray) -> np.ndarray:
@@ -122,7 +126,7 @@ def _cutout(ink_HW: np.ndarray) -> np.ndarray:
 def _read_colours(frames_BTHWC: np.ndarray, ink_BTHW: np.ndarray) -> np.ndarray:
     """The named colour nearest in direction to the sum of the ink's pixels."""
     total_B3 = np.einsum("bthwc,bthw->bc", frames_BTHWC.astype(np.float32), ink_BTHW)
-    named_C3 = np.array(list(moving_digits.COLOURS.values()), np.float32)
+    named_C3 = np.array(list(COLOURS.values()), np.float32)
     return (total_B3 @ (named_C3 / np.linalg.norm(named_C3, axis=1, keepdims=True)).T).argmax(1)
 
 
@@ -143,7 +147,7 @@ def _read_directions(ink_BTHW: np.ndarray) -> np.ndarray:
     moment_B = np.maximum((weight_BT * time_BT**2).sum(1), 1e-6)
     slope_B2 = np.einsum("bt,btd->bd", weight_BT * time_BT, position_BT2) / moment_B[:, None]
     way_B2 = slope_B2 * (frames - 1)
-    steps_82 = np.array(list(moving_digits.DIRECTIONS.values()))
+    steps_82 = np.array(list(DIRECTIONS.values()))
     unit_82 = steps_82 / np.linalg.norm(steps_82, axis=1, keepdims=True)
     direction_B = (way_B2 @ unit_82.T).argmax(1)
     direction_B[np.linalg.norm(way_B2, axis=1) < 0.5] = -1
