@@ -21,6 +21,7 @@ from starflow_jax.data.raw import clips, shards
 from starflow_jax.data.raw.building import PREPARED
 from starflow_jax.data.raw.latents import MADE_BY
 from starflow_jax.data.raw.sources import Item
+from starflow_jax.io.files import atomic_path, write_text
 from starflow_jax.io.progress import ProgressBar
 from starflow_jax.io.video import write_mp4
 
@@ -137,13 +138,13 @@ def _write_examples(folder: epath.Path, latents: tuple[int, ...], count: int) ->
 
     for kind, spec in features.items():
         shard = shards.Shard(kind, "bucket", "train", 0, 1, count)
-        with shards.arriving(shard.path(folder)) as path, shards.RecordWriter(path) as writer:
+        with atomic_path(shard.path(folder)) as path, shards.RecordWriter(path) as writer:
             for example in examples(kind):
                 writer.write(shards.serialize(spec, example))
         shards.write_metadata(folder, [shard], spec, "benchmark")
-        shards.write_text(folder / kind / MADE_BY, "{}")
+        write_text(folder / kind / MADE_BY, "{}")
     bucket = {"frames": CLIP_FRAMES, "aspect_ratio": "16:9", "clips": {"train": count}}
-    shards.write_text(folder / PREPARED, json.dumps({"buckets": {"bucket": bucket}}))
+    write_text(folder / PREPARED, json.dumps({"buckets": {"bucket": bucket}}))
 
 
 def _prompts() -> list[str]:

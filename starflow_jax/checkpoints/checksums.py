@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from absl import logging
+
+from starflow_jax.config import UserError
+
 CHECKSUMS = "checksums"
 
 
@@ -47,4 +51,20 @@ def damage_of(folder: Path) -> str | None:
     for name, value in expected.items():
         if found[name] != value:
             return f"{name} is missing" if found[name] is None else f"{name} has changed"
+    return None
+
+
+def first_whole(directory: Path, steps: Iterable[int]) -> int | None:
+    """The first of the steps whose files are undamaged; each damaged one before it is reported.
+
+    Raises UserError where there are steps and all are damaged.
+    """
+    step = None
+    for step in steps:
+        damage = damage_of(directory / str(step))
+        if damage is None:
+            return step
+        logging.error("checkpoint %s is damaged (%s); using the one before it", directory / str(step), damage)
+    if step is not None:
+        raise UserError(f"{directory}: all checkpoints are damaged; start in another --workdir")
     return None

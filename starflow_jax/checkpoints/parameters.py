@@ -4,9 +4,7 @@ A converted model is a checkpoint of step 0 whose state is {"ema": parameters}; 
 averaged parameters lie under the same name, so that both are read in the same way.
 """
 
-import os
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from flax import traverse_util
 from jax.sharding import SingleDeviceSharding
 
-from starflow_jax.checkpoints.checksums import damage_of, write_checksums
+from starflow_jax.checkpoints.checksums import write_checksums
 from starflow_jax.config import UserError
+from starflow_jax.io.files import atomic_path
 from starflow_jax.io.tensor_files import StoredArray, check_shapes
 
 CHUNK_BYTES = 64 << 20  # of an array on disk: what reading and compressing hold at a time
@@ -51,35 +49,17 @@ def save_params(directory: Path, arrays: Mapping[str, Any], data: dict[str, Any]
     state = ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(
         (StoredArray, _OneByOne()), (np.ndarray, _OneByOne())))
     how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".converting_") as temporary:
-        made = Path(temporary) / "0"
+    with atomic_path(directory / "0") as made:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(
                 state=state, data=ocp.JsonCheckpointHandler())) as checkpointer:
             checkpointer.save(made, args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(tree, save_args=how), data=ocp.args.JsonSave(data)))
         write_checksums(made)
-        os.replace(made, directory / "0")
 
 
 def newest_first(directory: Path) -> list[int]:
     """The steps of a folder of checkpoints. Reads names alone: another process may be writing there."""
     return sorted((int(path.name) for path in directory.glob("*") if path.name.isdigit()), reverse=True)
-
-
-def first_whole(directory: Path, steps: Iterable[int]) -> int | None:
-    """The first of the steps whose files are undamaged; each damaged one before it is reported.
-
-    Raises UserError where there are steps and all are damaged.
-    """
-    step = None
-    for step in steps:
-        damage = damage_of(directory / str(step))
-        if damage is None:
-            return step
-        logging.error("checkpoint %s is damaged (%s); using the one before it", directory / str(step), damage)
-    if step is not None:
-        raise UserError(f"{directory}: all checkpoints are damaged; start in another --workdir")
-    return None
 
 
 def stored_params(folder: Path) -> dict[str, StoredArray]:

@@ -12,9 +12,9 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import SingleDeviceSharding
 
-from starflow_jax.checkpoints.checksums import CHECKSUMS, damage_of, first_line, write_checksums
+from starflow_jax.checkpoints.checksums import CHECKSUMS, first_line, first_whole, write_checksums
 from starflow_jax.config import UserError
-from starflow_jax.io.files import atomic_path
+from starflow_jax.io.files import write_text
 
 BEST = "validation_bits_per_dim"  # the smaller the better
 
@@ -73,37 +73,23 @@ class Checkpoints:
         A damaged checkpoint is reported and the one before it is taken; raises UserError where all are
         damaged, and where a whole one holds other arrays than abstract_state.
         """
-        return self._restore_first(self.steps(), abstract_state)
-
-    def restore_best(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
-        """As `restore`, but the best by validation, or the newest where none has been validated."""
-        return self._restore_first(self.steps(best=True), abstract_state)
+        steps = self.steps()
+        step = first_whole(self.directory, steps)
+        if step is None:
+            return None
+        self._damaged = [newer for newer in steps if newer > step]
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(jax.tree.map(_placed, abstract_state)), data=ocp.args.JsonRestore()))
+        except Exception as error:  # whatever orbax and tensorstore raise
+            raise UserError(f"{self.directory / str(step)} is whole but does not fit this configuration "
+                            f"({first_line(error)}); use the one it was trained with, or another --workdir") from error
+        return found["state"], found["data"], step
 
     def steps(self, best: bool = False) -> list[int]:
-        """All steps, the newest first; before them, where asked for, the best by validation."""
+        """All steps, the newest first; best: before them the best by validation."""
         first = self._manager.best_step() if best else None
         return sorted(self._manager.all_steps(), key=lambda step: (step == first, step), reverse=True)
-
-    def _restore_first(self, steps: list[int], abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
-        damaged: list[int] = []
-        abstract_state = jax.tree.map(_placed, abstract_state)
-        for step in steps:
-            folder = self.directory / str(step)
-            damage = damage_of(folder)
-            if damage is None:
-                try:
-                    found = self._manager.restore(step, args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore()))
-                except Exception as error:  # whatever orbax and tensorstore raise
-                    raise UserError(f"{folder} is whole but does not fit this configuration ({first_line(error)}); "
-                                    "use the one it was trained with, or another --workdir") from error
-                self._damaged = damaged
-                return found["state"], found["data"], step
-            logging.error("checkpoint %s is damaged (%s); using the one before it", folder, damage)
-            damaged.append(step)
-        if steps:
-            raise UserError(f"{self.directory}: all checkpoints are damaged; start in another --workdir")
-        return None
 
     def _write_checksums(self) -> None:
         """Called by orbax when a checkpoint is complete under its temporary name, just before its commit."""
@@ -135,8 +121,7 @@ def _drop_unreadable_metrics(directory: Path) -> None:
 
 def _check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
     if not path.exists():
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(fingerprint, indent=1))
+        write_text(path, json.dumps(fingerprint, indent=1))
         return
     try:
         held = traverse_util.flatten_dict(json.loads(path.read_text()), sep=".")

@@ -1,24 +1,60 @@
-"""Files that are whole or not there at all."""
+"""Files and folders that are whole or not there at all."""
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+ARRIVING = ".arriving-"  # begins the names of what is not whole yet; a process that is killed leaves it
+
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, which becomes `path` if the block ends without an exception.
+def atomic_path(path: str | os.PathLike[str], keep: bool = False) -> Iterator[Path]:
+    """Yields a local path of the same name, where a file or folder is written; it becomes `path`, at once, if the
+    block ends without an exception.
 
-    Makes the folder where it is missing. The name's ending is kept, since writers choose a format by it.
+    Makes the parent folder where it is missing. keep: what is at `path` by then stays, because another process made
+    the same; else a file is replaced.
     """
+    if "://" in os.fspath(path):
+        with tempfile.TemporaryDirectory(prefix=ARRIVING) as folder:
+            local = Path(folder) / os.fspath(path).rpartition("/")[2]
+            yield local
+            _send(local, os.fspath(path))
+        return
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.stem}.{os.getpid()}.tmp{final.suffix}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, final)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix=ARRIVING, dir=final.parent) as folder:
+        local = Path(folder) / final.name
+        yield local
+        for file in _files(local):
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+        if not (keep and final.exists()):
+            try:
+                os.replace(local, final)
+            except OSError:
+                if not (keep and final.exists()):
+                    raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file, replacing one that is there."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def _send(local: Path, path: str) -> None:
+    # An object store can't rename, and need not: it shows a file when all of it has come. Of a folder the last file,
+    # by name, is the one that says that the folder is whole.
+    from etils import epath
+
+    target = epath.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for file in _files(local):
+        epath.Path(file).copy(target / file.relative_to(local) if local.is_dir() else target, overwrite=True)
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())

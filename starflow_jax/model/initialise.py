@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from starflow_jax.checkpoints.checksums import first_whole
 from starflow_jax.checkpoints.growth import RESHAPING, Change, changes, grow
-from starflow_jax.checkpoints.parameters import first_whole, newest_first, restore_params, stored_params
+from starflow_jax.checkpoints.parameters import newest_first, restore_params, stored_params
 from starflow_jax.config import Config, Model, UserError
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.io.tensor_files import check_shapes

@@ -18,7 +18,7 @@ from starflow_jax.model.system import System, load_system, save_system
 from starflow_jax.text.pretrained import load_encoder
 
 with epy.lazy_imports():  # orbax, which the model in the package needs not
-    from starflow_jax.checkpoints import parameters, training
+    from starflow_jax.checkpoints import checksums, parameters, training
 
 PRETRAINED = Path(__file__).parents[1] / "assets" / "tiny"
 
@@ -33,7 +33,7 @@ def load_model(config: Config, workdir: Path) -> tuple[System, Params, str]:
                                            model_fingerprint=model_fingerprint(config))
         steps = checkpoints.steps(best=config.sample.checkpoint == "best")
         checkpoints.close()
-        step = parameters.first_whole(checkpoints.directory, steps)
+        step = checksums.first_whole(checkpoints.directory, steps)
         if step is not None:
             abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
             if not (mesh := jax.sharding.get_mesh()).empty:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from starflow_jax.io.files import atomic_path
+from starflow_jax.io.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -18,7 +18,7 @@ METRICS_FILE = "metrics.jsonl"
 class MetricWriter:
     """Writes scalars to `workdir/metrics.jsonl` and scalars and pictures to `workdir/tensorboard`.
 
-    `resume_step` is the step of the checkpoint that the run goes on from (0: a new run). Lines of later
+    `resume_step` is the step of the checkpoint that the run resumes from (0: it starts). Lines of later
     steps, left by a run that was killed, are dropped first, and so is a last line cut in the middle: the
     file ends up the one of a run that was never killed. TensorBoard hides the same steps by itself.
     `writes`: False on all but one of several processes, where nothing is written.
@@ -30,8 +30,7 @@ class MetricWriter:
             return
         self.path = Path(workdir) / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
-        with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(_json_line(line) for line in kept))
+        write_text(self.path, "".join(_json_line(line) for line in kept))
         self._file = open(self.path, "a")
         self._tensorboard = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=resume_step + 1)
 

@@ -20,6 +20,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from safetensors import safe_open
 
+from starflow_jax.checkpoints.checksums import first_whole
+from starflow_jax.checkpoints.parameters import restore_params
 from starflow_jax.checkpoints.training import BEST, Checkpoints
 from starflow_jax.config import UserError
 from starflow_jax.io.arrays import export_arrays, import_arrays
@@ -94,7 +96,7 @@ def test_restored_on_other_devices_than_wrote_it(tmp_path: Path) -> None:
     script = f"""
         import jax, jax.numpy as jnp
         from pathlib import Path
-        from tests.test_checkpoint import make_state, open_checkpoints
+        from tests.checkpoints.test_training import make_state, open_checkpoints
         state = jax.device_put(make_state(4), jax.devices()[12])
         checkpoints = open_checkpoints(Path({str(tmp_path)!r}))
         checkpoints.save(1, state, {{}}, None)
@@ -110,7 +112,7 @@ def test_restored_on_other_devices_than_wrote_it(tmp_path: Path) -> None:
 
 def test_empty_folder_restores_nothing(tmp_path: Path) -> None:
     checkpoints = open_checkpoints(tmp_path / "new")
-    assert checkpoints.restore(abstract_state()) is None and checkpoints.restore_best(abstract_state()) is None
+    assert checkpoints.restore(abstract_state()) is None and checkpoints.steps(best=True) == []
     assert checkpoints.latest_step() is None
     checkpoints.close()
 
@@ -119,18 +121,17 @@ def test_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     checkpoints = open_checkpoints(tmp_path, keep=2)
     metrics = {1: 3.0, 2: 1.5, 3: float("nan"), 4: None, 5: 2.0, 6: 2.5}
     for step, value in metrics.items():
-        checkpoints.save(step, {"w": jnp.full(3, step)}, {}, None if value is None else {BEST: value})
+        checkpoints.save(step, {"ema": {"w": jnp.full(3, step)}}, {}, None if value is None else {BEST: value})
     checkpoints.close()
     assert steps_on_disk(tmp_path) == {2, 5, 6}
     checkpoints = open_checkpoints(tmp_path, keep=2)  # the ranking is read back
     abstract = {"w": jax.ShapeDtypeStruct((3,), jnp.int32)}
     assert checkpoints.latest_step() == 6
-    assert restore(checkpoints, abstract)[2] == 6
-    best = checkpoints.restore_best(abstract)
-    assert best is not None
-    state, _, step = best
-    assert step == 2 and (state["w"] == 2).all()
-    checkpoints.save(7, {"w": jnp.full(3, 7)}, {}, {BEST: 1.0})
+    assert restore(checkpoints, {"ema": abstract})[2] == 6
+    assert checkpoints.steps(best=True) == [2, 6, 5]
+    best = first_whole(tmp_path, checkpoints.steps(best=True))  # as a model is loaded to sample from
+    assert (restore_params(tmp_path / str(best), abstract)["w"] == 2).all()
+    checkpoints.save(7, {"ema": {"w": jnp.full(3, 7)}}, {}, {BEST: 1.0})
     checkpoints.close()
     assert steps_on_disk(tmp_path) == {6, 7}
 
@@ -212,7 +213,7 @@ def test_another_model_is_named_by_its_first_differing_field(copy: Path) -> None
 SAVE_FOR_EVER = textwrap.dedent("""
     import sys
     from pathlib import Path
-    from tests.test_checkpoint import BEST, make_state, open_checkpoints
+    from tests.checkpoints.test_training import BEST, make_state, open_checkpoints
     checkpoints = open_checkpoints(Path(sys.argv[1]), keep=2)
     restored = checkpoints.restore(make_state(0))
     step = restored[2] if restored else 0

@@ -194,7 +194,7 @@ def test_a_part_that_fails_half_way_leaves_nothing(inputs, tmp_path, monkeypatch
 KILLED = """
 import sys
 sys.path.insert(0, {root!r})
-from tests.test_prepare import job, prepare_clips
+from tests.data.test_prepare import job, prepare_clips
 if __name__ == "__main__":
     prepare_clips(job(sys.argv[1], sys.argv[2]), processes=2)
 """

@@ -26,6 +26,7 @@ from etils import epath
 from starflow_jax.config import UserError
 from starflow_jax.data.raw import clips, shards, tasks
 from starflow_jax.data.raw.sources import Captions, Rejected, Unit, list_units, read_unit
+from starflow_jax.io.files import ARRIVING, atomic_path, write_text
 
 SUMMARY = "summary.json"  # of a part; sent last
 PREPARED, REJECTED = "prepared.json", "rejected.jsonl"
@@ -90,7 +91,7 @@ def _prepare(job: Job, processes: int, beam: str | None) -> dict[str, Any]:
               crashed=partial(_skip_what_crashes, job))
     summaries = [json.loads((job.part(unit.index) / SUMMARY).read_text()) for unit in units]
     rejected = [entry for summary in summaries for entry in summary["rejected"]]
-    shards.write_text(job.path / REJECTED, "".join(json.dumps(entry) + "\n" for entry in rejected))
+    write_text(job.path / REJECTED, "".join(json.dumps(entry) + "\n" for entry in rejected))
     gatherings = plan_shards(job, [summary["clips"] for summary in summaries])
     if not gatherings:
         _clean(job)  # so that a mended input is read anew
@@ -109,7 +110,7 @@ def cut_unit(job: Job, unit: Unit) -> None:
         return
     counts: collections.Counter[str] = collections.Counter()
     rejected: list[Rejected] = []
-    with shards.arriving(part) as local, contextlib.ExitStack() as stack:
+    with atomic_path(part, keep=True) as local, contextlib.ExitStack() as stack:
         local.mkdir()
         writers: dict[str, shards.RecordWriter] = {}
         skipped = _crashing(job, unit)
@@ -184,7 +185,7 @@ def write_shard(job: Job, task: Gathering) -> None:
     path = task.shard.path(job.path)
     if path.exists():
         return
-    with shards.arriving(path) as local, shards.RecordWriter(local) as writer:
+    with atomic_path(path, keep=True) as local, shards.RecordWriter(local) as writer:
         for index, first, end in task.pieces:
             file = _part_file(job.part(index), f"{task.shard.bucket}.{task.shard.split}")
             with shards.records(file) as records:
@@ -205,13 +206,14 @@ def _open_parts(job: Job) -> list[Unit]:
     parts = job.path / _PARTS
     if (parts / _JOB).exists():
         _check_same(job, json.loads((parts / _JOB).read_text()))
-        for leftover in [*parts.glob(".arriving-*"), *job.path.glob(f"{shards.CLIPS}/*/*/.arriving-*")]:
+        for leftover in [*job.path.glob(f"{ARRIVING}*"), *parts.glob(f"{ARRIVING}*"),
+                         *job.path.glob(f"{shards.CLIPS}/*/*/{ARRIVING}*")]:
             leftover.rmtree()  # of processes that were killed
     else:
         lines = [json.dumps(dataclasses.asdict(unit), default=str)
                  for unit in list_units(job.source, job.items_per_unit)]
-        shards.write_text(parts / _UNITS, "".join(line + "\n" for line in lines))
-        shards.write_text(parts / _JOB, json.dumps(job.described()))
+        write_text(parts / _UNITS, "".join(line + "\n" for line in lines))
+        write_text(parts / _JOB, json.dumps(job.described()))
     entries = [json.loads(line) for line in (parts / _UNITS).read_text().splitlines()]
     return [Unit(entry["index"], entry["kind"], entry["where"], tuple(entry["entries"])) for entry in entries]
 
@@ -241,7 +243,7 @@ def _finish(job: Job, summaries: Sequence[dict[str, Any]], rejected: Sequence[di
                          "aspect_ratio": aspect_ratios[size], "clips": dict(counts)}
     prepared = {"job": job.described(), "buckets": buckets, "items": sum(summary["items"] for summary in summaries),
                 "clips": sum(shard.count for shard in written), "rejected": dict(_reasons(rejected).most_common())}
-    shards.write_text(job.path / PREPARED, json.dumps(prepared, indent=1))
+    write_text(job.path / PREPARED, json.dumps(prepared, indent=1))
     _clean(job)
     return prepared
 
@@ -271,7 +273,7 @@ def _skip_what_crashes(job: Job, unit: Unit) -> None:
         if not key or key in crashing:
             raise UserError(f"cut: the process ends at part {unit.index} ({unit.where}) of the input, "
                             "before or after an item; is there enough memory?")
-        shards.write_text(_marks(job, unit, "crashing"), json.dumps([*crashing, key]))
+        write_text(_marks(job, unit, "crashing"), json.dumps([*crashing, key]))
         tasks.survives(partial(cut_unit, job), unit)
 
 

@@ -19,6 +19,7 @@ from starflow_jax.config import UserError
 from starflow_jax.data.raw import clips, shards
 from starflow_jax.data.raw.building import PREPARED
 from starflow_jax.data.raw.tasks import cores
+from starflow_jax.io.files import ARRIVING, atomic_path, write_text
 from starflow_jax.io.progress import ProgressBar
 
 MADE_BY = "made_by.json"  # in the folder of a kind: what its numbers depend on
@@ -116,11 +117,11 @@ def _derive(folder: epath.Path, kind: _Kind, batch_size: int, made_by: Any, shar
 
 def _derive_in(folder: epath.Path, kind: _Kind, batch_size: int, made_by: Any, share: tuple[int, int]) -> None:
     check_made_by(folder, kind.name, made_by)
-    shards.write_text(folder / kind.name / MADE_BY, json.dumps(made_by))
+    write_text(folder / kind.name / MADE_BY, json.dumps(made_by))
     buckets = json.loads((folder / PREPARED).read_text())["buckets"]
     sources = shards.written_shards(folder, shards.CLIPS)
     mine = sources[share[0]::share[1]]
-    for leftover in folder.glob(f"{kind.name}/*/*/.arriving-*") if share[1] == 1 else ():
+    for leftover in folder.glob(f"{kind.name}/*/*/{ARRIVING}*") if share[1] == 1 else ():
         leftover.rmtree()  # of a process that was killed
     with (ProgressBar(kind.name, sum(shard.count for shard in mine), unit="clip") as progress,
           concurrent.futures.ThreadPoolExecutor(cores()) as pool):
@@ -128,7 +129,7 @@ def _derive_in(folder: epath.Path, kind: _Kind, batch_size: int, made_by: Any, s
             target, bucket = _of_kind(source, kind.name).path(folder), buckets[source.bucket]
             if not target.exists():
                 features = kind.features(bucket)
-                with shards.arriving(target) as local, shards.RecordWriter(local) as writer:
+                with atomic_path(target, keep=True) as local, shards.RecordWriter(local) as writer:
                     for examples in _batches(source.path(folder), batch_size, kind.load, pool):
                         for example in kind.compute(bucket, examples):
                             writer.write(shards.serialize(features, example))

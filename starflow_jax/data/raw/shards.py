@@ -6,7 +6,7 @@ KIND is `clips` (media, captions) or what is computed from them: `latents`, `fea
 shards have the same examples in the same order. BUCKET is HEIGHTxWIDTH_FRAMESf, frames 1 of pictures. Each
 bucket is a TFDS data set: `tfds.builder_from_directory(...)`, or `tfds.load("clips/480x848_85f", data_dir=FOLDER)`.
 
-Files appear whole: they are written under another name and renamed, or, on an object store, sent in one go.
+Files appear whole (io/files.py), here and on an object store.
 """
 
 import contextlib
@@ -121,39 +121,6 @@ def _locked(folder: epath.Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)  # the system does, too, where this process is killed
-
-
-@contextlib.contextmanager
-def arriving(path: epath.Path) -> Iterator[Path]:
-    """Yields a local path to write a file or folder to, which then becomes `path`, at once.
-
-    What is there already stays: another process has made the same.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remote = "://" in str(path)
-    with tempfile.TemporaryDirectory(prefix=".arriving-", dir=None if remote else str(path.parent)) as folder:
-        local = Path(folder) / path.name
-        yield local
-        if remote:
-            _send(local, path)
-        elif not path.exists():
-            with contextlib.suppress(FileExistsError):
-                os.rename(local, path)
-
-
-def _send(local: Path, path: epath.Path) -> None:
-    for file in [local] if local.is_file() else sorted(local.iterdir()):
-        target = path if local.is_file() else path / file.name
-        epath.Path(file).copy(target, overwrite=True)
-
-
-def write_text(path: epath.Path, text: str) -> None:
-    """A whole file, replacing one that is there."""
-    temporary = path if "://" in str(path) else path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(text)
-    if temporary != path:
-        os.replace(temporary, path)
 
 
 class RecordWriter:
