@@ -22,6 +22,7 @@ from starflow_jax.config import (
     Model,
     Prepare,
     Sample,
+    Solver,
     Text,
     Train,
     choose_variant,
@@ -64,7 +65,7 @@ def paper(name: str, deep_layers: int, deep_width: int) -> Config:
         codec=Codec(kind="wan", stride=16, time_stride=4, later_frames_scale=0.6),
         data=Data(source="prepared", directory="prepared/480p", latents=True),
         train=Train(steps=25_000, batch_size=192, evaluate_every=2_500, sheet_clips=4),
-        sample=Sample(guidance=3.5, block_size=64, batch_size=1),
+        sample=Sample(guidance=3.5, solver=Solver(block_size=64), batch_size=1),
         evaluate=Evaluate(clips=256, prompts=16),
         prepare=Prepare(resolution=480, output="prepared/480p", latents=True, text_features=True),
     )

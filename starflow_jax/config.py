@@ -198,6 +198,30 @@ class Train(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
+class Solver(Settings):
+    """How the flow is inverted. What is left open is as calibrated for the model, or a frame at a time."""
+
+    path: ClassVar[str] = "sample.solver"
+
+    kind: str = setting("", "empty: as calibrated, or jacobi", one_of("", "jacobi", "wavefront", "sequential"))
+    block_size: int = setting(0, "tokens solved for at once; 0: as calibrated, or those of a step's frames",
+                              at_least(0, "as calibrated"))
+    frames_per_step: int = setting(0, "frames solved for at once; 0: as calibrated, or one",
+                                   at_least(0, "as calibrated"))
+    updates: int = setting(3, "of each token by the wavefront, whatever the tolerance", POSITIVE)
+    start: str = setting("", "where the solver starts: the previous frame, or the noise; empty: as calibrated, or "
+                         "previous", one_of("", "previous", "noise"))
+    tolerance: float = setting(1e-3, "largest relative change at which a block is solved; 0: exact",
+                               at_least(0, "exact"))
+    max_steps: int = setting(0, "updates of a block; 0: the block size, which is exact",
+                             at_least(0, "the block size"))
+
+    def check(self) -> None:
+        self.require("kind", self.kind != "wavefront" or self.tolerance > 0,
+                     "is not exact, as sample.solver.tolerance=0 asks; take jacobi or sequential")
+
+
+@dataclasses.dataclass(frozen=True)
 class Sample(Settings):
     """Generation."""
 
@@ -221,19 +245,7 @@ class Sample(Settings):
     stream: bool = setting(False, "write each video while it is made")
     devices: int = setting(1, "of a stream: 1, or 2 and more: the deep block on the first, the rest on the second",
                            POSITIVE)
-    solver: str = setting("", "how the deep block is inverted; empty: as calibrated, or jacobi",
-                          one_of("", "jacobi", "wavefront", "sequential"))
-    block_size: int = setting(0, "tokens solved for at once; 0: as calibrated, or a frame's",
-                              at_least(0, "as calibrated"))
-    updates: int = setting(3, "of each token by the wavefront, whatever the tolerance", POSITIVE)
-    frames_per_step: int = setting(0, "frames solved for at once; 0: as calibrated, or one",
-                                   at_least(0, "as calibrated"))
-    start: str = setting("", "where the solver starts: the previous frame, or the noise; empty: as calibrated, or "
-                         "previous", one_of("", "previous", "noise"))
-    tolerance: float = setting(1e-3, "largest relative change at which a block is solved; 0: exact",
-                               at_least(0, "exact"))
-    max_steps: int = setting(0, "of the solver per block; 0: the block size, which is exact",
-                             at_least(0, "the block size"))
+    solver: Solver = setting(Solver(), "how the flow is inverted")
     certify: bool = setting(False, "encode the sample again and report the distance to its noise")
     context_frames: int = setting(0, "latents re-encoded when the window moves on; 0: three quarters of it",
                                   at_least(0, "three quarters"))
@@ -245,8 +257,6 @@ class Sample(Settings):
 
     def check(self) -> None:
         self.require("keep", self.keep <= self.count, f"must be at most count={self.count}")
-        self.require("solver", self.solver != "wavefront" or self.tolerance > 0,
-                     "is not exact, as sample.tolerance=0 asks; take jacobi or sequential")
         for field in ("keep", "certify", "vbench"):
             self.require(field, not (self.stream and getattr(self, field)),
                          "needs whole clips; leave it out, or set sample.stream=false")
@@ -299,41 +309,50 @@ class Benchmark(Settings):
         return tuple(map(str.strip, self.parts.split(",")))
 
 
+EVALUATIONS = ("test_set", "video", "classify", "quality")
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluate(Settings):
-    """Likelihood and adherence on the test split; or, where one of the others is asked for, that alone."""
+    """What is measured: likelihood and adherence on the test split, one video, captions by likelihood, or folders of
+    any system's videos."""
 
-    clips: int = setting(1_000, "test clips whose likelihood is taken", POSITIVE)
+    task: str = setting("test_set", "what is measured", one_of(*EVALUATIONS))
+    clips: int = setting(1_000, "test clips whose likelihood is measured, or whose caption is chosen by it (classify)",
+                         POSITIVE)
     batch_size: int = setting(64, "of these at once", POSITIVE)
-    prompts: int = setting(500, "fixed test prompts whose samples are read", POSITIVE)
-    video: str = setting("", "a video file: its exact likelihood under `caption`, and the way to noise and back")
+    prompts: int = setting(500, "fixed test prompts whose samples are read (test_set)", POSITIVE)
+    video: str = setting("", "a video file: its exact likelihood under `caption`, and the way to noise and back (video)")
     caption: str = setting("", "of that video")
     other: str = setting("", "another video file: interpolation in z from `video` to it")
     other_caption: str = setting("", "of that other video; empty: the same caption")
     steps: int = setting(7, "videos of an interpolation, both ends included",
                          Allowed("2 or more: both ends are included", lambda value: value >= 2))
     draws: int = setting(8, "of the training noise, over which the likelihood of a video is averaged", POSITIVE)
-    recognise: int = setting(0, "test clips whose caption is chosen by likelihood; 0: none", at_least(0, "none"))
-    every_caption: bool = setting(False, "score all of them; else only those that the search comes by")
-    folder: str = setting("", "comma-separated folders of videos of any system: their quality side by side")
-    reference: str = setting("", "a folder of real ones; without `folder`: how well the codec gives them back")
-    vbench: str = setting("", 'VBench\'s prompt list, a file or "installed", after which the videos are named')
+    every_caption: bool = setting(False, "score all captions; else only those that the search comes by (classify)")
+    folder: str = setting("", "comma-separated folders of videos of any system (quality)")
+    reference: str = setting("", "a folder of real videos; without `folder`: how well the codec reconstructs them "
+                             "(quality)")
+    vbench: str = setting("", 'VBench\'s prompt list, a file or "installed", after which the videos are named (quality)')
     frames: int = setting(16, "first frames of each video that Frechet video distance compares",
                           Allowed("9 or more: fewer vanish in I3D's strides", lambda value: value >= 9))
     fps: int = setting(0, "at which videos of folders are taken; 0: their own", at_least(0, "the videos' own"))
 
     def check(self) -> None:
-        self.require("caption", bool(self.caption.strip()) or not self.video,
-                     "evaluate.video needs a caption, such as 'a red seven moves left'")
-        for field in ("caption", "other"):
-            self.require(field, bool(self.video) or not getattr(self, field),
-                         "belongs to evaluate.video; give that too")
+        for task, fields in {"video": ("video", "caption", "other", "other_caption"), "classify": ("every_caption",),
+                             "quality": ("folder", "reference", "vbench")}.items():
+            for field in fields:
+                self.require(field, self.task == task or not getattr(self, field),
+                             f"belongs to evaluate.task={task}; set that too")
+        if self.task == "video":
+            self.require("video", bool(self.video), "must name the video file that evaluate.task=video measures")
+            self.require("caption", bool(self.caption.strip()),
+                         "evaluate.video needs a caption, such as 'a red seven moves left'")
         self.require("other_caption", bool(self.other) or not self.other_caption,
                      "belongs to evaluate.other; give that too")
-        jobs = [field for field in ("video", "recognise", "folder", "reference") if getattr(self, field)]
-        self.require(jobs[-1] if jobs else "video", len(jobs) < 2 or jobs == ["folder", "reference"],
-                     f"is asked for beside {', '.join(f'evaluate.{job}' for job in jobs[:-1])}; ask for one thing at "
-                     "a time")
+        if self.task == "quality":
+            self.require("folder", bool(self.folder or self.reference),
+                         "must name folders of videos, or evaluate.reference a folder for the codec to reconstruct")
         self.require("vbench", bool(self.folder) or not self.vbench, "belongs to evaluate.folder; give that too")
 
 

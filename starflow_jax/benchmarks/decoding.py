@@ -11,20 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.config import Config, Model
-from starflow_jax.evaluation.adherence import fixed_prompts
+from starflow_jax.config import Config, Model, Solver
 from starflow_jax.flow import decode
-from starflow_jax.flow.decode import Solver
 from starflow_jax.flow.first_guess import NoiseGuess, fit_noise
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.io.progress import ProgressBar
-from starflow_jax.model.parameters import decoding_variables
+from starflow_jax.model.calibration import Calibration
+from starflow_jax.model.parameters import Params, inference_params
+from starflow_jax.model.sources import fixed_captions
 from starflow_jax.model.store import load_pretrained
-from starflow_jax.model.system import Calibrated, System
+from starflow_jax.model.system import System
 from starflow_jax.nn.transformer import unstacked
 from starflow_jax.sampling.calibration import decode_deep, deep_passes, relative_error
-from starflow_jax.sampling.conditions import prepare
+from starflow_jax.sampling.conditions import make_conditions
 from starflow_jax.sampling.generate import deep_frames
+from starflow_jax.sampling.solver import deep_solver, shallow_solver
 
 PROMPTS = 8
 ROUNDS = 3
@@ -34,34 +35,39 @@ LENGTHS = (1, 4, 32)  # times the training length
 def trained_model(config: Config, workdir: Path) -> list[dict[str, Any]]:
     """The pretrained model, guided: each scheme's passes, error against sequential decoding and time, one video
     at a time and several together. The base line starts each frame from the one before, the first from 0."""
-    system, params, _ = load_pretrained(config, workdir)
-    captions, _ = fixed_prompts(system, "test", PROMPTS)
-    settings = dataclasses.replace(config.sample, frames=0)
-    plain = dataclasses.replace(system, guess=None, calibrated=Calibrated())
+    system, params = pretrained(config, workdir)
+    captions = fixed_captions(config, "test", PROMPTS)
+    plain = dataclasses.replace(system, calibration=Calibration())
     tokens, window = config.model.tokens_per_frame, config.model.frames
-    jacobi: dict[str, Any] = dict(solver="jacobi", start="previous", frames_per_step=1)
-    cases: list[tuple[str, System, int, dict[str, Any]]] = [("sequential", plain, 1, dict(solver="sequential"))]
-    cases += [("base line", plain, block, jacobi) for block in (tokens // 6, tokens // 3, tokens // 2, tokens)]
-    cases += [("first guess", system, tokens, jacobi)]
-    for frames in (window // 2, window):
-        together = jacobi | dict(frames_per_step=frames)
-        cases += [("first guess, several frames", system, tokens * frames, together)]
-    cases += [("from the noise, all frames", system, tokens * window, together | dict(start="noise"))]
-    cases += [("wavefront, 6 updates", system, tokens * 2 // 3,
-               dict(solver="wavefront", updates=6, start="noise", frames_per_step=window))]
+
+    def jacobi(block_size: int, frames: int = 1, start: str = "previous") -> Solver:
+        return Solver("jacobi", block_size, frames, start=start)
+
+    cases: list[tuple[str, System, Solver]] = [("sequential", plain, Solver("sequential", 1))]
+    cases += [("base line", plain, jacobi(block)) for block in (tokens // 6, tokens // 3, tokens // 2, tokens)]
+    cases += [("first guess", system, jacobi(tokens))]
+    cases += [("first guess, several frames", system, jacobi(tokens * frames, frames))
+              for frames in (window // 2, window)]
+    cases += [("from the noise, all frames", system, jacobi(tokens * window, window, "noise")),
+              ("wavefront, 6 updates", system, Solver("wavefront", tokens * 2 // 3, window, 6, "noise"))]
     exact, rows = None, []
     with ProgressBar("decoding", len(cases), unit="scheme") as progress:
-        for name, of, block, asked in cases:
-            tried = dataclasses.replace(settings, block_size=block, **asked)
-            u, passes, seconds = _median(partial(decode_deep, of, params, captions, tried))
-            _, _, alone = _median(partial(decode_deep, of, params, captions[:1], tried))
+        for name, of, solver in cases:
+            settings = dataclasses.replace(config.sample, frames=0, solver=solver)
+            u, passes, seconds = _median(partial(decode_deep, of, params, captions, settings))
+            _, _, alone = _median(partial(decode_deep, of, params, captions[:1], settings))
             exact = u if exact is None else exact
-            rows.append({"scheme": name, "block": block, "frames_per_step": tried.frames_per_step or 1,
-                         "passes": passes,
-                         "error": relative_error(u, exact), "seconds_one_video": alone,
+            rows.append({"scheme": name, "block": solver.block_size, "frames_per_step": solver.frames_per_step or 1,
+                         "passes": passes, "error": relative_error(u, exact), "seconds_one_video": alone,
                          f"seconds_{PROMPTS}_videos": seconds})
             progress.update()
     return rows
+
+
+def pretrained(config: Config, workdir: Path) -> tuple[System, Params]:
+    """The model in the package, as sampling uses it."""
+    system, params, _ = load_pretrained(config, workdir)
+    return system, inference_params(config, params)
 
 
 def _median(run: Callable[[], tuple[np.ndarray, float, float]]) -> tuple[np.ndarray, float, float]:
@@ -88,28 +94,29 @@ def random_model(model: Model, guidance: float = 2.0) -> list[dict[str, Any]]:
     layers = jax.jit(unstacked)(params)
 
     def deep(z: jax.Array, solver: Solver, start: jax.Array | None):
-        return zip(*decode.generate(flow, layers, z, texts, guidance=guidance, solver=solver, token_grid=grid,
-                                    start_BTSK=start))
+        return zip(*decode.generate(flow, layers, z, texts, guidance=guidance, solver=deep_solver(solver),
+                                    token_grid=grid, start_BTSK=start))
 
     def video(solver: Solver, guess: Callable[[jax.Array], jax.Array] | None) -> tuple[jax.Array, float]:
         made, reports = deep(z, solver, None if guess is None else guess(z))
-        shallow = decode.SEQUENTIAL if solver == decode.SEQUENTIAL else Solver(1 << 30, solver.tolerance / 3)
-        out, _ = decode.invert_shallow(flow, layers, jnp.concatenate(made, axis=1), solver=shallow, token_grid=grid)
-        return jax.block_until_ready(out), sum(deep_passes(report, solver) for report in reports)
+        out, _ = decode.invert_shallow(flow, layers, jnp.concatenate(made, axis=1), solver=shallow_solver(solver),
+                                       token_grid=grid)
+        return jax.block_until_ready(out), sum(deep_passes(report, deep_solver(solver)) for report in reports)
 
     def fitted() -> NoiseGuess:
         other = jax.random.normal(keys[0], z.shape)  # another video's noise than the one that is timed
-        made = np.concatenate(list(deep(other, Solver(tokens, 1e-3), other))[0], axis=1)
+        made = np.concatenate(list(deep(other, frame_by_frame, other))[0], axis=1)
         return fit_noise(*(np.asarray(a).reshape(-1, model.channels) for a in (other, made)))
 
-    guess, frames = fitted(), model.frames
+    frames, frame_by_frame = model.frames, Solver("jacobi", tokens, 1)
+    guess = fitted()
     schemes: dict[str, tuple[Solver, Callable[[jax.Array], jax.Array] | None]] = {
-        "sequential": (decode.SEQUENTIAL, None),
-        "base line": (Solver(tokens, 1e-3), None),
-        "from the noise": (Solver(tokens, 1e-3), lambda z: z),
-        "guess from the noise": (Solver(tokens, 1e-3), guess),
-        "the same, all frames": (Solver(tokens * frames, 1e-3, frames=frames), guess),
-        "the same, wavefront of 3 updates": (Solver(3 * tokens, 1e-3, frames=frames, updates=3), guess)}
+        "sequential": (Solver("sequential", 1, 1), None),
+        "base line": (frame_by_frame, None),
+        "from the noise": (frame_by_frame, lambda z: z),
+        "guess from the noise": (frame_by_frame, guess),
+        "the same, all frames": (Solver("jacobi", tokens * frames, frames), guess),
+        "the same, wavefront of 3 updates": (Solver("wavefront", 3 * tokens, frames, updates=3), guess)}
     results = {name: video(*scheme) for name, scheme in schemes.items()}
     runs: dict[str, Callable] = {"forward": lambda: jax.block_until_ready(forward(params))}
     runs |= {name: partial(video, *scheme) for name, scheme in schemes.items()}
@@ -149,15 +156,16 @@ def _random_weights(params: Any, key: jax.Array) -> Any:
 
 def lengths(config: Config, workdir: Path) -> list[dict[str, Any]]:
     """Longer and longer videos by the same compiled step: programs, cache and time per latent frame."""
-    system, params, _ = load_pretrained(config, workdir)
-    captions, _ = fixed_prompts(system, "test", 1)
+    system, params = pretrained(config, workdir)
+    captions = fixed_captions(config, "test", 1)
     rows = []
     for times in LENGTHS:
         frames = 1 + (config.model.frames * times - 1) * config.codec.time_stride
-        settings = dataclasses.replace(config.sample, frames=frames, frames_per_step=1)
-        given = prepare(system, params, captions, [0], settings)
+        settings = dataclasses.replace(config.sample, frames=frames, solver=dataclasses.replace(
+            config.sample.solver, frames_per_step=1))
+        given = make_conditions(system, params, captions, [0], settings)
         before, began, made = _programs(), time.perf_counter(), 0
-        for u, _ in deep_frames(system, decoding_variables(config, params), given, settings):
+        for u, _ in deep_frames(system, params, given, settings):
             made += jax.block_until_ready(u).shape[1]
         rows.append({"times_training_length": times, "latent_frames": made,
                      "decoding_programs_added": _programs() - before,

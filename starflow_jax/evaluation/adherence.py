@@ -13,7 +13,7 @@ from starflow_jax.sampling.generate import generate_clips
 
 def fixed_prompts(system: System, split: str, count: int) -> tuple[list[str], np.ndarray]:
     """The first long captions of a split and what they ask for: (captions, labels (B, 3))."""
-    captions = fixed_captions(system, split, count)
+    captions = fixed_captions(system.config, split, count)
     return captions, reader.labels_of(captions)
 
 

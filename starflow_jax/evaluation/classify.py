@@ -1,31 +1,25 @@
 """The caption of a clip chosen by exact likelihood: a generative model as classifier
-(--mode=evaluate --config.evaluate.recognise=100).
+(--mode=evaluate --config.evaluate.task=classify).
 
 The captions are all digits, colours and directions in one wording. log p(x | caption) differs between captions
 in the deep block alone, so that the shallow blocks run once for a clip.
 """
 
 import itertools
-import json
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.special import logsumexp
 
-from starflow_jax.config import Config
 from starflow_jax.data.digits.captions import COLOUR_NAMES, DIGIT_WORDS, DIRECTION_NAMES, caption
 from starflow_jax.flow.starflow import STARFlow, apply_flow
-from starflow_jax.io.files import atomic_path
-from starflow_jax.io.progress import ProgressBar, table
+from starflow_jax.io.progress import ProgressBar
 from starflow_jax.model.parameters import Params, flow_variables
-from starflow_jax.model.sources import data_source
-from starflow_jax.model.store import load_model
 from starflow_jax.model.system import System
-from starflow_jax.sampling.conditions import noise_for, shallow_tokens, token_grid
+from starflow_jax.sampling.conditions import noise_for, shallow_tokens
 
 ATTRIBUTES = ("digit", "colour", "direction")
 CHOICES = (len(DIGIT_WORDS), len(COLOUR_NAMES), len(DIRECTION_NAMES))
@@ -35,47 +29,15 @@ WORDING = 0  # seed of the wording, the same for all captions
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]  # clips (P,), labels (P, 3) -> log-likelihoods (P,)
 
 
-def recognise(config: Config, workdir: Path) -> None:
-    """Choose the captions of the first evaluate.recognise test clips; writes WORKDIR/recognised.json."""
-    began = time.perf_counter()
-    system, params, source = load_model(config, workdir)
-    print(f"model: {source}")
-    data = data_source(config, "test")
-    examples = [data[index] for index in range(min(config.evaluate.recognise, len(data)))]
-    labels_B3 = np.array([[example[name] for name in ATTRIBUTES] for example in examples])
-    frames_BTHWC = np.stack([example["frames"][:system.pixel_frames] for example in examples])
-    scores = score_captions(system, params, frames_BTHWC, config.evaluate.every_caption)
-    chosen_B3 = choose(scores)
-    right_B3 = chosen_B3 == labels_B3
-    results = {
-        "model": source,
-        "clips": len(examples),
-        "captions_scored_per_clip": float(np.isfinite(scores).reshape(len(examples), -1).sum(axis=1).mean()),
-        "captions": int(np.prod(CHOICES)),
-        "accuracy": {**{name: float(share) for name, share in zip(ATTRIBUTES, right_B3.mean(axis=0))},
-                     "all": float(right_B3.all(axis=1).mean())},
-        "chosen": chosen_B3.tolist(),
-        "labels": labels_B3.tolist(),
-        "seconds": round(time.perf_counter() - began, 1),
-    }
-    with atomic_path(workdir / "recognised.json") as path:
-        path.write_text(json.dumps(results, indent=1))
-    accuracy = results["accuracy"]
-    print(table([[f"{accuracy[name]:.3f}" for name in accuracy]], tuple(accuracy)))
-    print(f"\nof {len(examples)} test clips, {results['captions_scored_per_clip']:.1f} of {results['captions']} "
-          f"captions scored for each, in {results['seconds']} s: {workdir / 'recognised.json'}")
-
-
 def score_captions(system: System, params: Params, frames_BTHWC: np.ndarray, every: bool) -> np.ndarray:
     """(B, digits, colours, directions) log p(x~ | caption) in nats, up to a constant of each clip; -inf: not scored."""
     noisy = system.encode(jnp.asarray(frames_BTHWC))
     shape = noisy.shape
     noise = noise_for(range(len(noisy)), (shape[1], shape[2] * shape[3], shape[4])).reshape(shape)
-    u_BTSK = jax.jit(shallow_tokens, static_argnums=0)(system, params,
-                                                       noisy + system.config.model.noise_std * noise)
-    features = jax.jit(system.features)(params, jnp.asarray(system.text_ids(
-        [system.prompt(text, is_image=shape[1] == 1) for text in all_captions()])))
-    run, size = jax.jit(_deep_log_likelihood, static_argnums=0), system.config.sample.batch_size
+    u_BTSK = shallow_tokens(system.flow, params, noisy + system.config.model.noise_std * noise)
+    features = system.features(params, system.text_ids(
+        [system.prompt(text, is_image=shape[1] == 1) for text in all_captions()]))
+    size = system.config.sample.batch_size
     pairs = len(noisy) * (np.prod(CHOICES) if every else 2 * sum(CHOICES))
     with ProgressBar("captions", int(pairs), unit="caption") as progress:
 
@@ -83,7 +45,8 @@ def score_captions(system: System, params: Params, frames_BTHWC: np.ndarray, eve
             texts_P, found = np.ravel_multi_index(labels_P3.T, CHOICES), []
             for begin in range(0, len(clips_P), size):
                 part = np.minimum(np.arange(begin, begin + size), len(clips_P) - 1)  # one shape, one compilation
-                found.append(run(system, params, u_BTSK[clips_P[part]], features[texts_P[part]]))
+                found.append(_deep_log_likelihood(system.flow, system.token_grid, params, u_BTSK[clips_P[part]],
+                                                  features[texts_P[part]]))
                 progress.update(min(size, len(clips_P) - begin))
             return np.concatenate(found)[:len(clips_P)]
 
@@ -96,15 +59,18 @@ def all_captions() -> list[str]:
             for digit, colour, direction in itertools.product(*map(range, CHOICES))]
 
 
-def _deep_log_likelihood(system: System, params: Params, u_BTSK: jax.Array, text_BLD: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnums=(0, 1))
+def _deep_log_likelihood(
+    flow: STARFlow, token_grid: tuple[int, int], params: Params, u_BTSK: jax.Array, text_BLD: jax.Array
+) -> jax.Array:
     """(B,) log p_D(u | text) in nats, without constants."""
     batch, frames, _, channels = u_BTSK.shape
 
     def deep(flow: STARFlow) -> tuple[jax.Array, jax.Array]:
-        rope = flow.rope((frames, *token_grid(system)), text_BLD)
+        rope = flow.rope((frames, *token_grid), text_BLD)
         return flow.deep(u_BTSK.reshape(batch, -1, channels), rope, text_BLD)
 
-    z_BSK, logdet_BSK = apply_flow(system.flow, flow_variables(params), deep)
+    z_BSK, logdet_BSK = apply_flow(flow, flow_variables(params), deep)
     return jnp.sum(logdet_BSK - 0.5 * z_BSK**2, axis=(1, 2))
 
 

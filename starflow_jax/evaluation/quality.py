@@ -1,5 +1,5 @@
 """Quality of videos as the field measures it, of any system's folders side by side
-(--mode=evaluate --config.evaluate.folder=A,B --config.evaluate.reference=REAL): quality.json and a table.
+(--mode=evaluate --config.evaluate.task=quality).
 
 - Temporal flickering, VBench's, at each video's own size; with VBench's names also on the prompts that it takes.
 - Frechet video distance to the reference: I3D's Kinetics-400 logits of the first `frames` frames.
@@ -8,65 +8,26 @@
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
-import jax.numpy as jnp
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from starflow_jax.config import Config, UserError
-from starflow_jax.evaluation.frechet import features, frechet_distance
-from starflow_jax.evaluation.likelihood import read_clip
+from starflow_jax.config import UserError
 from starflow_jax.evaluation.measures import psnr, temporal_flickering
 from starflow_jax.evaluation.networks import I3D, LPIPS, MissingPackage
-from starflow_jax.evaluation.videos import Videos, folder_of_videos
-from starflow_jax.io.files import atomic_path
-from starflow_jax.io.progress import ProgressBar, table
-from starflow_jax.model.store import load_model
+from starflow_jax.evaluation.videos import Videos
+from starflow_jax.io.progress import ProgressBar
+from starflow_jax.model.system import System
 from starflow_jax.sampling import vbench
+from starflow_jax.sampling.given import read_given
 
 Network = TypeVar("Network", I3D, LPIPS)
 SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # the Gaussian window of 11 pixels of Wang et al. 2004
 
 
-def quality(config: Config, workdir: Path) -> None:
-    """Measure evaluate.folder, or the model's codec on evaluate.reference, and write WORKDIR/quality.json."""
-    settings = config.evaluate
-    reference = folder_of_videos(Path(settings.reference), settings.fps) if settings.reference else None
-    sets = [folder_of_videos(Path(name.strip()), settings.fps) for name in settings.folder.split(",") if name.strip()]
-    if not sets and reference is not None:
-        reference, coded = codec_pair(config, workdir, reference)
-        sets = [coded]
-    prompts = vbench.read_prompts(settings.vbench) if settings.vbench else {}
-    lpips: LPIPS | None = None
-    i3d: I3D | None = None
-    missing: list[str] = []
-    if reference is not None:
-        lpips, i3d = _if_installed(LPIPS, missing), _if_installed(I3D, missing)
-    results = {videos.name: measure(videos, reference, lpips, prompts) for videos in sets}
-    if reference is not None:
-        results[f"{reference.name} (reference)"] = measure(reference, None, None, {})
-    if reference is not None and i3d is not None:
-        real_ND = features(reference, i3d, settings.frames)
-        for videos in sets:
-            made_ND = features(videos, i3d, settings.frames)
-            enough = min(len(real_ND), len(made_ND)) > 1
-            results[videos.name] |= {"fvd": frechet_distance(real_ND, made_ND) if enough else None,
-                                     "fvd_videos": [len(made_ND), len(real_ND)]}
-    facts = {"sets": results, "fvd_frames": settings.frames, "fps": settings.fps or "the videos' own",
-             "reference": settings.reference, "missing": missing}
-    with atomic_path(workdir / "quality.json") as path:
-        path.write_text(json.dumps(facts, indent=1))
-    print(table(*rows_of(results)))
-    for line in (*unreadable_lines(results), *missing):
-        print(line)
-    print(f"\nwritten: {workdir / 'quality.json'}")
-
-
-def _if_installed(network: Callable[[], Network], missing: list[str]) -> Network | None:
+def if_installed(network: Callable[[], Network], missing: list[str]) -> Network | None:
     try:
         return network()
     except MissingPackage as error:
@@ -74,15 +35,14 @@ def _if_installed(network: Callable[[], Network], missing: list[str]) -> Network
         return None
 
 
-def codec_pair(config: Config, workdir: Path, reference: Videos) -> tuple[Videos, Videos]:
+def codec_pair(system: System, source: str, reference: Videos) -> tuple[Videos, Videos]:
     """The reference at the model's size and rate, and what the model's codec makes of it."""
-    system, _, source = load_model(config, workdir)
 
     def given(name: str) -> np.ndarray:
-        return read_clip(config, str(reference.files[name]))[0]
+        return read_given(system.config, str(reference.files[name]))[0]
 
     def coded(name: str) -> np.ndarray:
-        return np.asarray(system.decode(system.encode(jnp.asarray(given(name)[None]))))[0]
+        return np.asarray(system.decode(system.encode(given(name)[None])))[0]
 
     return (dataclasses.replace(reference, read=given),
             dataclasses.replace(reference, name=f"codec of {source}", read=coded))
@@ -91,7 +51,7 @@ def codec_pair(config: Config, workdir: Path, reference: Videos) -> tuple[Videos
 def measure(
     videos: Videos, reference: Videos | None, lpips: LPIPS | None, prompts: dict[str, frozenset[str]]
 ) -> dict[str, Any]:
-    """Means over a set's videos, and those of each; videos that can't be read are left out and told.
+    """Means over a set's videos, and those of each; videos that can't be read are left out and listed.
 
     Raises UserError where none can be read.
     """
@@ -173,8 +133,8 @@ def vbench_share(by_video: dict[str, dict[str, float]], prompts: dict[str, froze
 def unreadable_lines(results: dict[str, dict[str, Any]]) -> list[str]:
     """A line for each set some of whose videos were left out."""
     reasons = {name: list(found["unreadable"].values()) for name, found in results.items()}
-    return [f"{name}: left out {len(told)} that can't be read: {'; '.join(told)}"
-            for name, told in reasons.items() if told]
+    return [f"{name}: left out {len(listed)} that can't be read: {'; '.join(listed)}"
+            for name, listed in reasons.items() if listed]
 
 
 def rows_of(results: dict[str, dict[str, Any]]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -36,15 +35,13 @@ def generate_and_read(
     settings = dataclasses.replace(system.config.sample, denoise="none", frames=0)
     size, shown = settings.batch_size, []
     scores: dict[str, dict[str, float]] = {how: {} for how in DENOISE_CHOICES}
-    features = jax.jit(system.features)
     with ProgressBar("samples", len(captions), unit="clip") as progress:
         for begin in range(0, len(captions), size):
             batch = captions[begin:begin + size]
             filled = batch + [batch[-1]] * (size - len(batch))
             clips = generate_clips(system, params, filled, range(begin, begin + size), settings)
-            text = features(params, jnp.asarray(system.text_ids([system.prompt(caption) for caption in filled])))
             for how in DENOISE_CHOICES:
-                clean = denoise(system, params, jnp.asarray(clips.noisy_BNhwC), text, how)
+                clean = denoise(system, params, jnp.asarray(clips.noisy_BNhwC), clips.text, how)
                 frames = np.asarray(system.decode(clean))[:len(batch)]
                 of_batch = read(None if labels_B3 is None else labels_B3[begin:begin + size], frames)
                 for name, value in of_batch.items():  # each a mean over clips
@@ -71,7 +68,7 @@ def real_clips(system: System, count: int) -> tuple[np.ndarray | None, np.ndarra
     return labels, np.stack([e["frames"][:system.pixel_frames] for e in examples])
 
 
-def test_likelihood(system: System, params: Params) -> dict[str, Any]:
+def split_likelihood(system: System, params: Params) -> dict[str, Any]:
     """Bits per dimension of the sigma-noised test latents, constants included, beside two baselines."""
     clips = system.config.evaluate.clips
     bits = bits_per_frame(system, params, likelihood_batches(system, "test", clips))

@@ -18,6 +18,7 @@ from starflow_jax.checkpoints.parameters import newest_first, restore_params, st
 from starflow_jax.config import Config, Model, UserError
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.io.tensor_files import check_shapes
+from starflow_jax.model.calibration import Calibration
 from starflow_jax.model.parameters import Params, init_params
 from starflow_jax.model.system import System, load_system
 
@@ -74,7 +75,7 @@ def inherited_system(config: Config) -> System | None:
     if not (workdir / "system").exists():
         return None
     # What calibration found holds for the model that it was measured on.
-    return dataclasses.replace(load_system(config, workdir / "system"), guess=None)
+    return dataclasses.replace(load_system(config, workdir / "system"), calibration=Calibration())
 
 
 def is_ours(source: Path) -> bool:

@@ -1,17 +1,13 @@
-"""Which examples a configuration reads, and what prepared latents and features depend on."""
+"""Which examples a configuration reads."""
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import numpy as np
 from etils import epy
 
 from starflow_jax.config import Config
-from starflow_jax.model.system import System
 
 with epy.lazy_imports():  # TFDS and grain, which sampling needs not
     from starflow_jax.data import prepared
@@ -30,35 +26,11 @@ def data_source(config: Config, split: str) -> Sequence[dict[str, Any]]:
     return moving_digits.source(settings, split, data.directory or default_data_directory())
 
 
-def training_source(system: System, split: str = "train") -> Sequence[dict[str, Any]]:
-    """A split's examples as training takes them: with data.latents their prepared latents and, of a frozen text
-    encoder, features."""
-    config = system.config
-    if not config.data.latents:
-        return data_source(config, split)
-    features_by = text_fingerprint(config) if config.text.encoder == "frozen" else None
-    return prepared.source(config.data.directory, split, latents_by=codec_fingerprint(system), features_by=features_by)
-
-
-def codec_fingerprint(system: System) -> dict[str, Any]:
-    """What prepared latents depend on."""
-    settings = {name: value for name, value in dataclasses.asdict(system.config.codec).items() if name != "weights"}
-    return {**settings, "arrays": digest(system.codec)}
-
-
 def text_fingerprint(config: Config) -> dict[str, Any]:
     """What prepared features of a text encoder depend on, but its weights; each is found by its whole prompt."""
     sizes = {name: value for name, value in dataclasses.asdict(config.text).items()
              if name not in ("fps", "aspect_ratio", "weights")}
     return {**sizes, "text_length": config.model.text_length}
-
-
-def digest(arrays: Any) -> str:
-    """A short hash of a tree of arrays."""
-    hashed = hashlib.sha256()
-    for leaf in jax.tree.leaves(arrays):
-        hashed.update(np.ascontiguousarray(leaf).tobytes())
-    return hashed.hexdigest()[:16]
 
 
 def default_data_directory() -> str:
@@ -67,7 +39,7 @@ def default_data_directory() -> str:
     return os.path.join(cache, "starflow_jax", "data")
 
 
-def fixed_captions(system: System, split: str, count: int) -> list[str]:
+def fixed_captions(config: Config, split: str, count: int) -> list[str]:
     """The first long captions of a split."""
-    source = data_source(system.config, split)
+    source = data_source(config, split)
     return [source[index]["caption_long"].decode() for index in range(min(count, len(source)))]

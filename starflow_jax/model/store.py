@@ -13,9 +13,9 @@ from starflow_jax import sharding
 from starflow_jax.config import Config, UserError
 from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.io.files import atomic_path
-from starflow_jax.model.parameters import Params, init_params, model_fingerprint
+from starflow_jax.model.parameters import Params, inference_params, init_params, model_fingerprint
 from starflow_jax.model.system import System, load_system, save_system
-from starflow_jax.text.pretrained import load_encoder
+from starflow_jax.model.text import frozen_encoder_params
 
 with epy.lazy_imports():  # orbax, which the model in the package needs not
     from starflow_jax.checkpoints import checksums, parameters, training
@@ -24,43 +24,44 @@ PRETRAINED = Path(__file__).parents[1] / "assets" / "tiny"
 
 
 def load_model(config: Config, workdir: Path) -> tuple[System, Params, str]:
-    """(system, averaged parameters, where they come from).
+    """(system, parameters as `inference_params` gives them, where they come from): the workdir's, or the package's
+    where the workdir holds none.
 
     Raises UserError where the workdir holds another model, or holds none and the package has none either.
     """
-    if (workdir / "checkpoints").exists():
-        checkpoints = training.Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
-                                           model_fingerprint=model_fingerprint(config))
-        steps = checkpoints.steps(best=config.sample.checkpoint == "best")
-        checkpoints.close()
-        step = checksums.first_whole(checkpoints.directory, steps)
-        if step is not None:
-            abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-            if not (mesh := jax.sharding.get_mesh()).empty:
-                abstract = sharding.abstract(abstract, mesh)
-            abstract = sharding.layers_as(abstract, jnp.dtype(config.model.dtype))
-            params = parameters.restore_params(checkpoints.directory / str(step), abstract)
-            return load_system(config, workdir / "system"), with_text(config, params), f"{workdir}, step {step}"
-    return load_pretrained(config, workdir)
+    system, params, source = load_trained(config, workdir) or load_pretrained(config, workdir)
+    return system, inference_params(config, params), source
 
 
-def with_text(config: Config, params: Params) -> Params:
-    """The parameters with the frozen text encoder's, which no checkpoint holds."""
-    if config.text.encoder != "frozen" or not config.model.text_length:
-        return params
-    weights = load_encoder(Path(config.text.weights), config.model.text_dim)
-    return {**params, "text": jax.device_put(weights)}
+def load_trained(config: Config, workdir: Path) -> tuple[System, Params, str] | None:
+    """(system, averaged parameters, where they come from) of a workdir's newest or best checkpoint; None without."""
+    if not (workdir / "checkpoints").exists():
+        return None
+    checkpoints = training.Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
+                                       model_fingerprint=model_fingerprint(config))
+    steps = checkpoints.steps(best=config.sample.checkpoint == "best")
+    checkpoints.close()
+    step = checksums.first_whole(checkpoints.directory, steps)
+    if step is None:
+        return None
+    abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    if not (mesh := jax.sharding.get_mesh()).empty:
+        abstract = sharding.abstract(abstract, mesh)
+    abstract = sharding.layers_as(abstract, jnp.dtype(config.model.dtype))
+    params = parameters.restore_params(checkpoints.directory / str(step), abstract)
+    return load_system(config, workdir / "system"), {**params, **frozen_encoder_params(config)}, \
+        f"{workdir}, step {step}"
 
 
 def load_pretrained(config: Config, workdir: Path) -> tuple[System, Params, str]:
-    """The model in the package."""
+    """The same of the model in the package. Raises UserError where that is another configuration's."""
     description = PRETRAINED / "model.json"
     if not description.exists() or json.loads(description.read_text())["fingerprint"] != model_fingerprint(config):
         raise UserError(f"{workdir} holds no checkpoint, and the package carries none of {config.name}; "
                         "train one (--mode=train), convert released weights (--mode=convert "
                         "--config.convert.source=FILE_OR_DIR), or name the folder of one with --workdir")
     params = jax.device_put(import_arrays(PRETRAINED / "model.safetensors"))
-    return load_system(config, PRETRAINED), params, "the model in the package"
+    return load_system(config, PRETRAINED), params, "the pretrained model"
 
 
 def save_pretrained(config: Config, system: System, params: Params, facts: dict) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from starflow_jax.config import Config, UserError
 from starflow_jax.io.progress import table
+from starflow_jax.model.calibration import Calibration, save_calibration
 from starflow_jax.model.store import PRETRAINED, load_model
-from starflow_jax.model.system import Calibrated, save_decoding
-from starflow_jax.sampling.calibration import ERROR, fit_guess, fit_noise_guess, measure
+from starflow_jax.sampling.calibration import ERROR, Measured, fit_guess, fit_noise_guess, measure
 
 
 def calibrate(config: Config, workdir: Path) -> None:
@@ -15,15 +15,21 @@ def calibrate(config: Config, workdir: Path) -> None:
     system, params, source = load_model(config, workdir)
     print(f"model: {source}")
     folder = workdir / "system" if (workdir / "system").exists() else PRETRAINED
-    system = dataclasses.replace(system, guess=fit_guess(system, params), calibrated=Calibrated(), noise_guess=None)
-    system = dataclasses.replace(system, noise_guess=fit_noise_guess(system, params))
-    rows = measure(system, params)
-    print(table([row[:-1] for row in rows],
-                ("solver", "block", "frames a step", "start", "passes", "seconds", "error")))
-    good = [row for row in rows if row[6] <= ERROR]
+    system = dataclasses.replace(system, calibration=Calibration(first_guess=fit_guess(system, params)))
+    found = dataclasses.replace(system.calibration, noise_guess=fit_noise_guess(system, params))
+    rows = measure(dataclasses.replace(system, calibration=found), params)
+    print(table([_cells(row) for row in rows],
+                ("solver", "block", "frames per step", "start", "passes", "seconds", "error")))
+    good = [row for row in rows if row.error <= ERROR]
     if not good:
-        raise UserError(f"nothing came within {ERROR} of sequential decoding; lower sample.tolerance")
-    best = min(good, key=lambda row: row[5])
-    save_decoding(dataclasses.replace(system, calibrated=best[-1]), folder)
-    print(f"chosen: {best[0]}, blocks of {best[1]}, {best[2]} frames a step, started from the {best[3]}; "
-          f"written to {folder}")
+        raise UserError(f"nothing came within {ERROR} of sequential decoding; lower sample.solver.tolerance")
+    best = min(good, key=lambda row: row.seconds).solver
+    save_calibration(dataclasses.replace(found, solver=best), folder)
+    print(f"chosen: {best.kind}, blocks of {best.block_size}, {best.frames_per_step} frames per step, started from the "
+          f"{best.start}; written to {folder}")
+
+
+def _cells(row: Measured) -> tuple:
+    solver = row.solver
+    name = f"wavefront, {solver.updates} updates" if solver.kind == "wavefront" else solver.kind
+    return (name, solver.block_size, solver.frames_per_step, solver.start, row.passes, row.seconds, row.error)

@@ -1,4 +1,4 @@
-"""Likelihood, adherence and denoising on the built-in test set: evaluate.json and a table."""
+"""--mode=evaluate: a model on its test split, one video, captions by likelihood, or folders of any system's videos."""
 
 import dataclasses
 import json
@@ -6,34 +6,49 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from starflow_jax.config import Config
 from starflow_jax.data.digits import reader
-from starflow_jax.evaluation.classify import recognise
-from starflow_jax.evaluation.likelihood import inspect_video
-from starflow_jax.evaluation.quality import quality
-from starflow_jax.evaluation.test_set import ADHERENCE, SHOWN, generate_and_read, read, real_clips, test_likelihood
+from starflow_jax.evaluation import classify, quality
+from starflow_jax.evaluation import likelihood as of_video
+from starflow_jax.evaluation.frechet import features, frechet_distance
+from starflow_jax.evaluation.measures import psnr
+from starflow_jax.evaluation.networks import I3D, LPIPS
+from starflow_jax.evaluation.test_set import (
+    ADHERENCE,
+    SHOWN,
+    generate_and_read,
+    read,
+    real_clips,
+    split_likelihood,
+)
+from starflow_jax.evaluation.videos import folder_of_videos
 from starflow_jax.io.files import atomic_path
 from starflow_jax.io.pictures import contact_sheet, write_gif
-from starflow_jax.io.progress import table
-from starflow_jax.model.sources import fixed_captions
+from starflow_jax.io.progress import ProgressBar, table
+from starflow_jax.model.sources import data_source, fixed_captions
 from starflow_jax.model.store import load_model
+from starflow_jax.sampling import vbench
+from starflow_jax.sampling.given import read_given
+
+SHOWN_PIXELS = 96  # small models' frames are enlarged to about this height
 
 
 def evaluate(config: Config, workdir: Path) -> None:
-    """Measure the workdir's model, or the one in the package, and write WORKDIR/evaluate.json; or do what
-    config.evaluate asks for instead."""
-    if config.evaluate.video:
-        return inspect_video(config, workdir)
-    if config.evaluate.recognise:
-        return recognise(config, workdir)
-    if config.evaluate.folder or config.evaluate.reference:
-        return quality(config, workdir)
+    """Measure what config.evaluate.task names; files in the workdir and a table."""
+    {"test_set": evaluate_test_set, "video": evaluate_video, "classify": classify_by_likelihood,
+     "quality": evaluate_quality}[config.evaluate.task](config, workdir)
+
+
+def evaluate_test_set(config: Config, workdir: Path) -> None:
+    """Likelihood, adherence and denoising of the workdir's model, or the one in the package: WORKDIR/evaluate.json."""
     began = time.perf_counter()
     system, params, source = load_model(config, workdir)
     print(f"model: {source}")
-    captions = fixed_captions(system, "test", config.evaluate.prompts)
+    captions = fixed_captions(config, "test", config.evaluate.prompts)
     labels = reader.labels_of(captions) if config.data.source == "digits" else None
-    likelihood = test_likelihood(system, params)
+    likelihood = split_likelihood(system, params)
     choices, shown = generate_and_read(system, params, captions, labels)
     contact_sheet(workdir / "evaluate_samples.png", shown, captions[:SHOWN], scale=3)
     write_gif(workdir / "evaluate_samples.gif", shown, captions[:SHOWN], config.text.fps or 1, columns=3, scale=8)
@@ -48,19 +63,127 @@ def evaluate(config: Config, workdir: Path) -> None:
         "sample_settings": dataclasses.asdict(config.sample),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    with atomic_path(workdir / "evaluate.json") as path:
-        path.write_text(json.dumps(results, indent=1))
-    _print(results, workdir)
-
-
-def _print(results: dict[str, Any], workdir: Path) -> None:
+    _write(workdir / "evaluate.json", results)
     print(table([("this model", f"{results['bits_per_dim']:.4f}"),
                  *((f"baseline: {name}", f"{value:.4f}") for name, value in results["baselines"].items())],
                 ("bits per dimension of noised test latents", "")))
-    print()
     keys = tuple(results["real_clips"])
-    rows = [(f"denoise={name}", *(f"{scores[key]:.3f}" for key in keys))
-            for name, scores in results["denoising"].items()]
+    rows = [(f"denoise={name}", *(f"{scores[key]:.3f}" for key in keys)) for name, scores in choices.items()]
     rows.append(("real test clips", *(f"{results['real_clips'][key]:.3f}" for key in keys)))
-    print(table(rows, (f"{results['prompts']} test prompts", *keys)))
+    print("\n" + table(rows, (f"{results['prompts']} test prompts", *keys)))
     print(f"\nwritten to {workdir}: evaluate.json, evaluate_samples.png, evaluate_samples.gif")
+
+
+def evaluate_video(config: Config, workdir: Path) -> None:
+    """Exact likelihood of evaluate.video, its way to z and back and, with evaluate.other, what lies between the two;
+    files in WORKDIR/inspected."""
+    began, settings = time.perf_counter(), config.evaluate
+    frames_THWC, left_out = read_given(config, settings.video)
+    other_THWC = read_given(config, settings.other)[0] if settings.other else None
+    if other_THWC is not None:
+        of_video.check_pair(config, frames_THWC, other_THWC)
+    system, params, source = load_model(config, workdir)
+    print(f"model: {source}")
+    with ProgressBar("inspect", 3 if settings.other else 2, unit="part") as progress:
+        found = of_video.likelihood(system, params, frames_THWC, settings.caption, settings.draws)
+        progress.update()
+        trip = of_video.round_trip(system, params, frames_THWC, settings.caption)
+        progress.update()
+        if other_THWC is not None:
+            other_caption = settings.other_caption or settings.caption
+            between = of_video.interpolate(system, params, (frames_THWC, other_THWC),
+                                           (settings.caption, other_caption), settings.steps)
+            progress.update()
+    path = workdir / "inspected" / Path(settings.video).stem
+    of_video.draw_surprise(path.with_name(f"{path.name}_surprise.png"), system, frames_THWC, found, settings.caption)
+    scale = max(1, SHOWN_PIXELS // frames_THWC.shape[1])
+    shown = frames_THWC[:len(trip.frames_THWC)]
+    contact_sheet(path.with_name(f"{path.name}_round_trip.png"),
+                  np.stack([shown, trip.codec_THWC, trip.frames_THWC]),
+                  ["given", "codec there and back", "through z and back, denoised"], scale=scale)
+    facts = {"model": source, "video": settings.video, "caption": settings.caption, "frames": len(frames_THWC),
+             "frames_left_out": left_out, **of_video.facts_of(found, config),
+             "round_trip": {"latents_relative_error": trip.latents_error, "z_mean_square": trip.z_mean_square,
+                            "psnr": psnr(shown, trip.frames_THWC),
+                            "psnr_of_codec_alone": psnr(shown, trip.codec_THWC)}}
+    if other_THWC is not None:
+        facts["interpolation"] = {"other": settings.other, "other_caption": other_caption, "steps": settings.steps}
+        of_video.write_interpolation(path.with_name(f"{path.name}_to_{Path(settings.other).stem}.mp4"), config, between,
+                                     scale)
+    facts["seconds"] = round(time.perf_counter() - began, 1)
+    _write(path.with_suffix(".json"), facts)
+    _print_video(facts, path)
+
+
+def _print_video(facts: dict[str, Any], path: Path) -> None:
+    trip, per_frame = facts["round_trip"], facts["log_likelihood_nats_per_frame"]
+    rows = [("log-likelihood, nats", f"{facts['log_likelihood_nats']:.1f}"),
+            ("bits per dimension", f"{facts['bits_per_dim']:.4f}"),
+            ("log-likelihood of each latent frame", " ".join(f"{nats:.0f}" for nats in per_frame)),
+            ("what the caption adds, nats", f"{facts['caption_fit_nats']:+.1f}"),
+            ("to z and back: relative error of latents", f"{trip['latents_relative_error']:.1e}"),
+            ("to z and back, denoised: PSNR of frames", f"{trip['psnr']:.1f} dB"),
+            ("the codec alone", f"{trip['psnr_of_codec_alone']:.1f} dB")]
+    print(table(rows, (f"{facts['frames']} frames", facts["caption"])))
+    print(f"\nwritten to {path.parent}: {', '.join(sorted(p.name for p in path.parent.glob(path.name + '*')))}")
+
+
+def classify_by_likelihood(config: Config, workdir: Path) -> None:
+    """The most likely captions of the first evaluate.clips test clips: WORKDIR/classified.json."""
+    began = time.perf_counter()
+    system, params, source = load_model(config, workdir)
+    print(f"model: {source}")
+    data = data_source(config, "test")
+    examples = [data[index] for index in range(min(config.evaluate.clips, len(data)))]
+    labels_B3 = np.array([[example[name] for name in ADHERENCE] for example in examples])
+    frames_BTHWC = np.stack([example["frames"][:system.pixel_frames] for example in examples])
+    scores = classify.score_captions(system, params, frames_BTHWC, config.evaluate.every_caption)
+    chosen_B3 = classify.choose(scores)
+    right_B3 = chosen_B3 == labels_B3
+    scored = float(np.isfinite(scores).reshape(len(examples), -1).sum(axis=1).mean())
+    accuracy = {**{name: float(share) for name, share in zip(ADHERENCE, right_B3.mean(axis=0))},
+                "all": float(right_B3.all(axis=1).mean())}
+    results = {"model": source, "clips": len(examples), "captions": int(np.prod(classify.CHOICES)),
+               "captions_scored_per_clip": scored, "accuracy": accuracy, "chosen": chosen_B3.tolist(),
+               "labels": labels_B3.tolist(), "seconds": round(time.perf_counter() - began, 1)}
+    _write(workdir / "classified.json", results)
+    print(table([[f"{share:.3f}" for share in accuracy.values()]], tuple(accuracy)))
+    print(f"\nof {len(examples)} test clips, {scored:.1f} of {results['captions']} captions scored for each, in "
+          f"{results['seconds']} s: {workdir / 'classified.json'}")
+
+
+def evaluate_quality(config: Config, workdir: Path) -> None:
+    """Measure evaluate.folder, or the model's codec on evaluate.reference, and write WORKDIR/quality.json."""
+    settings = config.evaluate
+    reference = folder_of_videos(Path(settings.reference), settings.fps) if settings.reference else None
+    sets = [folder_of_videos(Path(name.strip()), settings.fps) for name in settings.folder.split(",") if name.strip()]
+    if not sets and reference is not None:
+        system, _, source = load_model(config, workdir)
+        reference, coded = quality.codec_pair(system, source, reference)
+        sets = [coded]
+    prompts = vbench.read_prompts(settings.vbench) if settings.vbench else {}
+    missing: list[str] = []
+    lpips = None if reference is None else quality.if_installed(LPIPS, missing)
+    i3d = None if reference is None else quality.if_installed(I3D, missing)
+    results = {videos.name: quality.measure(videos, reference, lpips, prompts) for videos in sets}
+    if reference is not None:
+        results[f"{reference.name} (reference)"] = quality.measure(reference, None, None, {})
+    if reference is not None and i3d is not None:
+        real_ND = features(reference, i3d, settings.frames)
+        for videos in sets:
+            made_ND = features(videos, i3d, settings.frames)
+            enough = min(len(real_ND), len(made_ND)) > 1
+            results[videos.name] |= {"fvd": frechet_distance(real_ND, made_ND) if enough else None,
+                                     "fvd_videos": [len(made_ND), len(real_ND)]}
+    facts = {"sets": results, "fvd_frames": settings.frames, "fps": settings.fps or "the videos' own",
+             "reference": settings.reference, "missing": missing}
+    _write(workdir / "quality.json", facts)
+    print(table(*quality.rows_of(results)))
+    for line in (*quality.unreadable_lines(results), *missing):
+        print(line)
+    print(f"\nwritten: {workdir / 'quality.json'}")
+
+
+def _write(path: Path, facts: dict[str, Any]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(facts, indent=1))

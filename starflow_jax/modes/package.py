@@ -3,16 +3,17 @@
 from pathlib import Path
 
 from starflow_jax.config import Config, UserError
-from starflow_jax.model.store import PRETRAINED, load_model, save_pretrained
+from starflow_jax.model.store import PRETRAINED, load_trained, save_pretrained
 
 LARGEST = 15 * 2**20  # bytes that the package may carry
 
 
 def package(config: Config, workdir: Path) -> None:
     """Write the workdir's averaged parameters, tokenizer, codec and configuration into the package."""
-    if not (workdir / "checkpoints").exists():
+    trained = load_trained(config, workdir)
+    if trained is None:
         raise UserError(f"{workdir} holds no checkpoint to put into the package; train one first")
-    system, params, source = load_model(config, workdir)
+    system, params, source = trained
     save_pretrained(config, system, params, {"source": f"{config.name}: {source.rsplit(', ', 1)[-1]}"})
     size = sum(path.stat().st_size for path in PRETRAINED.iterdir())
     if size > LARGEST:

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from starflow_jax import sharding
+from starflow_jax.codec.interface import LatentCodec, encode_frames
 from starflow_jax.config import Config, Mesh, UserError
 from starflow_jax.data import pipeline
 from starflow_jax.data.raw import latents
@@ -19,13 +20,12 @@ from starflow_jax.data.raw.clips import Bucket, Recipe
 from starflow_jax.data.raw.shards import SPLITS
 from starflow_jax.data.raw.sources import Captions
 from starflow_jax.io.progress import table
-from starflow_jax.model.fit import make_codec, make_tokenizer
-from starflow_jax.model.parameters import Params
-from starflow_jax.model.shapes import prompt_text
-from starflow_jax.model.sources import codec_fingerprint, digest, text_fingerprint
-from starflow_jax.model.store import load_model, with_text
-from starflow_jax.model.system import System, load_system
+from starflow_jax.model.codec import FITTED_CODEC, codec_fingerprint, digest, make_codec, read_codec
+from starflow_jax.model.sources import text_fingerprint
+from starflow_jax.model.store import load_model
+from starflow_jax.model.text import encode_text, frozen_encoder_params, make_tokenizer, prompt_text, text_encoder
 from starflow_jax.text.prompt import frame_size
+from starflow_jax.text.tokenizer import Tokenizer
 
 
 def prepare(config: Config, workdir: Path) -> None:
@@ -75,57 +75,58 @@ def buckets_of(config: Config) -> tuple[Bucket, ...]:
 
 def write_latents(config: Config, workdir: Path, folder: str) -> None:
     """Encode all clips with the workdir's codec, each batch over all devices of this process."""
-    system = _codec_system(config, workdir)
+    codec, scale = _codec(config, workdir), config.codec.later_frames_scale
     mesh, batch_size = _over_devices(config.prepare.batch_size)
 
     def shape(shape_THWC: tuple[int, ...]) -> tuple[int, ...]:
         frames = jax.ShapeDtypeStruct((1, *shape_THWC), jnp.uint8)
-        return jax.eval_shape(system.encode, frames).shape[1:]
+        return jax.eval_shape(encode_frames, codec, frames, scale).shape[1:]
 
-    latents.write_latents(folder, lambda frames: np.asarray(system.encode(_put(frames, mesh))), shape,
-                          batch_size=batch_size, made_by=codec_fingerprint(system), share=_share())
+    latents.write_latents(folder, lambda frames: np.asarray(encode_frames(codec, _put(frames, mesh), scale)), shape,
+                          batch_size=batch_size, made_by=codec_fingerprint(config, codec), share=_share())
 
 
 def write_text_features(config: Config, workdir: Path, folder: str) -> None:
     """Encode all prompts that the clips may be trained with by the frozen text encoder, or the workdir's own."""
-    system, params = _text_system(config, workdir)
+    tokenizer, params = _text_encoder(config, workdir)
     mesh, batch_size = _over_devices(config.prepare.batch_size)
-    features = jax.jit(system.features)
     made_by = text_fingerprint(config)
     if config.text.encoder == "trained":  # it changes as training goes on
-        made_by["arrays"] = digest(params["text"])
-    text = jax.device_put({"text": params["text"]}, sharding.replicated(mesh))
+        made_by["arrays"] = digest(params)
+    encoder, params = text_encoder(config), jax.device_put(params, sharding.replicated(mesh))
 
     def encode(prompts: list[str]) -> np.ndarray:
-        return np.asarray(features(text, _put(system.text_ids(prompts), mesh)))
+        ids_BS = tokenizer.encode(prompts, config.model.text_length)
+        return np.asarray(encode_text(encoder, params, _put(ids_BS, mesh)))
 
     def prompts_of(bucket: dict[str, Any], clip: dict[str, Any]) -> list[str]:
-        told = {**clip, "fps": int(clip["fps"]), "aspect_ratio": bucket["aspect_ratio"]}
-        return pipeline.prompts_of(told, partial(prompt_text, config), bucket["frames"] == 1)
+        record = {**clip, "fps": int(clip["fps"]), "aspect_ratio": bucket["aspect_ratio"]}
+        return pipeline.prompts_of(record, partial(prompt_text, config), bucket["frames"] == 1)
 
     latents.write_text_features(folder, encode, config.model.text_dim, prompts_of, batch_size=batch_size,
                                 made_by=made_by, share=_share())
 
 
-def _codec_system(config: Config, workdir: Path) -> System:
+def _codec(config: Config, workdir: Path) -> LatentCodec:
     """A VAE; or the workdir's own codec, whose model may not be trained yet, or the package's."""
     if config.codec.kind == "wan":
-        return System(config, tokenizer=None, codec=make_codec(config))  # type: ignore[arg-type]
-    if (workdir / "system" / "codec.safetensors").exists():
-        return load_system(config, workdir / "system")
+        return make_codec(config)
+    if (workdir / "system" / FITTED_CODEC).exists():
+        return read_codec(config, workdir / "system")
     try:
-        return load_model(config, workdir)[0]
+        return load_model(config, workdir)[0].codec
     except UserError as error:
         raise UserError(f"{workdir} holds no codec to make latents with: it is fitted at the start of --mode=train "
                         "--config.data.source=prepared; without prepare.latents the clips alone are made") from error
 
 
-def _text_system(config: Config, workdir: Path) -> tuple[System, Params]:
+def _text_encoder(config: Config, workdir: Path) -> tuple[Tokenizer, Any]:
+    """(tokenizer, the encoder's parameters)."""
     if config.text.encoder == "frozen":
-        return System(config, make_tokenizer(config), codec=None), with_text(config, {})  # type: ignore[arg-type]
+        return make_tokenizer(config), frozen_encoder_params(config)["text"]
     system, params, source = load_model(config, workdir)
     print(f"text encoder: of {source}")
-    return system, params
+    return system.tokenizer, params["text"]
 
 
 def _over_devices(batch_size: int) -> tuple[jax.sharding.Mesh, int]:

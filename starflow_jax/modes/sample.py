@@ -17,8 +17,9 @@ from starflow_jax.model.store import load_model
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import latent_frames, prompt_changes
 from starflow_jax.sampling.files import SHOWN_PIXELS, Request, write_video
-from starflow_jax.sampling.generate import generate_clips
-from starflow_jax.sampling.requests import given_frames, most_likely, read_requests, rewritten, with_length
+from starflow_jax.sampling.generate import generate_clips, log_likelihood
+from starflow_jax.sampling.given import given_frames
+from starflow_jax.sampling.requests import Made, most_likely, read_requests, rewritten, with_length
 from starflow_jax.sampling.stream import stream_clips
 from starflow_jax.sampling.timeline import Timeline, draw_timeline
 
@@ -49,15 +50,20 @@ def _make_all(folder: Path, system: System, params: Params, requests: list[Reque
             began = time.perf_counter()
             known = None if known_THWC is None else np.broadcast_to(known_THWC, (len(batch), *known_THWC.shape))
             clips = generate_clips(system, params, [r.prompt for r in batch], [r.seed for r in batch], settings, known)
+            nats_B = log_likelihood(system, params, clips)
             seconds = (time.perf_counter() - began) / len(batch)
-            made += [(request, clips, index, seconds) for index, request in enumerate(batch)]
+            made += [Made(request, clips, index, float(nats_B[index]), seconds) for index, request in enumerate(batch)]
             if not settings.keep:
-                rows += [write_video(folder, system.config, *one) for one in made]
+                rows += [_write(folder, system, video) for video in made]
                 made = []
             progress.update(len(batch))
     if settings.keep:
-        rows = [write_video(folder, system.config, *one) for one in most_likely(made, settings.keep)]
+        rows = [_write(folder, system, video) for video in most_likely(made, settings.keep)]
     return rows, ("video", "bits/dim", "Jacobi steps", "seconds")
+
+
+def _write(folder: Path, system: System, video: Made) -> tuple:
+    return write_video(folder, system.config, video.request, video.clips, video.index, video.nats, video.seconds)
 
 
 def _stream_all(folder: Path, system: System, params: Params, requests: list[Request], known_THWC: np.ndarray | None):

@@ -8,15 +8,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from starflow_jax import sharding
-from starflow_jax.config import Config
+from starflow_jax.config import Config, Solver
 from starflow_jax.data.batch import Batch
 from starflow_jax.flow import decode
-from starflow_jax.flow.decode import Solver, WindowState
+from starflow_jax.flow.decode import WindowState
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import flow_variables, init_params
 from starflow_jax.model.system import System
 from starflow_jax.nn.cache import KVCache, rounded_slots
 from starflow_jax.planning import codec as plan_codec
+from starflow_jax.sampling.solver import complete, shallow_solver
 from starflow_jax.training.state import abstract_state
 from starflow_jax.training.step import make_train_step
 
@@ -64,7 +65,8 @@ def _compile_sample(config: Config, mesh: Mesh) -> list[Program]:
     model, videos = config.model, config.plan.videos
     flow, grid = STARFlow(model), (model.height // model.patch_size, model.width // model.patch_size)
     branches, tokens = 2 if config.sample.guidance else 1, model.tokens_per_frame
-    block = min(config.sample.block_size or tokens, tokens)
+    solver = complete(config.sample.solver, Solver(), model)
+    block = min(solver.block_size, tokens)
     dtype, whole = jnp.dtype(model.dtype), sharding.replicated(mesh)
 
     def array(shape: tuple[int, ...], dtype: Any = jnp.float32, placed: Any = whole) -> Any:
@@ -81,10 +83,10 @@ def _compile_sample(config: Config, mesh: Mesh) -> list[Program]:
                         array((videos, tokens, model.token_channels)), array((), jnp.int32))
     deep = decode.decode_frames.lower(
         flow, variables, state, array((videos, 1, tokens, model.token_channels)), array(()),
-        solver=Solver(block, config.sample.tolerance), window=model.frames, token_grid=grid, branches=branches)
+        solver=decode.Solver(block, solver.tolerance), window=model.frames, token_grid=grid, branches=branches)
     shallow = decode.invert_shallow.lower(
         flow, variables, array((videos, 1, tokens, model.token_channels)),
-        solver=Solver(1 << 30, config.sample.tolerance / 10), token_grid=grid)
+        solver=shallow_solver(solver), token_grid=grid)
     updates = config.plan.updates
     programs = [Program("deep block, a frame", deep.compile(), model.frames, updates),
                 Program("shallow blocks, a frame", shallow.compile(), model.frames, updates)]

@@ -2,21 +2,22 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.config import Sample, UserError
+from starflow_jax.config import Config, Sample, Solver, UserError
 from starflow_jax.data.pipeline import ClipLength, TextInput, evaluation_batches
 from starflow_jax.flow import decode, first_guess
 from starflow_jax.io.progress import ProgressBar
-from starflow_jax.model.parameters import Params, decoding_variables
+from starflow_jax.model.parameters import Params
 from starflow_jax.model.sources import data_source, fixed_captions
-from starflow_jax.model.system import Calibrated, System
-from starflow_jax.sampling.conditions import noise_for, prepare, shallow_tokens
+from starflow_jax.model.system import System
+from starflow_jax.sampling.conditions import make_conditions, noise_for, shallow_tokens
 from starflow_jax.sampling.generate import deep_frames
-from starflow_jax.sampling.solver import deep_solver
+from starflow_jax.sampling.solver import chosen_solver, deep_solver
 
 FITTED_CLIPS = 4_096
 PROMPTS = 8
@@ -25,9 +26,19 @@ ROUNDS = 3  # of which the fastest counts
 ERROR = 1e-3  # allowed squared distance to sequential decoding, as a share of the squared norm
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """How one solver does on a few prompts: runs of the deep block, seconds, and error beside sequential decoding."""
+
+    solver: Solver
+    passes: float
+    seconds: float
+    error: float
+
+
 def fit_guess(system: System, params: Params) -> first_guess.FirstGuess:
     """First frames of training clips, as the deep block sees them, from their captions."""
-    features, tokens, texts, frames = jax.jit(system.features), jax.jit(shallow_tokens, static_argnums=0), [], []
+    texts, frames = [], []
     text = TextInput(lambda caption, _, **metadata: system.prompt(caption, **metadata), system.text_ids)
     batches = evaluation_batches(data_source(system.config, "train"), ClipLength(1), text, batch_size=64,
                                  limit=FITTED_CLIPS)
@@ -38,8 +49,8 @@ def fit_guess(system: System, params: Params) -> first_guess.FirstGuess:
                 continue  # prepared data has other sizes, too
             noise = jax.random.normal(jax.random.key(index), latents.shape)
             noisy = latents + system.config.model.noise_std * noise
-            frames.append(np.asarray(tokens(system, params, noisy))[:, 0])
-            texts.append(np.asarray(features(params, jnp.asarray(batch.text_B))))
+            frames.append(np.asarray(shallow_tokens(system.flow, params, noisy))[:, 0])
+            texts.append(np.asarray(system.features(params, batch.text_B)))
             progress.update()
     if not frames:
         raise UserError(f"calibration needs training clips of the size that is sampled, {system.config.model.height}x"
@@ -49,8 +60,8 @@ def fit_guess(system: System, params: Params) -> first_guess.FirstGuess:
 
 def fit_noise_guess(system: System, params: Params) -> first_guess.NoiseGuess:
     """Tokens of sampled videos from their noise; guided as the configuration says."""
-    model, captions = system.config.model, fixed_captions(system, "train", SAMPLED_CLIPS)
-    settings = dataclasses.replace(system.config.sample, frames=0, stream=False, start="previous")
+    model, captions = system.config.model, fixed_captions(system.config, "train", SAMPLED_CLIPS)
+    settings = whole_clips(system.config, start="previous")
     shape, pairs = (model.frames, model.tokens_per_frame, model.token_channels), []
     with ProgressBar("guess from the noise", len(captions), unit="clip") as progress:
         for begin in range(0, len(captions), PROMPTS):
@@ -62,48 +73,52 @@ def fit_noise_guess(system: System, params: Params) -> first_guess.NoiseGuess:
     return first_guess.fit_noise(*map(np.concatenate, zip(*pairs)))
 
 
-def candidates(system: System) -> list[Calibrated]:
+def whole_clips(config: Config, **solver: object) -> Sample:
+    """The configuration's settings for whole videos of the training length, with these changes of the solver's."""
+    asked = dataclasses.replace(config.sample.solver, **solver)  # type: ignore[arg-type]
+    return dataclasses.replace(config.sample, frames=0, stream=False, solver=asked)
+
+
+def candidates(system: System) -> list[Solver]:
     """Block Jacobi over parts of a frame, a frame, several frames; wavefronts of a whole window of frames."""
     tokens, window = system.config.model.tokens_per_frame, system.config.model.frames
-    parts = [Calibrated(size, 1, start="previous") for size in sorted({max(1, tokens // n) for n in (6, 3, 2)})]
+
+    def jacobi(block_size: int, frames: int, start: str) -> Solver:
+        return Solver("jacobi", block_size, frames, start=start)
+
+    parts = [jacobi(size, 1, "previous") for size in sorted({max(1, tokens // n) for n in (6, 3, 2)})]
     several = sorted({1, max(1, window // 2), window})
-    whole = [Calibrated(tokens * frames, frames, start=start) for frames in several for start in ("previous", "noise")]
+    whole = [jacobi(tokens * frames, frames, start) for frames in several for start in ("previous", "noise")]
     sizes = sorted({max(updates, tokens * share // 4) for updates in (3, 6) for share in (2, 4)})
-    return parts + whole + [Calibrated(size, window, updates, "noise") for size in sizes for updates in (3, 6)]
+    return parts + whole + [Solver("wavefront", size, window, updates, "noise") for size in sizes for updates in (3, 6)]
 
 
-def measure(system: System, params: Params) -> list[tuple]:
-    """(solver, block size, frames per step, start, passes, seconds, error, candidate) of each candidate on a few
-    validation prompts."""
-    captions = fixed_captions(system, "validation", PROMPTS)
-    settings = dataclasses.replace(system.config.sample, frames=0, stream=False)
-    exact, _, _ = decode_deep(system, params, captions, dataclasses.replace(settings, solver="sequential"))
+def measure(system: System, params: Params) -> list[Measured]:
+    """Each candidate on a few validation prompts, each as a calibrated solver is used."""
+    captions = fixed_captions(system.config, "validation", PROMPTS)
+    exact, _, _ = decode_deep(system, params, captions, whole_clips(system.config, kind="sequential"))
     rows, tried = [], candidates(system)
+    open_settings = whole_clips(system.config, kind="", start="", block_size=0, frames_per_step=0)
     with ProgressBar("measuring", len(tried), unit="solver") as progress:
-        for candidate in tried:
-            of = dataclasses.replace(system, calibrated=candidate)
-            plain = dataclasses.replace(settings, solver="", start="", block_size=0, frames_per_step=0)
-            runs = [decode_deep(of, params, captions, plain) for _ in range(1 + ROUNDS)]  # the first compiles
-            u, passes, seconds = min(runs[1:], key=lambda run: run[2])
-            name = f"wavefront, {candidate.updates} updates" if candidate.updates else "jacobi"
-            rows.append((name, candidate.block_size, candidate.frames_per_step, candidate.start, passes, seconds,
-                         relative_error(u, exact), candidate))
+        for solver in tried:
+            calibrated = dataclasses.replace(system, calibration=dataclasses.replace(system.calibration, solver=solver))
+            runs = [decode_deep(calibrated, params, captions, open_settings) for _ in range(1 + ROUNDS)]
+            u, passes, seconds = min(runs[1:], key=lambda run: run[2])  # the first compiles
+            rows.append(Measured(solver, passes, seconds, relative_error(u, exact)))
             progress.update()
     return rows
 
 
-def decode_deep(
-    system: System, params: Params, captions: list[str], settings: Sample, first_seed: int = 0
-) -> tuple[np.ndarray, float, float]:
-    """(u, deep-block passes per video, seconds) of the deep block alone, settings.batch_size videos at a time."""
-    variables, solver = jax.block_until_ready(decoding_variables(system.config, params)), deep_solver(system, settings)
-    parts, passes, seconds = [], 0.0, 0.0
+def decode_deep(system: System, params: Params, captions: Sequence[str], settings: Sample, first_seed: int = 0
+                ) -> tuple[np.ndarray, float, float]:
+    """(u of all captions' videos, runs of the deep block as a mean over them, seconds)."""
+    solver, parts, passes, seconds = deep_solver(chosen_solver(system, settings)), [], 0.0, 0.0
     for begin in range(0, len(captions), settings.batch_size):
         batch = captions[begin:begin + settings.batch_size]
         seeds = range(first_seed + begin, first_seed + begin + len(batch))
-        given = jax.block_until_ready(prepare(system, params, batch, seeds, settings))
+        given = jax.block_until_ready(make_conditions(system, params, batch, seeds, settings))
         began = time.perf_counter()
-        made, reports = zip(*deep_frames(system, variables, given, settings))
+        made, reports = zip(*deep_frames(system, params, given, settings))
         parts.append(np.asarray(jnp.concatenate(made, axis=1)))
         seconds += time.perf_counter() - began
         passes += sum(deep_passes(report, solver) for report in reports) * len(batch) / len(captions)

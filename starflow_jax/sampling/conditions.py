@@ -9,11 +9,95 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Config, Sample, UserError
+from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess
 from starflow_jax.flow.starflow import STARFlow, apply_flow
+from starflow_jax.model.codec import pixel_frames
 from starflow_jax.model.parameters import Params, flow_variables
-from starflow_jax.model.shapes import pixel_frames, prompt_text
 from starflow_jax.model.system import System
-from starflow_jax.sampling.solver import deep_start
+from starflow_jax.sampling.solver import chosen_solver
+
+GIVEN_NOISE = 0x5EED  # turns a video's seed into that of the noise on its given frames
+
+Text = jax.Array | dict[int, jax.Array]  # features, or those that hold from a frame on
+
+
+class Conditions(flax.struct.PyTreeNode):
+    """All that a batch of videos depends on, on the device; frames are latent ones."""
+
+    texts: dict[int, jax.Array]  # (branches, B, text_length, text_dim) by the frame from which on it holds
+    noise_BNSK: jax.Array  # of the frames to make
+    known_BTSK: jax.Array | None  # u of the given frames
+    known_BThwC: jax.Array | None  # and their noised latents
+    guess_BSK: jax.Array | None  # of the first frame
+    start_BNSK: jax.Array | None  # where the solver starts; None: each frame from the one before
+
+    @property
+    def given(self) -> int:
+        """Latent frames that are given."""
+        return 0 if self.known_BTSK is None else self.known_BTSK.shape[1]
+
+    @property
+    def text(self) -> dict[int, jax.Array]:
+        """The conditional features, by the frame of the whole video."""
+        return {at + self.given if at else 0: texts[0] for at, texts in self.texts.items()}
+
+
+def make_conditions(
+    system: System,
+    params: Params,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    settings: Sample,
+    known_BTHWC: np.ndarray | None = None,
+) -> Conditions:
+    """Captions, seeds and given frames as the flow takes them. Raises UserError for what can't be."""
+    model, total = system.config.model, latent_frames(system.config, settings)
+    known, known_latents, given = None, None, 0
+    if known_BTHWC is not None:
+        known_latents = noised(system, known_BTHWC, [seed ^ GIVEN_NOISE for seed in seeds])
+        given = known_latents.shape[1]
+        if given >= total:
+            raise UserError(f"sample.frames={settings.frames}: the {known_BTHWC.shape[1]} given frames fill it; "
+                            f"ask for {known_BTHWC.shape[1] + system.config.codec.time_stride} or more")
+        known = shallow_tokens(system.flow, params, known_latents)
+    texts = {0: guidance_texts(system, params, captions, settings, is_image=total == 1)}
+    for frame, prompt in prompt_changes(system.config, settings).items():
+        texts[frame - given] = guidance_texts(system, params, [prompt] * len(captions), settings, is_image=total == 1)
+    if min(texts) < 0:
+        raise UserError(f"sample.changes={settings.changes!r}: the prompt of given frames can't be changed")
+    noise = noise_for(seeds, (total, model.tokens_per_frame, model.token_channels))[:, given:]
+    fitted = system.calibration
+    guess = None if fitted.first_guess is None or given else _first_frame(fitted.first_guess, texts[0])
+    start = None
+    if chosen_solver(system, settings).start == "noise":
+        start = noise if fitted.noise_guess is None else _from_noise(fitted.noise_guess, noise)
+    return Conditions(texts, noise, known, known_latents, guess, start)
+
+
+def guidance_texts(
+    system: System, params: Params, prompts: Sequence[str], settings: Sample, is_image: bool
+) -> jax.Array:
+    """(branches, B, text_length, text_dim): features of the prompts and, with guidance, of what leads away."""
+    full = partial(system.prompt, is_image=is_image, fps=settings.fps, aspect_ratio=settings.aspect_ratio)
+    away = [settings.negative_prompt] if settings.guidance else []
+    features = system.features(params, system.text_ids([full(prompt) for prompt in (*prompts, *away)]))
+    return _branches(features, len(prompts))
+
+
+@partial(jax.jit, static_argnums=1)
+def _branches(features: jax.Array, prompts: int) -> jax.Array:
+    text = features[:prompts]
+    return jnp.stack([text, *(jnp.broadcast_to(away, text.shape) for away in features[prompts:])])
+
+
+@jax.jit
+def _first_frame(guess: FirstGuess, texts: jax.Array) -> jax.Array:
+    return guess(texts[0])
+
+
+@jax.jit
+def _from_noise(guess: NoiseGuess, noise: jax.Array) -> jax.Array:
+    return guess(noise)
 
 
 def latent_frames(config: Config, settings: Sample) -> int:
@@ -31,78 +115,6 @@ def latent_frames(config: Config, settings: Sample) -> int:
     return total
 
 
-def noise_for(seeds: Sequence[int], shape_NSK: tuple[int, int, int]) -> jax.Array:
-    """(B, N, S, K): each clip's noise comes of its own seed, frame by frame, so that a seed gives the same
-    video alone, in a batch, and at any length."""
-
-    def of_clip(seed: jax.Array) -> jax.Array:
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(shape_NSK[0]))
-        return jax.vmap(lambda key: jax.random.normal(key, shape_NSK[1:]))(keys)
-
-    return jax.vmap(of_clip)(jnp.asarray(seeds, jnp.uint32))
-
-
-class Conditions(flax.struct.PyTreeNode):
-    """All that a batch of videos depends on, on the device; frames are latent ones."""
-
-    texts: dict[int, jax.Array]  # (branches, B, text_length, text_dim) by the frame from which on it holds
-    noise_BNSK: jax.Array  # of the frames to make
-    known_BTSK: jax.Array | None  # u of the given frames
-    known_BThwC: jax.Array | None  # and their noised latents
-    guess_BSK: jax.Array | None  # of the first frame
-    start_BNSK: jax.Array | None  # where the solver starts; None: each frame from the one before
-
-    @property
-    def text(self) -> dict[int, jax.Array]:
-        """The conditional features, by the frame of the whole video."""
-        given = 0 if self.known_BTSK is None else self.known_BTSK.shape[1]
-        return {at + given if at else 0: texts[0] for at, texts in self.texts.items()}
-
-
-def prepare(
-    system: System,
-    params: Params,
-    captions: Sequence[str],
-    seeds: Sequence[int],
-    settings: Sample,
-    known_BTHWC: np.ndarray | None = None,
-) -> Conditions:
-    """Captions, seeds and given frames as the flow takes them. Raises UserError for what can't be."""
-    model, total = system.config.model, latent_frames(system.config, settings)
-    features, is_image = jax.jit(system.features), total == 1
-
-    def encode(prompts: Sequence[str]) -> jax.Array:
-        told = partial(prompt_text, system.config, is_image=is_image, fps=settings.fps,
-                       aspect_ratio=settings.aspect_ratio)
-        return features(params, jnp.asarray(system.text_ids([told(prompt) for prompt in prompts])))
-
-    def branches(prompts: Sequence[str]) -> jax.Array:
-        text = encode(prompts)
-        if not settings.guidance:
-            return text[None]
-        return jnp.stack([text, jnp.broadcast_to(encode([settings.negative_prompt]), text.shape)])
-
-    noise = noise_for(seeds, (total, model.tokens_per_frame, model.token_channels))
-    known, known_latents, given = None, None, 0
-    if known_BTHWC is not None:
-        known_latents = _noised(system, known_BTHWC, seeds)
-        given = known_latents.shape[1]
-        if given >= total:
-            raise UserError(f"sample.frames={settings.frames}: the {known_BTHWC.shape[1]} given frames fill it; "
-                            f"ask for {known_BTHWC.shape[1] + system.config.codec.time_stride} or more")
-        known = jax.jit(shallow_tokens, static_argnums=0)(system, params, known_latents)
-    texts = {0: branches(captions)}
-    for frame, prompt in prompt_changes(system.config, settings).items():
-        texts[frame - given] = branches([prompt] * len(captions))
-    if min(texts) < 0:
-        raise UserError(f"sample.changes={settings.changes!r}: the prompt of given frames can't be changed")
-    guess = None if system.guess is None or given else system.guess(texts[0][0])
-    noise, start = noise[:, given:], None
-    if deep_start(system, settings) == "noise":
-        start = noise if system.noise_guess is None else system.noise_guess(noise)
-    return Conditions(texts, noise, known, known_latents, guess, start)
-
-
 def prompt_changes(config: Config, settings: Sample) -> dict[int, str]:
     """{latent frame: prompt} of sample.changes. Raises UserError where it can't be read."""
     changes = {}
@@ -115,27 +127,41 @@ def prompt_changes(config: Config, settings: Sample) -> dict[int, str]:
     return changes
 
 
-def token_grid(system: System) -> tuple[int, int]:
-    """Rows and columns of a frame's tokens."""
-    model = system.config.model
-    return model.height // model.patch_size, model.width // model.patch_size
+def noise_for(seeds: Sequence[int], shape_NSK: tuple[int, int, int]) -> jax.Array:
+    """(B, N, S, K): each clip's noise comes of its own seed, frame by frame, so that a seed gives the same
+    video alone, in a batch, and at any length."""
+    return _noise(np.asarray(seeds, np.uint32), shape_NSK)
 
 
-def shallow_tokens(system: System, params: Params, x: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnums=1)
+def _noise(seeds_B: jax.Array, shape_NSK: tuple[int, int, int]) -> jax.Array:
+    def of_clip(seed: jax.Array) -> jax.Array:
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(shape_NSK[0]))
+        return jax.vmap(lambda key: jax.random.normal(key, shape_NSK[1:]))(keys)
+
+    return jax.vmap(of_clip)(seeds_B)
+
+
+def noised(system: System, frames_BTHWC: np.ndarray, seeds: Sequence[int]) -> jax.Array:
+    """(B, N, h, w, C): frames as the flow knows them, encoded, with the training noise of each seed added. One video
+    goes with any number of seeds."""
+    latents = system.encode(frames_BTHWC)
+    _, frames, height, width, channels = latents.shape
+    noise = noise_for(seeds, (frames, height * width, channels))
+    return _with_noise(latents, noise, system.config.model.noise_std)
+
+
+@jax.jit
+def _with_noise(latents: jax.Array, noise: jax.Array, noise_std: float) -> jax.Array:
+    return latents + noise_std * noise.reshape(noise.shape[0], *latents.shape[1:])
+
+
+@partial(jax.jit, static_argnums=0)
+def shallow_tokens(flow: STARFlow, params: Params, x: jax.Array) -> jax.Array:
     """Noised latents -> u, the tokens that the deep block sees, (B, T, S, K)."""
-    return apply_flow(system.flow, flow_variables(params), STARFlow.shallow_forward, x)[0][-1]
-
-
-def _noised(system: System, frames_BTHWC: np.ndarray, seeds: Sequence[int]) -> jax.Array:
-    """Given frames as the flow knows them: encoded, with the training noise added."""
-    latents = system.encode(jnp.asarray(frames_BTHWC))
-    shape = latents.shape[1:]
-    noise = noise_for([seed ^ 0x5EED for seed in seeds], (shape[0], shape[1] * shape[2], shape[3]))
-    return latents + system.config.model.noise_std * noise.reshape(latents.shape)
-
-
-Text = jax.Array | dict[int, jax.Array]  # features, or those that hold from a frame on
+    return apply_flow(flow, flow_variables(params), STARFlow.shallow_forward, x)[0][-1]
 
 
 def text_at(text: Text, frame: int) -> jax.Array:
+    """The features that hold at a frame."""
     return text[max(at for at in text if at <= frame)] if isinstance(text, dict) else text

@@ -1,5 +1,7 @@
 """Samples without the training noise: by the denoiser, by the flow's own score, or as they are."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -8,7 +10,7 @@ from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, flow_variables
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Text, text_at
-from starflow_jax.sampling.likelihood import nats_of_window
+from starflow_jax.sampling.likelihood import window_nats
 from starflow_jax.sampling.windows import windowed
 
 
@@ -23,20 +25,21 @@ def denoise_window(
     """The same for a window of at most the training length; `frame` is the first that is wanted from it."""
     if how == "none" or (how == "denoiser" and system.config.model.denoiser == "none"):
         return noisy
-    step = jax.jit(_denoiser_step if how == "denoiser" else _score_step, static_argnums=0)
-    return step(system, params, noisy, text_at(text, frame))
+    step = _denoiser_step if how == "denoiser" else _score_step
+    return step(system.flow, params, noisy, text_at(text, frame))
 
 
-def _denoiser_step(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnums=0)
+def _denoiser_step(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
     """x~ - 0.3 s(x~)."""
-    score = apply_flow(system.flow, flow_variables(params), STARFlow.score, noisy, text)
-    return noisy - REFERENCE_NOISE * score
+    return noisy - REFERENCE_NOISE * apply_flow(flow, flow_variables(params), STARFlow.score, noisy, text)
 
 
-def _score_step(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnums=0)
+def _score_step(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
     """x~ + sigma^2 d log p / dx~, Tweedie's formula with the gradient taken through the flow."""
 
     def total_nats(x: jax.Array) -> jax.Array:
-        return jnp.sum(nats_of_window(system, params, x, text))
+        return jnp.sum(window_nats(flow, params, x, text))
 
-    return noisy - system.config.model.noise_std**2 * jax.grad(total_nats)(noisy)
+    return noisy - flow.config.noise_std**2 * jax.grad(total_nats)(noisy)

@@ -35,8 +35,9 @@ class Request:
         return f"{'_'.join(words)[:60] or 'no_prompt'}_seed{self.seed}"
 
 
-def write_video(folder: Path, config: Config, request: Request, clips: Clips, index: int, seconds: float) -> tuple:
-    """The files of one video; returns its line of the table."""
+def write_video(folder: Path, config: Config, request: Request, clips: Clips, index: int, nats: float,
+                seconds: float) -> tuple:
+    """The files of one video of log-likelihood `nats`; returns its line of the table."""
     frames = clips.frames_BTHWC[index]
     scale = max(1, SHOWN_PIXELS // frames.shape[1])
     path = folder / f"{request.name}.mp4"
@@ -45,14 +46,15 @@ def write_video(folder: Path, config: Config, request: Request, clips: Clips, in
     details = folder.with_name(f"{folder.name}_details") / path.name if config.sample.vbench else path
     contact_sheet(details.with_suffix(".png"), frames[None], [request.prompt], scale=max(1, scale // 2))
     dims = clips.noisy_BNhwC[index].size
-    facts = describe(config, request, clips, index, seconds)
+    facts = describe(config, request, clips, index, nats, seconds)
     with atomic_path(details.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(facts, indent=1))
     steps = int(clips.deep_steps_BK[index].sum())
-    return str(path), f"{clips.nats_B[index] / dims / np.log(2):.3f}", steps, f"{seconds:.1f}"
+    return str(path), f"{-nats / dims / np.log(2):.3f}", steps, f"{seconds:.1f}"
 
 
-def describe(config: Config, request: Request, clips: Clips, index: int, seconds: float) -> dict[str, Any]:
+def describe(config: Config, request: Request, clips: Clips, index: int, nats: float, seconds: float
+             ) -> dict[str, Any]:
     """What the JSON beside a video says."""
     return {
         "prompt": request.prompt,
@@ -60,7 +62,7 @@ def describe(config: Config, request: Request, clips: Clips, index: int, seconds
         "seed": request.seed,
         "frames": int(clips.frames_BTHWC.shape[1]),
         "settings": dataclasses.asdict(config.sample),
-        "log_likelihood_nats": -float(clips.nats_B[index]),
+        "log_likelihood_nats": nats,
         "log_likelihood_of": f"the sampled latents with noise {config.model.noise_std}, given the prompt",
         "deep_steps_per_block": clips.deep_steps_BK[index].tolist(),
         "deep_residual_per_block": [float(f"{r:.3g}") for r in clips.deep_residual_BK[index]],

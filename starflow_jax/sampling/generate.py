@@ -1,7 +1,8 @@
-"""From prompts to frames, and from frames to exact likelihoods: what sampling, training and evaluation share."""
+"""From prompts to frames."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,10 +14,10 @@ from starflow_jax.flow import decode
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, decoding_variables, flow_variables
 from starflow_jax.model.system import System
-from starflow_jax.sampling.conditions import Conditions, prepare, token_grid
+from starflow_jax.sampling.conditions import Conditions, Text, make_conditions
 from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.likelihood import frame_nats
-from starflow_jax.sampling.solver import deep_solver, shallow_solver
+from starflow_jax.sampling.solver import chosen_solver, deep_solver, shallow_solver
 from starflow_jax.sampling.windows import context_frames
 from starflow_jax.sharding import fetch
 
@@ -27,7 +28,7 @@ class Clips:
 
     frames_BTHWC: np.ndarray  # uint8
     noisy_BNhwC: np.ndarray  # the flow's own sample, before denoising
-    nats_B: np.ndarray  # -log p of that sample, given the prompt
+    text: Text  # the prompts' features, by the frame from which on they hold
     deep_steps_BK: np.ndarray  # Jacobi steps of each block of tokens of the deep block
     deep_residual_BK: np.ndarray
     shallow_steps_B: np.ndarray  # summed over the shallow blocks' blocks of tokens; the frames' largest
@@ -43,36 +44,39 @@ def generate_clips(
     settings: Sample,
     known_BTHWC: np.ndarray | None = None,
 ) -> Clips:
-    """One clip per caption and seed. known: uint8 first frames (one: TI2V, more: extension), encoded, noised
-    like training data and denoised with the rest.
+    """One clip per caption and seed. params: as `inference_params` gives them. known: uint8 first frames (one: TI2V,
+    more: extension), encoded, noised like training data and denoised with the rest.
 
     Raises UserError for a length that the codec or the window does not allow.
     """
-    flow, variables = system.flow, decoding_variables(system.config, params)
-    given = prepare(system, params, captions, seeds, settings, known_BTHWC)
-    made, reports = [], []
-    for frames, report in deep_frames(system, variables, given, settings):
-        made.append(frames)
-        reports.append(report)
-    noisy, shallow = decode.invert_shallow(flow, variables, jnp.concatenate(made, axis=1),
-                                           solver=shallow_solver(settings), token_grid=token_grid(system))
+    given = make_conditions(system, params, captions, seeds, settings, known_BTHWC)
+    made, reports = zip(*deep_frames(system, params, given, settings))
+    noisy, shallow = decode.invert_shallow(
+        system.flow, decoding_variables(params), _joined(*made),
+        solver=shallow_solver(chosen_solver(system, settings)), token_grid=system.token_grid)
     if given.known_BThwC is not None:
-        noisy = jnp.concatenate([given.known_BThwC, noisy], axis=1)
-    clean = denoise(system, params, noisy, given.text, settings.denoise)
-    frames = system.decode(clean)
-    clips = _collect(frames, noisy, frame_nats(system, params, noisy, given.text), reports, shallow, len(captions))
+        noisy = _joined(given.known_BThwC, noisy)
+    frames = system.decode(denoise(system, params, noisy, given.text, settings.denoise))
+    clips = _collect(frames, noisy, given.text, reports, shallow)
     if not settings.certify:
         return clips
     return dataclasses.replace(clips, certificate_B=certificate(system, params, clips, given))
 
 
-def deep_frames(system: System, variables: Any, given: Conditions, settings: Sample):
+def deep_frames(
+    system: System, params: Params, given: Conditions, settings: Sample
+) -> Iterator[tuple[jax.Array, decode.Report]]:
     """u of the frames to make, a step's at a time: decode.generate's pairs."""
     return decode.generate(
-        system.flow, variables, given.noise_BNSK, given.texts, guidance=settings.guidance,
-        solver=deep_solver(system, settings), token_grid=token_grid(system), known_BTSK=given.known_BTSK,
-        window=system.config.model.frames, context=context_frames(system, settings), guess_BSK=given.guess_BSK,
-        start_BTSK=given.start_BNSK)
+        system.flow, decoding_variables(params), given.noise_BNSK, given.texts, guidance=settings.guidance,
+        solver=deep_solver(chosen_solver(system, settings)), token_grid=system.token_grid,
+        known_BTSK=given.known_BTSK, window=system.config.model.frames, context=context_frames(system, settings),
+        guess_BSK=given.guess_BSK, start_BTSK=given.start_BNSK)
+
+
+def log_likelihood(system: System, params: Params, clips: Clips) -> np.ndarray:
+    """(B,) exact log p of the clips' noised latents given their prompts, in nats."""
+    return -fetch(frame_nats(system, params, jnp.asarray(clips.noisy_BNhwC), clips.text)).sum(axis=1)
 
 
 def certificate(system: System, params: Params, clips: Clips, given: Conditions) -> np.ndarray:
@@ -85,23 +89,29 @@ def certificate(system: System, params: Params, clips: Clips, given: Conditions)
         raise UserError("sample.certify: the forward flow knows neither guidance nor changes of prompt; "
                         "set sample.guidance=0 and no sample.changes")
     window = system.config.model.frames
-    known = 0 if given.known_BTSK is None else given.known_BTSK.shape[1]
-    noise_of = jax.jit(_noise_of, static_argnums=0)
-    z = noise_of(system, params, jnp.asarray(clips.noisy_BNhwC[:, :window]), given.texts[0][0])[:, known:]
+    z = encode_z(system.flow, params, jnp.asarray(clips.noisy_BNhwC[:, :window]), given.texts[0][0])[:, given.given:]
     error, asked = z - given.noise_BNSK[:, :z.shape[1]], given.noise_BNSK[:, :z.shape[1]]
     return fetch(jnp.sum(error**2, axis=(1, 2, 3)) / jnp.sum(asked**2, axis=(1, 2, 3)))
 
 
-def _noise_of(system: System, params: Params, x: jax.Array, text: jax.Array) -> jax.Array:
-    return apply_flow(system.flow, flow_variables(params), STARFlow.forward, x, text).z_BTSK
+@partial(jax.jit, static_argnums=0)
+def encode_z(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
+    """z = f(x~), (B, N, S, K), of at most a window."""
+    return apply_flow(flow, flow_variables(params), STARFlow.forward, noisy, text).z_BTSK
 
 
-def _collect(frames, noisy, nats_BN, reports, shallow, batch: int) -> Clips:
-    frames, noisy, nats_BN, reports, shallow = jax.tree.map(fetch, (frames, noisy, nats_BN, reports, shallow))
-    steps = np.concatenate([r.steps for r in reports]).T
-    residual = np.concatenate([r.residual for r in reports]).T
-    converged = np.all(np.concatenate([r.converged for r in reports]), axis=0)
-    per_frame = [r.steps.sum(axis=0).reshape(batch, -1).max(axis=1) for r in shallow]
+@jax.jit
+def _joined(*parts_BN: jax.Array) -> jax.Array:
+    return jnp.concatenate(parts_BN, axis=1)
+
+
+def _collect(frames: jax.Array, noisy: jax.Array, text: Text, deep: Sequence[decode.Report],
+             shallow: Sequence[decode.Report]) -> Clips:
+    frames_BTHWC, noisy_BNhwC, deep, shallow = jax.tree.map(fetch, (frames, noisy, deep, shallow))
+    batch = len(frames_BTHWC)
+    converged_B = np.all(np.concatenate([report.converged for report in deep]), axis=0)
     for report in shallow:
-        converged &= np.all(report.converged, axis=0).reshape(batch, -1).all(axis=1)
-    return Clips(frames, noisy, nats_BN.sum(axis=1), steps, residual, np.sum(per_frame, axis=0), converged)
+        converged_B &= np.all(report.converged, axis=0).reshape(batch, -1).all(axis=1)
+    per_frame: Any = [report.steps.sum(axis=0).reshape(batch, -1).max(axis=1) for report in shallow]
+    return Clips(frames_BTHWC, noisy_BNhwC, text, np.concatenate([report.steps for report in deep]).T,
+                 np.concatenate([report.residual for report in deep]).T, np.sum(per_frame, axis=0), converged_B)

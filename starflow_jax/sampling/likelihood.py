@@ -1,6 +1,7 @@
 """Exact likelihoods of videos, frame by frame."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import numpy as np
@@ -10,8 +11,7 @@ from starflow_jax.data.pipeline import ClipLength, TextInput, evaluation_batches
 from starflow_jax.flow.likelihood import nats
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, flow_variables
-from starflow_jax.model.sources import training_source
-from starflow_jax.model.system import System
+from starflow_jax.model.system import System, training_source
 from starflow_jax.sampling.conditions import Text, text_at
 from starflow_jax.sampling.windows import windowed
 from starflow_jax.sharding import fetch, lay_out
@@ -19,12 +19,14 @@ from starflow_jax.sharding import fetch, lay_out
 
 def frame_nats(system: System, params: Params, noisy: jax.Array, text: Text) -> jax.Array:
     """(B, N) exact -log p(x~_n | earlier frames of its window, text) in nats, constants included."""
-    run = jax.jit(nats_of_window, static_argnums=0)
-    return windowed(system, noisy, lambda window, frame: run(system, params, window, text_at(text, frame)), 0)
+    return windowed(system, noisy, lambda window, frame: window_nats(
+        system.flow, params, window, text_at(text, frame)), lookahead=0)
 
 
-def nats_of_window(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
-    return nats(apply_flow(system.flow, flow_variables(params), STARFlow.forward, noisy, text))
+@partial(jax.jit, static_argnums=0)
+def window_nats(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
+    """The same of at most one window, (B, T)."""
+    return nats(apply_flow(flow, flow_variables(params), STARFlow.forward, noisy, text))
 
 
 def likelihood_batches(system: System, split: str, limit: int) -> Iterator[Batch]:
@@ -44,9 +46,9 @@ def noised_latents(system: System, batch: Batch, seed: int) -> jax.Array:
 
 def bits_per_frame(system: System, params: Params, batches: Iterator[Batch], seed: int = 0) -> np.ndarray:
     """(clips, N) bits per dimension of each noised latent frame, given its caption and the frames before it."""
-    text_of, rows = jax.jit(system.text_of), []
+    rows = []
     for index, batch in enumerate(batches):
         noisy = noised_latents(system, batch, seed + index)
-        nats_BN = frame_nats(system, params, noisy, text_of(params, batch.text_B))
+        nats_BN = frame_nats(system, params, noisy, system.text_of(params, batch.text_B))
         rows.append(fetch(nats_BN)[fetch(batch.valid_B)] / np.prod(noisy.shape[2:]) / np.log(2))
     return np.concatenate(rows)

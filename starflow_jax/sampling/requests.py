@@ -1,55 +1,46 @@
 """What --mode=sample is asked for: prompts, seeds and given frames."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from starflow_jax.config import Config, UserError
-from starflow_jax.io.pictures import read_image, resize_crop
 from starflow_jax.io.progress import ProgressBar
-from starflow_jax.io.video import at_rate, read_video
-from starflow_jax.model.shapes import pixel_frames
+from starflow_jax.model.codec import pixel_frames
 from starflow_jax.sampling import vbench
 from starflow_jax.sampling.files import Request
 from starflow_jax.sampling.generate import Clips
 from starflow_jax.text.rewrite import rewriter
 
 
-def given_frames(config: Config) -> np.ndarray | None:
-    """(T, H, W, 3) uint8 of sample.image or sample.video at the model's size and frame rate; None without.
-
-    T is 1 + a multiple of the codec's time stride: of a longer video the last frames.
-    """
-    settings, stride = config.sample, config.codec.time_stride
-    height, width = config.model.height * config.codec.stride, config.model.width * config.codec.stride
-    if settings.image and settings.video:
-        raise UserError("sample.image and sample.video are both given; leave one out")
-    if settings.image:
-        return resize_crop(read_image(settings.image)[None], height, width)
-    if not settings.video:
-        return None
-    frames_THWC, fps = read_video(settings.video)
-    wanted = settings.fps or config.text.fps or fps
-    frames_THWC = at_rate(frames_THWC, fps, wanted)
-    return resize_crop(frames_THWC[(len(frames_THWC) - 1) % stride:], height, width)
-
-
 def with_length(config: Config, known_THWC: np.ndarray | None) -> Config:
-    """A given video is gone on from by the training length where no length is asked for."""
+    """A given video is extended by the training length where no length is asked for."""
     if known_THWC is None or config.sample.frames or not config.sample.video:
         return config
     frames = len(known_THWC) + pixel_frames(config) - 1
     return dataclasses.replace(config, sample=dataclasses.replace(config.sample, frames=frames))
 
 
-def most_likely(made: list[tuple[Request, Clips, int, float]], keep: int) -> list[tuple[Request, Clips, int, float]]:
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """One video of a batch."""
+
+    request: Request
+    clips: Clips
+    index: int
+    nats: float  # log-likelihood
+    seconds: float
+
+
+def most_likely(made: Sequence[Made], keep: int) -> list[Made]:
     """Each prompt's `keep` videos of greatest exact log-likelihood, the best first; prompts in their order."""
-    by_prompt: dict[str, list] = {}
-    for one in made:
-        by_prompt.setdefault(one[0].prompt, []).append(one)
-    return [one for group in by_prompt.values()
-            for one in sorted(group, key=lambda one: one[1].nats_B[one[2]])[:keep]]
+    by_prompt: dict[str, list[Made]] = {}
+    for video in made:
+        by_prompt.setdefault(video.request.prompt, []).append(video)
+    return [video for videos in by_prompt.values()
+            for video in sorted(videos, key=lambda video: -video.nats)[:keep]]
 
 
 def read_requests(config: Config) -> list[Request]:

@@ -1,34 +1,43 @@
-"""Settings of the solver, as asked for or as calibrated."""
+"""The solver's settings with what they leave open filled in, as every program that inverts the flow takes them."""
 
-from starflow_jax.config import Sample
+import dataclasses
+
+from starflow_jax.config import Model, Sample, Solver
 from starflow_jax.flow import decode
-from starflow_jax.model.system import Calibrated, System
+from starflow_jax.model.system import System
+
+SHALLOW_TOLERANCE = 0.1  # of the deep block's: shallow blocks are cheap and feed one another
+WHOLE_FRAME = 1 << 30  # a block that no frame fills
 
 
-def deep_solver(system: System, settings: Sample) -> decode.Solver:
-    """Block size and frames per step as asked for, as calibrated, or a frame at a time; a stream's steps are
-    single frames, so that each leaves as soon as it can."""
-    if settings.solver == "sequential":
+def chosen_solver(system: System, settings: Sample) -> Solver:
+    """sample.solver, where it leaves something open as calibrated; a stream's steps are single frames, so that each
+    leaves as soon as it can."""
+    return complete(settings.solver, system.calibration.solver, system.config.model, stream=settings.stream)
+
+
+def complete(asked: Solver, calibrated: Solver, model: Model, stream: bool = False) -> Solver:
+    """Every setting of a solver. The calibrated kind, and what belongs to it, was measured on whole videos solved for
+    within a tolerance: it counts there alone, and where no kind is asked for."""
+    measured = calibrated if not asked.kind and not stream and asked.tolerance > 0 else Solver()
+    kind = asked.kind or measured.kind or "jacobi"
+    frames = asked.frames_per_step or (0 if stream else calibrated.frames_per_step) or 1
+    block = asked.block_size or calibrated.block_size or frames * model.tokens_per_frame
+    updates = asked.updates if asked.kind == "wavefront" else measured.updates
+    return dataclasses.replace(asked, kind=kind, block_size=block, frames_per_step=frames, updates=updates,
+                               start=asked.start or measured.start or "previous")
+
+
+def deep_solver(solver: Solver) -> decode.Solver:
+    """The deep block's, of complete settings."""
+    if solver.kind == "sequential":
         return decode.SEQUENTIAL
-    frames = settings.frames_per_step or (0 if settings.stream else system.calibrated.frames_per_step) or 1
-    block = settings.block_size or system.calibrated.block_size or frames * system.config.model.tokens_per_frame
-    updates = settings.updates if settings.solver == "wavefront" else _calibrated(system, settings).updates
-    return decode.Solver(block, settings.tolerance, settings.max_steps, frames, updates)
+    updates = solver.updates if solver.kind == "wavefront" else 0
+    return decode.Solver(solver.block_size, solver.tolerance, solver.max_steps, solver.frames_per_step, updates)
 
 
-def deep_start(system: System, settings: Sample) -> str:
-    """As asked for, or as calibrated: each frame from the "previous" one, or from its "noise"."""
-    return settings.start or _calibrated(system, settings).start or "previous"
-
-
-def _calibrated(system: System, settings: Sample) -> Calibrated:
-    """What was found fastest for whole videos and within a tolerance, where no solver is named."""
-    whole = not settings.solver and not settings.stream and settings.tolerance > 0
-    return system.calibrated if whole else Calibrated()
-
-
-def shallow_solver(settings: Sample) -> decode.Solver:
-    """Shallow blocks are cheap and feed one another: whole frames at once, to a tenth of the tolerance."""
-    if settings.solver == "sequential":
+def shallow_solver(solver: Solver) -> decode.Solver:
+    """The shallow blocks': a whole frame at once, to a part of the tolerance."""
+    if solver.kind == "sequential":
         return decode.SEQUENTIAL
-    return decode.Solver(block_size=1 << 30, tolerance=settings.tolerance / 10)
+    return decode.Solver(WHOLE_FRAME, solver.tolerance * SHALLOW_TOLERANCE)

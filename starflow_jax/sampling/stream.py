@@ -20,10 +20,10 @@ from starflow_jax.flow.denoiser_stream import score_next
 from starflow_jax.flow.likelihood import REFERENCE_NOISE
 from starflow_jax.model.parameters import Params, decoding_variables
 from starflow_jax.model.system import System
-from starflow_jax.sampling.conditions import Conditions, prepare, text_at, token_grid
+from starflow_jax.sampling.conditions import Conditions, make_conditions, text_at
 from starflow_jax.sampling.denoise import denoise_window
 from starflow_jax.sampling.generate import deep_frames
-from starflow_jax.sampling.solver import shallow_solver
+from starflow_jax.sampling.solver import chosen_solver, shallow_solver
 from starflow_jax.sampling.timeline import Timeline
 from starflow_jax.sampling.windows import output_windows
 
@@ -49,13 +49,13 @@ def stream_clips(
     """Yield the clips' next frames, uint8 (B, T, H, W, 3), T = 1 for the first latent frame and the codec's time
     stride for each after it; the given ones come first."""
     deep, rest = stream_devices(settings.devices)
-    given = prepare(system, params, captions, seeds, settings, known_BTHWC)
-    variables = jax.device_put(decoding_variables(system.config, params), deep)
+    given = make_conditions(system, params, captions, seeds, settings, known_BTHWC)
     finish = _Finisher(system, jax.device_put(params, rest), given, settings)
     timeline = timeline or Timeline()
     index = 0 if given.known_BTSK is None else given.known_BTSK.shape[1]
     pending: list[jax.Array] = []
-    for u_BGSK, _ in deep_frames(system, variables, jax.device_put(given, deep), settings):
+    deep_params, deep_given = jax.device_put(({"flow": params["flow"]}, given), deep)
+    for u_BGSK, _ in deep_frames(system, deep_params, deep_given, settings):
         timeline.watch("deep", index, u_BGSK)
         # What was asked for a step ago is fetched only now, with the deep block at work on the next.
         yield from (np.asarray(frames) for frames in pending)
@@ -72,7 +72,7 @@ class _Finisher:
     def __init__(self, system: System, params: Params, given: Conditions, settings: Sample) -> None:
         model = system.config.model
         self._system, self._params, self._settings = system, params, settings
-        self._variables = decoding_variables(system.config, params)
+        self._shallow_solver = shallow_solver(chosen_solver(system, settings))
         device = jax.tree.leaves(params)[0].device
         self._text = jax.device_put(given.text, device)
         self._codec, self._cache = jax.device_put(system.codec, device), None
@@ -90,8 +90,8 @@ class _Finisher:
     def __call__(self, u_BGSK: jax.Array) -> list[jax.Array]:
         """Take the next frames of u; returns the pixels that they complete."""
         noisy, _ = decode.invert_shallow(
-            self._system.flow, self._variables, u_BGSK, solver=shallow_solver(self._settings),
-            token_grid=token_grid(self._system))
+            self._system.flow, decoding_variables(self._params), u_BGSK, solver=self._shallow_solver,
+            token_grid=self._system.token_grid)
         self._noisy = _place(self._noisy, noisy, self._ready)
         self._ready += u_BGSK.shape[1]
         total = self._noisy.shape[1]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from starflow_jax import sharding
 from starflow_jax.config import UserError
 from starflow_jax.io.progress import ProgressBar
-from starflow_jax.model.store import with_text
+from starflow_jax.model.text import frozen_encoder_params
 from starflow_jax.training.metrics import MetricWriter
 from starflow_jax.training.optimizer import schedule
 from starflow_jax.training.run import Run
@@ -45,7 +45,7 @@ def _steps(run: Run, writer: MetricWriter) -> int:
     step_fn, rate = make_train_step(system, run.mesh), schedule(settings)
     if system.config.codec.kind == "wan":
         system = dataclasses.replace(system, codec=jax.device_put(system.codec, sharding.replicated(run.mesh)))
-    frozen = sharding.spread(with_text(system.config, {}), run.mesh)
+    frozen = sharding.spread(frozen_encoder_params(system.config), run.mesh)
     since, tokens, step = time.perf_counter(), 0, int(run.state.step)
     with ProgressBar("train", settings.steps, initial=step, shown=writer.writes) as progress:
         while step < settings.steps and not run.stop.agreed():

@@ -5,7 +5,7 @@ import numpy as np
 from starflow_jax.checkpoints.training import BEST
 from starflow_jax.evaluation.adherence import adherence_of_samples
 from starflow_jax.io.pictures import contact_sheet
-from starflow_jax.model.parameters import Params
+from starflow_jax.model.parameters import Params, inference_params
 from starflow_jax.model.sources import fixed_captions
 from starflow_jax.model.system import System
 from starflow_jax.sampling.generate import generate_clips
@@ -27,7 +27,7 @@ DIGITS_SHEET = (
 
 def validate(system: System, params: Params, step: int, writer: MetricWriter) -> dict[str, float]:
     """Write the metrics of these parameters, which are returned, and the sheet."""
-    settings = system.config.train
+    settings, params = system.config.train, inference_params(system.config, params)
     bits = bits_per_frame(system, params, likelihood_batches(system, "validation", settings.validation_clips))
     metrics = {BEST: float(bits.mean())}
     if settings.adherence_prompts:
@@ -44,7 +44,7 @@ def _sheet(system: System, params: Params, step: int, writer: MetricWriter) -> N
     count, size = system.config.train.sheet_clips, system.config.sample.batch_size
     digits = system.config.data.source == "digits"
     # Clips of one video share its caption.
-    found = DIGITS_SHEET if digits else dict.fromkeys(fixed_captions(system, "validation", 32 * count))
+    found = DIGITS_SHEET if digits else dict.fromkeys(fixed_captions(system.config, "validation", 32 * count))
     captions = list(found)[:count]
     parts = [generate_clips(system, params, captions[begin:begin + size], range(begin, len(captions))[:size],
                             system.config.sample).frames_BTHWC for begin in range(0, len(captions), size)]

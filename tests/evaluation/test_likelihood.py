@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from starflow_jax.model.shapes import prompt_text
 
 from starflow_jax.codec import patch
 from starflow_jax.config import Codec, Config, Evaluate, Model, Text, UserError
@@ -28,7 +29,6 @@ from starflow_jax.evaluation.likelihood import (
 )
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.io.video import write_mp4
-from starflow_jax.model.shapes import prompt_text
 from starflow_jax.model.store import load_pretrained
 from starflow_jax.model.system import System
 from starflow_jax.sampling.likelihood import frame_nats

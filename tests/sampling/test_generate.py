@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from starflow_jax.model.shapes import prompt_text
 
 from starflow_jax.codec import patch
 from starflow_jax.config import Codec, Config, Model, Sample, Text, UserError
 from starflow_jax.model.parameters import flow_variables
-from starflow_jax.model.shapes import prompt_text
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import noise_for
 from starflow_jax.sampling.denoise import denoise

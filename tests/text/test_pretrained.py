@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from starflow_jax.model.shapes import patch_shape
 
 from starflow_jax.codec import patch
 from starflow_jax.config import Codec, Config, Convert, Text, UserError
 from starflow_jax.io.tensor_files import write_safetensors
 from starflow_jax.model.parameters import build_text_encoder, model_fingerprint
-from starflow_jax.model.shapes import patch_shape
 from starflow_jax.model.store import load_model, with_text
 from starflow_jax.model.system import System, save_system
 from starflow_jax.modes.convert import convert

@@ -1,0 +1,54 @@
+"""What --mode=calibrate finds for a trained model: the solver that decodes it fastest, and where that starts."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from starflow_jax.config import Solver
+from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess
+from starflow_jax.io.arrays import export_arrays, import_arrays
+from starflow_jax.io.files import atomic_path
+
+FIRST_GUESS, NOISE_GUESS, SOLVER = "first_guess.safetensors", "noise_guess.safetensors", "decoding.json"
+MEASURED = ("kind", "block_size", "frames_per_step", "updates", "start")  # the solver's settings that are calibrated
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """A solver, of which only MEASURED counts, and fitted guesses of its start; Calibration(): not calibrated."""
+
+    solver: Solver = Solver()
+    first_guess: FirstGuess | None = None  # of the first frame from its text
+    noise_guess: NoiseGuess | None = None  # of each token from its noise
+
+
+def save_calibration(calibration: Calibration, folder: Path) -> None:
+    """Write the guesses and the solver."""
+    assert calibration.first_guess is not None
+    export_arrays(folder / FIRST_GUESS, dataclasses.asdict(calibration.first_guess), dtype=np.float16)
+    if calibration.noise_guess is None:
+        (folder / NOISE_GUESS).unlink(missing_ok=True)
+    else:
+        export_arrays(folder / NOISE_GUESS, dataclasses.asdict(calibration.noise_guess))
+    with atomic_path(folder / SOLVER) as path:
+        path.write_text(json.dumps({name: getattr(calibration.solver, name) for name in MEASURED}, indent=1))
+
+
+def read_calibration(folder: Path) -> Calibration:
+    """What `save_calibration` wrote; Calibration() where there is nothing."""
+    if not (folder / SOLVER).exists():
+        return Calibration()
+    found = json.loads((folder / SOLVER).read_text())
+    if "kind" not in found:  # a file that names a wavefront by its updates alone
+        found["kind"] = "wavefront" if found.get("updates") else "jacobi"
+        found["updates"] = found.get("updates") or Solver.updates
+    noise = folder / NOISE_GUESS
+    return Calibration(Solver(**found), FirstGuess(**import_arrays(folder / FIRST_GUESS)),
+                       NoiseGuess(**import_arrays(noise)) if noise.exists() else None)
+
+
+def remove_calibration(folder: Path) -> None:
+    for name in (FIRST_GUESS, NOISE_GUESS, SOLVER):
+        (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,78 @@
+"""The codec of a configuration: the VAE that codec.weights names, or a patch codec fitted to training clips."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow_jax.codec import patch
+from starflow_jax.codec.interface import LatentCodec
+from starflow_jax.codec.wan_stream import load_codec
+from starflow_jax.config import Config, UserError
+from starflow_jax.io.arrays import export_arrays, import_arrays
+from starflow_jax.model.sources import data_source
+
+FITTED_CLIPS = 1_000  # training clips that the patch codec is fitted to
+FITTED_CODEC = "codec.safetensors"
+
+
+def pixel_frames(config: Config) -> int:
+    """Frames of a training clip in pixels."""
+    return 1 + (config.model.frames - 1) * config.codec.time_stride
+
+
+def frame_size(config: Config) -> tuple[int, int]:
+    """Rows and columns of a frame in pixels."""
+    return config.model.height * config.codec.stride, config.model.width * config.codec.stride
+
+
+def patch_shape(config: Config) -> patch.PatchShape:
+    return patch.PatchShape(config.codec.time_stride, config.codec.stride)
+
+
+def make_codec(config: Config) -> LatentCodec:
+    """The VAE of codec.weights, or a codec fitted to training clips."""
+    if config.codec.kind == "wan":
+        return load_codec(config.codec, config.model.channels)
+    source = data_source(config, "train")
+    frames = np.stack([source[i]["frames"] for i in range(min(FITTED_CLIPS, len(source)))])
+    return patch.fit(frames[:, :pixel_frames(config)], patch_shape(config), config.model.channels)
+
+
+def save_codec(codec: LatentCodec, folder: Path) -> None:
+    """Write a fitted codec; a VAE's weights stay in the file that codec.weights names."""
+    if isinstance(codec, patch.PatchCodec):
+        arrays = {name: getattr(codec, name) for name in ("mean_P", "basis_PC", "scale")}
+        export_arrays(folder / FITTED_CODEC, arrays)
+
+
+def read_codec(config: Config, folder: Path) -> LatentCodec:
+    """The VAE of codec.weights, or the fitted codec in a folder. Raises UserError where it is of another model."""
+    if config.codec.kind == "wan":
+        return load_codec(config.codec, config.model.channels)
+    shape = patch_shape(config)
+    arrays = {name: jnp.asarray(value) for name, value in import_arrays(folder / FITTED_CODEC).items()}
+    codec = patch.PatchCodec(**arrays, shape=shape)
+    expected = (shape.pixels, config.model.channels)
+    if codec.basis_PC.shape != expected:
+        raise UserError(f"{folder / FITTED_CODEC}: its projection is {codec.basis_PC.shape}, this configuration's is "
+                        f"{expected}; use the configuration that made it")
+    return codec
+
+
+def codec_fingerprint(config: Config, codec: LatentCodec) -> dict[str, Any]:
+    """What prepared latents depend on."""
+    settings = {name: value for name, value in dataclasses.asdict(config.codec).items() if name != "weights"}
+    return {**settings, "arrays": digest(codec)}
+
+
+def digest(arrays: Any) -> str:
+    """A short hash of a tree of arrays."""
+    hashed = hashlib.sha256()
+    for leaf in jax.tree.leaves(arrays):
+        hashed.update(np.ascontiguousarray(leaf).tobytes())
+    return hashed.hexdigest()[:16]

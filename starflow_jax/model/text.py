@@ -1,0 +1,66 @@
+"""Text of a configuration: what a prompt says, its tokens, its features."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from starflow_jax.config import Config
+from starflow_jax.model.sources import data_source
+from starflow_jax.text.pretrained import encoder_config, load_encoder, load_tokenizer
+from starflow_jax.text.prompt import EXTEND, format_prompt
+from starflow_jax.text.t5 import T5Config, T5Encoder, mask_padding
+from starflow_jax.text.tokenizer import Tokenizer, train_tokenizer
+
+TOKENIZED_CLIPS = 3_000  # training clips whose captions the tokenizer is trained on
+
+
+def prompt_text(config: Config, caption: str, is_image: bool = False, fps: int = 0, aspect_ratio: str = "") -> str:
+    """A caption with its metadata, as the text encoder is given it; fps and aspect ratio: as trained by default."""
+    return format_prompt(caption, fps=0 if is_image else fps or config.text.fps,
+                         aspect_ratio=aspect_ratio or config.text.aspect_ratio)
+
+
+def text_encoder(config: Config) -> T5Encoder:
+    """The small T5 that is trained along with the flow, or the frozen one of text.weights."""
+    text, dtype = config.text, jnp.dtype(config.model.dtype)
+    if text.encoder == "frozen":
+        return T5Encoder(encoder_config(Path(text.weights), config.model.text_dim), dtype=dtype)
+    return T5Encoder(T5Config(vocab_size=text.vocab_size, d_model=text.d_model, d_kv=text.d_kv, d_ff=text.d_ff,
+                              num_layers=text.layers, num_heads=text.heads), dtype=dtype)
+
+
+@partial(jax.jit, static_argnums=0)
+def encode_text(encoder: T5Encoder, params: Any, ids_BS: jax.Array) -> jax.Array:
+    """Token ids -> features (B, text_length, text_dim), padding zeroed."""
+    features: Any = encoder.apply({"params": params}, ids_BS)
+    return mask_padding(features, ids_BS)
+
+
+def frozen_encoder_params(config: Config) -> dict[str, Any]:
+    """{"text": parameters} of the frozen text encoder, which no checkpoint holds; {} where there is none."""
+    if config.text.encoder != "frozen" or not config.model.text_length:
+        return {}
+    return {"text": jax.tree.map(jnp.asarray, load_encoder(Path(config.text.weights), config.model.text_dim))}
+
+
+def make_tokenizer(config: Config) -> Tokenizer:
+    """That of a frozen text encoder, or one trained on the training captions."""
+    if config.text.encoder == "frozen":
+        return load_tokenizer(Path(config.text.weights))
+    source, texts = data_source(config, "train"), []
+    for index in range(min(TOKENIZED_CLIPS, len(source))):
+        example = source[index]
+        for caption in (example["caption_long"].decode(), example["caption_short"].decode(), ""):
+            texts += [prompt_text(config, caption), prompt_text(config, EXTEND + caption),
+                      prompt_text(config, caption, is_image=True)]
+    return Tokenizer(train_tokenizer(texts, config.text.vocab_size))
+
+
+def read_tokenizer(config: Config, folder: Path) -> Tokenizer:
+    """That of a frozen text encoder, or the one that a workdir's system holds."""
+    if config.text.encoder == "frozen":
+        return load_tokenizer(Path(config.text.weights))
+    return Tokenizer.load(folder / "tokenizer.model")
