@@ -322,7 +322,7 @@ class Evaluate(Settings):
                          POSITIVE)
     batch_size: int = setting(64, "of these at once", POSITIVE)
     prompts: int = setting(500, "fixed test prompts whose samples are read (test_set)", POSITIVE)
-    video: str = setting("", "a video file: its exact likelihood under `caption`, and the way to noise and back (video)")
+    video: str = setting("", "a video file: its exact likelihood under `caption`, and its way to z and back (video)")
     caption: str = setting("", "of that video")
     other: str = setting("", "another video file: interpolation in z from `video` to it")
     other_caption: str = setting("", "of that other video; empty: the same caption")
@@ -333,7 +333,7 @@ class Evaluate(Settings):
     folder: str = setting("", "comma-separated folders of videos of any system (quality)")
     reference: str = setting("", "a folder of real videos; without `folder`: how well the codec reconstructs them "
                              "(quality)")
-    vbench: str = setting("", 'VBench\'s prompt list, a file or "installed", after which the videos are named (quality)')
+    vbench: str = setting("", 'VBench\'s prompt list, a file or "installed", that names the videos (quality)')
     frames: int = setting(16, "first frames of each video that Frechet video distance compares",
                           Allowed("9 or more: fewer vanish in I3D's strides", lambda value: value >= 9))
     fps: int = setting(0, "at which videos of folders are taken; 0: their own", at_least(0, "the videos' own"))

@@ -1,12 +1,13 @@
 """What several tests share: a tiny model and parameters in which nothing is zero."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.config import Model
+from starflow_jax.config import Model, Sample, Solver
 from starflow_jax.flow.starflow import STARFlow
 
 HEAD_DIM = 20
@@ -61,3 +62,11 @@ def depends(jacobian: np.ndarray, out_axis: int, in_axis: int) -> np.ndarray:
     """(outputs, inputs) bool: whether any derivative along two chosen axes is not exactly zero."""
     axes = tuple(axis for axis in range(jacobian.ndim) if axis not in (out_axis, in_axis))
     return np.abs(np.asarray(jacobian)).max(axis=axes) > 0
+
+
+def changed(settings: Sample, **changes: Any) -> Sample:
+    """Sampling settings with some of them changed; those of the solver by their own names."""
+    of_solver = {field.name for field in dataclasses.fields(Solver)}
+    solver = dataclasses.replace(settings.solver, **{name: changes[name] for name in changes if name in of_solver})
+    rest = {name: value for name, value in changes.items() if name not in of_solver}
+    return dataclasses.replace(settings, solver=solver, **rest)

@@ -47,9 +47,9 @@ BAD = [
     (config.Train, "weight_decay", -1e-4, "0 or more"),
     (config.Sample, "guidance", -0.5, "0 (none)"),
     (config.Sample, "frames", -1, "training length"),
-    (config.Sample, "max_steps", -1, "block size"),
+    (config.Solver, "max_steps", -1, "block size"),
     (config.Sample, "context_frames", -1, "three quarters"),
-    (config.Sample, "solver", "newton", "jacobi, wavefront, sequential"),
+    (config.Solver, "kind", "newton", "jacobi, wavefront, sequential"),
     (config.Sample, "denoise", "blur", "denoiser, score, none"),
     (config.Evaluate, "prompts", 0, "greater than 0"),
     (config.Sample, "frames", "49", "a whole number"),
@@ -71,7 +71,7 @@ def test_a_bad_value_names_itself(kind: Any, field: str, value: Any, allowed: st
     with pytest.raises(UserError) as error:
         kind(**{**good, field: value})
     message = str(error.value)
-    assert message.startswith(f"{kind.__name__.lower()}.{field}={value!r}: ")
+    assert message.startswith(f"{kind.path or kind.__name__.lower()}.{field}={value!r}: ")
     assert allowed in message
     assert "\n" not in message
 
@@ -103,8 +103,8 @@ def test_overrides_are_checked_again() -> None:
     overridden = to_config_dict(settings())
     overridden.train.steps = 2_000
     assert from_config_dict(overridden).train.steps == 2_000
-    overridden.sample.solver = "newton"
-    with pytest.raises(UserError, match="sample.solver='newton'"):
+    overridden.sample.solver.kind = "newton"
+    with pytest.raises(UserError, match="sample.solver.kind='newton'"):
         from_config_dict(overridden)
     with pytest.raises(AttributeError):
         overridden.train.step = 1  # locked: a mistyped override does not pass in silence

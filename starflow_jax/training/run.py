@@ -13,12 +13,10 @@ from starflow_jax.checkpoints.growth import Change
 from starflow_jax.checkpoints.training import Checkpoints
 from starflow_jax.config import Config
 from starflow_jax.data.pipeline import BatchIterator, ClipLength, TextInput, train_batches
-from starflow_jax.model.fit import make_system
 from starflow_jax.model.initialise import inherited_system, initial_params
 from starflow_jax.model.parameters import model_fingerprint
-from starflow_jax.model.shapes import prompt_text
-from starflow_jax.model.sources import training_source
-from starflow_jax.model.system import System, load_system, save_system
+from starflow_jax.model.system import System, load_system, make_system, save_system, training_source
+from starflow_jax.model.text import prompt_text
 from starflow_jax.training.state import TrainState, abstract_state, create_state
 from starflow_jax.training.stopping import StopOnTerm
 

@@ -26,7 +26,7 @@ from starflow_jax.training.step import encoded
 from tests.codec.test_wan_vae import decode_next as decode_at_once
 from tests.codec.test_wan_vae import encode_next as encode_at_once
 from tests.codec.test_wan_vae import latents, pixels, random_params, small_codec
-from tests.helpers import tiny_model
+from tests.helpers import changed, tiny_model
 from tests.sampling.test_generate import CAPTIONS, SETTINGS, system
 
 __all__ = ["system"]  # a fixture
@@ -142,7 +142,7 @@ def with_wan(system: System) -> System:
 def test_a_streamed_video_equals_the_whole_one(system: System) -> None:
     wan = with_wan(system)
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1), jax.eval_shape(lambda: wan.init(0)))
-    settings = dataclasses.replace(SETTINGS, frames=5, frames_per_step=1, guidance=0.0, denoise="none")
+    settings = changed(SETTINGS, frames=5, frames_per_step=1, guidance=0.0, denoise="none")
     whole = generate_clips(wan, params, CAPTIONS, [5, 6, 7], settings).frames_BTHWC
     parts = list(stream_clips(wan, params, CAPTIONS, [5, 6, 7], settings))
     assert [part.shape for part in parts] == [(3, 1, 8, 8, 3), (3, 2, 8, 8, 3), (3, 2, 8, 8, 3)]

@@ -65,7 +65,7 @@ def test_choices_are_marginal() -> None:
     assert choose(scores).tolist() == [[5, 2, 1]]  # the digit 5 by sum, though (3, 2, 1) is the likeliest
 
 
-def test_the_model_in_the_box_reads_clips(tmp_path: Path) -> None:
+def test_the_pretrained_model_reads_clips(tmp_path: Path) -> None:
     system, params, _ = load_pretrained(tiny(), tmp_path)
     examples = list(generate_clips(MovingDigitsConfig(train_clips=1, validation_clips=1, test_clips=3), "test"))
     frames = np.stack([example["frames"][:13] for example in examples])

@@ -1,5 +1,5 @@
-"""Likelihood by token, the way to z and back, interpolation: equations on a small random model, signs on the one in
-the pretrained model."""
+"""Likelihood by token, the way to z and back, interpolation: equations on a small random model, signs on the
+pretrained model."""
 
 import dataclasses
 import json
@@ -9,19 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from starflow_jax.model.shapes import prompt_text
 
 from starflow_jax.codec import patch
 from starflow_jax.config import Codec, Config, Evaluate, Model, Text, UserError
 from starflow_jax.evaluation.likelihood import (
     check_pair,
     decode_z,
-    encode_z,
-    inspect_video,
     interpolate,
     likelihood,
-    noised,
-    read_clip,
     round_trip,
     slerp,
     text_of,
@@ -31,6 +26,10 @@ from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.io.video import write_mp4
 from starflow_jax.model.store import load_pretrained
 from starflow_jax.model.system import System
+from starflow_jax.model.text import prompt_text
+from starflow_jax.modes.evaluate import evaluate
+from starflow_jax.sampling.conditions import noised
+from starflow_jax.sampling.generate import encode_z
 from starflow_jax.sampling.likelihood import frame_nats
 from starflow_jax.text.tokenizer import Tokenizer, train_tokenizer
 from tests.helpers import latents, random_flow, randomised, tiny_model
@@ -84,7 +83,7 @@ def test_tokens_add_up_to_frames(local: bool) -> None:
 @pytest.mark.parametrize("frames", [9, 25])
 def test_likelihood_equals_frame_nats(system: System, params, frames: int) -> None:
     found = likelihood(system, params, video(frames), CAPTION, draws=2)
-    noisy, features = noised(system, video(frames), draws=2), text_of(system, params, CAPTION, False)
+    noisy, features = noised(system, video(frames)[None], range(2)), text_of(system, params, CAPTION, False)
     expected = frame_nats(system, params, noisy, jnp.broadcast_to(features, (2, *features.shape[1:])))
     np.testing.assert_allclose(found.nats_DNS.sum(axis=2), expected, rtol=1e-5)
     assert found.nats_DNS.shape == (2, 1 + (frames - 1) // 4, 6)
@@ -92,8 +91,8 @@ def test_likelihood_equals_frame_nats(system: System, params, frames: int) -> No
 
 
 def test_to_z_and_back(system: System, params) -> None:
-    noisy, features = noised(system, video(), draws=1), text_of(system, params, CAPTION, False)
-    z = encode_z(system, params, noisy, features)
+    noisy, features = noised(system, video()[None], [0]), text_of(system, params, CAPTION, False)
+    z = encode_z(system.flow, params, noisy, features)
     assert float(jnp.abs(z.reshape(noisy.shape) - noisy).max()) > 0.1
     np.testing.assert_allclose(decode_z(system, params, z, features), noisy, atol=1e-4)
     back = round_trip(system, params, video(13), CAPTION)
@@ -124,27 +123,22 @@ def test_slerp_keeps_the_norm_and_the_ends() -> None:
     np.testing.assert_allclose(slerp(jnp.asarray(a), jnp.asarray(a), np.array([0.3]))[0], a, rtol=1e-6)
 
 
-def test_clips_are_read_at_the_models_size_rate_and_length(tmp_path: Path) -> None:
-    write_mp4(tmp_path / "clip.mp4", np.zeros((24, 20, 40, 3), np.uint8), fps=16)
-    frames, left_out = read_clip(CONFIG, str(tmp_path / "clip.mp4"))  # 12 frames at 8 a second
-    assert frames.shape == (9, 8, 12, 3) and left_out == 3
-    write_mp4(tmp_path / "short.mp4", np.zeros((3, 8, 12, 3), np.uint8), fps=8)
-    with pytest.raises(UserError, match="3 frames at 8 frames per second; the model needs 5 or more"):
-        read_clip(CONFIG, str(tmp_path / "short.mp4"))
+def test_pairs_that_have_nothing_between_them_are_refused() -> None:
     with pytest.raises(UserError, match="13 frames .*evaluate.video 9"):
         check_pair(CONFIG, video(9), video(13))
     with pytest.raises(UserError, match="longer than the window of 9"):
         check_pair(CONFIG, video(13), video(13))
 
 
-@pytest.mark.parametrize("settings, told", [
-    (dict(video="a.mp4"), "needs a caption"), (dict(video="a.mp4", caption="  "), "needs a caption"),
-    (dict(caption="x"), "evaluate.caption"), (dict(other="b.mp4"), "evaluate.other"),
-    (dict(video="a.mp4", caption="x", other_caption="y"), "other_caption"),
-    (dict(video="a.mp4", caption="x", recognise=5), "one thing at a time"), (dict(recognise=-1), "recognise"),
-    (dict(video="a.mp4", caption="x", steps=1), "steps"), (dict(draws=0), "draws")])
-def test_settings_that_cannot_be(settings: dict, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+@pytest.mark.parametrize("settings, named", [
+    (dict(task="video", video="a.mp4"), "needs a caption"),
+    (dict(task="video", video="a.mp4", caption="  "), "needs a caption"), (dict(task="video", caption="x"), "video"),
+    (dict(video="a.mp4", caption="x"), "evaluate.task=video"), (dict(caption="x"), "evaluate.task=video"),
+    (dict(task="classify", other="b.mp4"), "evaluate.task=video"), (dict(every_caption=True), "evaluate.task=classify"),
+    (dict(task="video", video="a.mp4", caption="x", other_caption="y"), "other_caption"),
+    (dict(task="watch"), "test_set, video, classify, quality"), (dict(steps=1), "steps"), (dict(draws=0), "draws")])
+def test_settings_that_cannot_be(settings: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named):
         Evaluate(**settings)
 
 
@@ -177,13 +171,13 @@ def test_the_caption_that_fits_is_told_from_one_that_does_not(pretrained_config,
 
 
 def test_files_of_a_video(tmp_path: Path, monkeypatch, capsys, system: System, params) -> None:
-    monkeypatch.setattr("starflow_jax.evaluation.likelihood.load_model",
+    monkeypatch.setattr("starflow_jax.modes.evaluate.load_model",
                         lambda config, workdir: (system, params, "a test"))
     for name, seed in (("one", 1), ("two", 2)):
         write_mp4(tmp_path / f"{name}.mp4", video(10, seed), fps=8)
-    settings = Evaluate(video=str(tmp_path / "one.mp4"), caption=CAPTION, other=str(tmp_path / "two.mp4"), steps=4,
-                        draws=2)
-    inspect_video(dataclasses.replace(CONFIG, evaluate=settings), tmp_path)
+    settings = Evaluate(task="video", video=str(tmp_path / "one.mp4"), caption=CAPTION,
+                        other=str(tmp_path / "two.mp4"), steps=4, draws=2)
+    evaluate(dataclasses.replace(CONFIG, evaluate=settings), tmp_path)
     folder = tmp_path / "inspected"
     assert {path.name for path in folder.iterdir()} == {
         "one.json", "one_surprise.png", "one_round_trip.png", "one_to_two.mp4", "one_to_two.png"}

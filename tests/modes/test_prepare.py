@@ -7,14 +7,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from starflow_jax.model.fit import make_system
 
 from starflow_jax.config import Prepare, UserError
 from starflow_jax.data.raw import clips
 from starflow_jax.io.pictures import resize_crop
 from starflow_jax.io.video import read_video
-from starflow_jax.model.sources import training_source
-from starflow_jax.model.system import save_system
+from starflow_jax.model.system import make_system, save_system, training_source
 from starflow_jax.modes.prepare import buckets_of, job_of, prepare
 from starflow_jax.modes.train import train
 from starflow_jax.sharding import make_mesh

@@ -20,6 +20,7 @@ from starflow_jax.modes.train import train
 from starflow_jax.text.tokenizer import train_tokenizer
 from starflow_jax.training.metrics import read_metrics
 from tests.codec.test_wan_vae import random_params
+from tests.helpers import changed
 from tests.prepared_input import write_inputs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -65,7 +66,7 @@ def shrunk(stage: str, folder: Path, **changes: Any) -> Config:
                                   decoder_width=2),
         data=dataclasses.replace(config.data, directory=str(data)),
         train=dataclasses.replace(config.train, **TRAIN | changes),
-        sample=dataclasses.replace(config.sample, block_size=4, prompt="a block moves", batch_size=2),
+        sample=changed(config.sample, block_size=4, prompt="a block moves", batch_size=2),
         evaluate=dataclasses.replace(config.evaluate, clips=4, batch_size=2, prompts=2),
         prepare=dataclasses.replace(
             config.prepare, input=str(folder / "in"), output=str(data), resolution=24, aspect_ratios="1:1", fps=8,

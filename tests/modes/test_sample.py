@@ -12,7 +12,8 @@ from starflow_jax.config import Sample, UserError
 from starflow_jax.io.video import write_mp4
 from starflow_jax.sampling.files import Request
 from starflow_jax.sampling.generate import Clips
-from starflow_jax.sampling.requests import given_frames, most_likely, read_requests, rewritten, with_length
+from starflow_jax.sampling.given import given_frames, read_given
+from starflow_jax.sampling.requests import Made, most_likely, read_requests, rewritten, with_length
 from tests.sampling.test_generate import CONFIG
 
 
@@ -41,7 +42,19 @@ def test_video_comes_at_the_models_rate_and_a_length_that_the_codec_takes(tmp_pa
     assert with_length(config(video="x", frames=13), given).sample.frames == 13
 
 
-def test_given_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+def test_a_video_is_read_from_its_start_or_up_to_its_end(tmp_path: Path) -> None:
+    levels = np.arange(12, dtype=np.uint8)[:, None, None, None] * 20
+    write_mp4(tmp_path / "clip.mp4", np.broadcast_to(levels, (12, 20, 40, 3)), fps=8)
+    for keep, kept in (("start", slice(0, 9)), ("end", slice(3, 12))):
+        frames, left_out = read_given(CONFIG, str(tmp_path / "clip.mp4"), keep=keep)
+        assert frames.shape == (9, 8, 8, 3) and left_out == 3
+        assert np.abs(frames.mean(axis=(1, 2, 3)) - np.arange(12)[kept] * 20).max() < 6
+    write_mp4(tmp_path / "short.mp4", np.zeros((3, 8, 12, 3), np.uint8), fps=8)
+    with pytest.raises(UserError, match="at 8 frames per second: 3 frames; the model needs 5 or more"):
+        read_given(CONFIG, str(tmp_path / "short.mp4"))
+
+
+def test_given_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.mp4").write_bytes(b"not a video")
     for settings, message in ((dict(image="none.png"), "image not found"),
                               (dict(video=str(tmp_path / "broken.mp4")), "cannot read video"),
@@ -51,11 +64,12 @@ def test_given_files_that_cannot_be_read_are_told(tmp_path: Path) -> None:
 
 
 def test_the_most_likely_of_each_prompt_are_kept() -> None:
-    nats = np.array([3.0, 1.0, 2.0, 9.0, 8.0])
     empty = np.zeros((5, 1))
-    clips = Clips(empty, empty, nats, empty, empty, empty, empty)
-    made = [(Request("a" if i < 3 else "b", i), clips, i, 0.0) for i in range(5)]
-    assert [(one[0].prompt, one[2]) for one in most_likely(made, 2)] == [("a", 1), ("a", 2), ("b", 4), ("b", 3)]
+    clips = Clips(empty, empty, {}, empty, empty, empty, empty)
+    made = [Made(Request("a" if i < 3 else "b", i), clips, i, nats, 0.0)
+            for i, nats in enumerate((-3.0, -1.0, -2.0, -9.0, -8.0))]
+    assert [(video.request.prompt, video.index) for video in most_likely(made, 2)] == [
+        ("a", 1), ("a", 2), ("b", 4), ("b", 3)]
 
 
 def test_prompts_file_gives_count_seeds_each(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_workdir_of_another_model_is_refused(uninterrupted: Path, data: Path) ->
 
 def test_sample_and_evaluate_the_trained_model(uninterrupted: Path, data: Path) -> None:
     result = run(uninterrupted, data, "--mode=sample", "--config.sample.prompt=a blue three moves right",
-                 "--config.sample.block_size=12")
+                 "--config.sample.solver.block_size=12")
     assert result.returncode == 0, result.stderr[-2000:]
     made = uninterrupted / "samples" / "a_blue_three_moves_right_seed0"
     facts = json.loads(made.with_suffix(".json").read_text())

@@ -1,35 +1,47 @@
 """Calibration: its candidates, its measure of error, and that what it found is used and kept."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from starflow_jax.config import Sample, Solver
 from starflow_jax.flow import decode
 from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess, fit_noise
-from starflow_jax.model.system import Calibrated, System, load_system, save_system
+from starflow_jax.model.calibration import Calibration
+from starflow_jax.model.system import System, load_system, save_system
 from starflow_jax.sampling.calibration import candidates, decode_deep, fit_noise_guess, measure, relative_error
-from starflow_jax.sampling.conditions import noise_for, prepare
+from starflow_jax.sampling.conditions import make_conditions, noise_for
 from starflow_jax.sampling.generate import generate_clips
-from starflow_jax.sampling.solver import deep_solver, deep_start
+from starflow_jax.sampling.solver import chosen_solver, deep_solver
+from tests.helpers import changed
 from tests.sampling.test_generate import CAPTIONS, CONFIG, SETTINGS, params, system
 
 __all__ = ["params", "system"]  # fixtures
 
 
-def with_guess(system: System, value: float) -> System:
+SOLVER = Solver("jacobi", block_size=8, frames_per_step=2)
+
+
+def with_guess(system: System, value: float, solver: Solver = SOLVER) -> System:
     guess = FirstGuess(jnp.zeros(16), jnp.full((4, 4), value), jnp.zeros((16, 2)), jnp.zeros((2, 4, 4)))
-    return dataclasses.replace(system, guess=guess, calibrated=Calibrated(block_size=8, frames_per_step=2),
-                               noise_guess=NoiseGuess(jnp.full(4, value), 2 * jnp.eye(4)))
+    return dataclasses.replace(system, calibration=Calibration(solver, guess, NoiseGuess(
+        jnp.full(4, value), 2 * jnp.eye(4))))
+
+
+def deep(system: System, settings: Sample) -> decode.Solver:
+    return deep_solver(chosen_solver(system, settings))
 
 
 def test_candidates_are_parts_of_a_frame_whole_frames_and_wavefronts(system: System) -> None:
     assert candidates(system) == [
-        Calibrated(1, 1, 0, "previous"), Calibrated(2, 1, 0, "previous"), Calibrated(4, 1, 0, "previous"),
-        Calibrated(4, 1, 0, "noise"), Calibrated(12, 3, 0, "previous"), Calibrated(12, 3, 0, "noise"),
-        *(Calibrated(size, 3, updates, "noise") for size in (3, 4, 6) for updates in (3, 6))]
+        *(Solver("jacobi", size, frames, start=start) for size, frames, start in (
+            (1, 1, "previous"), (2, 1, "previous"), (4, 1, "previous"), (4, 1, "noise"), (12, 3, "previous"),
+            (12, 3, "noise"))),
+        *(Solver("wavefront", size, 3, updates, "noise") for size in (3, 4, 6) for updates in (3, 6))]
 
 
 def test_relative_error_is_the_squared_distance_to_the_norm() -> None:
@@ -38,21 +50,21 @@ def test_relative_error_is_the_squared_distance_to_the_norm() -> None:
 
 
 def test_calibrated_settings_hold_unless_others_are_asked_for(system: System) -> None:
-    calibrated, asked = with_guess(system, 0.0), dataclasses.replace(SETTINGS, block_size=0)
-    solver = deep_solver(calibrated, asked)
-    assert (solver.block_size, solver.frames) == (8, 2)
-    assert deep_solver(calibrated, dataclasses.replace(asked, block_size=2, frames_per_step=1)).block_size == 2
-    assert deep_solver(calibrated, dataclasses.replace(asked, stream=True)).frames == 1
-    assert deep_solver(system, asked).block_size == CONFIG.model.tokens_per_frame
+    calibrated, asked = with_guess(system, 0.0), changed(SETTINGS, block_size=0)
+    assert (deep(calibrated, asked).block_size, deep(calibrated, asked).frames) == (8, 2)
+    assert deep(calibrated, changed(asked, block_size=2, frames_per_step=1)).block_size == 2
+    assert deep(calibrated, changed(asked, stream=True)).frames == 1
+    assert deep(system, asked).block_size == CONFIG.model.tokens_per_frame
 
 
 def test_it_is_kept_beside_the_model_and_the_sample_stays_the_same(system: System, params, tmp_path: Path) -> None:
     save_system(with_guess(system, 0.5), tmp_path)
     loaded = load_system(CONFIG, tmp_path)
-    assert loaded.calibrated == Calibrated(8, 2) and loaded.guess is not None and loaded.noise_guess is not None
-    np.testing.assert_allclose(loaded.noise_guess(jnp.arange(4.0)), 0.5 + 2 * np.arange(4))
-    np.testing.assert_array_equal(loaded.guess(jnp.ones((1, 3, 16))), np.full((1, 4, 4), 0.5))
-    exact = dataclasses.replace(SETTINGS, tolerance=0.0, block_size=0)
+    found = loaded.calibration
+    assert found.solver == SOLVER and found.first_guess is not None and found.noise_guess is not None
+    np.testing.assert_allclose(found.noise_guess(jnp.arange(4.0)), 0.5 + 2 * np.arange(4))
+    np.testing.assert_array_equal(found.first_guess(jnp.ones((1, 3, 16))), np.full((1, 4, 4), 0.5))
+    exact = changed(SETTINGS, tolerance=0.0, block_size=0)
     guessed = generate_clips(loaded, params, CAPTIONS, [5, 6, 7], exact)
     plain = generate_clips(system, params, CAPTIONS, [5, 6, 7], exact)
     np.testing.assert_allclose(guessed.noisy_BNhwC, plain.noisy_BNhwC, atol=1e-3)
@@ -61,35 +73,44 @@ def test_it_is_kept_beside_the_model_and_the_sample_stays_the_same(system: Syste
 def test_another_models_calibration_is_not_left_behind(system: System, tmp_path: Path) -> None:
     save_system(with_guess(system, 0.5), tmp_path)
     save_system(system, tmp_path)
-    loaded = load_system(CONFIG, tmp_path)
-    assert loaded.guess is None and loaded.noise_guess is None and loaded.calibrated == Calibrated()
+    found = load_system(CONFIG, tmp_path).calibration
+    assert found.first_guess is None and found.noise_guess is None and found.solver == Solver()
+
+
+def test_a_file_that_names_a_wavefront_by_its_updates_alone_is_read(system: System, tmp_path: Path) -> None:
+    save_system(with_guess(system, 0.5), tmp_path)
+    for updates, solver in ((0, Solver("jacobi", 36, 1, start="previous")),
+                            (6, Solver("wavefront", 36, 1, 6, "previous"))):
+        (tmp_path / "decoding.json").write_text(json.dumps(
+            {"block_size": 36, "frames_per_step": 1, "updates": updates, "start": "previous"}))
+        assert load_system(CONFIG, tmp_path).calibration.solver == solver
 
 
 def test_a_calibrated_wavefront_serves_whole_videos_within_a_tolerance(system: System, params) -> None:
-    of = dataclasses.replace(with_guess(system, 0.0), calibrated=Calibrated(6, 3, 3, "noise"))
-    asked = dataclasses.replace(SETTINGS, block_size=0, tolerance=1e-3)
-    assert deep_solver(of, asked) == decode.Solver(6, 1e-3, asked.max_steps, 3, 3) and deep_start(of, asked) == "noise"
-    for other in ({"stream": True}, {"tolerance": 0.0}, {"solver": "jacobi"}):
-        changed = dataclasses.replace(asked, **other)
-        assert deep_solver(of, changed).updates == 0 and deep_start(of, changed) == "previous"
-    named = dataclasses.replace(asked, solver="wavefront", updates=2, start="noise")
-    assert deep_solver(system, named).updates == 2
-    np.testing.assert_allclose(prepare(of, params, CAPTIONS, [5, 6, 7], named).start_BNSK,
+    of = with_guess(system, 0.0, Solver("wavefront", 6, 3, 3, "noise"))
+    asked = changed(SETTINGS, block_size=0, tolerance=1e-3)
+    assert deep(of, asked) == decode.Solver(6, 1e-3, 0, 3, 3) and chosen_solver(of, asked).start == "noise"
+    for change in ({"stream": True}, {"tolerance": 0.0}, {"kind": "jacobi"}):
+        other = changed(asked, **change)
+        assert deep(of, other).updates == 0 and chosen_solver(of, other).start == "previous"
+    named = changed(asked, kind="wavefront", updates=2, start="noise")
+    assert deep(system, named).updates == 2
+    np.testing.assert_allclose(make_conditions(of, params, CAPTIONS, [5, 6, 7], named).start_BNSK,
                                2 * noise_for([5, 6, 7], (3, 4, 4)), atol=1e-6)
     clips = generate_clips(of, params, CAPTIONS, [5, 6, 7], asked)
     assert clips.deep_steps_BK.shape == (3, 6) and (clips.deep_steps_BK == 3).all()
-    exact = generate_clips(of, params, CAPTIONS, [5, 6, 7], dataclasses.replace(asked, tolerance=0.0))
+    exact = generate_clips(of, params, CAPTIONS, [5, 6, 7], changed(asked, tolerance=0.0))
     assert 0 < relative_error(clips.noisy_BNhwC, exact.noisy_BNhwC) < 0.1
     alone = generate_clips(of, params, CAPTIONS[:1], [5], asked)
     np.testing.assert_allclose(alone.noisy_BNhwC, clips.noisy_BNhwC[:1], atol=1e-5)
 
 
 def test_videos_are_decoded_a_batch_at_a_time(system: System, params) -> None:
-    asked = dataclasses.replace(SETTINGS, block_size=0, tolerance=1e-3)
+    asked = changed(SETTINGS, block_size=0, tolerance=1e-3)
     together, passes, _ = decode_deep(system, params, CAPTIONS, asked, first_seed=5)
-    parted, parted_passes, _ = decode_deep(system, params, CAPTIONS, dataclasses.replace(asked, batch_size=2), 5)
-    np.testing.assert_allclose(parted, together, atol=1e-5)
-    assert parted_passes == pytest.approx(passes)
+    batched, batched_passes, _ = decode_deep(system, params, CAPTIONS, changed(asked, batch_size=2), 5)
+    np.testing.assert_allclose(batched, together, atol=1e-5)
+    assert batched_passes == pytest.approx(passes)
 
 
 def test_tokens_are_fitted_to_their_noise() -> None:
@@ -101,10 +122,9 @@ def test_tokens_are_fitted_to_their_noise() -> None:
 
 def test_calibration_of_a_small_model(system: System, params) -> None:
     """Both guesses fitted, each candidate measured against sequential decoding."""
-    small = dataclasses.replace(system, noise_guess=fit_noise_guess(system, params))
+    small = dataclasses.replace(system, calibration=Calibration(noise_guess=fit_noise_guess(system, params)))
     rows = measure(small, params)
-    assert [row[-1] for row in rows] == candidates(system)
-    by_name = {row[:4]: row for row in rows}
-    assert by_name["jacobi", 4, 1, "previous"][6] < 1e-3
-    assert by_name["wavefront, 3 updates", 3, 3, "noise"][6] < 1e-9  # strides of one token are exact
-    assert by_name["wavefront, 3 updates", 3, 3, "noise"][4] == 12 + 2
+    assert [row.solver for row in rows] == candidates(system)
+    error = {row.solver: row.error for row in rows}
+    assert error[Solver("jacobi", 4, 1, start="previous")] < 1e-3
+    assert error[Solver("wavefront", 3, 3, 3, "noise")] < 1e-9  # strides of one token are exact

@@ -12,6 +12,7 @@ from starflow_jax.model.system import System
 from starflow_jax.sampling.generate import generate_clips
 from starflow_jax.sampling.stream import latency, stream_clips, stream_devices
 from starflow_jax.sampling.timeline import Timeline, draw_timeline
+from tests.helpers import changed
 from tests.sampling.test_generate import CAPTIONS, SETTINGS, params, system
 
 __all__ = ["params", "system"]  # fixtures
@@ -22,7 +23,7 @@ SEEDS = [5, 6, 7]
 def test_stream_equals_the_whole_clip(system: System, params, frames: int, devices: int) -> None:
     """Within the window and beyond it; bit for bit but for the denoiser, which has its own order of additions."""
     for denoise in ("denoiser", "none"):
-        settings = dataclasses.replace(SETTINGS, frames=frames, devices=devices, frames_per_step=1, denoise=denoise)
+        settings = changed(SETTINGS, frames=frames, devices=devices, frames_per_step=1, denoise=denoise)
         whole = generate_clips(system, params, CAPTIONS, SEEDS, settings).frames_BTHWC
         parts = list(stream_clips(system, params, CAPTIONS, SEEDS, settings))
         assert [part.shape[1] for part in parts] == [1] + [4] * ((frames - 1) // 4)
@@ -33,7 +34,7 @@ def test_stream_equals_the_whole_clip(system: System, params, frames: int, devic
 @pytest.mark.parametrize("devices", [2, 4])
 def test_more_devices_give_the_same_stream(system: System, params, devices: int) -> None:
     """Bit for bit."""
-    settings = dataclasses.replace(SETTINGS, frames=21, frames_per_step=1)
+    settings = changed(SETTINGS, frames=21, frames_per_step=1)
     alone, parted = (np.concatenate(list(stream_clips(system, params, CAPTIONS, SEEDS, dataclasses.replace(
         settings, devices=count))), axis=1) for count in (1, devices))
     np.testing.assert_array_equal(parted, alone)
@@ -41,7 +42,7 @@ def test_more_devices_give_the_same_stream(system: System, params, devices: int)
 
 def test_given_frames_lead_the_stream(system: System, params) -> None:
     known = np.random.default_rng(1).integers(0, 256, (3, 5, 8, 8, 3), np.uint8)
-    settings = dataclasses.replace(SETTINGS, frames_per_step=1)
+    settings = changed(SETTINGS, frames_per_step=1)
     whole = generate_clips(system, params, CAPTIONS, SEEDS, settings, known)
     streamed = np.concatenate(list(stream_clips(system, params, CAPTIONS, SEEDS, settings, known)), axis=1)
     difference = np.abs(np.int32(streamed) - np.int32(whole.frames_BTHWC))
@@ -51,7 +52,7 @@ def test_given_frames_lead_the_stream(system: System, params) -> None:
 def test_a_frame_leaves_one_frame_after_it_is_made(system: System, params) -> None:
     """The deep block has made n + 2 frames, and no more, when frame n is handed out."""
     timeline = Timeline()
-    frames = stream_clips(system, params, CAPTIONS, SEEDS, dataclasses.replace(SETTINGS, frames=21), timeline=timeline)
+    frames = stream_clips(system, params, CAPTIONS, SEEDS, changed(SETTINGS, frames=21), timeline=timeline)
     asked = []
     for _ in frames:
         asked.append(timeline.asked["deep"])
@@ -73,4 +74,4 @@ def test_what_cannot_be_streamed_is_refused(system: System) -> None:
     with pytest.raises(UserError, match="sample.devices=999"):
         stream_devices(999)
     with pytest.raises(UserError, match="sample.denoise=score"):
-        latency(system, dataclasses.replace(SETTINGS, denoise="score"))
+        latency(system, changed(SETTINGS, denoise="score"))

@@ -6,18 +6,18 @@ import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from starflow_jax.model.shapes import patch_shape
 
 from starflow_jax.codec import patch
 from starflow_jax.config import Codec, Config, Convert, Text, UserError
 from starflow_jax.io.tensor_files import write_safetensors
-from starflow_jax.model.parameters import build_text_encoder, model_fingerprint
-from starflow_jax.model.store import load_model, with_text
+from starflow_jax.model.codec import patch_shape
+from starflow_jax.model.parameters import model_fingerprint
+from starflow_jax.model.store import load_model
 from starflow_jax.model.system import System, save_system
+from starflow_jax.model.text import encode_text, frozen_encoder_params, text_encoder
 from starflow_jax.modes.convert import convert
 from starflow_jax.text.pretrained import encoder_config, load_encoder, load_tokenizer
 from starflow_jax.text.t5 import T5Encoder, mask_padding
@@ -61,14 +61,13 @@ def test_features_of_a_prompt(published: Path) -> None:
                     text=Text(encoder="frozen", weights=str(published)))
     tokenizer = load_tokenizer(published)
     # The golden encoder's table is smaller than a real one.
-    system = System(config, tokenizer, codec=None)  # type: ignore[arg-type]
-    ids_BS = system.text_ids(["a red seven", "a red seven " * 30])
+    ids_BS = tokenizer.encode(["a red seven", "a red seven " * 30], config.model.text_length)
     assert ids_BS.shape == (2, 40) and ids_BS[1, 39] == EOS_ID
     length = int((ids_BS[0] != PAD_ID).sum())
     assert ids_BS[0, length - 1] == EOS_ID and 3 < length < 12
-    params = with_text(config, {})
-    assert build_text_encoder(config).config.d_ff == CASE["config"]["d_ff"]
-    features = np.asarray(system.features(params, jnp.asarray(np.minimum(ids_BS, 95))))
+    params = frozen_encoder_params(config)
+    assert text_encoder(config).config.d_ff == CASE["config"]["d_ff"]
+    features = np.asarray(encode_text(text_encoder(config), params["text"], np.minimum(ids_BS, 95)))
     assert features.shape == (2, 40, 48)
     assert np.abs(features[0, :length]).max(axis=-1).min() > 0 and not features[0, length:].any()
     assert features[1].any(axis=-1).all()
