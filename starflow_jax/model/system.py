@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epy
 
 from starflow_jax.codec.interface import LatentCodec, decode_latents, encode_frames
 from starflow_jax.config import Config
-from starflow_jax.data import prepared
 from starflow_jax.data.batch import Batch
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.io.files import atomic_path
@@ -26,6 +26,9 @@ from starflow_jax.model.sources import data_source, text_fingerprint
 from starflow_jax.model.text import encode_text, make_tokenizer, prompt_text, read_tokenizer, text_encoder
 from starflow_jax.text.t5 import T5Encoder
 from starflow_jax.text.tokenizer import Tokenizer
+
+with epy.lazy_imports():  # TFDS and grain, which sampling needs not
+    from starflow_jax.data import prepared
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
