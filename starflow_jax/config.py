@@ -21,6 +21,7 @@ from starflow_jax.settings.fields import (
     Settings,
     UserError,
     at_least,
+    names,
     one_of,
     required,
     setting,
@@ -302,11 +303,11 @@ class Benchmark(Settings):
 
     parts: str = setting(",".join(BENCHMARKS), "comma-separated",
                          Allowed(f"of {', '.join(BENCHMARKS)}, comma-separated",
-                                 lambda value: set(map(str.strip, value.split(","))) <= set(BENCHMARKS)))
+                                 lambda value: set(names(value)) <= set(BENCHMARKS)))
 
     @property
     def named(self) -> tuple[str, ...]:
-        return tuple(map(str.strip, self.parts.split(",")))
+        return names(self.parts)
 
 
 EVALUATIONS = ("test_set", "video", "classify", "quality")
@@ -410,6 +411,18 @@ class Prepare(Settings):
     def check(self) -> None:
         self.require("test_share", self.validation_share + self.test_share < 1,
                      f"leaves nothing to train on beside validation_share={self.validation_share}")
+
+    @property
+    def long_names(self) -> tuple[str, ...]:
+        return names(self.long_captions)
+
+    @property
+    def short_names(self) -> tuple[str, ...]:
+        return names(self.short_captions)
+
+    @property
+    def ratios(self) -> tuple[str, ...]:
+        return names(self.aspect_ratios)
 
 
 @dataclasses.dataclass(frozen=True)

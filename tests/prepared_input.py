@@ -1,5 +1,6 @@
 """Made videos for the tests of preparation: what is in them is known frame by frame."""
 
+import dataclasses
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,12 @@ import numpy as np
 import pytest
 
 from starflow_jax.io.video import write_mp4
+
+
+def changed(job, **changes):
+    """The job with other fields or, under their names, other settings."""
+    of_job = {name: changes.pop(name) for name in ("folder", "buckets", "frames") if name in changes}
+    return dataclasses.replace(job, settings=dataclasses.replace(job.settings, **changes), **of_job)
 
 
 def scene(frames, height=32, width=48, seed=0, step=1):

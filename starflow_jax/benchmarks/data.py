@@ -15,10 +15,13 @@ import av
 import numpy as np
 from etils import epath
 
-from starflow_jax.config import Data
-from starflow_jax.data import pipeline, prepared
+from starflow_jax.config import Data, Prepare
+from starflow_jax.data import prepared
+from starflow_jax.data.examples import ClipLength, TextInput, prompts_of
+from starflow_jax.data.pipeline import train_batches
 from starflow_jax.data.raw import clips, shards
 from starflow_jax.data.raw.building import PREPARED
+from starflow_jax.data.raw.job import Bucket, Job
 from starflow_jax.data.raw.latents import MADE_BY
 from starflow_jax.data.raw.sources import Item
 from starflow_jax.io.files import atomic_path, write_text
@@ -27,7 +30,7 @@ from starflow_jax.io.video import write_mp4
 
 CLIP_FRAMES, CLIP_FPS = 81, 16  # of the 7B model
 SOURCE_FPS, SOURCE_SIZE = 25, (720, 1280)
-BUCKET = clips.Bucket(480, 848, "16:9")
+BUCKET = Bucket(480, 848, "16:9")
 LATENTS = (22, 30, 53, 48)  # of such a clip, and the one more that training wants
 FEATURE_ROWS, FEATURE_DIM = 120, 2048  # of one prompt of flan-t5-xl
 READ_EXAMPLES = 24
@@ -46,14 +49,15 @@ def report() -> dict[str, list[dict[str, Any]]]:
                 [needed(rate, megabytes, *plan) for plan in PLANS]}
 
 
-def decoding(size: tuple[int, int] = SOURCE_SIZE, bucket: clips.Bucket = BUCKET, frames: int = CLIP_FRAMES
+def decoding(size: tuple[int, int] = SOURCE_SIZE, bucket: Bucket = BUCKET, frames: int = CLIP_FRAMES
              ) -> list[dict[str, Any]]:
     """Clips per second and core of a made 25 fps H.264 video, step by step.
 
     Each step does what those before it do and more; "read back" is what training does with a prepared clip.
     """
     seconds_of_video = frames / CLIP_FPS
-    recipe = clips.Recipe((bucket,), frames, CLIP_FPS, 0, 9.0, 0.0, 0.0, 0.0, crf=10)
+    settings = Prepare(fps=CLIP_FPS, max_upscale=9.0, min_brightness=0.0, min_motion=0.0, cut_threshold=0.0)
+    job = Job(settings, folder="", buckets=(bucket,), frames=frames)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "source.mp4")
         write_mp4(path, _moving_texture(round(seconds_of_video * SOURCE_FPS) + 1, *size), SOURCE_FPS)
@@ -65,15 +69,15 @@ def decoding(size: tuple[int, int] = SOURCE_SIZE, bucket: clips.Bucket = BUCKET,
                 assert sum(1 for _ in container.decode(video=0)) >= frames
 
         def cut() -> clips.Clip:
-            made = next(clips.cut(item, recipe))
+            made = next(clips.cut(item, job))
             assert isinstance(made, clips.Clip)
             return made
 
-        kept = clips.encode(cut(), recipe.crf)
+        kept = clips.encode(cut(), settings.crf)
         seconds = _interleaved({
             "PyAV alone: decode every frame": bare,
             "cut: also resample, resize to RGB, look for cuts": cut,
-            "prepare: also encode the clip": lambda: clips.encode(cut(), recipe.crf),
+            "prepare: also encode the clip": lambda: clips.encode(cut(), settings.crf),
             "read back: decode a prepared clip": lambda: clips.decode(kept),
         })
     first = next(iter(seconds.values()))
@@ -88,9 +92,9 @@ def reading(latents: tuple[int, ...] = LATENTS, batch_size: int = 8, examples: i
     with tempfile.TemporaryDirectory() as folder:
         _write_examples(epath.Path(folder), latents, examples)
         source = prepared.source(folder, "train", latents_by={}, features_by={})
-        batches = pipeline.train_batches(
-            source, Data(image_probability=0.0), pipeline.ClipLength(1 + (latents[0] - 2) * 4),
-            pipeline.TextInput(_format, _no_ids, length=256), batch_size=batch_size, image_batch_size=1, seed=0)
+        batches = train_batches(
+            source, Data(image_probability=0.0), ClipLength(1 + (latents[0] - 2) * 4),
+            TextInput(_format, _no_ids, length=256), batch_size=batch_size, image_batch_size=1, seed=0)
         try:
             rounds = max(2, examples // batch_size)
             list(itertools.islice(batches, 2))
@@ -149,7 +153,7 @@ def _write_examples(folder: epath.Path, latents: tuple[int, ...], count: int) ->
 
 def _prompts() -> list[str]:
     record = {"caption_long": "a long caption", "caption_short": "short"}
-    return list(dict.fromkeys(pipeline.prompts_of(record, _format, is_image=False)))
+    return list(dict.fromkeys(prompts_of(record, _format, is_image=False)))
 
 
 def _format(caption: str, is_image: bool, **metadata: Any) -> str:

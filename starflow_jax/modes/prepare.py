@@ -13,14 +13,13 @@ from etils import epath
 from starflow_jax import sharding
 from starflow_jax.codec.interface import LatentCodec, encode_frames
 from starflow_jax.config import Config, Mesh, UserError
-from starflow_jax.data import pipeline
+from starflow_jax.data import examples
 from starflow_jax.data.raw import latents
-from starflow_jax.data.raw.building import PREPARED, REJECTED, Job, prepare_clips
-from starflow_jax.data.raw.clips import Bucket, Recipe
+from starflow_jax.data.raw.building import PREPARED, REJECTED, prepare_clips
+from starflow_jax.data.raw.job import Bucket, Job
 from starflow_jax.data.raw.shards import SPLITS
-from starflow_jax.data.raw.sources import Captions
 from starflow_jax.io.progress import table
-from starflow_jax.model.codec import FITTED_CODEC, codec_fingerprint, digest, make_codec, read_codec
+from starflow_jax.model.codec import FITTED_CODEC, codec_fingerprint, digest, make_codec, pixel_frames, read_codec
 from starflow_jax.model.sources import text_fingerprint
 from starflow_jax.model.store import load_model
 from starflow_jax.model.text import encode_text, frozen_encoder_params, make_tokenizer, prompt_text, text_encoder
@@ -50,15 +49,10 @@ def prepare(config: Config, workdir: Path) -> None:
 
 
 def job_of(config: Config, folder: str) -> Job:
-    """The settings as the data modules take them. Raises UserError for sizes that can't be."""
-    settings = config.prepare
+    """The settings with what follows from the model. Raises UserError for sizes that can't be."""
     later = config.codec.time_stride if config.model.frames > 1 else 0
-    frames = settings.frames or 1 + (config.model.frames - 1) * config.codec.time_stride + later
-    recipe = Recipe(buckets_of(config), frames, settings.fps, settings.clips_per_video, settings.max_upscale,
-                    settings.min_brightness, settings.min_motion, settings.cut_threshold, settings.crf)
-    captions = Captions(_names(settings.long_captions), _names(settings.short_captions))
-    return Job(settings.input, folder, settings.items_per_part, captions, recipe, settings.validation_share,
-               settings.test_share, settings.clips_per_shard)
+    frames = config.prepare.frames or pixel_frames(config) + later
+    return Job(config.prepare, folder, buckets=buckets_of(config), frames=frames)
 
 
 def buckets_of(config: Config) -> tuple[Bucket, ...]:
@@ -66,7 +60,7 @@ def buckets_of(config: Config) -> tuple[Bucket, ...]:
     side = round(config.prepare.resolution * 4 / 3)  # of a square of as many pixels as 16:9 at this height
     multiple = math.lcm(config.codec.stride * config.model.patch_size, 2)  # video files have even sides
     buckets: list[Bucket] = []
-    for aspect_ratio in _names(config.prepare.aspect_ratios):
+    for aspect_ratio in config.prepare.ratios:
         height, width = frame_size(side, aspect_ratio, multiple)
         if all((bucket.height, bucket.width) != (height, width) for bucket in buckets):
             buckets.append(Bucket(height, width, aspect_ratio))
@@ -101,7 +95,7 @@ def write_text_features(config: Config, workdir: Path, folder: str) -> None:
 
     def prompts_of(bucket: dict[str, Any], clip: dict[str, Any]) -> list[str]:
         record = {**clip, "fps": int(clip["fps"]), "aspect_ratio": bucket["aspect_ratio"]}
-        return pipeline.prompts_of(record, partial(prompt_text, config), bucket["frames"] == 1)
+        return examples.prompts_of(record, partial(prompt_text, config), bucket["frames"] == 1)
 
     latents.write_text_features(folder, encode, config.model.text_dim, prompts_of, batch_size=batch_size,
                                 made_by=made_by, share=_share())
@@ -141,10 +135,6 @@ def _put(batch: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
 
 def _share() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
-
-
-def _names(listed: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in listed.split(","))
 
 
 def _print(done: dict[str, Any], folder: str, derived_too: bool) -> None:

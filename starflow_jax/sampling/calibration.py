@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Config, Sample, Solver, UserError
-from starflow_jax.data.pipeline import ClipLength, TextInput, evaluation_batches
+from starflow_jax.data.evaluation import evaluation_batches
+from starflow_jax.data.examples import ClipLength, TextInput
 from starflow_jax.flow import decode, first_guess
 from starflow_jax.io.progress import ProgressBar
 from starflow_jax.model.parameters import Params

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from starflow_jax.data.batch import Batch
-from starflow_jax.data.pipeline import ClipLength, TextInput, evaluation_batches
+from starflow_jax.data.evaluation import evaluation_batches
+from starflow_jax.data.examples import ClipLength, TextInput
 from starflow_jax.flow.likelihood import nats
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, flow_variables

@@ -32,7 +32,12 @@ def one_of(*choices: str) -> Allowed:
 
 POSITIVE = Allowed("greater than 0", lambda value: 0 < value < math.inf)
 PROBABILITY = Allowed("a probability, 0 to 1", lambda value: 0 <= value <= 1)
-NAMES = Allowed("comma-separated names", lambda value: all(map(str.strip, value.split(","))))
+NAMES = Allowed("comma-separated names", lambda value: all(names(value)))
+
+
+def names(listed: str) -> tuple[str, ...]:
+    """The names of a comma-separated list."""
+    return tuple(name.strip() for name in listed.split(","))
 
 
 def setting(default: Any, description: str, allowed: Allowed | None = None) -> Any:

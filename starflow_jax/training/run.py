@@ -12,7 +12,8 @@ from starflow_jax import sharding
 from starflow_jax.checkpoints.growth import Change
 from starflow_jax.checkpoints.training import Checkpoints
 from starflow_jax.config import Config
-from starflow_jax.data.pipeline import BatchIterator, ClipLength, TextInput, train_batches
+from starflow_jax.data.examples import ClipLength, TextInput
+from starflow_jax.data.pipeline import BatchIterator, train_batches
 from starflow_jax.model.initialise import inherited_system, initial_params
 from starflow_jax.model.parameters import model_fingerprint
 from starflow_jax.model.system import System, load_system, make_system, save_system, training_source

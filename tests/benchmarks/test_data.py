@@ -10,7 +10,7 @@ from configs.t2v import tiny
 from starflow_jax.benchmarks import data as benchmark_data
 from starflow_jax.benchmarks import decoding as benchmark_decode
 from starflow_jax.config import Benchmark, UserError
-from starflow_jax.data.raw.clips import Bucket
+from starflow_jax.data.raw.job import Bucket
 from starflow_jax.modes import benchmark
 
 

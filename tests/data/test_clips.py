@@ -1,6 +1,5 @@
 """Clips have the frames, sizes and times they should, and what is no clip is named with its reason."""
 
-import dataclasses
 import io
 import struct
 
@@ -10,19 +9,21 @@ import pytest
 from av.video.reformatter import Colorspace
 from PIL import Image
 
-from starflow_jax.data.raw.clips import Bucket, Clip, Recipe, cut, decode, encode, fit_frame, nearest_bucket
+from starflow_jax.config import Prepare
+from starflow_jax.data.raw.clips import Clip, cut, decode, encode, fit_frame, nearest_bucket
+from starflow_jax.data.raw.job import Bucket, Job
 from starflow_jax.data.raw.sources import Item, Rejected
 from starflow_jax.io.video import write_mp4
-from tests.prepared_input import counting, real_videos, scene, write_at
+from tests.prepared_input import changed, counting, real_videos, scene, write_at
 
 SQUARE, WIDE, TALL = Bucket(16, 16, "1:1"), Bucket(16, 24, "3:2"), Bucket(24, 16, "2:3")
-ALL = Recipe(buckets=(SQUARE,), frames=5, fps=0, clips_per_video=0, max_upscale=1.0, min_brightness=0.0,
-             min_motion=0.0, cut_threshold=0.0, crf=10)
+ALL = Job(Prepare(fps=0, max_upscale=1.0, min_brightness=0.0, min_motion=0.0, cut_threshold=0.0), folder="",
+          buckets=(SQUARE,), frames=5)
 
 
 def made(path, is_image=False, start=0.0, end=np.inf, **changes):
     item = Item("key", path if isinstance(path, bytes) else str(path), is_image, "long", "short", start, end)
-    return list(cut(item, dataclasses.replace(ALL, **changes)))
+    return list(cut(item, changed(ALL, **changes)))
 
 
 def levels(clip):

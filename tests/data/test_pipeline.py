@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from starflow_jax.config import Data, UserError
-from starflow_jax.data import pipeline
-from starflow_jax.data.pipeline import ClipLength, TextInput
+from starflow_jax.data import examples, pipeline
+from starflow_jax.data.evaluation import evaluation_batches
+from starflow_jax.data.examples import ClipLength, TextInput
 
 RECORDED = 17
 
@@ -227,7 +228,7 @@ def test_settings_that_do_not_fit_are_refused(changes, message):
 
 def evaluate(clips=10, limit=100, pixel_frames=13):
     length = ClipLength(pixel_frames)
-    return list(pipeline.evaluation_batches(FakeSource(clips), length, TEXT, batch_size=4, limit=limit))
+    return list(evaluation_batches(FakeSource(clips), length, TEXT, batch_size=4, limit=limit))
 
 
 @pytest.mark.parametrize("clips,limit", [(10, 100), (30, 10)])
@@ -270,7 +271,7 @@ class Derived:
         values = np.arange(self.latents * self.height * 2 * 3) % 97 + 100 * index
         record = {"latents": values.reshape(self.latents, self.height, 2, 3).astype(np.float16), "fps": 8,
                   "aspect_ratio": "1:1", "caption_long": f"long {index}".encode(), "caption_short": f"short {index}"}
-        prompts = dict.fromkeys(pipeline.prompts_of(record, format_with_metadata, self.latents == 1))
+        prompts = dict.fromkeys(examples.prompts_of(record, format_with_metadata, self.latents == 1))
         record["text"] = {prompt: np.full((len(prompt) % 5 + 1, 4), sum(prompt.encode()) % 1009, np.float16)
                           for prompt in prompts}
         return record
@@ -318,6 +319,6 @@ def test_the_nth_example_of_a_seed_never_changes(source, text, changes, expected
 
 
 def test_what_makes_the_examples_can_be_pickled():
-    make = pipeline.MakeExample(Data(caption_drop=0.0, short_caption=0.0), ClipLength(13), TEXT)
+    make = examples.MakeExample(Data(caption_drop=0.0, short_caption=0.0), ClipLength(13), TEXT)
     copy = pickle.loads(pickle.dumps(make.image))
     assert copy(FakeSource(3)[2], np.random.default_rng(0)).prompt == "image:long 2"

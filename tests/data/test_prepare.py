@@ -1,7 +1,6 @@
 """Raw files to shards: what comes out, that nothing stops it, and that kills and workers leave no trace in it."""
 
 import collections
-import dataclasses
 import hashlib
 import json
 import os
@@ -18,17 +17,19 @@ import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
-from starflow_jax.config import UserError
+from starflow_jax.config import Prepare, UserError
 from starflow_jax.data.raw import building, clips, shards
-from starflow_jax.data.raw.building import Job, cut_unit, plan_shards, prepare_clips, split_of, write_shard
-from starflow_jax.data.raw.sources import Captions
+from starflow_jax.data.raw.building import cut_unit, plan_shards, prepare_clips, split_of, write_shard
+from starflow_jax.data.raw.job import Bucket, Job, by_setting
 from starflow_jax.io.video import write_mp4
-from tests.prepared_input import scene, write_inputs
+from tests.prepared_input import changed, scene, write_inputs
 
 ROOT = Path(__file__).parents[2]
-RECIPE = clips.Recipe(buckets=(clips.Bucket(16, 24, "3:2"), clips.Bucket(24, 16, "2:3")), frames=5, fps=0,
-                      clips_per_video=0, max_upscale=1.0, min_brightness=5.0, min_motion=0.01, cut_threshold=0.0,
-                      crf=10)
+JOB = Job(
+    Prepare(fps=0, max_upscale=1.0, min_brightness=5.0, min_motion=0.01, cut_threshold=0.0, items_per_part=2,
+            validation_share=0.3, test_share=0.2, long_captions="caption_long", short_captions="txt,caption",
+            clips_per_shard=4),
+    folder="", buckets=(Bucket(16, 24, "3:2"), Bucket(24, 16, "2:3")), frames=5)
 REASONS = {"cut": "damaged", "empty": "unreadable", "text": "unreadable", "mute": "no caption", "short": "too short"}
 
 
@@ -42,9 +43,7 @@ def inputs(tmp_path_factory):
 
 
 def job(inputs, folder, **changes):
-    settings = dict(source=str(inputs), folder=str(folder), items_per_unit=2, recipe=RECIPE, validation_share=0.3,
-                    test_share=0.2, captions=Captions(("caption_long",), ("txt", "caption")), clips_per_shard=4)
-    return Job(**{**settings, **changes})
+    return changed(JOB, **{"input": str(inputs), "folder": str(folder), **changes})
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +83,7 @@ def test_every_clip_is_where_it_belongs_and_tfds_reads_it(inputs, whole):
             starts[key].append(float(clip["start"]))
             if key.startswith("wide"):
                 assert clip["caption_long"].decode() == f"a block moves over backdrop {key[-1]}"
-                made = list(clips.cut(_item(inputs, key), RECIPE))[len(starts[key]) - 1]
+                made = list(clips.cut(_item(inputs, key), JOB))[len(starts[key]) - 1]
                 assert np.abs(frames.astype(int) - made.frames_THWC).mean() < 4
             if key == "picture":
                 assert (clip["caption_long"], clip["caption_short"]) == (b"a picture of a block", b"a still")
@@ -174,7 +173,7 @@ def test_a_run_that_ends_anywhere_goes_on_to_the_same_bytes(inputs, whole, tmp_p
 
 
 def test_a_part_that_fails_half_way_leaves_nothing(inputs, tmp_path, monkeypatch):
-    settings = job(inputs, tmp_path, items_per_unit=20)
+    settings = job(inputs, tmp_path, items_per_part=20)
     encode = clips.encode
     made = []
 
@@ -236,11 +235,25 @@ def test_what_came_into_the_input_since_is_not_minded(inputs, whole, tmp_path, m
 def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(inputs, whole):
     before = tree(whole)
     assert prepare_clips(job(inputs, whole), processes=1)["clips"] == 19
-    with pytest.raises(UserError, match="was begun with clips_per_shard 4, not 5"):
+    with pytest.raises(UserError, match="was begun with prepare.clips_per_shard 4, not 5"):
         prepare_clips(job(inputs, whole, clips_per_shard=5))
-    with pytest.raises(UserError, match="was begun with recipe"):
-        prepare_clips(job(inputs, whole, recipe=dataclasses.replace(RECIPE, crf=11)))
+    with pytest.raises(UserError, match="was begun with prepare.crf 10, not 11"):
+        prepare_clips(job(inputs, whole, crf=11))
     assert tree(whole) == before
+
+
+def test_a_folder_is_known_again_by_the_settings_that_made_it():
+    """Also one from before the settings were described by their names; where it lies does not matter."""
+    described = {
+        "source": "in", "items_per_unit": 2, "captions": {"long": ["caption_long"], "short": ["txt", "caption"]},
+        "recipe": {"buckets": [{"height": 16, "width": 24, "aspect_ratio": "3:2"},
+                               {"height": 24, "width": 16, "aspect_ratio": "2:3"}],
+                   "frames": 5, "fps": 0, "clips_per_video": 0, "max_upscale": 1.0, "min_brightness": 5.0,
+                   "min_motion": 0.01, "cut_threshold": 0.0, "crf": 10},
+        "validation_share": 0.3, "test_share": 0.2, "clips_per_shard": 4}
+    now = changed(JOB, input="in", folder="anywhere", latents=True, processes=3).described()
+    assert now.items() <= by_setting(described).items()
+    assert by_setting(now) == now and "anywhere" not in str(now) and "processes" not in now
 
 
 def test_an_input_without_one_good_clip_says_so(inputs, tmp_path):
@@ -290,7 +303,7 @@ def _only_small(inputs, folder):
     for index in range(10):
         shutil.copy(inputs / "wide0.mp4", source / f"{index}.mp4")
         (source / f"{index}.txt").write_text("small")
-    return job(source, folder / "out", recipe=dataclasses.replace(RECIPE, buckets=(clips.Bucket(64, 64, "1:1"),)))
+    return job(source, folder / "out", buckets=(Bucket(64, 64, "1:1"),))
 
 
 def test_an_item_that_ends_its_process_is_left_out(inputs, whole, tmp_path, monkeypatch):
@@ -300,10 +313,10 @@ def test_an_item_that_ends_its_process_is_left_out(inputs, whole, tmp_path, monk
     unit = next(unit for unit in units if "wide1.mp4" in unit.entries)
     cut_as_is = clips.cut
 
-    def crashing(item, recipe):
+    def crashing(item, job):
         if item.key == "wide1":
             raise Stop
-        return cut_as_is(item, recipe)
+        return cut_as_is(item, job)
 
     def survives(function, task):
         try:

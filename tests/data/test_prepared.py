@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from starflow_jax.config import UserError
-from starflow_jax.data import pipeline, prepared
-from starflow_jax.data.pipeline import ClipLength, TextInput
+from starflow_jax.config import Prepare, UserError
+from starflow_jax.data import examples, prepared
+from starflow_jax.data.evaluation import evaluation_batches
+from starflow_jax.data.examples import ClipLength, TextInput
 from starflow_jax.data.raw import clips, latents, shards
-from starflow_jax.data.raw.building import Job, prepare_clips
-from starflow_jax.data.raw.sources import Captions
+from starflow_jax.data.raw.building import prepare_clips
+from starflow_jax.data.raw.job import Bucket, Job
 from tests.data.test_pipeline import joined, same, take, texts_of
 from tests.data.test_pipeline import train as train_of
 from tests.prepared_input import scene, write_inputs
@@ -55,8 +56,8 @@ def encode_prompts(prompts):
 
 
 def prompts_of(bucket, clip):
-    told = {**clip, "fps": int(clip["fps"]), "aspect_ratio": bucket["aspect_ratio"]}
-    return pipeline.prompts_of(told, format_caption, bucket["frames"] == 1)
+    record = {**clip, "fps": int(clip["fps"]), "aspect_ratio": bucket["aspect_ratio"]}
+    return examples.prompts_of(record, format_caption, bucket["frames"] == 1)
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +71,13 @@ def folders(tmp_path_factory):
         (inputs / "pictures" / f"{index}.txt").write_text(f"picture {index}")
     made = []
     for name in ("videos", "pictures"):
-        recipe = clips.Recipe(
-            (clips.Bucket(16, 24, "3:2"), clips.Bucket(24, 16, "2:3"), clips.Bucket(16, 16, "1:1")), FRAMES, 0, 0, 1.0,
-            0.0, 0.0, 0.0, 10)
+        settings = Prepare(
+            input=str(inputs / name), fps=0, max_upscale=1.0, min_brightness=0.0, min_motion=0.0, cut_threshold=0.0,
+            items_per_part=3, long_captions="long", short_captions="txt", validation_share=0.0, test_share=0.0,
+            clips_per_shard=4)
         folder = str(tmp_path_factory.mktemp(name) / "prepared")
-        prepare_clips(Job(str(inputs / name), folder, 3, Captions(("long",), ("txt",)), recipe, 0.0, 0.0, 4),
-                      processes=1)
+        buckets = (Bucket(16, 24, "3:2"), Bucket(24, 16, "2:3"), Bucket(16, 16, "1:1"))
+        prepare_clips(Job(settings, folder, buckets, FRAMES), processes=1)
         latents.write_latents(folder, encode, latent_shape, batch_size=2, made_by=MADE_BY)
         latents.write_text_features(folder, encode_prompts, DIM, prompts_of, batch_size=2, made_by={"text": 1})
         made.append(folder)
@@ -205,7 +207,7 @@ def test_features_are_those_of_the_prompts(folders):
 def test_a_prompt_that_was_not_foreseen_is_named(folders):
     record = prepared.source(folders[0], "train", latents_by=MADE_BY, features_by={"text": 1})[0]
     with pytest.raises(UserError, match="no prepared text features of 'another'"):
-        pipeline.features_of(record, "another")
+        examples.features_of(record, "another")
 
 
 def test_latents_go_on_after_a_stop_and_can_be_shared(folders, tmp_path):
@@ -264,11 +266,11 @@ def test_what_does_not_fit_is_refused(folders, tmp_path):
 
 def test_evaluation_goes_through_all_sizes(folders):
     source = prepared.source(folders[0], "train")
-    batches = list(pipeline.evaluation_batches(source, ClipLength(5), TEXT, batch_size=4, limit=100))
+    batches = list(evaluation_batches(source, ClipLength(5), TEXT, batch_size=4, limit=100))
     assert [batch.frames_BTHWC.shape for batch in batches] == [(4, 5, 16, 24, 3)] * 2 + [(4, 5, 24, 16, 3)]
     assert sum(batch.valid_B.sum() for batch in batches) == 9
     assert texts_of(batches[-1])[0] == "8 fps 2:3:a tall picture"
-    assert len(list(pipeline.evaluation_batches(source, ClipLength(5), TEXT, batch_size=4, limit=3))) == 1
+    assert len(list(evaluation_batches(source, ClipLength(5), TEXT, batch_size=4, limit=3))) == 1
 
 
 def test_evaluation_takes_what_is_prepared(folders):
@@ -276,7 +278,7 @@ def test_evaluation_takes_what_is_prepared(folders):
     kinds = []
     for with_features in (True, False):
         given = source if with_features else prepared.source(folders[0], "train", latents_by=MADE_BY)
-        kinds.append(list(pipeline.evaluation_batches(
+        kinds.append(list(evaluation_batches(
             given, ClipLength(5), TextInput(format_caption, encode_text, length=6), batch_size=4, limit=100)))
     for batch, other in zip(*kinds, strict=True):
         assert batch.frames_BTHWC is None and batch.text_ids_BS is None

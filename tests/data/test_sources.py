@@ -9,10 +9,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from starflow_jax.config import UserError
-from starflow_jax.data.raw.sources import Captions, Item, Rejected, Unit, list_units, read_unit
+from starflow_jax.config import Prepare, UserError
+from starflow_jax.data.raw.sources import Item, Rejected, Unit, list_units, read_unit
 
-FIELDS = Captions(long=("caption_long",), short=("caption_short", "txt", "caption"))
+FIELDS = Prepare(long_captions="caption_long", short_captions="caption_short, txt, caption")
 
 
 def read(source, size=3):

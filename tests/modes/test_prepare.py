@@ -48,7 +48,7 @@ def test_buckets_are_the_sizes_that_the_model_is_known_for():
         assert sizes.items() <= buckets.items()
         assert all(side % 16 == 0 for size in buckets.values() for side in size)
     # 81 frames are trained on, 4 more are recorded for clips without their first latent.
-    assert job_of(seven, "out").recipe.frames == 85
+    assert job_of(seven, "out").frames == 85
 
 
 def test_from_raw_files_to_training_batches(config, tmp_path, capsys):
@@ -107,7 +107,7 @@ def test_nothing_to_validate_on_is_said_before_training(config, tmp_path):
 
 
 def test_prepared_data_needs_a_folder_and_no_digits_readers(config):
-    with pytest.raises(UserError, match="has to name the folder"):
+    with pytest.raises(UserError, match="must name the folder"):
         dataclasses.replace(config.data, directory="")
     with pytest.raises(UserError, match="needs data.source=prepared"):
         dataclasses.replace(config.data, source="digits", latents=True)

@@ -83,9 +83,6 @@ class MovingDigitsConfig:
         return f"{self.size}px_digit{self.digit_size}_{self.frames}frames_{counts}_seed{self.seed}"
 
 
-# ------------------------------------------------------------------------------------------- scans
-
-
 @functools.cache
 def _all_scans() -> np.ndarray:
     grid = np.asarray(Image.open(_DIGITS_PNG))  # 50 rows, 100 columns of 20x20 scans
@@ -108,9 +105,6 @@ def load_scans(scan_ids: np.ndarray, digit_size: int) -> np.ndarray:
         for scan in _all_scans()[scan_ids]
     ]
     return np.stack(resized)
-
-
-# ------------------------------------------------------------------------------------------- clips
 
 
 def random_starts_and_travels(
@@ -164,9 +158,6 @@ def _bilinear_weights(position_BT: np.ndarray, scan_size: int, canvas_size: int)
     offset_HD = np.arange(canvas_size, dtype=np.float32)[:, None] - np.arange(scan_size, dtype=np.float32)
     distance_BTHD = np.abs(offset_HD - position_BT[:, :, None, None])
     return np.maximum(0, 1 - distance_BTHD)
-
-
-# ---------------------------------------------------------------------------------------- data set
 
 
 def generate_clips(config: MovingDigitsConfig, split: str) -> Iterator[dict[str, Any]]:

@@ -25,40 +25,14 @@ from etils import epath
 
 from starflow_jax.config import UserError
 from starflow_jax.data.raw import clips, shards, tasks
-from starflow_jax.data.raw.sources import Captions, Rejected, Unit, list_units, read_unit
+from starflow_jax.data.raw.job import Job, by_setting
+from starflow_jax.data.raw.sources import Rejected, Unit, list_units, read_unit
 from starflow_jax.io.files import ARRIVING, atomic_path, write_text
 
 SUMMARY = "summary.json"  # of a part; sent last
 PREPARED, REJECTED = "prepared.json", "rejected.jsonl"
 _PARTS, _UNITS, _JOB = ".parts", "units.jsonl", "job.json"
 _CHUNK = 16  # records copied at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """All that the result depends on, but the input's files."""
-
-    source: str
-    folder: str
-    items_per_unit: int
-    captions: Captions
-    recipe: clips.Recipe
-    validation_share: float
-    test_share: float
-    clips_per_shard: int
-
-    @property
-    def path(self) -> epath.Path:
-        return epath.Path(self.folder)
-
-    def part(self, index: int) -> epath.Path:
-        return self.path / _PARTS / f"{index:07d}"
-
-    def described(self) -> dict[str, Any]:
-        """As JSON, without the folder: it may be moved."""
-        described = json.loads(json.dumps(dataclasses.asdict(self)))
-        del described["folder"]
-        return described
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,17 +60,17 @@ def prepare_clips(job: Job, *, processes: int = 0, beam: str | None = None) -> d
 
 def _prepare(job: Job, processes: int, beam: str | None) -> dict[str, Any]:
     units = _open_parts(job)
-    left = [unit for unit in units if not (job.part(unit.index) / SUMMARY).exists()]
+    left = [unit for unit in units if not (_part(job, unit.index) / SUMMARY).exists()]
     tasks.run(partial(cut_unit, job), left, what="cut", processes=processes, beam=beam,
               crashed=partial(_skip_what_crashes, job))
-    summaries = [json.loads((job.part(unit.index) / SUMMARY).read_text()) for unit in units]
+    summaries = [json.loads((_part(job, unit.index) / SUMMARY).read_text()) for unit in units]
     rejected = [entry for summary in summaries for entry in summary["rejected"]]
     write_text(job.path / REJECTED, "".join(json.dumps(entry) + "\n" for entry in rejected))
     gatherings = plan_shards(job, [summary["clips"] for summary in summaries])
     if not gatherings:
         _clean(job)  # so that a mended input is read anew
         reason, count = _reasons(rejected).most_common(1)[0]
-        raise UserError(f"{job.source}: not one clip came out of it; {count} times: {reason} "
+        raise UserError(f"{job.settings.input}: not one clip came out of it; {count} times: {reason} "
                         f"(all of it in {job.path / REJECTED})")
     left_shards = [task for task in gatherings if not task.shard.path(job.path).exists()]
     tasks.run(partial(write_shard, job), left_shards, what="gather", processes=processes, beam=beam)
@@ -105,7 +79,7 @@ def _prepare(job: Job, processes: int, beam: str | None) -> dict[str, Any]:
 
 def cut_unit(job: Job, unit: Unit) -> None:
     """Read a unit's items and write its part, unless it is there."""
-    part = job.part(unit.index)
+    part = _part(job, unit.index)
     if (part / SUMMARY).exists():
         return
     counts: collections.Counter[str] = collections.Counter()
@@ -114,7 +88,7 @@ def cut_unit(job: Job, unit: Unit) -> None:
         local.mkdir()
         writers: dict[str, shards.RecordWriter] = {}
         skipped = _crashing(job, unit)
-        for item in read_unit(unit, job.captions):
+        for item in read_unit(unit, job.settings):
             counts["items"] += 1
             if isinstance(item, Rejected):
                 rejected.append(item)
@@ -123,7 +97,7 @@ def cut_unit(job: Job, unit: Unit) -> None:
                 rejected.append(Rejected(item.key, "unreadable: it ends the process that decodes it"))
                 continue
             _mark(job, unit, item.key)
-            for made in clips.cut(item, job.recipe):
+            for made in clips.cut(item, job):
                 if isinstance(made, Rejected):
                     rejected.append(made)
                     continue
@@ -131,7 +105,7 @@ def cut_unit(job: Job, unit: Unit) -> None:
                 if name not in writers:
                     writers[name] = stack.enter_context(shards.RecordWriter(_part_file(local, name)))
                 writers[name].write(shards.serialize_clip({
-                    "media": clips.encode(made, job.recipe.crf), "caption_long": item.caption_long,
+                    "media": clips.encode(made, job.settings.crf), "caption_long": item.caption_long,
                     "caption_short": item.caption_short, "key": item.key, "fps": made.fps, "start": made.start}))
         stack.close()
         written = {name: writer.count for name, writer in sorted(writers.items())}
@@ -147,9 +121,9 @@ def split_of(job: Job, key: str) -> str:
     """By a hash of the video's name: all clips of a video, and of its rows in a list, are in the same split."""
     video = key.rpartition("#")[0] or key
     place = int.from_bytes(hashlib.sha256(video.encode()).digest()[:8]) / 2**64
-    if place < job.test_share:
+    if place < job.settings.test_share:
         return "test"
-    return "validation" if place < job.test_share + job.validation_share else "train"
+    return "validation" if place < job.settings.test_share + job.settings.validation_share else "train"
 
 
 def plan_shards(job: Job, clips_of_parts: Sequence[dict[str, int]]) -> list[Gathering]:
@@ -162,7 +136,7 @@ def plan_shards(job: Job, clips_of_parts: Sequence[dict[str, int]]) -> list[Gath
     for name, parts in sorted(by_name.items()):
         bucket, split = name.split(".")
         total = sum(count for _, count in parts)
-        number = -(-total // job.clips_per_shard)
+        number = -(-total // job.settings.clips_per_shard)
         ends = [total * (index + 1) // number for index in range(number)]
         for index, (begin, end) in enumerate(zip([0, *ends], ends)):
             shard = shards.Shard(shards.CLIPS, bucket, split, index, number, end - begin)
@@ -187,18 +161,19 @@ def write_shard(job: Job, task: Gathering) -> None:
         return
     with atomic_path(path, keep=True) as local, shards.RecordWriter(local) as writer:
         for index, first, end in task.pieces:
-            file = _part_file(job.part(index), f"{task.shard.bucket}.{task.shard.split}")
+            file = _part_file(_part(job, index), f"{task.shard.bucket}.{task.shard.split}")
             with shards.records(file) as records:
                 for begin in range(first, end, _CHUNK):
                     for record in records.__getitems__(range(begin, min(begin + _CHUNK, end))):
                         writer.write(record)
 
 
+def _part(job: Job, index: int) -> epath.Path:
+    return job.path / _PARTS / f"{index:07d}"
+
+
 def _part_file(part: Any, name: str) -> Any:
     return part / f"{name}.{shards.SUFFIX}"
-
-
-# -------------------------------------------------------------------------------------- begin and end
 
 
 def _open_parts(job: Job) -> list[Unit]:
@@ -211,7 +186,7 @@ def _open_parts(job: Job) -> list[Unit]:
             leftover.rmtree()  # of processes that were killed
     else:
         lines = [json.dumps(dataclasses.asdict(unit), default=str)
-                 for unit in list_units(job.source, job.items_per_unit)]
+                 for unit in list_units(job.settings.input, job.settings.items_per_part)]
         write_text(parts / _UNITS, "".join(line + "\n" for line in lines))
         write_text(parts / _JOB, json.dumps(job.described()))
     entries = [json.loads(line) for line in (parts / _UNITS).read_text().splitlines()]
@@ -219,17 +194,17 @@ def _open_parts(job: Job) -> list[Unit]:
 
 
 def _check_same(job: Job, begun: dict[str, Any]) -> None:
-    described = job.described()
-    for name, value in described.items():
-        if begun.get(name) != value:
-            raise UserError(f"{job.folder}: was begun with {name} {begun.get(name)}, not {value}; "
-                            "give the same settings to go on, or another prepare.output")
+    before = by_setting(begun)
+    for name, value in job.described().items():
+        if before.get(name) != value:
+            raise UserError(f"{job.folder}: was begun with prepare.{name} {before.get(name)}, not {value}; "
+                            "give the same settings to resume, or another prepare.output")
 
 
 def _finish(job: Job, summaries: Sequence[dict[str, Any]], rejected: Sequence[dict[str, Any]],
             written: Sequence[shards.Shard]) -> dict[str, Any]:
     buckets: dict[str, dict[str, Any]] = {}
-    aspect_ratios = {bucket.name: bucket.aspect_ratio for bucket in job.recipe.buckets}
+    aspect_ratios = {bucket.name: bucket.aspect_ratio for bucket in job.buckets}
     for name in sorted({shard.bucket for shard in written}):
         of_bucket = [shard for shard in written if shard.bucket == name]
         shards.write_metadata(job.path, of_bucket, shards.clip_features(),
@@ -262,12 +237,9 @@ def _as_json(rejected: Rejected) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(rejected).items() if value is not None}
 
 
-# --------------------------------------------------------------------- what ends the process that reads it
-
-
 def _skip_what_crashes(job: Job, unit: Unit) -> None:
     """Find the items that end their process, one after the other, and leave them out."""
-    while not (job.part(unit.index) / SUMMARY).exists():
+    while not (_part(job, unit.index) / SUMMARY).exists():
         crashing = _crashing(job, unit)
         key = _marks(job, unit).read_text() if _marks(job, unit).exists() else ""
         if not key or key in crashing:
@@ -289,4 +261,4 @@ def _mark(job: Job, unit: Unit, key: str) -> None:
 
 
 def _marks(job: Job, unit: Unit, what: str = "at") -> epath.Path:
-    return job.part(unit.index).with_suffix(f".{what}")
+    return _part(job, unit.index).with_suffix(f".{what}")

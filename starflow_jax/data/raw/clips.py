@@ -21,6 +21,7 @@ from av.video.reformatter import Interpolation
 from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from starflow_jax.data.raw.job import Bucket, Job
 from starflow_jax.data.raw.sources import Item, Rejected
 from starflow_jax.io.video import Mp4Writer, tag_colours, to_rgb
 
@@ -38,34 +39,6 @@ X264 = {"preset": "veryfast", "threads": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Bucket:
-    """A size of clips, in pixels, and the aspect ratio that the model is told."""
-
-    height: int
-    width: int
-    aspect_ratio: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.height}x{self.width}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What clips are made of a video, and which are left out."""
-
-    buckets: tuple[Bucket, ...]
-    frames: int
-    fps: int  # 0: the source's
-    clips_per_video: int  # 0: all
-    max_upscale: float
-    min_brightness: float  # mean, 0 to 255
-    min_motion: float  # mean change from frame to frame, 0 to 255
-    cut_threshold: float  # the same; 0: cuts are not looked for
-    crf: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Clip:
     """uint8 frames (T, H, W, 3), T = 1 and fps = 0 of a picture; `start` in seconds of the source."""
 
@@ -78,10 +51,10 @@ class Clip:
 class _Unusable(Exception):
     """Why an item is rejected."""
 
-def cut(item: Item, recipe: Recipe) -> Iterator[Clip | Rejected]:
+def cut(item: Item, job: Job) -> Iterator[Clip | Rejected]:
     """The clips of an item in order, and what of it is left out. Never raises for what is in the file."""
     try:
-        yield from [_picture(item, recipe)] if item.is_image else _video_clips(item, recipe)
+        yield from [_picture(item, job)] if item.is_image else _video_clips(item, job)
     except UnidentifiedImageError:  # says nothing but the name of the file
         yield Rejected(item.key, "unreadable: not a picture of a known kind")
     except (_Unusable, Image.DecompressionBombError) as error:
@@ -95,16 +68,13 @@ def nearest_bucket(buckets: tuple[Bucket, ...], height: float, width: float) -> 
     return min(buckets, key=lambda bucket: abs(math.log(bucket.width / bucket.height / (width / height))))
 
 
-# ------------------------------------------------------------------------------------------- pictures
-
-
-def _picture(item: Item, recipe: Recipe) -> Clip:
+def _picture(item: Item, job: Job) -> Clip:
     with _file(item.media) as file, Image.open(file) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB")
-    bucket = nearest_bucket(recipe.buckets, image.height, image.width)
-    _check_size(bucket, image.height, image.width, recipe)
+    bucket = nearest_bucket(job.buckets, image.height, image.width)
+    _check_size(bucket, image.height, image.width, job)
     frame = np.asarray(ImageOps.fit(image, (bucket.width, bucket.height), Image.Resampling.LANCZOS))
-    if frame.mean() < recipe.min_brightness:
+    if frame.mean() < job.settings.min_brightness:
         raise _Unusable(f"too dark: brightness {frame.mean():.1f} of 255")
     return Clip(frame[None], bucket, 0, 0.0)
 
@@ -113,16 +83,13 @@ def _file(media: str | bytes):
     return io.BytesIO(media) if isinstance(media, bytes) else epath.Path(media).open("rb")
 
 
-def _check_size(bucket: Bucket, height: float, width: float, recipe: Recipe) -> None:
+def _check_size(bucket: Bucket, height: float, width: float, job: Job) -> None:
     upscale = max(bucket.height / height, bucket.width / width)
-    if upscale > recipe.max_upscale:
+    if upscale > job.settings.max_upscale:
         raise _Unusable(f"too small: {width:.0f}x{height:.0f} would be enlarged {upscale:.2f} times")
 
 
-# --------------------------------------------------------------------------------------------- videos
-
-
-def _video_clips(item: Item, recipe: Recipe) -> Iterator[Clip | Rejected]:
+def _video_clips(item: Item, job: Job) -> Iterator[Clip | Rejected]:
     # A path is opened by ffmpeg itself, which is faster than through Python.
     local = isinstance(item.media, str) and "://" not in item.media
     with av.open(item.media if local else _file(item.media), "r") as container:
@@ -133,16 +100,16 @@ def _video_clips(item: Item, recipe: Recipe) -> Iterator[Clip | Rejected]:
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         if not rate:
             raise _Unusable("frame rate unknown")
-        if rate < SLOWEST * recipe.fps:
-            raise _Unusable(f"frame rate {rate:.4g} is below {recipe.fps}")
-        if not (recipe.fps or 1 <= round(rate) <= FASTEST):
+        if rate < SLOWEST * job.settings.fps:
+            raise _Unusable(f"frame rate {rate:.4g} is below {job.settings.fps}")
+        if not (job.settings.fps or 1 <= round(rate) <= FASTEST):
             raise _Unusable(f"frame rate {rate:.4g} is not from 1 to {FASTEST}")
-        cutter = _Cutter(item, recipe, recipe.fps or round(rate), float(stream.sample_aspect_ratio or 1))
+        cutter = _Cutter(item, job, job.settings.fps or round(rate), float(stream.sample_aspect_ratio or 1))
         decoded = _decode(container, stream, item.start, item.end)
         try:
-            for time, frame in _resample(decoded, recipe.fps, rate):
+            for time, frame in _resample(decoded, job.settings.fps, rate):
                 yield from cutter.add(time, frame)
-                if recipe.clips_per_video and cutter.made >= recipe.clips_per_video:
+                if job.settings.clips_per_video and cutter.made >= job.settings.clips_per_video:
                     return
         except (av.FFmpegError, _Damaged) as error:
             # The clips before the damage are good.
@@ -150,8 +117,8 @@ def _video_clips(item: Item, recipe: Recipe) -> Iterator[Clip | Rejected]:
             return
         if not cutter.clips:
             raise _Unusable("no frames" if not cutter.frames else
-                            f"too short: {cutter.frames} frames at {recipe.fps or round(rate)} fps, "
-                            f"a clip has {recipe.frames}")
+                            f"too short: {cutter.frames} frames at {job.settings.fps or round(rate)} fps, "
+                            f"a clip has {job.frames}")
 
 
 class _Damaged(Exception):
@@ -202,8 +169,8 @@ def _resample(decoded: Iterator[tuple[float, av.VideoFrame]], fps: int, rate: fl
 class _Cutter:
     """Gathers frames into clips; begins anew at a change of scene."""
 
-    def __init__(self, item: Item, recipe: Recipe, fps: int, pixel_aspect: float) -> None:
-        self._item, self._recipe, self._fps, self._pixel_aspect = item, recipe, fps, pixel_aspect
+    def __init__(self, item: Item, job: Job, fps: int, pixel_aspect: float) -> None:
+        self._item, self._job, self._fps, self._pixel_aspect = item, job, fps, pixel_aspect
         self.time, self.frames, self.clips, self.made = 0.0, 0, 0, 0  # clips: judged; made: of these, good
         self._size: tuple[int, int] | None = None
         self._bucket: Bucket | None = None
@@ -242,20 +209,20 @@ class _Cutter:
         self._seen = seen
         self._pictures.append(picture)
         self._brightness.append(float(seen.mean()))
-        if len(self._pictures) == self._recipe.frames:
+        if len(self._pictures) == self._job.frames:
             yield self._finish()
 
     def _break(self, time: float) -> Iterator[Rejected]:
         if self._pictures:
             self.clips += 1
-            yield Rejected(self._item.key, f"cut inside: {len(self._pictures)} frames of {self._recipe.frames}",
+            yield Rejected(self._item.key, f"cut inside: {len(self._pictures)} frames of {self._job.frames}",
                            round(self._start, 3), round(time, 3))
         self._begin_shot()
 
     def _is_cut(self, change: float) -> bool:
         """Much change, and much more than in the frames before: fast movement is no cut. A shot's first change
         has nothing to be held against, and is none."""
-        return 0 < self._recipe.cut_threshold < change and change > CUT_RATIO * max(self._usual, default=math.inf)
+        return 0 < self._job.settings.cut_threshold < change and change > CUT_RATIO * max(self._usual, default=math.inf)
 
     def _finish(self) -> Clip | Rejected:
         assert self._bucket is not None
@@ -265,9 +232,9 @@ class _Cutter:
         self.clips += 1
         motion = sum(changes) / max(len(changes), 1)
         reason = ""
-        if brightness < self._recipe.min_brightness:
+        if brightness < self._job.settings.min_brightness:
             reason = f"too dark: brightness {brightness:.1f} of 255"
-        elif changes and motion < self._recipe.min_motion:
+        elif changes and motion < self._job.settings.min_motion:
             reason = f"too static: {motion:.3f} of 255 change from frame to frame"
         if reason:
             return Rejected(self._item.key, reason, round(start, 3), round(self.time, 3))
@@ -281,8 +248,8 @@ class _Cutter:
             height, width = float(frame.height), frame.width * self._pixel_aspect
             if frame.rotation % 180 == 90:
                 height, width = width, height
-            self._bucket = nearest_bucket(self._recipe.buckets, height, width)
-            _check_size(self._bucket, height, width, self._recipe)
+            self._bucket = nearest_bucket(self._job.buckets, height, width)
+            _check_size(self._bucket, height, width, self._job)
         if (frame.width, frame.height) != self._size:
             raise _Unusable("frames change size")
         assert self._bucket is not None
@@ -310,9 +277,6 @@ def fit_frame(frame: av.VideoFrame, height: int, width: int, pixel_aspect: float
 def _thumbnail(picture_HWC: np.ndarray) -> np.ndarray:
     """Means of square blocks, so that neither a sensor's noise nor fine detail looks like movement."""
     return np.asarray(Image.fromarray(picture_HWC).reduce(max(1, picture_HWC.shape[0] // THUMBNAIL)), np.int16)
-
-
-# --------------------------------------------------------------------------------- what is kept on disk
 
 
 def encode(clip: Clip, crf: int) -> bytes:

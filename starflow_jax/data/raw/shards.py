@@ -86,9 +86,6 @@ def parse_clip(record: bytes) -> dict[str, Any]:
     return features.decode_example_np(parser.parse_example(record))
 
 
-# -------------------------------------------------------------------------------------------- files
-
-
 @contextlib.contextmanager
 def work_in(folder: epath.Path, alone: bool = True) -> Iterator[None]:
     """Raises UserError where the disk fails or fills up, and, with `alone`, where another run works in the folder.
@@ -156,9 +153,6 @@ def records(path: epath.Path) -> Iterator[Any]:
             local = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), path.name)
             path.copy(local)
         yield stack.enter_context(array_record_data_source.ArrayRecordDataSource([local]))
-
-
-# ------------------------------------------------------------------------------------------ data sets
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,20 +23,12 @@ from typing import Any
 
 from etils import epath
 
-from starflow_jax.config import UserError
+from starflow_jax.config import Prepare, UserError
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 LISTS = (".csv", ".jsonl", ".parquet")
 TXT = "txt"  # the field that a .txt file is
-
-
-@dataclasses.dataclass(frozen=True)
-class Captions:
-    """In which fields captions are looked for, in this order; where only one kind is found it serves as both."""
-
-    long: tuple[str, ...]
-    short: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +89,13 @@ def list_units(source: str, items_per_unit: int) -> list[Unit]:
     return units
 
 
-def read_unit(unit: Unit, captions: Captions) -> Iterator[Item | Rejected]:
+def read_unit(unit: Unit, settings: Prepare) -> Iterator[Item | Rejected]:
     """The unit's items in order; whatever can't be used as `Rejected`."""
     if unit.kind == "tar":
-        return _read_tar(unit.where, captions)
+        return _read_tar(unit.where, settings)
     if unit.kind == "list":
-        return (_from_row(epath.Path(unit.where), number, row, captions) for number, row in unit.entries)
-    return (_from_folder(epath.Path(unit.where), name, captions) for name in unit.entries)
+        return (_from_row(epath.Path(unit.where), number, row, settings) for number, row in unit.entries)
+    return (_from_folder(epath.Path(unit.where), name, settings) for name in unit.entries)
 
 
 def _glob(path: epath.Path) -> list[epath.Path]:
@@ -135,16 +127,13 @@ def _grouped(kind: str, where: epath.Path, entries: Iterable[Any], size: int) ->
             for index, begin in enumerate(range(0, len(every), size))]
 
 
-# ------------------------------------------------------------------------------------------ folders
-
-
-def _from_folder(folder: epath.Path, name: str, captions: Captions) -> Item | Rejected:
+def _from_folder(folder: epath.Path, name: str, settings: Prepare) -> Item | Rejected:
     path = folder / name
     key = _printable(name[:-len(path.suffix)])
     beside = {suffix: path.with_suffix(f".{suffix}") for suffix in (TXT, "json")}
     try:
         fields = _fields({suffix: file.read_bytes() for suffix, file in beside.items() if file.exists()})
-        long, short = _captions(fields, captions)
+        long, short = _captions(fields, settings)
     except (_Unusable, OSError) as error:
         return Rejected(key, _said(error))
     return Item(key, str(path), _is_image(name), long, short)
@@ -173,9 +162,9 @@ def _decoded(text: bytes, what: str) -> str:
         raise _Unusable(f"wrong encoding: the {what} is not UTF-8 (byte {error.start})") from error
 
 
-def _captions(fields: Mapping[str, Any], captions: Captions) -> tuple[str, str]:
-    """(long, short); raises _Unusable where there is neither."""
-    long, short = _first_text(fields, captions.long), _first_text(fields, captions.short)
+def _captions(fields: Mapping[str, Any], settings: Prepare) -> tuple[str, str]:
+    """(long, short), one for both where there is only one; raises _Unusable where there is neither."""
+    long, short = _first_text(fields, settings.long_names), _first_text(fields, settings.short_names)
     if not (long or short):
         raise _Unusable("no caption")
     return long or short, short or long
@@ -206,9 +195,6 @@ def _is_image(name: str) -> bool:
 
 def _said(error: Exception) -> str:
     return str(error) if isinstance(error, _Unusable) else f"unreadable: {getattr(error, 'strerror', '') or error}"
-
-
-# -------------------------------------------------------------------------------------------- lists
 
 
 def _rows(path: epath.Path) -> Iterator[Any]:
@@ -249,7 +235,7 @@ def _parquet_rows(path: epath.Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: not a Parquet file that can be read ({error})") from error
 
 
-def _from_row(folder: epath.Path, number: int, row: Any, captions: Captions) -> Item | Rejected:
+def _from_row(folder: epath.Path, number: int, row: Any, settings: Prepare) -> Item | Rejected:
     """The item of a row; its key is the path, and the row's number, since a video may be in several rows."""
     key = f"row {number}"
     try:
@@ -265,7 +251,7 @@ def _from_row(folder: epath.Path, number: int, row: Any, captions: Captions) -> 
             raise _Unusable("not a video or picture by its name's ending")
         if not (folder / name).exists():
             raise _Unusable("file not found")
-        long, short = _captions(row, captions)
+        long, short = _captions(row, settings)
         start, end = _seconds(row, "start", 0.0), _seconds(row, "end", math.inf)
         if not 0 <= start < end:
             raise _Unusable(f"start {start} and end {end} are no stretch of time")
@@ -284,10 +270,7 @@ def _seconds(row: Mapping[str, Any], name: str, default: float) -> float:
         raise _Unusable(f"{name} is {value!r}, not a number of seconds") from error
 
 
-# --------------------------------------------------------------------------------------------- tars
-
-
-def _read_tar(path: str, captions: Captions) -> Iterator[Item | Rejected]:
+def _read_tar(path: str, settings: Prepare) -> Iterator[Item | Rejected]:
     """Samples of a WebDataset tar, in its order, one in memory at a time."""
     tar_name = epath.Path(path).name
     files: dict[str, bytes] = {}
@@ -300,7 +283,7 @@ def _read_tar(path: str, captions: Captions) -> Iterator[Item | Rejected]:
                 folder, slash, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
                 if (sample := _printable(folder + slash + stem)) != key and files:
-                    yield _from_sample(f"{tar_name}/{key}", files, captions)
+                    yield _from_sample(f"{tar_name}/{key}", files, settings)
                     files = {}
                 key = sample
                 content = tar.extractfile(member)
@@ -311,17 +294,17 @@ def _read_tar(path: str, captions: Captions) -> Iterator[Item | Rejected]:
         yield Rejected(f"{tar_name}/{key}" if key else tar_name, f"tar damaged: after {read} files, {error}")
         return
     if files:
-        yield _from_sample(f"{tar_name}/{key}", files, captions)
+        yield _from_sample(f"{tar_name}/{key}", files, settings)
 
 
-def _from_sample(key: str, files: Mapping[str, bytes], captions: Captions) -> Item | Rejected:
+def _from_sample(key: str, files: Mapping[str, bytes], settings: Prepare) -> Item | Rejected:
     media = [suffix for suffix in files if f".{suffix}".endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES)]
     try:
         fields = _fields(files)
         if not media:
             said = fields.get("error_message")
             raise _Unusable("no video or picture in the sample" + (f": {said}" if said else ""))
-        long, short = _captions(fields, captions)
+        long, short = _captions(fields, settings)
     except _Unusable as error:
         return Rejected(key, str(error))
     return Item(key, files[media[0]], _is_image(f".{media[0]}"), long, short)
