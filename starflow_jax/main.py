@@ -1,4 +1,7 @@
-"""python -m starflow_jax.main --config=configs/t2v.py[:variant] --workdir=DIR --mode=MODE"""
+"""python -m starflow_jax.main --config=configs/t2v.py[:VARIANT] --workdir=DIR --mode=MODE [--config.SETTING=VALUE ...]
+
+The same in short:  starflow MODE [PROMPT] [--config=configs/t2v.py[:VARIANT]] [--workdir=DIR] [--SETTING=VALUE ...]
+"""
 
 import importlib
 import os
@@ -9,17 +12,30 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from starflow_jax.config import UserError, from_config_dict
+from starflow_jax.config import Config, UserError, from_config_dict
+from starflow_jax.io import command_line
+from starflow_jax.settings.help import entry, settings_text
 
-# Each mode is the function of its own name in the module of its own name: (config, workdir) -> None.
-MODES = ("train", "calibrate", "sample", "evaluate", "benchmark", "package", "plan", "convert", "prepare")
+# Each mode is the function of its own name in the module of its own name in modes/: (config, workdir) -> None. Here,
+# what it does and the sections of settings that it reads first of all; the first is its own.
+MODES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "train": ("train a model, or resume training it", ("train", "data", "model", "text", "codec", "mesh")),
+    "sample": ("make videos of prompts, pictures and videos", ("sample",)),
+    "evaluate": ("measure a model, or any system's videos", ("evaluate", "sample")),
+    "calibrate": ("measure which solver is fastest for a model, and keep it beside the model", ("sample",)),
+    "convert": ("turn released weights into a checkpoint, and back", ("convert", "text", "codec")),
+    "prepare": ("turn videos and captions into data to train on", ("prepare",)),
+    "plan": ("compile for a pod that is not there: memory, time and bounds", ("plan", "mesh", "train", "model")),
+    "benchmark": ("time this machine", ("benchmark",)),
+    "package": ("put the workdir's model into the package", ("sample",)),
+}
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Settings: configs/t2v.py[:tiny|tiny_gpu|3b|7b].")
+CONFIG = config_flags.DEFINE_config_file("config", None, "File of settings, and which of its variants.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and results; default: runs/NAME.")
 DISTRIBUTED = flags.DEFINE_string(
-    "distributed", "", "One of several processes of a run: true (on TPU pods, Slurm, Kubernetes the others are found) "
-    "or HOST:PORT,COUNT,INDEX: the first one's address, how many there are, which this is.")
-MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+    "distributed", "", "One of several processes of a run: true (on TPU pods, Slurm, Kubernetes they are found) or "
+    "HOST:PORT,COUNT,INDEX: the first one's address, how many there are, which this is.")
+MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 
 
 def main(argv: list[str]) -> None:
@@ -27,28 +43,21 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{argv[1]}: not an option; settings are given as --config.sample.guidance=2.5")
     config = from_config_dict(CONFIG.value)
     workdir = Path(WORKDIR.value or f"runs/{config.name}")
-    prepare_jax()
+    # After the settings are checked: JAX takes longer to import than all that is above.
+    from starflow_jax.io.compiled import keep_compiled_programs
+
+    keep_compiled_programs()
     join(DISTRIBUTED.value)
     module = importlib.import_module(f"starflow_jax.modes.{MODE.value}")
     getattr(module, MODE.value)(config, workdir)
 
 
-def prepare_jax() -> None:
-    """Keep compiled programs for the next run."""
-    import jax
-
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "starflow_jax", "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
 def join(distributed: str) -> None:
     """Meet the other processes of this run. Raises UserError for what can't be read or reached."""
-    import jax
-
     if distributed in ("", "false"):
         return
+    import jax
+
     given: dict[str, Any] = {}
     if distributed != "true":
         address, *numbers = distributed.split(",")
@@ -63,17 +72,43 @@ def join(distributed: str) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Read the command line. Raises UserError naming what is wrong with it."""
+    """Read the command line, or print --help and leave. Raises UserError naming what is wrong with it."""
+    asked = [argument for argument in argv[1:] if argument == "-h" or argument.startswith("--help")]
+    arguments = command_line.with_recipe([argument for argument in argv[1:] if argument not in asked])
+    command_line.check_names(arguments)
     try:
-        rest = flags.FLAGS(argv)
-    except OSError as error:
-        given = next((arg for arg in reversed(argv) if arg.startswith("--config=")), "--config")
-        raise UserError(f"{given}: this file can't be read; try --config=configs/t2v.py") from error
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
-    if flags.FLAGS["config"].value is None:
-        raise UserError("--config is missing; try --config=configs/t2v.py")
+        rest = flags.FLAGS([argv[0], *arguments])
+    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise command_line.in_words(error) from error
+    if asked:
+        topic = asked[0].partition("=")[2] or (MODE.value if flags.FLAGS["mode"].present else "")
+        _show(help_text(topic))
+        sys.exit(0)
+    if CONFIG.value is None:
+        raise UserError(f"--config is missing; try --config={command_line.DEFAULT_RECIPE}")
     return rest
+
+
+def help_text(topic: str = "") -> str:
+    """What --help prints: of a mode or a section its settings, else everything. With --config its values are shown."""
+    sections = MODES[topic][1] if topic in MODES else (topic,) if topic else ()
+    config = None if CONFIG.value is None else from_config_dict(CONFIG.value)
+    settings = settings_text(Config, sections, config)
+    if not settings:
+        raise UserError(f"--help={topic}: no such mode or section of settings; --help lists all")
+    options = [entry(f"--{name}", flags.FLAGS[name].help) for name in ("config", "workdir", "mode", "distributed")]
+    which = "their defaults; those of a file with --config=FILE" if config is None else f"the values of {config.name}"
+    modes = [entry(mode, does) for mode, (does, _) in MODES.items()]
+    return "\n".join([(__doc__ or "").strip(), "", "modes", *modes, "", "options", *options,
+                      entry("--help[=TOPIC]", "This; of one mode or section only."), "",
+                      f"settings (--config.SECTION.NAME=VALUE), with {which}", "", settings])
+
+
+def _show(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # piped into `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run() -> None:
@@ -82,10 +117,24 @@ def run() -> None:
     try:
         app.run(main, flags_parser=parse_flags)
     except UserError as error:
-        print(f"starflow_jax: {error}", file=sys.stderr, flush=True)
-        if flags.FLAGS.is_parsed() and DISTRIBUTED.value:
-            os._exit(2)  # leaving as usual waits for the other processes, which may be gone, and then aborts
-        sys.exit(2)
+        _leave(error)
+
+
+def starflow() -> None:
+    """The console script `starflow`."""
+    try:
+        own = {mode: sections[0] for mode, (_, sections) in MODES.items()}
+        sys.argv[1:] = command_line.written_out(sys.argv[1:], own, set(flags.FLAGS))
+    except UserError as error:
+        _leave(error)
+    run()
+
+
+def _leave(error: UserError) -> None:
+    print(f"starflow_jax: {error}", file=sys.stderr, flush=True)
+    if flags.FLAGS.is_parsed() and DISTRIBUTED.value:
+        os._exit(2)  # leaving as usual waits for the other processes, which may be gone, and then aborts
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,13 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
+from absl import flags
+
+from starflow_jax import main
 
 ROOT = Path(__file__).parent.parent
 OVERRIDES = [
@@ -31,3 +37,20 @@ def environment(cache: Path) -> dict[str, str]:
 def run(workdir: Path, data: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(workdir, data, *arguments), cwd=ROOT, env=environment(data / "compiled"),
                           capture_output=True, text=True, timeout=600)
+
+
+def run_here(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of starflow_jax.main, run in this process: no second for starting another one."""
+    for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+        delattr(flags.FLAGS, name)  # overrides of an earlier call
+    flags.FLAGS.unparse_flags()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["starflow_jax.main", *arguments])
+        patch.chdir(ROOT)
+        try:
+            main.run()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err

@@ -113,7 +113,7 @@ def test_overrides_are_checked_again() -> None:
 def test_unknown_and_missing_fields() -> None:
     values = to_config_dict(settings()).to_dict()
     unknown = {**values, "train": {**values["train"], "lr": 1.0}}
-    with pytest.raises(UserError, match=r"train.lr: no such setting; did you mean "):
+    with pytest.raises(UserError, match=r"train.lr: no such setting; train has steps, "):
         from_config_dict(ConfigDict(unknown))
     values["model"].pop("channels")
     with pytest.raises(UserError, match=r"model.channels: this setting has no default"):
@@ -127,7 +127,7 @@ def test_numbers_of_numpy_are_numbers() -> None:
 UNKNOWN = {
     "sample.guidence": "did you mean sample.guidance",  # mistyped
     "guidance": "did you mean sample.guidance",  # without its section
-    "model.steps": "did you mean train.steps",  # of another section
+    "model.steps": "did you mean train.steps or evaluate.steps",  # of another section
     "mesh.zzz": "mesh has data, fsdp, tensor, sequence",
     "zzz": "the sections are model, text, codec",
     "model.parted_attention": "model.sequence_parallel=ulysses|all_gather|ring",
@@ -161,7 +161,7 @@ def test_every_setting_is_described() -> None:
     assert len({one.name for one in described}) == len(described) > 150
     assert [one.name for one in described if not one.description] == []
     assert next(one for one in described if one.name == "sample.guidance") == listing.Described(
-        "sample.guidance", "float", 2.5, "0 (none) or more", "weight of classifier-free guidance")
+        "sample.guidance", "a number", 2.5, "0 (none) or more", "weight of classifier-free guidance")
     assert next(one for one in described if one.name == "model.channels").default is dataclasses.MISSING
 
 

@@ -1,13 +1,13 @@
 """Which examples a configuration reads."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epy
 
 from starflow_jax.config import Config
+from starflow_jax.io.compiled import cache_folder
 
 with epy.lazy_imports():  # TFDS and grain, which sampling needs not
     from starflow_jax.data import prepared
@@ -35,8 +35,7 @@ def text_fingerprint(config: Config) -> dict[str, Any]:
 
 def default_data_directory() -> str:
     """A cache folder of the user's."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(cache, "starflow_jax", "data")
+    return str(cache_folder() / "data")
 
 
 def fixed_captions(config: Config, split: str, count: int) -> list[str]:

@@ -60,7 +60,7 @@ class Settings:
         hints = type_hints(section)
         for field in dataclasses.fields(section):
             value, kind = getattr(self, field.name), hints[field.name]
-            self.require(field.name, _is_a(value, kind), f"must be {TYPE_WORDS.get(kind, kind)}")
+            self.require(field.name, _is_a(value, kind), f"must be {type_words(kind)}")
             allowed = field.metadata.get("allowed")
             if allowed:
                 self.require(field.name, allowed.holds(value), f"must be {allowed.words}")
@@ -75,7 +75,12 @@ class Settings:
             raise UserError(f"{self.path or type(self).__name__.lower()}.{field}={getattr(self, field)!r}: {words}")
 
 
-TYPE_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+def type_words(kind: Any) -> str:
+    """A type as errors and --help call it."""
+    if typing.get_origin(kind) is tuple:
+        return "a tuple of whole numbers" if typing.get_args(kind)[0] is int else "a tuple of numbers"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words[kind] if kind in words else kind.__name__
 
 
 @functools.cache

@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from starflow_jax.settings.fields import UserError, type_hints
+from starflow_jax.settings.fields import UserError, type_hints, type_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Described:
     """One setting."""
 
     name: str  # dotted, such as sample.guidance
-    type: str
+    type: str  # in words, such as "a number"
     default: Any  # dataclasses.MISSING where it must be given
     allowed: str  # "": whatever its type allows
     description: str
@@ -27,8 +27,8 @@ def describe(section: Any, prefix: str = "") -> Iterator[Described]:
             yield from describe(kind, f"{prefix}{field.name}.")
         else:
             allowed = field.metadata.get("allowed")
-            yield Described(prefix + field.name, kind.__name__ if isinstance(kind, type) else str(kind), field.default,
-                            allowed.words if allowed else "", field.metadata.get("description", ""))
+            yield Described(prefix + field.name, type_words(kind), field.default, allowed.words if allowed else "",
+                            field.metadata.get("description", ""))
 
 
 def sections(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -45,8 +45,10 @@ def unknown_setting(root: Any, name: str, renamed: Mapping[str, str]) -> UserErr
         return UserError(f"{name}: this setting has another name now: {renamed[name]}")
     known = [one.name for one in describe(root)]
     section, _, last = name.rpartition(".")
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.75)
-    near += [one for one in known if one.rpartition(".")[2] == last and one not in near]
+    beside = {_last(one): one for one in known if section and one.startswith(f"{section}.")}
+    near = [beside[one] for one in difflib.get_close_matches(last, beside, n=2, cutoff=0.7)]
+    near = near or [one for one in known if _last(one) == last]
+    near = near or [one for one in known if difflib.get_close_matches(last, [_last(one)], cutoff=0.75)]
     if near:
         return UserError(f"{name}: no such setting; did you mean {' or '.join(near[:3])}?")
     inside = [one.removeprefix(f"{section}.") for one in known if section and one.startswith(f"{section}.")]
@@ -54,3 +56,7 @@ def unknown_setting(root: Any, name: str, renamed: Mapping[str, str]) -> UserErr
         return UserError(f"{name}: no such setting; {section} has {', '.join(inside)}")
     tops = [top for top, _ in sections(root) if "." not in top]
     return UserError(f"{name}: no such setting; the sections are {', '.join(tops)}, and --help lists all settings")
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,106 @@
+"""The command line before its flags are read: short names, files of settings, names of settings that do not exist."""
+
+import re
+import sys
+import types
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+
+from starflow_jax.config import Config, UserError, unknown_setting
+from starflow_jax.settings.listing import describe, sections
+
+# In an installed package the files of configs/ lie inside it, in a checkout beside it.
+PACKAGE = Path(__file__).parents[1]
+RECIPES = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+DEFAULT_RECIPE = "configs/t2v.py"
+HELP = ("--help", "-h")
+
+
+def written_out(arguments: Sequence[str], modes: Mapping[str, str], flags: Container[str]) -> list[str]:
+    """`starflow`'s MODE [PROMPT] [--SETTING=VALUE ...] as the flags of `python -m starflow_jax.main`.
+
+    modes: the section of each, in which its settings need no section's name. flags: names that are no settings.
+    Raises UserError for an unknown mode or setting.
+    """
+    if not arguments or arguments[0] in HELP:
+        return ["--help"]
+    mode, *rest = arguments
+    if mode not in modes:
+        raise UserError(f"{mode}: no such mode; there are {', '.join(modes)}")
+    written, remaining = [f"--config={DEFAULT_RECIPE}", f"--mode={mode}"], iter(rest)
+    for argument in remaining:
+        if argument in HELP:
+            written.append("--help")
+        elif argument.startswith("-"):
+            name, equals, value = argument.lstrip("-").partition("=")
+            name, takes_value = _full_name(name, modes[mode], flags)
+            written.append(f"--{name}={value if equals else next(remaining, '') if takes_value else 'true'}")
+        elif mode == "sample":
+            written.append(f"--config.sample.prompt={argument}")
+        else:
+            raise UserError(f"{argument}: only `starflow sample` takes a prompt; settings are --NAME=VALUE")
+    return written
+
+
+def _full_name(name: str, section: str, flags: Container[str]) -> tuple[str, bool]:
+    """(the flag's name, whether it takes a value) of --frames, --sample.frames, --config.sample.frames, --workdir."""
+    kinds = {one.name: one.type for one in describe(Config)}
+    for setting in (f"{section}.{name}", name.removeprefix("config.")):
+        if setting in kinds:
+            return f"config.{setting}", kinds[setting] != "true or false"
+    if name in flags:
+        return name, True
+    raise unknown_setting(name.removeprefix("config.") if "." in name else f"{section}.{name}")
+
+
+def with_recipe(arguments: Sequence[str]) -> list[str]:
+    """The arguments with --config (the last one given) in front, as settings need it, and its file found: in the
+    working directory, or else in the package.
+
+    Raises UserError, naming the files there are, where it is in neither. Files of settings import one another as
+    `configs.NAME`, wherever they lie.
+    """
+    others, given, remaining = [], None, iter(arguments)
+    for argument in remaining:
+        if argument in ("--config", "-config"):
+            given = next(remaining, "")
+        elif re.match("--?config=", argument):
+            given = argument.partition("=")[2]
+        else:
+            others.append(argument)
+    return others if given is None else [f"--config={_find_recipe(given)}", *others]
+
+
+def _find_recipe(given: str) -> str:
+    file, colon, variant = given.partition(":")
+    path = Path(file)
+    if not path.is_file() and path.parent == Path("configs"):
+        path = RECIPES / path.name
+    if not path.is_file():
+        there = ", ".join(f"configs/{recipe.name}" for recipe in sorted(RECIPES.glob("*.py")))
+        raise UserError(f"--config={given}: there is no file {file} here, nor in the package, which has {there}")
+    if "configs" not in sys.modules:
+        package = types.ModuleType("configs")
+        package.__path__ = [str(path.absolute().parent), str(RECIPES)]
+        sys.modules["configs"] = package
+    return f"{path}{colon}{variant}"
+
+
+def in_words(error: Exception) -> UserError:
+    """What absl says of a flag, as one line about the setting."""
+    line = " ".join(str(error).split())
+    found = re.match(r"flag --config\.([\w.]+)=(.*?): ", line)
+    kinds = [one.type for one in describe(Config) if found and one.name == found[1]]
+    return UserError(f"{found[1]}={found[2]}: must be {kinds[0]}" if found and kinds else line)
+
+
+def check_names(arguments: Sequence[str]) -> None:
+    """Raises UserError for a --config.NAME that is no setting."""
+    known, tops = {one.name for one in describe(Config)}, dict(sections(Config))
+    for argument in arguments:
+        name = re.match(r"--?(?:no)?config\.([^=\[]+)", argument)
+        if name and name[1] in tops:
+            inside = [one.name for one in describe(tops[name[1]])]
+            raise UserError(f"{name[1]}: is a section of settings; it has {', '.join(inside)}")
+        if name and name[1] not in known:
+            raise unknown_setting(name[1])
