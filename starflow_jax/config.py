@@ -454,6 +454,10 @@ class Config(Settings):
 # Settings that were called otherwise, and how to say the same now.
 RENAMED = {
     "model.parted_attention": "model.sequence_parallel=ulysses|all_gather|ring (was heads|gather|ring)",
+    "evaluate.recognise": "evaluate.task=classify, of evaluate.clips test clips",
+    "sample.solver": "sample.solver.kind",
+    **{f"sample.{name}": f"sample.solver.{name}"
+       for name in ("block_size", "updates", "frames_per_step", "start", "tolerance", "max_steps")},
 }
 RENAMED_VARIANTS = {"box": "tiny_gpu"}
 
@@ -493,7 +497,7 @@ def _build(section: Any, values: dict[str, Any], prefix: str) -> Any:
         elif isinstance(value, dict):
             built[name] = _build(hints[name], value, f"{prefix}{name}.")
         else:
-            raise UserError(f"{prefix}{name}={value!r}: is a section; it has {', '.join(type_hints(hints[name]))}")
+            raise unknown_setting(prefix + name)
     for name, field in fields.items():
         if name not in built and field.default is dataclasses.MISSING:
             raise UserError(f"{prefix}{name}: this setting has no default and must be given")

@@ -12,6 +12,7 @@ from tests.small_run import run, run_here
 
 T2V = "--config=configs/t2v.py"
 SAMPLE = [T2V, "--mode=sample"]
+EVALUATE = [T2V, "--mode=evaluate", "--config.evaluate.task=video"]
 CASES = {
     "no config": ([], "--config=configs/t2v.py"),
     "unknown field": ([T2V, "--config.model.no_such_field=1"], "no_such_field"),
@@ -32,9 +33,8 @@ CASES = {
     "length": ([*SAMPLE, "--config.sample.prompt=x", "--config.sample.frames=12"], "sample.frames=12"),
     "no checkpoint": ([T2V + ":7b", "--mode=sample", "--config.sample.prompt=x", "--workdir={tmp}/none"],
                       "--config.convert.source=FILE_OR_DIR"),
-    "missing video": ([T2V, "--mode=evaluate", "--config.evaluate.video=no.mp4", "--config.evaluate.caption=x"],
-                      "no.mp4"),
-    "no caption": ([T2V, "--mode=evaluate", "--config.evaluate.video=no.mp4"], "evaluate.caption"),
+    "missing video": ([*EVALUATE, "--config.evaluate.video=no.mp4", "--config.evaluate.caption=x"], "no.mp4"),
+    "no caption": ([*EVALUATE, "--config.evaluate.video=no.mp4"], "evaluate.caption"),
     "stray argument": ([T2V, "train"], "train"),
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from starflow_jax.config import Config, UserError, unknown_setting
-from starflow_jax.settings.listing import describe, sections
+from starflow_jax.settings.listing import describe
 
 # In an installed package the files of configs/ lie inside it, in a checkout beside it.
 PACKAGE = Path(__file__).parents[1]
@@ -96,11 +96,8 @@ def in_words(error: Exception) -> UserError:
 
 def check_names(arguments: Sequence[str]) -> None:
     """Raises UserError for a --config.NAME that is no setting."""
-    known, tops = {one.name for one in describe(Config)}, dict(sections(Config))
+    known = {one.name for one in describe(Config)}
     for argument in arguments:
         name = re.match(r"--?(?:no)?config\.([^=\[]+)", argument)
-        if name and name[1] in tops:
-            inside = [one.name for one in describe(tops[name[1]])]
-            raise UserError(f"{name[1]}: is a section of settings; it has {', '.join(inside)}")
         if name and name[1] not in known:
             raise unknown_setting(name[1])

@@ -18,8 +18,8 @@ def settings_text(root: Any, chosen: Sequence[str] = (), values: Any = None) -> 
     parts: dict[str, list[str]] = {}
     for section, description, settings in _by_section(root):
         lines = [_setting_entry(one, section, values) for one in settings]
-        parts.setdefault(section.split(".")[0], []).append(
-            "\n".join([*([f"{section}: {description}"] if section else []), *lines]))
+        head = textwrap.wrap(f"{section}: {description}", LINE_WIDTH) if section else []
+        parts.setdefault(section.split(".")[0], []).append("\n".join([*head, *lines]))
     return "\n\n".join(part for top in chosen or parts for part in parts.get(top, ()))
 
 

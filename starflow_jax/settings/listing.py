@@ -40,9 +40,13 @@ def sections(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def unknown_setting(root: Any, name: str, renamed: Mapping[str, str]) -> UserError:
-    """What is said of a dotted name that is no setting: what it is called now, or names that are like it."""
+    """What is said of a dotted name that is no setting: what it is called now, what is in it where it is a section, or
+    names that are like it."""
     if name in renamed:
         return UserError(f"{name}: this setting has another name now: {renamed[name]}")
+    by_name = dict(sections(root))
+    if name in by_name:
+        return UserError(f"{name}: is a section of settings; it has {', '.join(type_hints(by_name[name]))}")
     known = [one.name for one in describe(root)]
     section, _, last = name.rpartition(".")
     beside = {_last(one): one for one in known if section and one.startswith(f"{section}.")}
@@ -54,7 +58,7 @@ def unknown_setting(root: Any, name: str, renamed: Mapping[str, str]) -> UserErr
     inside = [one.removeprefix(f"{section}.") for one in known if section and one.startswith(f"{section}.")]
     if inside:
         return UserError(f"{name}: no such setting; {section} has {', '.join(inside)}")
-    tops = [top for top, _ in sections(root) if "." not in top]
+    tops = [top for top in by_name if "." not in top]
     return UserError(f"{name}: no such setting; the sections are {', '.join(tops)}, and --help lists all settings")
 
 
