@@ -1,0 +1,25 @@
+"""STARFlow-V in JAX: text and images to video by an autoregressive normalizing flow.
+
+    import starflow_jax as sf
+    model = sf.load()                                       # the pretrained model, or a workdir
+    video = model.generate("a blue three moves right", seed=0)
+    video.save("three.mp4")
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from starflow_jax.config import Solver, UserError
+    from starflow_jax.sampling.api import Model, Video, load
+
+__all__ = ["Model", "Solver", "UserError", "Video", "load"]
+
+_WHERE = {"Solver": "config", "UserError": "config"}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: the command line answers a mistake before JAX is there.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE.get(name, 'sampling.api')}"), name)

@@ -486,6 +486,25 @@ def from_config_dict(settings: ConfigDict) -> Config:
     return _build(Config, settings.to_dict(), "")
 
 
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The settings of `dataclasses.asdict`, or of JSON that was made of it. Raises UserError as `from_config_dict`."""
+    return _build(Config, dict(values), "")
+
+
+def changed(config: Config, section: str, changes: Mapping[str, Any]) -> Config:
+    """The settings with some of one section changed; those of a section inside it are given as a dict or made whole.
+
+    Raises UserError for unknown fields and bad values.
+    """
+    values = dataclasses.asdict(config)
+    for name, value in changes.items():
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
+        held = values[section].get(name)
+        values[section][name] = held | value if isinstance(held, dict) and isinstance(value, dict) else value
+    return from_dict(values)
+
+
 def _build(section: Any, values: dict[str, Any], prefix: str) -> Any:
     fields, hints = {field.name: field for field in dataclasses.fields(section)}, type_hints(section)
     built = {}

@@ -5,6 +5,7 @@ B clips. Files appear whole or not at all, each written under a temporary name a
 `growing_mp4`, which is there to be watched while it is written.
 """
 
+import io
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +33,16 @@ def write_mp4(
         writer = Mp4Writer(temporary, fps, scale, {"movflags": "+faststart"}, {"crf": "16"})
         writer.write(frames_THWC)
         writer.close()
+
+
+def mp4_bytes(frames_THWC: np.ndarray, fps: float, scale: int = 1) -> bytes:
+    """An MP4 of the frames as `write_mp4` encodes them, in fragments, which need no second pass over a file."""
+    check_frames(frames_THWC)
+    file = io.BytesIO()
+    writer = Mp4Writer(file, fps, scale, {"movflags": "+frag_keyframe+empty_moov+default_base_moof"}, {"crf": "16"})
+    writer.write(frames_THWC)
+    writer.close()
+    return file.getvalue()
 
 
 class Mp4Writer:

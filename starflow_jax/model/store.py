@@ -1,6 +1,5 @@
 """Which model a mode works with: the workdir's newest or best checkpoint, or the one carried in the package."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import numpy as np
 from etils import epy
 
 from starflow_jax import sharding
-from starflow_jax.config import Config, UserError
+from starflow_jax.config import Config, UserError, from_dict
 from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.io.files import atomic_path
 from starflow_jax.model.parameters import Params, inference_params, init_params, model_fingerprint
-from starflow_jax.model.system import System, load_system, save_system
+from starflow_jax.model.system import SETTINGS, System, load_system, save_system
 from starflow_jax.model.text import frozen_encoder_params
 
 with epy.lazy_imports():  # orbax, which the model in the package needs not
@@ -31,6 +30,23 @@ def load_model(config: Config, workdir: Path) -> tuple[System, Params, str]:
     """
     system, params, source = load_trained(config, workdir) or load_pretrained(config, workdir)
     return system, inference_params(config, params), source
+
+
+def settings_of(workdir: Path) -> Config:
+    """The settings that a workdir's model was trained with; the package's model's for its own folder.
+
+    A workdir that does not hold them holds those that its parameters depend on, and the others are the defaults.
+    Raises UserError where a folder holds no model.
+    """
+    system = workdir if workdir == PRETRAINED else workdir / "system"
+    for path in (system / SETTINGS, workdir / "checkpoints" / "model.json"):
+        if path.exists():
+            try:
+                held = json.loads(path.read_text())
+                return from_dict(held if path.name == SETTINGS else {"name": workdir.name, **held})
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"{path}: can't be read as settings ({error})") from error
+    raise UserError(f"{workdir}: holds no trained model; name a workdir that --mode=train or --mode=convert wrote")
 
 
 def load_trained(config: Config, workdir: Path) -> tuple[System, Params, str] | None:
@@ -70,5 +86,4 @@ def save_pretrained(config: Config, system: System, params: Params, facts: dict)
     export_arrays(PRETRAINED / "model.safetensors", jax.tree.map(np.asarray, params), dtype=np.float16)
     save_system(system, PRETRAINED)
     with atomic_path(PRETRAINED / "model.json") as path:
-        path.write_text(json.dumps({"fingerprint": model_fingerprint(config),
-                                    "config": dataclasses.asdict(config), **facts}, indent=1))
+        path.write_text(json.dumps({"fingerprint": model_fingerprint(config), **facts}, indent=1))

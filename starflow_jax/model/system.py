@@ -5,6 +5,7 @@ for equal settings, and arrays. So a system can be made anew, or replaced, witho
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from starflow_jax.text.tokenizer import Tokenizer
 
 with epy.lazy_imports():  # TFDS and grain, which sampling needs not
     from starflow_jax.data import prepared
+
+SETTINGS = "settings.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,9 +103,11 @@ def make_system(config: Config) -> System:
 
 
 def save_system(system: System, folder: Path) -> None:
-    """Write the tokenizer, a fitted codec and the calibration; a VAE's weights stay in the file that codec.weights
-    names."""
+    """Write the settings, the tokenizer, a fitted codec and the calibration; a VAE's weights stay in the file that
+    codec.weights names."""
     save_codec(system.codec, folder)
+    with atomic_path(folder / SETTINGS) as path:
+        path.write_text(json.dumps(dataclasses.asdict(system.config), indent=1))
     with atomic_path(folder / "tokenizer.model") as path:
         path.write_bytes(system.tokenizer.model)
     if system.calibration.first_guess is not None:

@@ -1,9 +1,8 @@
-"""Prompts -> videos: an MP4, a contact sheet and a JSON for each."""
+"""--mode=sample: prompts -> videos, an MP4, a contact sheet and a JSON for each."""
 
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +11,16 @@ from starflow_jax.config import Config
 from starflow_jax.io.files import atomic_path
 from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.io.video import growing_mp4
+from starflow_jax.model.codec import frame_size
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.store import load_model
 from starflow_jax.model.system import System
+from starflow_jax.sampling.batches import Made, for_each, generate, in_batches, most_likely
 from starflow_jax.sampling.conditions import latent_frames, prompt_changes
-from starflow_jax.sampling.files import SHOWN_PIXELS, Request, write_video
-from starflow_jax.sampling.generate import generate_clips, log_likelihood
+from starflow_jax.sampling.files import file_rate, shown_scale, write_video
+from starflow_jax.sampling.generate import log_likelihood
 from starflow_jax.sampling.given import given_frames
-from starflow_jax.sampling.requests import Made, most_likely, read_requests, rewritten, with_length
+from starflow_jax.sampling.requests import Request, extended, read_requests, rewritten, unknown_word_lines
 from starflow_jax.sampling.stream import stream_clips
 from starflow_jax.sampling.timeline import Timeline, draw_timeline
 
@@ -29,9 +30,12 @@ def sample(config: Config, workdir: Path) -> None:
     requests = read_requests(config)
     prompt_changes(config, config.sample)  # errors before anything is loaded
     known_THWC = given_frames(config)
-    config = with_length(config, known_THWC)
+    if config.sample.video and known_THWC is not None:
+        config = extended(config, len(known_THWC))
     latent_frames(config, config.sample)
     requests = rewritten(config, requests)
+    for line in unknown_word_lines(config, requests):
+        print(f"warning: {line}")
     system, params, source = load_model(config, workdir)
     folder = Path(config.sample.output or workdir / "samples")
     print(f"model: {source}")
@@ -44,40 +48,34 @@ def sample(config: Config, workdir: Path) -> None:
 
 def _make_all(folder: Path, system: System, params: Params, requests: list[Request], known_THWC: np.ndarray | None):
     """Whole clips, written batch by batch, or when the most likely of each prompt's are known. Returns the table."""
-    settings, made, rows = system.config.sample, [], []
+    keep = system.config.sample.keep
+    made: list[Made] = []
+    nats: list[float] = []
+    rows = []
     with ProgressBar("samples", len(requests), unit="video") as progress:
-        for batch in _batches(requests, settings.batch_size):
-            began = time.perf_counter()
-            known = None if known_THWC is None else np.broadcast_to(known_THWC, (len(batch), *known_THWC.shape))
-            clips = generate_clips(system, params, [r.prompt for r in batch], [r.seed for r in batch], settings, known)
-            nats_B = log_likelihood(system, params, clips)
-            seconds = (time.perf_counter() - began) / len(batch)
-            made += [Made(request, clips, index, float(nats_B[index]), seconds) for index, request in enumerate(batch)]
-            if not settings.keep:
-                rows += [_write(folder, system, video) for video in made]
-                made = []
+        for batch in generate(system, params, requests, known_THWC):
+            of_batch = log_likelihood(system, params, batch[0].clips).tolist()
+            if keep:
+                made, nats = [*made, *batch], [*nats, *of_batch]
+            else:
+                rows += [write_video(folder, system.config, *video) for video in zip(batch, of_batch)]
             progress.update(len(batch))
-    if settings.keep:
-        rows = [_write(folder, system, video) for video in most_likely(made, settings.keep)]
+    rows += [write_video(folder, system.config, made[index], nats[index]) for index in most_likely(made, nats, keep)]
     return rows, ("video", "bits/dim", "Jacobi steps", "seconds")
-
-
-def _write(folder: Path, system: System, video: Made) -> tuple:
-    return write_video(folder, system.config, video.request, video.clips, video.index, video.nats, video.seconds)
 
 
 def _stream_all(folder: Path, system: System, params: Params, requests: list[Request], known_THWC: np.ndarray | None):
     """Each batch's videos grow on disk while they are made; the pipeline's times are drawn beside them."""
     settings, rows = system.config.sample, []
-    for batch in _batches(requests, settings.batch_size):
-        known = None if known_THWC is None else np.broadcast_to(known_THWC, (len(batch), *known_THWC.shape))
-        scale = max(1, SHOWN_PIXELS // (system.config.model.height * system.config.codec.stride))
+    for batch in in_batches(requests, settings.batch_size):
+        scale = shown_scale(frame_size(system.config)[0])
         paths = [folder / f"{request.name}_stream.mp4" for request in batch]
-        writers = [growing_mp4(path, settings.fps or system.config.text.fps or 1, scale) for path in paths]
+        writers = [growing_mp4(path, file_rate(system.config), scale) for path in paths]
         timeline, began, first, frames = Timeline(), time.perf_counter(), 0.0, 0
-        prompts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
+        prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
         with ProgressBar("stream", settings.frames or system.pixel_frames, unit="frame") as progress:
-            for part_BTHWC in stream_clips(system, params, prompts, seeds, settings, known, timeline):
+            for part_BTHWC in stream_clips(system, params, prompts, seeds, settings,
+                                           for_each(known_THWC, len(batch)), timeline):
                 first = first or time.perf_counter() - began
                 frames += part_BTHWC.shape[1]
                 for writer, part_THWC in zip(writers, part_BTHWC):
@@ -96,8 +94,3 @@ def _stream_all(folder: Path, system: System, params: Params, requests: list[Req
             draw_timeline(path.with_suffix(".timeline.png"), events)
             rows.append((str(path), f"{first:.2f}", f"{frames / seconds:.2f}"))
     return rows, ("video", "seconds to the first frame", "frames per second")
-
-
-def _batches(requests: list[Request], size: int) -> Iterator[list[Request]]:
-    for begin in range(0, len(requests), size):
-        yield requests[begin:begin + size]

@@ -12,50 +12,38 @@ from starflow_jax.config import Config
 from starflow_jax.io.files import atomic_path
 from starflow_jax.io.pictures import contact_sheet
 from starflow_jax.io.video import write_mp4
-from starflow_jax.sampling.generate import Clips
+from starflow_jax.sampling.batches import Made
 
 SHOWN_PIXELS = 240  # small models' frames are enlarged to about this height
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One video to make."""
-
-    prompt: str
-    seed: int
-    given: str = ""  # what was asked for, where sample.rewrite made the prompt of it
-    given_name: str = ""  # what its file is called; "": after what was asked for
-
-    @property
-    def name(self) -> str:
-        """What its files are called."""
-        if self.given_name:
-            return self.given_name
-        words = "".join(c if c.isalnum() else " " for c in self.given or self.prompt).split()
-        return f"{'_'.join(words)[:60] or 'no_prompt'}_seed{self.seed}"
+def shown_scale(height: int) -> int:
+    """By how much frames of this height are enlarged in a file."""
+    return max(1, SHOWN_PIXELS // height)
 
 
-def write_video(folder: Path, config: Config, request: Request, clips: Clips, index: int, nats: float,
-                seconds: float) -> tuple:
+def file_rate(config: Config) -> int:
+    """Frames per second of a file."""
+    return config.sample.fps or config.text.fps or 1
+
+
+def write_video(folder: Path, config: Config, made: Made, nats: float) -> tuple[str, str, int, str]:
     """The files of one video of log-likelihood `nats`; returns its line of the table."""
-    frames = clips.frames_BTHWC[index]
-    scale = max(1, SHOWN_PIXELS // frames.shape[1])
-    path = folder / f"{request.name}.mp4"
-    write_mp4(path, frames, config.sample.fps or config.text.fps or 1, scale)
+    frames, scale = made.frames_THWC, shown_scale(made.frames_THWC.shape[1])
+    path = folder / f"{made.request.name}.mp4"
+    write_mp4(path, frames, file_rate(config), scale)
     # VBench takes the ending of any file of the folder for that of all: only videos may lie there.
     details = folder.with_name(f"{folder.name}_details") / path.name if config.sample.vbench else path
-    contact_sheet(details.with_suffix(".png"), frames[None], [request.prompt], scale=max(1, scale // 2))
-    dims = clips.noisy_BNhwC[index].size
-    facts = describe(config, request, clips, index, nats, seconds)
+    contact_sheet(details.with_suffix(".png"), frames[None], [made.request.prompt], scale=max(1, scale // 2))
     with atomic_path(details.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(facts, indent=1))
-    steps = int(clips.deep_steps_BK[index].sum())
-    return str(path), f"{-nats / dims / np.log(2):.3f}", steps, f"{seconds:.1f}"
+        temporary.write_text(json.dumps(describe(config, made, nats), indent=1))
+    bits = -nats / made.clips.noisy_BNhwC[made.index].size / np.log(2)
+    return str(path), f"{bits:.3f}", int(made.clips.deep_steps_BK[made.index].sum()), f"{made.seconds:.1f}"
 
 
-def describe(config: Config, request: Request, clips: Clips, index: int, nats: float, seconds: float
-             ) -> dict[str, Any]:
+def describe(config: Config, made: Made, nats: float) -> dict[str, Any]:
     """What the JSON beside a video says."""
+    request, clips, index = made.request, made.clips, made.index
     return {
         "prompt": request.prompt,
         "prompt_given": request.given or request.prompt,
@@ -69,6 +57,6 @@ def describe(config: Config, request: Request, clips: Clips, index: int, nats: f
         "shallow_steps": int(clips.shallow_steps_B[index]),
         "converged": bool(clips.converged_B[index]),
         "certificate": None if clips.certificate_B is None else float(clips.certificate_B[index]),
-        "seconds": round(seconds, 3),
+        "seconds": round(made.seconds, 3),
         "device": jax.devices()[0].device_kind,
     }

@@ -14,7 +14,7 @@ from starflow_jax.flow import decode
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, decoding_variables, flow_variables
 from starflow_jax.model.system import System
-from starflow_jax.sampling.conditions import Conditions, Text, make_conditions
+from starflow_jax.sampling.conditions import Conditions, make_conditions
 from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.likelihood import frame_nats
 from starflow_jax.sampling.solver import chosen_solver, deep_solver, shallow_solver
@@ -28,7 +28,7 @@ class Clips:
 
     frames_BTHWC: np.ndarray  # uint8
     noisy_BNhwC: np.ndarray  # the flow's own sample, before denoising
-    text: Text  # the prompts' features, by the frame from which on they hold
+    text: dict[int, jax.Array]  # the prompts' features (B, S, D), by the frame from which on they hold
     deep_steps_BK: np.ndarray  # Jacobi steps of each block of tokens of the deep block
     deep_residual_BK: np.ndarray
     shallow_steps_B: np.ndarray  # summed over the shallow blocks' blocks of tokens; the frames' largest
@@ -105,7 +105,7 @@ def _joined(*parts_BN: jax.Array) -> jax.Array:
     return jnp.concatenate(parts_BN, axis=1)
 
 
-def _collect(frames: jax.Array, noisy: jax.Array, text: Text, deep: Sequence[decode.Report],
+def _collect(frames: jax.Array, noisy: jax.Array, text: dict[int, jax.Array], deep: Sequence[decode.Report],
              shallow: Sequence[decode.Report]) -> Clips:
     frames_BTHWC, noisy_BNhwC, deep, shallow = jax.tree.map(fetch, (frames, noisy, deep, shallow))
     batch = len(frames_BTHWC)

@@ -4,43 +4,37 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from starflow_jax.config import Config, UserError
+from starflow_jax.config import Config, UserError, changed
+from starflow_jax.data.digits.captions import unknown_words
 from starflow_jax.io.progress import ProgressBar
 from starflow_jax.model.codec import pixel_frames
 from starflow_jax.sampling import vbench
-from starflow_jax.sampling.files import Request
-from starflow_jax.sampling.generate import Clips
 from starflow_jax.text.rewrite import rewriter
 
 
-def with_length(config: Config, known_THWC: np.ndarray | None) -> Config:
-    """A given video is extended by the training length where no length is asked for."""
-    if known_THWC is None or config.sample.frames or not config.sample.video:
-        return config
-    frames = len(known_THWC) + pixel_frames(config) - 1
-    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, frames=frames))
-
-
 @dataclasses.dataclass(frozen=True)
-class Made:
-    """One video of a batch."""
+class Request:
+    """One video to make."""
 
-    request: Request
-    clips: Clips
-    index: int
-    nats: float  # log-likelihood
-    seconds: float
+    prompt: str
+    seed: int
+    given: str = ""  # the prompt that sample.rewrite made this one of
+    given_name: str = ""  # of its files; "": after the prompt that was given
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        if self.given_name:
+            return self.given_name
+        words = "".join(c if c.isalnum() else " " for c in self.given or self.prompt).split()
+        return f"{'_'.join(words)[:60] or 'no_prompt'}_seed{self.seed}"
 
 
-def most_likely(made: Sequence[Made], keep: int) -> list[Made]:
-    """Each prompt's `keep` videos of greatest exact log-likelihood, the best first; prompts in their order."""
-    by_prompt: dict[str, list[Made]] = {}
-    for video in made:
-        by_prompt.setdefault(video.request.prompt, []).append(video)
-    return [video for videos in by_prompt.values()
-            for video in sorted(videos, key=lambda video: -video.nats)[:keep]]
+def extended(config: Config, known_frames: int) -> Config:
+    """A given video is extended by the training length where no length is asked for."""
+    if config.sample.frames:
+        return config
+    return changed(config, "sample", {"frames": known_frames + pixel_frames(config) - 1})
 
 
 def read_requests(config: Config) -> list[Request]:
@@ -67,6 +61,15 @@ def read_requests(config: Config) -> list[Request]:
         raise UserError('there is no prompt; give one with --config.sample.prompt="a blue three moves right" '
                         "or a file of them, one a line, with --config.sample.prompts_file=FILE")
     return [Request(prompt, settings.seed + index) for prompt in prompts for index in range(settings.count)]
+
+
+def unknown_word_lines(config: Config, requests: Sequence[Request]) -> list[str]:
+    """A line for each prompt with words that no training caption of moving digits has."""
+    if config.data.source != "digits":
+        return []
+    unknown = {request.prompt: unknown_words(request.prompt) for request in requests}
+    return [f"{prompt!r}: no training caption has {', '.join(map(repr, words))}; this model knows only moving digits, "
+            'such as "a red seven moves left"' for prompt, words in unknown.items() if words]
 
 
 def rewritten(config: Config, requests: list[Request]) -> list[Request]:

@@ -10,10 +10,10 @@ from PIL import Image
 
 from starflow_jax.config import Sample, UserError
 from starflow_jax.io.video import write_mp4
-from starflow_jax.sampling.files import Request
+from starflow_jax.sampling.batches import Made, most_likely
 from starflow_jax.sampling.generate import Clips
 from starflow_jax.sampling.given import given_frames, read_given
-from starflow_jax.sampling.requests import Made, most_likely, read_requests, rewritten, with_length
+from starflow_jax.sampling.requests import Request, extended, read_requests, rewritten
 from tests.sampling.test_generate import CONFIG
 
 
@@ -38,8 +38,8 @@ def test_video_comes_at_the_models_rate_and_a_length_that_the_codec_takes(tmp_pa
     assert given is not None and given.shape == (9, 8, 8, 3)
     expected = np.arange(24)[::2][-9:] * 10
     assert np.abs(given.mean(axis=(1, 2, 3)) - expected).max() < 6
-    assert with_length(asked, given).sample.frames == 9 + 8
-    assert with_length(config(video="x", frames=13), given).sample.frames == 13
+    assert extended(asked, len(given)).sample.frames == 9 + 8
+    assert extended(config(video="x", frames=13), len(given)).sample.frames == 13
 
 
 def test_a_video_is_read_from_its_start_or_up_to_its_end(tmp_path: Path) -> None:
@@ -66,10 +66,8 @@ def test_given_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 def test_the_most_likely_of_each_prompt_are_kept() -> None:
     empty = np.zeros((5, 1))
     clips = Clips(empty, empty, {}, empty, empty, empty, empty)
-    made = [Made(Request("a" if i < 3 else "b", i), clips, i, nats, 0.0)
-            for i, nats in enumerate((-3.0, -1.0, -2.0, -9.0, -8.0))]
-    assert [(video.request.prompt, video.index) for video in most_likely(made, 2)] == [
-        ("a", 1), ("a", 2), ("b", 4), ("b", 3)]
+    made = [Made(Request("a" if i < 3 else "b", i), clips, i, 0.0) for i in range(5)]
+    assert most_likely(made, [-3.0, -1.0, -2.0, -9.0, -8.0], keep=2) == [1, 2, 4, 3]
 
 
 def test_prompts_file_gives_count_seeds_each(tmp_path: Path) -> None:

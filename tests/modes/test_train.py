@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import starflow_jax as sf
 from tests.small_run import ROOT, command, environment, run
 
 TIMES = ("seconds", "tokens_per_second")
@@ -54,6 +55,15 @@ def interrupt(workdir: Path, data: Path, how: signal.Signals, after_step: int) -
         time.sleep(0.02)
     process.send_signal(how)
     return process.wait()
+
+
+def test_the_api_loads_a_workdir_with_its_own_settings(uninterrupted: Path) -> None:
+    model = sf.load(uninterrupted)
+    assert model.config.model.deep_width == 64 and model.source == f"{uninterrupted}, step 8"
+    video = model.generate("a red seven moves left", seed=1)
+    assert video.frames.shape == (13, 24, 24, 3) and np.isfinite(video.log_likelihood)
+    (uninterrupted / "system" / "settings.json").unlink()  # a workdir of before they were kept
+    assert sf.load(uninterrupted).config.model == model.config.model
 
 
 def test_metrics_have_every_key(uninterrupted: Path) -> None:

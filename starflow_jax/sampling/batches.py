@@ -1,0 +1,59 @@
+"""Many videos, a batch at a time."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from starflow_jax.model.parameters import Params
+from starflow_jax.model.system import System
+from starflow_jax.sampling.generate import Clips, generate_clips
+from starflow_jax.sampling.requests import Request
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """One video of a batch."""
+
+    request: Request
+    clips: Clips
+    index: int  # in the batch
+    seconds: float  # its share of the batch's
+
+    @property
+    def frames_THWC(self) -> np.ndarray:
+        """uint8."""
+        return self.clips.frames_BTHWC[self.index]
+
+
+def in_batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
+    for begin in range(0, len(requests), size):
+        yield requests[begin:begin + size]
+
+
+def generate(
+    system: System, params: Params, requests: Sequence[Request], known_THWC: np.ndarray | None = None
+) -> Iterator[list[Made]]:
+    """The videos of sample.batch_size requests at a time, by the system's own settings. known: uint8 first frames."""
+    settings = system.config.sample
+    for batch in in_batches(requests, settings.batch_size):
+        began = time.perf_counter()
+        clips = generate_clips(system, params, [request.prompt for request in batch],
+                               [request.seed for request in batch], settings, for_each(known_THWC, len(batch)))
+        seconds = (time.perf_counter() - began) / len(batch)
+        yield [Made(request, clips, index, seconds) for index, request in enumerate(batch)]
+
+
+def for_each(known_THWC: np.ndarray | None, count: int) -> np.ndarray | None:
+    """Given frames as each of a batch's videos has them."""
+    return None if known_THWC is None else np.broadcast_to(known_THWC, (count, *known_THWC.shape))
+
+
+def most_likely(made: Sequence[Made], nats: Sequence[float], keep: int) -> list[int]:
+    """Which `keep` videos of each prompt have the greatest log-likelihood, the best first; prompts in their order."""
+    by_prompt: dict[str, list[int]] = {}
+    for index, video in enumerate(made):
+        by_prompt.setdefault(video.request.prompt, []).append(index)
+    return [index for indices in by_prompt.values()
+            for index in sorted(indices, key=lambda index: -nats[index])[:keep]]
