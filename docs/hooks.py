@@ -1,10 +1,14 @@
 """What the manual's build adds to its pages: formulas as MathML, and the table of all settings."""
 
+import dataclasses
 import html
 import re
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
+
+from starflow_jax.config import Config
+from starflow_jax.settings.listing import Described, describe, sections
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
@@ -20,3 +24,20 @@ def on_page_content(content: str, page, config, files) -> str:
         return convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline")
 
     return FORMULA.sub(formula, content)
+
+
+def settings_page() -> str:
+    """Markdown of every setting with its type, default and what is allowed."""
+    lines = ["# Settings", "", "Every setting, as `--config.NAME=VALUE` on the command line; those of `sample` are the "
+             "keyword arguments of the Python API, too. A configuration (`configs/*.py`) overrides these defaults."]
+    for section, kind in sections(Config):
+        lines += ["", f"## {section}", "", kind.__doc__.splitlines()[0], "",
+                  "| setting | default | | allowed |", "| --- | --- | --- | --- |"]
+        lines += [_row(one) for one in describe(Config) if one.name.rpartition(".")[0] == section]
+    return "\n".join(lines)
+
+
+def _row(one: Described) -> str:
+    default = "(must be given)" if one.default is dataclasses.MISSING else f"`{one.default!r}`"
+    cells = (f"`{one.name}`", default, one.description, one.allowed or one.type)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

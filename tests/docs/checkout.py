@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -101,9 +102,14 @@ class Checkout:
         return commands
 
     def _bash(self, code: str, environment: dict[str, str], timeout: int) -> None:
-        result = subprocess.run(["/bin/bash", "-euo", "pipefail", "-c", code], cwd=self.folder, env=environment,
-                                capture_output=True, text=True, timeout=timeout)
-        assert result.returncode == 0, f"{code}\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
+        process = subprocess.Popen(["/bin/bash", "-euo", "pipefail", "-c", code], cwd=self.folder, env=environment,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # what the block started, too
+            raise
+        assert process.returncode == 0, f"{code}\n{out[-4000:]}\n{err[-4000:]}"
 
 
 def wrong_commands(commands: list[list[str]]) -> str:

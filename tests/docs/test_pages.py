@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pytest_codeblocks.main import CodeBlock, extract_from_file
 
+from docs.figures import PICTURES, layout
 from tests.docs.checkout import Checkout, wrong_commands
 from tests.small_run import ROOT
 
@@ -86,7 +87,8 @@ def test_an_invalid_command_is_found(tmp_path) -> None:
 
 @pytest.mark.parametrize("code", [
     ".venv/bin/pip install --colour=red jax", ".venv/bin/pip install -r nothing.txt", "echo 'unfinished",
-    "bash launch/tpu_vm.sh create --name=flow --colour=red", "uv run launch/xmanager.py --colour=red", "no-such-program"])
+    "bash launch/tpu_vm.sh create --name=flow --colour=red", "uv run launch/xmanager.py --colour=red",
+    "no-such-program"])
 def test_what_other_parsers_refuse_is_found(code: str, tmp_path) -> None:
     with pytest.raises(AssertionError):
         Checkout(tmp_path).rehearse(code)
@@ -115,3 +117,8 @@ def test_extras_exist() -> None:
 def test_ci_runs_the_command_of_the_front_page() -> None:
     command, = re.findall(r'python -m (pytest .*"not slow")', PAGES["README.md"].read_text())
     assert command in (ROOT / ".ci/run").read_text()
+
+
+def test_picture_of_the_rooms_is_up_to_date() -> None:
+    """Made anew by python -m docs.figures layout."""
+    assert layout() == (PICTURES / "layout.svg").read_text()

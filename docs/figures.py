@@ -1,0 +1,162 @@
+"""Draws the manual's diagrams from the code itself, in a minute or two on a CPU: python -m docs.figures [layout]"""
+
+import configparser
+import html
+import re
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+from configs.t2v import tiny
+from starflow_jax.flow import decode
+from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.kernels.mask import FrameWindow, seen
+from starflow_jax.model.parameters import decoding_variables
+from starflow_jax.model.store import load_model
+from starflow_jax.sampling.conditions import prepare, token_grid
+
+ROOT = Path(__file__).parents[1]
+PICTURES = ROOT / "docs" / "pages" / "pictures"
+PROMPTS = ["a blue three moves right", "a red seven moves left", "a green two moves up", "a white nine moves down",
+           "a yellow five moves left", "a red zero moves up", "a blue eight moves down", "a green four moves right"]
+# What stands in a row of the picture, and what each room is for; in the order of .importlinter.
+BANDS = {
+    "what is run": {"main": "the command line", "modes": "train, sample, evaluate, prepare, ...: one file each"},
+    "what modes do": {"benchmarks": "timed runs", "planning": "a pod, before it is rented",
+                      "training": "step, loop, optimizer", "evaluation": "likelihood, quality",
+                      "sampling": "generate, stream"},
+    "one system": {"model": "codec + text + flow of a configuration", "checkpoints": "save, resume, release, grow",
+                   "data": "digits, raw videos, pipeline"},
+    "mathematics": {"flow": "blocks, their inverse, the denoiser", "codec": "pixels to latents",
+                    "text": "prompt, tokenizer, T5"},
+    "building blocks": {"nn": "Transformer, RoPE, cache", "kernels": "attention: TPU, GPU, reference",
+                        "sharding": "array axes to mesh axes"},
+    "ground": {"io": "video, atomic files, progress", "config": "every setting, checked",
+               "settings": "fields, listing"},
+}
+
+
+def layout() -> str:
+    """SVG of the rooms. Raises ValueError where they are not those of .importlinter, in its order."""
+    rules = configparser.ConfigParser()
+    rules.read(ROOT / ".importlinter")
+    named = re.findall(r"\w+", rules["importlinter:contract:rooms"]["layers"])
+    if named != [room for band in BANDS.values() for room in band]:
+        raise ValueError(f"BANDS of {__file__} must name the rooms of .importlinter in order: {named}")
+    left, width, height, gap, body = 130, 820, 56, 10, []
+    for row, (label, rooms) in enumerate(BANDS.items()):
+        top, cell = 10 + row * (height + gap), (width - gap * (len(rooms) - 1)) / len(rooms)
+        body.append(f'<text x="10" y="{top + 33}" class="f">{label}</text>')
+        for column, (name, what) in enumerate(rooms.items()):
+            x, end = left + column * (cell + gap), "/" if (ROOT / "starflow_jax" / name).is_dir() else ".py"
+            body.append(f'<rect x="{x:.0f}" y="{top}" width="{cell:.0f}" height="{height}" rx="6"/>'
+                        f'<text x="{x + cell / 2:.0f}" y="{top + 23}" class="a">{name}{end}</text>'
+                        f'<text x="{x + cell / 2:.0f}" y="{top + 42}" class="b">{html.escape(what)}</text>')
+    bottom = 10 + len(BANDS) * (height + gap)
+    body.append(f'<text x="10" y="{bottom + 14}" class="n">A file imports only from rows below it and from rooms to '
+                "its right; flow, codec and text do not import one another, nor do checkpoints and data.</text>")
+    style = ("rect{fill:#eef3fb;stroke:#5b7db1}.a{font-size:15px;font-weight:bold;text-anchor:middle}"
+             ".b{font-size:12px;text-anchor:middle;fill:#444}.f{font-size:13px;fill:#5b7db1}.n{font-size:12px;fill:#444}")
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 10} {bottom + 26}" '
+            f'font-family="sans-serif"><style>{style}</style><rect width="100%" height="100%" '
+            f'style="fill:white;stroke:none"/>{"".join(body)}</svg>\n')
+
+
+def orders(frames: int = 2) -> plt.Figure:
+    """Where each token of each block's sequence lies."""
+    model = tiny().model
+    flow, side = STARFlow(model), model.height
+    index = np.arange(frames * side * side).reshape(1, frames, side * side, 1)
+    shallow = range(len(model.shallow_layers))
+    sequences = [np.asarray(flow.to_block_order(block, jnp.asarray(index))) for block in shallow]
+    sequences.append(index.reshape(1, -1, 1))  # the deep block's
+    names = [f"shallow block {block}, a frame at a time" for block in shallow]
+    figure, rows = plt.subplots(len(sequences), frames, figsize=(5.2, 7.2), layout="constrained")
+    for name, sequence, row in zip([*names, "deep block, all frames"], sequences, rows):
+        slot = np.empty(index.size, int)
+        slot[sequence.ravel()] = np.tile(np.arange(sequence.shape[1]), len(sequence))
+        for frame, axes in enumerate(row):
+            grid = slot.reshape(frames, side, side)[frame]
+            axes.imshow(grid, cmap="viridis", vmin=0, vmax=slot.max())
+            for (y, x), value in np.ndenumerate(grid):
+                axes.text(x, y, value, ha="center", va="center", fontsize=7,
+                          color="white" if value < slot.max() * 0.6 else "black")
+            axes.set(xticks=[], yticks=[], title=f"{name}\nframe {frame}" if frame == 0 else f"\nframe {frame}")
+            axes.title.set_fontsize(9)
+    return figure
+
+
+def denoiser_mask(text: int = 4, frames: int = 8, tokens: int = 4, window: int = 4) -> plt.Figure:
+    """Who sees whom in the first layer of the denoiser and in the others."""
+    slots = text + frames * tokens
+    figure, columns = plt.subplots(1, 2, figsize=(7.6, 4.2), layout="constrained")
+    edges = [0, *range(text, slots + 1, tokens)]
+    names = ["T", *map(str, range(frames))]
+    for title, lookahead, axes in zip(("first layer: one frame ahead", "the other layers"), (1, 0), columns):
+        mask = FrameWindow(text, tokens, window, lookahead, frames)
+        query, key = np.arange(slots)[:, None], np.arange(slots)[None]
+        axes.imshow(seen(mask, query, key, slots), cmap="Blues", vmin=0, vmax=1.6, extent=(0, slots, slots, 0))
+        axes.set(title=title, xlabel="key", ylabel="query", xticks=np.convolve(edges, [0.5, 0.5], "valid"),
+                 xticklabels=names, yticks=np.convolve(edges, [0.5, 0.5], "valid"), yticklabels=names)
+        axes.tick_params(length=0)
+        for edge in edges:
+            axes.axhline(edge, color="white", linewidth=0.8)
+            axes.axvline(edge, color="white", linewidth=0.8)
+    return figure
+
+
+def residuals(updates: int) -> np.ndarray:
+    """(frames, updates, prompts): residual of each update of each frame of the pretrained model, given the exact ones
+    before it."""
+    config = tiny()
+    system, params, _ = load_model(config, Path("no workdir"))
+    given = prepare(system, params, PROMPTS, range(len(PROMPTS)), config.sample)
+    variables, grid, frames = decoding_variables(config, params), token_grid(system), given.noise_BNSK.shape[1]
+    exact = decode.generate(system.flow, variables, given.noise_BNSK, given.texts, guidance=config.sample.guidance,
+                            token_grid=grid, guess_BSK=given.guess_BSK)
+    u_BNSK = jnp.concatenate([frame for frame, _ in exact], axis=1)
+
+    def last_residual(frame: int, count: int) -> np.ndarray:
+        state = decode.start_window(system.flow, variables, u_BNSK[:, :frame], given.texts[0], window=frames,
+                                    token_grid=grid, guess_BSK=given.guess_BSK)
+        solver = decode.Solver(config.model.tokens_per_frame, tolerance=0.0, max_steps=count)
+        _, _, report = decode.decode_frames(
+            system.flow, variables, state, given.noise_BNSK[:, frame:frame + 1], jnp.float32(config.sample.guidance),
+            solver=solver, window=frames, token_grid=grid, branches=2)
+        return np.asarray(report.residual[0])
+
+    return np.stack([[last_residual(frame, count) for count in range(1, updates + 1)] for frame in range(frames)])
+
+
+def jacobi(updates: int = 16) -> plt.Figure:
+    """How fast a frame's tokens come to a standstill."""
+    found, steps = residuals(updates), np.arange(1, updates + 1)
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for frame, residual_UB in enumerate(found):
+        line, = axes.semilogy(steps, np.median(residual_UB, axis=1), marker="o", markersize=3,
+                              label=f"latent frame {frame}")
+        axes.fill_between(steps, residual_UB.min(axis=1), residual_UB.max(axis=1), color=line.get_color(), alpha=0.12)
+    axes.axhline(tiny().sample.tolerance, color="black", linestyle=":", linewidth=1)
+    axes.set(xlabel="updates", ylabel="residual", xticks=steps[::2])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def save(name: str, figure: plt.Figure) -> None:
+    figure.savefig(PICTURES / name, metadata={"Date": None})
+    print(PICTURES / name)
+
+
+if __name__ == "__main__":
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "starflow_jax", "font.family": "sans-serif"}
+    (PICTURES / "layout.svg").write_text(layout())
+    if sys.argv[1:] == ["layout"]:
+        sys.exit()
+    save("orders.svg", orders())
+    save("denoiser_mask.svg", denoiser_mask())
+    save("jacobi.svg", jacobi())
