@@ -1,9 +1,5 @@
-"""Draws the manual's diagrams from the code itself, in a minute or two on a CPU: python -m docs.figures [layout]"""
+"""Draws the manual's diagrams from the code itself, in a minute or two on a CPU: python -m docs.figures"""
 
-import configparser
-import html
-import re
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,53 +13,11 @@ from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.kernels.mask import FrameWindow, seen
 from starflow_jax.model.parameters import decoding_variables
 from starflow_jax.model.store import load_model
-from starflow_jax.sampling.conditions import prepare, token_grid
+from starflow_jax.sampling.conditions import make_conditions
 
-ROOT = Path(__file__).parents[1]
-PICTURES = ROOT / "docs" / "pages" / "pictures"
+PICTURES = Path(__file__).parent / "pages" / "pictures"
 PROMPTS = ["a blue three moves right", "a red seven moves left", "a green two moves up", "a white nine moves down",
            "a yellow five moves left", "a red zero moves up", "a blue eight moves down", "a green four moves right"]
-# What stands in a row of the picture, and what each room is for; in the order of .importlinter.
-BANDS = {
-    "what is run": {"main": "the command line", "modes": "train, sample, evaluate, prepare, ...: one file each"},
-    "what modes do": {"benchmarks": "timed runs", "planning": "a pod, before it is rented",
-                      "training": "step, loop, optimizer", "evaluation": "likelihood, quality",
-                      "sampling": "generate, stream"},
-    "one system": {"model": "codec + text + flow of a configuration", "checkpoints": "save, resume, release, grow",
-                   "data": "digits, raw videos, pipeline"},
-    "mathematics": {"flow": "blocks, their inverse, the denoiser", "codec": "pixels to latents",
-                    "text": "prompt, tokenizer, T5"},
-    "building blocks": {"nn": "Transformer, RoPE, cache", "kernels": "attention: TPU, GPU, reference",
-                        "sharding": "array axes to mesh axes"},
-    "ground": {"io": "video, atomic files, progress", "config": "every setting, checked",
-               "settings": "fields, listing"},
-}
-
-
-def layout() -> str:
-    """SVG of the rooms. Raises ValueError where they are not those of .importlinter, in its order."""
-    rules = configparser.ConfigParser()
-    rules.read(ROOT / ".importlinter")
-    named = re.findall(r"\w+", rules["importlinter:contract:rooms"]["layers"])
-    if named != [room for band in BANDS.values() for room in band]:
-        raise ValueError(f"BANDS of {__file__} must name the rooms of .importlinter in order: {named}")
-    left, width, height, gap, body = 130, 820, 56, 10, []
-    for row, (label, rooms) in enumerate(BANDS.items()):
-        top, cell = 10 + row * (height + gap), (width - gap * (len(rooms) - 1)) / len(rooms)
-        body.append(f'<text x="10" y="{top + 33}" class="f">{label}</text>')
-        for column, (name, what) in enumerate(rooms.items()):
-            x, end = left + column * (cell + gap), "/" if (ROOT / "starflow_jax" / name).is_dir() else ".py"
-            body.append(f'<rect x="{x:.0f}" y="{top}" width="{cell:.0f}" height="{height}" rx="6"/>'
-                        f'<text x="{x + cell / 2:.0f}" y="{top + 23}" class="a">{name}{end}</text>'
-                        f'<text x="{x + cell / 2:.0f}" y="{top + 42}" class="b">{html.escape(what)}</text>')
-    bottom = 10 + len(BANDS) * (height + gap)
-    body.append(f'<text x="10" y="{bottom + 14}" class="n">A file imports only from rows below it and from rooms to '
-                "its right; flow, codec and text do not import one another, nor do checkpoints and data.</text>")
-    style = ("rect{fill:#eef3fb;stroke:#5b7db1}.a{font-size:15px;font-weight:bold;text-anchor:middle}"
-             ".b{font-size:12px;text-anchor:middle;fill:#444}.f{font-size:13px;fill:#5b7db1}.n{font-size:12px;fill:#444}")
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 10} {bottom + 26}" '
-            f'font-family="sans-serif"><style>{style}</style><rect width="100%" height="100%" '
-            f'style="fill:white;stroke:none"/>{"".join(body)}</svg>\n')
 
 
 def orders(frames: int = 2) -> plt.Figure:
@@ -114,8 +68,8 @@ def residuals(updates: int) -> np.ndarray:
     before it."""
     config = tiny()
     system, params, _ = load_model(config, Path("no workdir"))
-    given = prepare(system, params, PROMPTS, range(len(PROMPTS)), config.sample)
-    variables, grid, frames = decoding_variables(config, params), token_grid(system), given.noise_BNSK.shape[1]
+    given = make_conditions(system, params, PROMPTS, range(len(PROMPTS)), config.sample)
+    variables, grid, frames = decoding_variables(params), system.token_grid, given.noise_BNSK.shape[1]
     exact = decode.generate(system.flow, variables, given.noise_BNSK, given.texts, guidance=config.sample.guidance,
                             token_grid=grid, guess_BSK=given.guess_BSK)
     u_BNSK = jnp.concatenate([frame for frame, _ in exact], axis=1)
@@ -140,7 +94,7 @@ def jacobi(updates: int = 16) -> plt.Figure:
         line, = axes.semilogy(steps, np.median(residual_UB, axis=1), marker="o", markersize=3,
                               label=f"latent frame {frame}")
         axes.fill_between(steps, residual_UB.min(axis=1), residual_UB.max(axis=1), color=line.get_color(), alpha=0.12)
-    axes.axhline(tiny().sample.tolerance, color="black", linestyle=":", linewidth=1)
+    axes.axhline(tiny().sample.solver.tolerance, color="black", linestyle=":", linewidth=1)
     axes.set(xlabel="updates", ylabel="residual", xticks=steps[::2])
     axes.grid(alpha=0.3)
     axes.legend()
@@ -154,9 +108,6 @@ def save(name: str, figure: plt.Figure) -> None:
 
 if __name__ == "__main__":
     matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "starflow_jax", "font.family": "sans-serif"}
-    (PICTURES / "layout.svg").write_text(layout())
-    if sys.argv[1:] == ["layout"]:
-        sys.exit()
     save("orders.svg", orders())
     save("denoiser_mask.svg", denoiser_mask())
     save("jacobi.svg", jacobi())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pytest_codeblocks.main import CodeBlock, extract_from_file
 
-from docs.figures import PICTURES, layout
+from docs.layout import PICTURE, layout
 from tests.docs.checkout import Checkout, wrong_commands
 from tests.small_run import ROOT
 
@@ -120,5 +120,5 @@ def test_ci_runs_the_command_of_the_front_page() -> None:
 
 
 def test_picture_of_the_rooms_is_up_to_date() -> None:
-    """Made anew by python -m docs.figures layout."""
-    assert layout() == (PICTURES / "layout.svg").read_text()
+    """Made anew by python -m docs.layout."""
+    assert layout() == PICTURE.read_text()
