@@ -7,7 +7,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from starflow_jax.data.raw.job import Bucket, Job
 from starflow_jax.data.raw.latents import MADE_BY
 from starflow_jax.data.raw.sources import Item
 from starflow_jax.io.files import atomic_path, write_text
-from starflow_jax.io.progress import ProgressBar
+from starflow_jax.io.timing import median_seconds
 from starflow_jax.io.video import write_mp4
 
 CLIP_FRAMES, CLIP_FPS = 81, 16  # of the 7B model
@@ -74,12 +74,12 @@ def decoding(size: tuple[int, int] = SOURCE_SIZE, bucket: Bucket = BUCKET, frame
             return made
 
         kept = clips.encode(cut(), settings.crf)
-        seconds = _interleaved({
+        seconds = median_seconds("decoding", {
             "PyAV alone: decode every frame": bare,
             "cut: also resample, resize to RGB, look for cuts": cut,
             "prepare: also encode the clip": lambda: clips.encode(cut(), settings.crf),
             "read back: decode a prepared clip": lambda: clips.decode(kept),
-        })
+        }, ROUNDS, clock=time.process_time)
     first = next(iter(seconds.values()))
     return [{"step": name, "clips per second and core": 1 / value, "times PyAV alone": value / first}
             for name, value in seconds.items()]
@@ -162,16 +162,3 @@ def _format(caption: str, is_image: bool, **metadata: Any) -> str:
 
 def _no_ids(texts: list[str]) -> np.ndarray:
     raise AssertionError("the features are prepared: nothing is tokenized")
-
-
-def _interleaved(cases: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median processor seconds of each case, all of them run once a round, so that a slow clock slows all alike."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    with ProgressBar("decoding", ROUNDS, unit="round") as progress:
-        for _ in range(ROUNDS):
-            for name, run in cases.items():
-                began = time.process_time()
-                run()
-                times[name].append(time.process_time() - began)
-            progress.update()
-    return {name: float(np.median(values)) for name, values in times.items()}

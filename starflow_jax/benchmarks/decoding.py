@@ -15,14 +15,14 @@ from starflow_jax.config import Config, Model, Solver
 from starflow_jax.flow import decode
 from starflow_jax.flow.first_guess import NoiseGuess, fit_noise
 from starflow_jax.flow.starflow import STARFlow, apply_flow
-from starflow_jax.io.progress import ProgressBar
+from starflow_jax.io.timing import timed
 from starflow_jax.model.calibration import Calibration
 from starflow_jax.model.parameters import Params, inference_params
 from starflow_jax.model.sources import fixed_captions
 from starflow_jax.model.store import load_pretrained
 from starflow_jax.model.system import System
 from starflow_jax.nn.transformer import unstacked
-from starflow_jax.sampling.calibration import decode_deep, deep_passes, relative_error
+from starflow_jax.sampling.calibration import deep_decoder, deep_passes, relative_error
 from starflow_jax.sampling.conditions import make_conditions
 from starflow_jax.sampling.generate import deep_frames
 from starflow_jax.sampling.solver import deep_solver, shallow_solver
@@ -50,17 +50,19 @@ def trained_model(config: Config, workdir: Path) -> list[dict[str, Any]]:
               for frames in (window // 2, window)]
     cases += [("from the noise, all frames", system, jacobi(tokens * window, window, "noise")),
               ("wavefront, 6 updates", system, Solver("wavefront", tokens * 2 // 3, window, 6, "noise"))]
-    exact, rows = None, []
-    with ProgressBar("decoding", len(cases), unit="scheme") as progress:
-        for name, of, solver in cases:
-            settings = dataclasses.replace(config.sample, frames=0, solver=solver)
-            u, passes, seconds = _median(partial(decode_deep, of, params, captions, settings))
-            _, _, alone = _median(partial(decode_deep, of, params, captions[:1], settings))
-            exact = u if exact is None else exact
-            rows.append({"scheme": name, "block": solver.block_size, "frames_per_step": solver.frames_per_step or 1,
-                         "passes": passes, "error": relative_error(u, exact), "seconds_one_video": alone,
-                         f"seconds_{PROMPTS}_videos": seconds})
-            progress.update()
+    decoders = {}
+    for name, of, solver in cases:
+        settings = dataclasses.replace(config.sample, frames=0, solver=solver)
+        for videos in (1, PROMPTS):
+            decoders[name, solver, videos] = deep_decoder(of, params, captions[:videos], settings)
+    found = timed("decoding", decoders, ROUNDS)
+    (exact, _), _ = found["sequential", cases[0][2], PROMPTS]
+    rows = []
+    for name, _, solver in cases:
+        (u, passes), seconds = found[name, solver, PROMPTS]
+        rows.append({"scheme": name, "block": solver.block_size, "frames_per_step": solver.frames_per_step or 1,
+                     "passes": passes, "error": relative_error(u, exact),
+                     "seconds_one_video": found[name, solver, 1][1], f"seconds_{PROMPTS}_videos": seconds})
     return rows
 
 
@@ -68,12 +70,6 @@ def pretrained(config: Config, workdir: Path) -> tuple[System, Params]:
     """The model in the package, as sampling uses it."""
     system, params, _ = load_pretrained(config, workdir)
     return system, inference_params(config, params)
-
-
-def _median(run: Callable[[], tuple[np.ndarray, float, float]]) -> tuple[np.ndarray, float, float]:
-    """The result, with the median of its seconds; the first run compiles."""
-    results = [run() for _ in range(ROUNDS + 1)][1:]
-    return results[0][0], results[0][1], float(np.median([seconds for _, _, seconds in results]))
 
 
 def random_model(model: Model, guidance: float = 2.0) -> list[dict[str, Any]]:
@@ -117,23 +113,13 @@ def random_model(model: Model, guidance: float = 2.0) -> list[dict[str, Any]]:
         "guess from the noise": (frame_by_frame, guess),
         "the same, all frames": (Solver("jacobi", tokens * frames, frames), guess),
         "the same, wavefront of 3 updates": (Solver("wavefront", 3 * tokens, frames, updates=3), guess)}
-    results = {name: video(*scheme) for name, scheme in schemes.items()}
-    runs: dict[str, Callable] = {"forward": lambda: jax.block_until_ready(forward(params))}
+    runs: dict[str, Callable[[], Any]] = {"forward": lambda: jax.block_until_ready(forward(params))}
     runs |= {name: partial(video, *scheme) for name, scheme in schemes.items()}
-    runs["forward"]()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    with ProgressBar("random weights", ROUNDS, unit="round") as progress:
-        for _ in range(ROUNDS):
-            for name, run in runs.items():
-                began = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - began)
-            progress.update()
-    seconds = {name: float(np.median(values)) for name, values in times.items()}
-    exact = np.asarray(results["sequential"][0])
-    return [{"scheme": name, "passes": passes, "error": relative_error(np.asarray(out), exact),
-             "seconds": seconds[name], "guided_forward_passes": seconds[name] / seconds["forward"]}
-            for name, (out, passes) in results.items()]
+    found: dict[str, tuple[Any, float]] = timed("random weights", runs, ROUNDS)
+    _, pass_seconds = found.pop("forward")
+    exact = np.asarray(found["sequential"][0][0])
+    return [{"scheme": name, "passes": passes, "error": relative_error(np.asarray(out), exact), "seconds": seconds,
+             "guided_forward_passes": seconds / pass_seconds} for name, ((out, passes), seconds) in found.items()]
 
 
 def _random_weights(params: Any, key: jax.Array) -> Any:

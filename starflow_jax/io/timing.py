@@ -1,23 +1,35 @@
 """One loop that times several cases in turns."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import numpy as np
 
 from starflow_jax.io.progress import ProgressBar
 
+Name = TypeVar("Name", bound=Hashable)
+Result = TypeVar("Result")
 
-def median_seconds(description: str, cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+
+def median_seconds(description: str, cases: Mapping[Name, Callable[[], object]], rounds: int,
+                   clock: Callable[[], float] = time.perf_counter) -> dict[Name, float]:
     """Median seconds of each case. All run once a round, so that a busy machine slows all alike; one round more, the
     first, compiles and does not count. A case returns when its work is done."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    with ProgressBar(description, rounds + 1, unit="round") as progress:
+    return {name: seconds for name, (_, seconds) in timed(description, cases, rounds, clock).items()}
+
+
+def timed(description: str, cases: Mapping[Name, Callable[[], Result]], rounds: int,
+          clock: Callable[[], float] = time.perf_counter) -> dict[Name, tuple[Result, float]]:
+    """The same with what each case returned."""
+    results: dict[Name, Result] = {}
+    times: dict[Name, list[float]] = {name: [] for name in cases}
+    with ProgressBar(description, (rounds + 1) * len(cases), unit="run") as progress:
         for round_ in range(rounds + 1):
             for name, run in cases.items():
-                began = time.perf_counter()
-                run()
+                began = clock()
+                results[name] = run()
                 if round_:
-                    times[name].append(time.perf_counter() - began)
-            progress.update()
-    return {name: float(np.median(values)) for name, values in times.items()}
+                    times[name].append(clock() - began)
+                progress.update()
+    return {name: (results[name], float(np.median(values))) for name, values in times.items()}

@@ -1,8 +1,7 @@
 """Decoding made fast for one trained model: first guesses are fitted, and solvers and block sizes are measured."""
 
 import dataclasses
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from starflow_jax.data.evaluation import evaluation_batches
 from starflow_jax.data.examples import ClipLength, TextInput
 from starflow_jax.flow import decode, first_guess
 from starflow_jax.io.progress import ProgressBar
+from starflow_jax.io.timing import timed
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.sources import data_source, fixed_captions
 from starflow_jax.model.system import System
@@ -23,7 +23,7 @@ from starflow_jax.sampling.solver import chosen_solver, deep_solver
 FITTED_CLIPS = 4_096
 PROMPTS = 8
 SAMPLED_CLIPS = 32  # whose tokens are fitted to their noise
-ROUNDS = 3  # of which the fastest counts
+ROUNDS = 3  # of which the median counts
 ERROR = 1e-3  # allowed squared distance to sequential decoding, as a share of the squared norm
 
 
@@ -67,7 +67,7 @@ def fit_noise_guess(system: System, params: Params) -> first_guess.NoiseGuess:
     with ProgressBar("guess from the noise", len(captions), unit="clip") as progress:
         for begin in range(0, len(captions), PROMPTS):
             batch = captions[begin:begin + PROMPTS]
-            u, _, _ = decode_deep(system, params, batch, settings, first_seed=begin)
+            u, _ = decode_deep(system, params, batch, settings, first_seed=begin)
             z = np.asarray(noise_for(range(begin, begin + len(batch)), shape))
             pairs.append((z.reshape(-1, shape[-1]), u.reshape(-1, shape[-1])))
             progress.update(len(batch))
@@ -97,33 +97,40 @@ def candidates(system: System) -> list[Solver]:
 def measure(system: System, params: Params) -> list[Measured]:
     """Each candidate on a few validation prompts, each as a calibrated solver is used."""
     captions = fixed_captions(system.config, "validation", PROMPTS)
-    exact, _, _ = decode_deep(system, params, captions, whole_clips(system.config, kind="sequential"))
-    rows, tried = [], candidates(system)
+    exact, _ = decode_deep(system, params, captions, whole_clips(system.config, kind="sequential"))
     open_settings = whole_clips(system.config, kind="", start="", block_size=0, frames_per_step=0)
-    with ProgressBar("measuring", len(tried), unit="solver") as progress:
-        for solver in tried:
-            calibrated = dataclasses.replace(system, calibration=dataclasses.replace(system.calibration, solver=solver))
-            runs = [decode_deep(calibrated, params, captions, open_settings) for _ in range(1 + ROUNDS)]
-            u, passes, seconds = min(runs[1:], key=lambda run: run[2])  # the first compiles
-            rows.append(Measured(solver, passes, seconds, relative_error(u, exact)))
-            progress.update()
-    return rows
+    decoders = {}
+    for solver in candidates(system):
+        calibrated = dataclasses.replace(system, calibration=dataclasses.replace(system.calibration, solver=solver))
+        decoders[solver] = deep_decoder(calibrated, params, captions, open_settings)
+    return [Measured(solver, passes, seconds, relative_error(u, exact))
+            for solver, ((u, passes), seconds) in timed("measuring", decoders, ROUNDS).items()]
 
 
 def decode_deep(system: System, params: Params, captions: Sequence[str], settings: Sample, first_seed: int = 0
-                ) -> tuple[np.ndarray, float, float]:
-    """(u of all captions' videos, runs of the deep block as a mean over them, seconds)."""
-    solver, parts, passes, seconds = deep_solver(chosen_solver(system, settings)), [], 0.0, 0.0
-    for begin in range(0, len(captions), settings.batch_size):
-        batch = captions[begin:begin + settings.batch_size]
-        seeds = range(first_seed + begin, first_seed + begin + len(batch))
-        given = jax.block_until_ready(make_conditions(system, params, batch, seeds, settings))
-        began = time.perf_counter()
-        made, reports = zip(*deep_frames(system, params, given, settings))
-        parts.append(np.asarray(jnp.concatenate(made, axis=1)))
-        seconds += time.perf_counter() - began
-        passes += sum(deep_passes(report, solver) for report in reports) * len(batch) / len(captions)
-    return np.concatenate(parts), passes, seconds
+                ) -> tuple[np.ndarray, float]:
+    """(u of all captions' videos, runs of the deep block as a mean over them)."""
+    return deep_decoder(system, params, captions, settings, first_seed)()
+
+
+def deep_decoder(system: System, params: Params, captions: Sequence[str], settings: Sample, first_seed: int = 0
+                 ) -> Callable[[], tuple[np.ndarray, float]]:
+    """What `decode_deep` does, as a function to be timed: noise, text and first guesses are ready before."""
+    solver, size = deep_solver(chosen_solver(system, settings)), settings.batch_size
+    batches = [captions[begin:begin + size] for begin in range(0, len(captions), size)]
+    given = jax.block_until_ready([
+        make_conditions(system, params, batch, range(first_seed + begin, first_seed + begin + len(batch)), settings)
+        for begin, batch in zip(range(0, len(captions), size), batches)])
+
+    def decode_all() -> tuple[np.ndarray, float]:
+        parts, passes = [], 0.0
+        for batch, conditions in zip(batches, given):
+            made, reports = zip(*deep_frames(system, params, conditions, settings))
+            parts.append(np.asarray(jnp.concatenate(made, axis=1)))
+            passes += sum(deep_passes(report, solver) for report in reports) * len(batch) / len(captions)
+        return np.concatenate(parts), passes
+
+    return decode_all
 
 
 def deep_passes(report: decode.Report, solver: decode.Solver) -> float:
