@@ -1,6 +1,6 @@
-"""How fast data comes: clips made of video, beside PyAV's bare decoding, and prepared latents read for training.
+"""Data rates: making clips of video, beside PyAV's bare decoding, and reading prepared latents for training.
 
-All rates are per second of processor time, that is per core: what else the machine does is not in them.
+All rates are per second of processor time, that is per core, whatever else the machine does.
 """
 
 import itertools
@@ -42,7 +42,7 @@ PLANS = (  # of the 7B model's training step at 480p (--mode=plan): clips, its b
 
 
 def report() -> dict[str, list[dict[str, Any]]]:
-    """Tables by title: what making clips costs, and what reading prepared ones costs beside what 7B training eats."""
+    """Tables by title: what making clips costs, and what reading prepared ones costs beside what 7B training needs."""
     rate, megabytes = reading()
     return {f"clips of {CLIP_FRAMES} frames of {BUCKET.name} made of {SOURCE_SIZE[0]}p video": decoding(),
             "prepared latents and text features read for training":
@@ -118,7 +118,7 @@ def needed(rate: float, megabytes: float, training: str, clips_per_step: int, st
 
 
 def _moving_texture(frames: int, height: int, width: int) -> np.ndarray:
-    """Smooth noise that slides: motion and detail that a codec has to work for. uint8 (T, H, W, 3)."""
+    """Smooth noise that slides: motion and detail that cost a codec something. uint8 (T, H, W, 3)."""
     coarse = np.random.default_rng(0).uniform(0, 255, (height // 8 + 2, width // 8 + frames // 4 + 2, 3))
     texture = coarse.repeat(8, axis=0).repeat(8, axis=1).astype(np.uint8)
     return np.stack([texture[:height, 2 * index:2 * index + width] for index in range(frames)])

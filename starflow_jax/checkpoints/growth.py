@@ -34,7 +34,7 @@ CHANGED = {  # settings that are no part of any parameter's shape
     "frames": "same function of clips of the old length",
     "height": "same function of the old size", "width": "same function of the old size",
     "extent": "CHANGES the function: rows and columns lie at other positions",
-    "text_length": "CHANGES the function: the text's positions are spaced anew",
+    "text_length": "CHANGES the function: the text's positions are spaced differently",
     "local_shallow": "same function of images; CHANGES that of video",
     "noise_std": "same function; other noise to train with",
     "denoiser_window": "CHANGES the denoiser: frames that it sees",
@@ -62,7 +62,7 @@ def changes(source: Model, target: Model) -> list[Change]:
         found.append(("denoiser", "left out"))
     else:
         found.append(("denoiser", "CHANGES the denoiser: layers that look ahead" if both_denoise
-                      else "starts anew: its first output is 0, which removes nothing"))
+                      else "starts from scratch: its first output is 0, which removes nothing"))
     return [(name, str(getattr(source, name)), str(getattr(target, name)), effect)
             for name, effect in found if getattr(source, name) != getattr(target, name)]
 
@@ -73,7 +73,7 @@ def grow(
 ) -> dict[str, Any]:
     """Parameters {"flow/deep/...": array} of `source` as those of `target`, each made when it is read.
 
-    fresh_denoiser: {"denoiser/...": array} at the start of training, asked for where the source has none.
+    fresh_denoiser: {"denoiser/...": array} at the start of training, called where the source has none.
     Raises UserError as `changes` does.
     """
     changes(source, target)

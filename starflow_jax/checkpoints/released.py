@@ -75,7 +75,7 @@ def to_released(params: Mapping[str, Any], model: Model) -> dict[str, np.ndarray
 
 
 def stack_released(tensors: Mapping[str, Any], model: Model, source: str) -> dict[str, StoredArray]:
-    """{"deep/proj_in/kernel": array}, our flow's and denoiser's parameters, each read when it is asked for.
+    """{"deep/proj_in/kernel": array}, our flow's and denoiser's parameters, each read on first use.
 
     Raises UserError listing every tensor of `source` that is missing, unexpected or misshapen (or no float).
     """
@@ -123,7 +123,7 @@ def _stack(name: str, shape: tuple[int, ...], parts: list[Any], head_dim: int) -
 
 def unstack_to_released(arrays: Mapping[str, Any], model: Model) -> dict[str, StoredArray]:
     """The release's tensors from our parameters {"deep/proj_in/kernel": array}; of these only the one that was
-    asked for last is kept in memory."""
+    read last is kept in memory."""
     read = _last_kept(arrays)
     tensors = {}
     for ours, theirs, layers in _names(model):

@@ -18,7 +18,7 @@ from starflow_jax.io.tensor_files import (
 
 
 def open_weights(path: Path, prefix: str = "") -> dict[str, StoredArray]:
-    """The tensors of a .pth, of torch's sharded checkpoint folder, or of safetensors, each read when asked for.
+    """The tensors of a .pth, of torch's sharded checkpoint folder, or of safetensors, each read on first use.
 
     Nested state dicts have dotted names; with a prefix, only the names that begin with it are taken, without it.
     Nothing is executed: PyTorch files are read by torch.load(weights_only=True). Raises UserError where there is
@@ -47,7 +47,7 @@ def _torch() -> Any:
     return torch
 
 
-REOPEN_BYTES = 2 << 30  # read through one mapping of a .pth before it is mapped anew
+REOPEN_BYTES = 2 << 30  # read through one mapping of a .pth before it is mapped again
 
 
 def _open_pth(path: Path) -> dict[str, StoredArray]:

@@ -28,7 +28,7 @@ def train_batches(
     share: tuple[int, int] = (0, 1),
     read_threads: int = 2,
 ) -> "BatchIterator":
-    """Endless batches of numpy arrays; every epoch is shuffled anew.
+    """Endless batches of numpy arrays; every epoch is shuffled differently.
 
     Videos are as long as `length.with_one_more`, with drop_first_B; images have one frame, without it.
 

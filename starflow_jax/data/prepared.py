@@ -1,7 +1,7 @@
 """Prepared data as a source for training: buckets of several sizes, of one folder or of several together.
 
-Records are as pipeline.py wants them, with two entries more, `fps` and `aspect_ratio`, which the model is told.
-Frames are decoded when they are asked for: a record with latents is trained on without them.
+Records are as in examples.py, with `fps` and `aspect_ratio`. Frames are decoded on first access: a record with latents
+is trained on without them.
 """
 
 import functools
@@ -19,7 +19,7 @@ from starflow_jax.data.raw.building import PREPARED
 
 
 class Record(dict):
-    """An example; "frames" come of `clip()`, its entry among the clips, when first asked for."""
+    """An example; "frames" are decoded on first access, of `clip()`, its entry among the clips."""
 
     def __init__(self, entries: dict[str, Any], clip: Callable[[], dict[str, Any]]) -> None:
         super().__init__(entries)
@@ -57,8 +57,8 @@ class Bucket(Sequence[dict[str, Any]]):
 
 
 class Prepared(Sequence[dict[str, Any]]):
-    """All buckets of a split. As a sequence it is its largest bucket, of videos where there are any: for what
-    looks at examples of one size."""
+    """All buckets of a split. As a sequence it is its largest bucket, of videos where there are any, for code that
+    needs examples of one size."""
 
     def __init__(self, videos: Sequence[Bucket], images: Sequence[Bucket]) -> None:
         self.videos, self.images = tuple(videos), tuple(images) or tuple(videos)
@@ -72,9 +72,9 @@ class Prepared(Sequence[dict[str, Any]]):
 
 
 def source(folders: str, split: str, *, latents_by: Any = None, features_by: Any = None) -> Prepared:
-    """The examples of a split of prepared folders, named with commas between them.
+    """The examples of a split of prepared folders, a comma-separated list.
 
-    latents_by, features_by: what has to have made the latents and text features that are read; None: they are
+    latents_by, features_by: fingerprint of what must have made the latents and text features; None: they are
     not read. Raises UserError for a folder that is not prepared, or not by these, and for an empty split.
     """
     if split not in shards.SPLITS:

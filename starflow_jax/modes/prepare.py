@@ -28,7 +28,7 @@ from starflow_jax.text.tokenizer import Tokenizer
 
 
 def prepare(config: Config, workdir: Path) -> None:
-    """Prepare config.prepare.input, going on where an earlier run was killed; print what came of it.
+    """Prepare config.prepare.input, resuming where an earlier run was killed; print a summary.
 
     Several processes share the latents and features; the clips are made by the first one.
     """
@@ -36,7 +36,7 @@ def prepare(config: Config, workdir: Path) -> None:
     folder = settings.output or str(workdir / "prepared")
     beam = None if settings.beam == "none" else settings.beam
     if jax.process_index() == 0 and (epath.Path(folder) / PREPARED).exists():
-        print(f"{folder}: its clips are whole and stay; files that came into the input since need another "
+        print(f"{folder}: its clips are complete and are kept; files that were added to the input since need another "
               "prepare.output")
     done = sharding.on_every_process(partial(prepare_clips, processes=settings.processes, beam=beam),
                                      job_of(config, folder))
@@ -85,7 +85,7 @@ def write_text_features(config: Config, workdir: Path, folder: str) -> None:
     tokenizer, params = _text_encoder(config, workdir)
     mesh, batch_size = _over_devices(config.prepare.batch_size)
     made_by = text_fingerprint(config)
-    if config.text.encoder == "trained":  # it changes as training goes on
+    if config.text.encoder == "trained":  # it changes during training
         made_by["arrays"] = digest(params)
     encoder, params = text_encoder(config), jax.device_put(params, sharding.replicated(mesh))
 

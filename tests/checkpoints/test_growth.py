@@ -92,7 +92,7 @@ def test_bfloat16_weights_stay_bfloat16_and_near() -> None:
                 for arrays in (stored, grown)]
     before, after = forward(SMALL, as_float[0], x)[0], forward(LARGE, as_float[1], x)[0]
     error = np.sqrt(np.mean((after - before) ** 2) / np.mean(before**2))
-    assert 0 < error < 0.02  # the grown weights are rounded anew
+    assert 0 < error < 0.02  # the grown weights are rounded again
 
 
 def test_an_image_model_becomes_a_video_model() -> None:
@@ -128,9 +128,9 @@ def test_what_cannot_grow_is_refused_by_name() -> None:
     with pytest.raises(UserError) as error:
         changes(tiny_model(deep_width=60, deep_layers=3, denoiser="every_layer", denoiser_layers=2),
                 tiny_model(channels=3, shallow_layers=(2, 1), text_length=0, denoiser="every_layer"))
-    told = str(error.value)
+    message = str(error.value)
     for part in ("model.channels=3 (source: 2)", "model.shallow_layers=(2, 1) (source: (1, 1))",
                  "model.deep_layers=2 (source: 3, more)", "model.deep_width=40 (source: 60, more)",
                  "model.denoiser_layers=8 (source: 2)", "model.text_length=0 (source: 3)"):
-        assert part in told
-    assert "head_dim" not in told and "\n" not in told
+        assert part in message
+    assert "head_dim" not in message and "\n" not in message

@@ -1,4 +1,4 @@
-"""The reader: how well it reads real clips, and that it says so when a clip is not as asked."""
+"""The reader: how well it reads real clips, and that it says so when a clip does not match its caption."""
 
 import numpy as np
 import pytest

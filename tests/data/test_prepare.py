@@ -148,7 +148,7 @@ class Stop(Exception):
     pass
 
 
-def test_a_run_that_ends_anywhere_goes_on_to_the_same_bytes(inputs, whole, tmp_path, monkeypatch):
+def test_a_run_that_ends_anywhere_resumes_to_the_same_bytes(inputs, whole, tmp_path, monkeypatch):
     calls = {"left": 0}
 
     def stopping(function):
@@ -216,7 +216,7 @@ def test_killed_and_started_again_on_two_processes_it_makes_the_same_bytes(input
     assert tree(folder) == tree(whole)
 
 
-def test_what_came_into_the_input_since_is_not_minded(inputs, whole, tmp_path, monkeypatch):
+def test_what_was_added_to_the_input_since_is_not_seen(inputs, whole, tmp_path, monkeypatch):
     source = tmp_path / "in"
     shutil.copytree(inputs, source)
     settings = job(source, tmp_path / "out")
@@ -261,7 +261,7 @@ def test_an_input_without_one_good_clip_says_so(inputs, tmp_path):
     with pytest.raises(UserError, match="not one clip came out of it; 10 times: too small"):
         prepare_clips(settings, processes=1)
     assert len((tmp_path / "out" / "rejected.jsonl").read_text().splitlines()) == 10
-    # A mended input is looked at anew.
+    # A corrected input is read again.
     write_mp4(tmp_path / "in" / "3.mp4", scene(6, height=64, width=64), 8)
     assert prepare_clips(settings, processes=1)["clips"] == 1
 

@@ -191,8 +191,8 @@ def test_training_on_latents_drops_one_end_and_never_decodes(folders, monkeypatc
 
 
 def test_features_are_those_of_the_prompts(folders):
-    told = {"latents_by": MADE_BY, "features_by": {"text": 1}}
-    source = prepared.source(",".join(folders), "train", **told)
+    made_by = {"latents_by": MADE_BY, "features_by": {"text": 1}}
+    source = prepared.source(",".join(folders), "train", **made_by)
     settings = dict(seed=5, caption_drop=0.3, first_frame_drop=0.5)
     with_ids = take(train(prepared.source(",".join(folders), "train", latents_by=MADE_BY), **settings), 30)
     for batch, other in zip(take(train(source, **settings), 30), with_ids):
@@ -210,7 +210,7 @@ def test_a_prompt_that_was_not_foreseen_is_named(folders):
         examples.features_of(record, "another")
 
 
-def test_latents_go_on_after_a_stop_and_can_be_shared(folders, tmp_path):
+def test_latents_resume_after_a_stop_and_can_be_shared(folders, tmp_path):
     import shutil
 
     def written(folder):

@@ -58,7 +58,7 @@ class Reader:
         return digit_B, colour_B, _read_directions(ink_BTHW)
 
     def adherence(self, labels_B3: np.ndarray, frames_BTHWC: np.ndarray) -> dict[str, float]:
-        """Share of clips, 0 to 1, whose digit, colour and direction are as asked for.
+        """Share of clips, 0 to 1, whose digit, colour and direction match its caption.
 
         labels_B3: int (digit, colour, direction) per clip; of captions, by `labels_of`.
         """

@@ -2,7 +2,7 @@
 
 `cut_unit` makes of a unit of the input a folder FOLDER/.parts/NUMBER with its clips by bucket and split, and a
 summary; `write_shard` copies clips of many units, in the input's order, into one shard. Both write whole files
-or none and do nothing where theirs is there, so a run that was killed goes on where it was, and the result
+or none and do nothing where theirs is there, so a run that was killed resumes where it was, and the result
 depends neither on that nor on how many processes or machines took part. In the end FOLDER holds
 
     clips/BUCKET/1.0.0/  the shards (shards.py)
@@ -44,7 +44,7 @@ class Gathering:
 
 
 def prepare_clips(job: Job, *, processes: int = 0, beam: str | None = None) -> dict[str, Any]:
-    """Make the clips, or go on with it, and return what prepared.json holds.
+    """Make the clips, or resume making them, and return what prepared.json holds.
 
     Raises UserError where the input is missing, the folder holds something prepared with other settings, another
     run works in it, the disk is full, or not one clip comes out.
@@ -68,7 +68,7 @@ def _prepare(job: Job, processes: int, beam: str | None) -> dict[str, Any]:
     write_text(job.path / REJECTED, "".join(json.dumps(entry) + "\n" for entry in rejected))
     gatherings = plan_shards(job, [summary["clips"] for summary in summaries])
     if not gatherings:
-        _clean(job)  # so that a mended input is read anew
+        _clean(job)  # so that the input is read again once it is corrected
         reason, count = _reasons(rejected).most_common(1)[0]
         raise UserError(f"{job.settings.input}: not one clip came out of it; {count} times: {reason} "
                         f"(all of it in {job.path / REJECTED})")
@@ -177,7 +177,7 @@ def _part_file(part: Any, name: str) -> Any:
 
 
 def _open_parts(job: Job) -> list[Unit]:
-    """The units, listed once: a run that goes on must not mind what came into the input since."""
+    """The units, listed once: a run that resumes must not see what was added to the input since."""
     parts = job.path / _PARTS
     if (parts / _JOB).exists():
         _check_same(job, json.loads((parts / _JOB).read_text()))

@@ -3,8 +3,8 @@
 A video is read once, front to back. Frames are taken at a fixed rate (or as they come), resized and cropped to
 the bucket nearest in shape, and gathered into clips without overlap; a change of scene, or a gap in the
 timestamps, begins a new clip. Clips are kept as H.264 of the bucket's size: reading one for training then
-decodes just its own few frames, where the source file would must be sought and decoded at full size from
-the key frame before, in every epoch. Little is lost: colours are kept at full resolution (4:4:4). Pictures are
+decodes just its own few frames; of the source file it would have to be decoded at full size, from the key frame
+before it, in every epoch. Little is lost: colours are kept at full resolution (4:4:4). Pictures are
 kept as JPEG.
 """
 
@@ -167,7 +167,7 @@ def _resample(decoded: Iterator[tuple[float, av.VideoFrame]], fps: int, rate: fl
 
 
 class _Cutter:
-    """Gathers frames into clips; begins anew at a change of scene."""
+    """Gathers frames into clips; a change of scene begins a new one."""
 
     def __init__(self, item: Item, job: Job, fps: int, pixel_aspect: float) -> None:
         self._item, self._job, self._fps, self._pixel_aspect = item, job, fps, pixel_aspect

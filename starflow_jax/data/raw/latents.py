@@ -1,7 +1,7 @@
 """What is computed once from prepared clips and kept beside them: latents, and features of the prompts.
 
 Shard by shard: each has the examples of the clips' shard of its name. A shard that is there is left alone, so
-the work goes on after a kill and can be shared by several processes. The functions that compute are handed in.
+a run that was killed resumes, and several processes can share the work. The functions that compute are arguments.
 """
 
 import concurrent.futures
@@ -107,7 +107,7 @@ def check_made_by(folder: epath.Path, kind: str, made_by: Any) -> None:
     path = folder / kind / MADE_BY
     if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(made_by)):
         raise UserError(f"{folder / kind}: was made by {path.read_text()}, not by {json.dumps(made_by)}; "
-                        "remove it to make it anew, or use the model that made it")
+                        "delete it to make it again, or use the model that made it")
 
 
 def _derive(folder: epath.Path, kind: _Kind, batch_size: int, made_by: Any, share: tuple[int, int]) -> None:
@@ -136,7 +136,7 @@ def _derive_in(folder: epath.Path, kind: _Kind, batch_size: int, made_by: Any, s
             progress.update(source.count)
     for name, bucket in buckets.items():
         targets = [_of_kind(shard, kind.name) for shard in sources if shard.bucket == name]
-        # The process that finishes last describes the whole.
+        # The process that finishes last writes the metadata of the whole.
         if all(target.path(folder).exists() for target in targets):
             shards.write_metadata(folder, targets, kind.features(bucket), f"{kind.name} of prepared clips.")
 

@@ -96,8 +96,8 @@ def work_in(folder: epath.Path, alone: bool = True) -> Iterator[None]:
         with _locked(folder) if alone and "://" not in str(folder) else contextlib.nullcontext():
             yield
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: {error.strerror or error}; what is done is kept: mend it, and "
-                        "give the same command to go on") from error
+        raise UserError(f"{error.filename or folder}: {error.strerror or error}; what is done is kept: "
+                        "once that is solved, the same command resumes") from error
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Raw videos and pictures with captions, as people keep them: folders, lists, WebDataset tars.
 
-`list_units` cuts an input into units of work, the same ones whenever it is asked; `read_unit` gives a unit's
-items one by one. What can't be used comes out as `Rejected`, with its reason, and never as an exception.
+`list_units` cuts an input into units of work, the same ones at every call; `read_unit` yields a unit's items one
+by one. What can't be used comes out as `Rejected`, with its reason, and never as an exception.
 
     folder     cat.mp4 with cat.txt (a caption) and/or cat.json (captions in named fields) beside it, in any depth
     list       .csv, .jsonl or .parquet: a column "path" (relative to the list), captions in named columns, and,

@@ -31,7 +31,7 @@ def run(function: Callable[[T], None], tasks: Sequence[T], *, what: str, process
 
     processes: 0: one per core; 1: in this process. beam: the flags of a Beam pipeline, such as
     "--runner=FlinkRunner --flink_master=..."; None: no Beam. crashed(task) is called, in this process, for a
-    task whose process ended (a decoder's fault, memory), and has to leave in its place what the task would have.
+    task whose process ended (a decoder's fault, memory), and must leave in its place what the task would have.
     """
     if not tasks:
         return
