@@ -39,7 +39,7 @@ def score_captions(system: System, params: Params, frames_BTHWC: np.ndarray, eve
         [system.prompt(text, is_image=shape[1] == 1) for text in all_captions()]))
     size = system.config.sample.batch_size
     pairs = len(noisy) * (np.prod(CHOICES) if every else 2 * sum(CHOICES))
-    with ProgressBar("captions", int(pairs), unit="caption") as progress:
+    with ProgressBar("captions", int(pairs), unit="caption", compiles=True) as progress:
 
         def score(clips_P: np.ndarray, labels_P3: np.ndarray) -> np.ndarray:
             texts_P, found = np.ravel_multi_index(labels_P3.T, CHOICES), []

@@ -35,7 +35,7 @@ def generate_and_read(
     settings = dataclasses.replace(system.config.sample, denoise="none", frames=0)
     size, shown = settings.batch_size, []
     scores: dict[str, dict[str, float]] = {how: {} for how in DENOISE_CHOICES}
-    with ProgressBar("samples", len(captions), unit="clip") as progress:
+    with ProgressBar("samples", len(captions), unit="clip", compiles=True) as progress:
         for begin in range(0, len(captions), size):
             batch = captions[begin:begin + size]
             filled = batch + [batch[-1]] * (size - len(batch))

@@ -9,11 +9,14 @@ from tqdm import tqdm
 class ProgressBar:
     """A tqdm bar: what is done, the loss in bits per dimension, rate and time left.
 
-    Where the screen is no terminal (a log file) it prints a line at most every 30 seconds.
+    compiles: it says "compiling" until the first update, because JAX compiles what the first step runs. Where the
+    screen is no terminal (a log file) it prints a line at most every 30 seconds.
     """
 
-    def __init__(self, description: str, total: int, initial: int = 0, unit: str = "step", shown: bool = True):
+    def __init__(self, description: str, total: int, initial: int = 0, unit: str = "step", shown: bool = True,
+                 compiles: bool = False):
         terminal = sys.stderr.isatty()
+        self._compiling = compiles
         self._bar = tqdm(
             desc=description,
             total=total,
@@ -24,10 +27,14 @@ class ProgressBar:
             dynamic_ncols=terminal,
             mininterval=0.1 if terminal else 30,
             maxinterval=10 if terminal else 60,
+            postfix="compiling" if compiles else None,
         )
 
     def update(self, count: int = 1, bits_per_dim: float | None = None) -> None:
         """Moves on by `count`; a new `bits_per_dim` is shown at the right."""
+        if self._compiling:
+            self._compiling = False
+            self._bar.set_postfix_str("", refresh=False)
         if bits_per_dim is not None:
             self._bar.set_postfix_str(f"{bits_per_dim:.4f} bits/dim", refresh=False)
         self._bar.update(count)

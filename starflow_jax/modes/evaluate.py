@@ -84,7 +84,7 @@ def evaluate_video(config: Config, workdir: Path) -> None:
         of_video.check_pair(config, frames_THWC, other_THWC)
     system, params, source = load_model(config, workdir)
     print(f"model: {source}")
-    with ProgressBar("inspect", 3 if settings.other else 2, unit="part") as progress:
+    with ProgressBar("inspect", 3 if settings.other else 2, unit="part", compiles=True) as progress:
         found = of_video.likelihood(system, params, frames_THWC, settings.caption, settings.draws)
         progress.update()
         trip = of_video.round_trip(system, params, frames_THWC, settings.caption)

@@ -52,7 +52,7 @@ def _make_all(folder: Path, system: System, params: Params, requests: list[Reque
     made: list[Made] = []
     nats: list[float] = []
     rows = []
-    with ProgressBar("samples", len(requests), unit="video") as progress:
+    with ProgressBar("samples", len(requests), unit="video", compiles=True) as progress:
         for batch in generate(system, params, requests, known_THWC):
             of_batch = log_likelihood(system, params, batch[0].clips).tolist()
             if keep:
@@ -73,7 +73,7 @@ def _stream_all(folder: Path, system: System, params: Params, requests: list[Req
         writers = [growing_mp4(path, file_rate(system.config), scale) for path in paths]
         timeline, began, first, frames = Timeline(), time.perf_counter(), 0.0, 0
         prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
-        with ProgressBar("stream", settings.frames or system.pixel_frames, unit="frame") as progress:
+        with ProgressBar("stream", settings.frames or system.pixel_frames, unit="frame", compiles=True) as progress:
             for part_BTHWC in stream_clips(system, params, prompts, seeds, settings,
                                            for_each(known_THWC, len(batch)), timeline):
                 first = first or time.perf_counter() - began

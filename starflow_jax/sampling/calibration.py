@@ -43,7 +43,7 @@ def fit_guess(system: System, params: Params) -> first_guess.FirstGuess:
     text = TextInput(lambda caption, _, **metadata: system.prompt(caption, **metadata), system.text_ids)
     batches = evaluation_batches(data_source(system.config, "train"), ClipLength(1), text, batch_size=64,
                                  limit=FITTED_CLIPS)
-    with ProgressBar("first guess", FITTED_CLIPS // 64, unit="batch") as progress:
+    with ProgressBar("first guess", FITTED_CLIPS // 64, unit="batch", compiles=True) as progress:
         for index, batch in enumerate(batches):
             latents = system.latents_of(batch)
             if latents.shape[2:4] != (system.config.model.height, system.config.model.width):
@@ -64,7 +64,7 @@ def fit_noise_guess(system: System, params: Params) -> first_guess.NoiseGuess:
     model, captions = system.config.model, fixed_captions(system.config, "train", SAMPLED_CLIPS)
     settings = whole_clips(system.config, start="previous")
     shape, pairs = (model.frames, model.tokens_per_frame, model.token_channels), []
-    with ProgressBar("guess from the noise", len(captions), unit="clip") as progress:
+    with ProgressBar("guess from the noise", len(captions), unit="clip", compiles=True) as progress:
         for begin in range(0, len(captions), PROMPTS):
             batch = captions[begin:begin + PROMPTS]
             u, _ = decode_deep(system, params, batch, settings, first_seed=begin)

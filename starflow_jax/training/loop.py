@@ -47,7 +47,7 @@ def _steps(run: Run, writer: MetricWriter) -> int:
         system = dataclasses.replace(system, codec=jax.device_put(system.codec, sharding.replicated(run.mesh)))
     frozen = sharding.spread(frozen_encoder_params(system.config), run.mesh)
     since, tokens, step = time.perf_counter(), 0, int(run.state.step)
-    with ProgressBar("train", settings.steps, initial=step, shown=writer.writes) as progress:
+    with ProgressBar("train", settings.steps, initial=step, shown=writer.writes, compiles=True) as progress:
         while step < settings.steps and not run.stop.agreed():
             batch = sharding.put_batch(next(run.batches), run.mesh)
             tokens += tokens_of(batch, system.config)
