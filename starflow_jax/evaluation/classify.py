@@ -68,7 +68,7 @@ def _deep_log_likelihood(
 
     def deep(flow: STARFlow) -> tuple[jax.Array, jax.Array]:
         rope = flow.rope((frames, *token_grid), text_BLD)
-        return flow.deep(u_BTSK.reshape(batch, -1, channels), rope, text_BLD)
+        return flow.deep.forward(u_BTSK.reshape(batch, -1, channels), rope, text_BLD)
 
     z_BSK, logdet_BSK = apply_flow(flow, flow_variables(params), deep)
     return jnp.sum(logdet_BSK - 0.5 * z_BSK**2, axis=(1, 2))

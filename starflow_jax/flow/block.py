@@ -4,31 +4,27 @@ Tokens come in the block's own order. Slot s sees [SOS, x_0 .. x_{s-1}] (behind 
 predicts mean and scale of token s, so that
 
     forward  z = (x - mu) / sigma,  log-determinant -log sigma      all slots at once
-    inverse  x = mu + sigma z                                       slot by slot, or by Jacobi (decode.py)
+    inverse  x = mu + sigma z,      log-determinant  log sigma      slot by slot, or by Jacobi (inversion.py)
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow_jax.flow import inversion
+from starflow_jax.flow.affine import Affine
+from starflow_jax.flow.guidance import guide
+from starflow_jax.flow.inversion import Inverse, Known, Solver
 from starflow_jax.kernels.mask import Causal
 from starflow_jax.nn import rope
 from starflow_jax.nn.cache import KVCache
-from starflow_jax.nn.transformer import KeyValue, Transformer
-from starflow_jax.sharding import constrain, token_padding, tokens_sharded
+from starflow_jax.nn.transformer import KeyValue, Transformer, run_behind_prefix, with_prefix
 
 SOFT_CLIP = 4.0
 UNIT_SCALE = 0.54132485  # softplus(UNIT_SCALE) = 1: a block whose output is 0 changes nothing
-
-
-class Affine(NamedTuple):
-    """Mean and scale of each token element, float32 at least."""
-
-    mu_BSC: jax.Array
-    sigma_BSC: jax.Array
 
 
 class FlowBlock(nn.Module):
@@ -53,56 +49,71 @@ class FlowBlock(nn.Module):
                                        self.unroll)
         self.proj_out = nn.Dense(2 * self.channels, dtype=self.dtype, kernel_init=nn.initializers.zeros)
 
-    def __call__(
+    def forward(
         self, x_BSC: jax.Array, rope_2SE: jax.Array, text_BTD: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Forward: tokens (B, S, C) -> (z, log-determinant), elementwise, both (B, S, C) float32."""
-        affine, _ = self._run(self.shift(x_BSC), rope_2SE, text_BTD, keep_kv=False)
-        return (x_BSC - affine.mu_BSC) / affine.sigma_BSC, -jnp.log(affine.sigma_BSC)
+        """Tokens (B, S, C) -> (z, log-determinant), elementwise, both (B, S, C) float32.
 
-    def shift(self, x_BSC: jax.Array) -> jax.Array:
-        """The network's input at each slot: SOS, then every token but the last."""
-        sos = jnp.broadcast_to(self.sos, (x_BSC.shape[0], 1, self.channels)).astype(x_BSC.dtype)
-        return jnp.concatenate([sos, x_BSC[:, :-1]], axis=1)
+        rope: of the text, then of the tokens.
+        """
+        affine, _ = self._run(x_BSC, rope_2SE, text_BTD, keep_kv=False)
+        return affine.forward(x_BSC)
 
-    def start(self, batch: int) -> jax.Array:
-        """(B, 1, C): what slot 0 sees."""
-        return jnp.broadcast_to(self.sos, (batch, 1, self.channels))
+    def inverse(
+        self, z_BSC: jax.Array, rope_2SE: jax.Array, known: Known, start_BSC: jax.Array, solver: Solver,
+        guidance: jax.Array | None = None,
+    ) -> Inverse:
+        """The next S slots' noise (B, S, C) -> their tokens and log-determinant, elementwise, and what is known then.
 
-    def prefill(
-        self, known_BSC: jax.Array, rope_2SE: jax.Array, text_BTD: jax.Array | None
-    ) -> tuple[Affine, KeyValue]:
-        """Keys and values of the text and of the slots of the known tokens, and those slots' predictions."""
-        return self._run(self.shift(known_BSC), rope_2SE, text_BTD, keep_kv=True)
+        rope: of those slots; known: the slots before them (`begin`); start: where the solver starts, (B, S, C);
+        guidance: weight of the conditional branch over the unconditional one, both in the cache. None: one branch.
+        """
+        block, variables = self.unbind()  # a bound module can't be called in a loop of JAX's
+        branches = 1 if guidance is None else 2
 
-    def prefill_text(self, text_BTD: jax.Array, rope_2TE: jax.Array) -> KeyValue:
-        """Keys and values of the text alone, each (L, B, T, H, D)."""
-        return self._transform(self.proj_text(text_BTD), rope_2TE)[1]
+        def predict(inputs_BNC: jax.Array, rope_2NE: jax.Array, cache: KVCache) -> tuple[Affine, KeyValue]:
+            inputs = jnp.tile(inputs_BNC, (branches, 1, 1))
+            affine, kv = block.apply(variables, inputs, rope_2NE, cache, method=FlowBlock.predict)
+            if guidance is None:
+                return affine, kv
+            conditional, unconditional = (Affine(*part) for part in zip(*(jnp.split(a, 2) for a in affine)))
+            return guide(conditional, unconditional, guidance), kv
+
+        return inversion.solve(predict, z_BSC, start_BSC, known, rope_2SE, solver, branches)
+
+    def begin(
+        self, slots: int, x_BSC: jax.Array, rope_2SE: jax.Array | None = None, text_GBTD: jax.Array | None = None
+    ) -> Known:
+        """What `inverse` takes to be known: the text of each guidance branch, and S >= 0 given tokens.
+
+        slots: of the cache, text included; rope: of the text and then of the given tokens.
+        """
+        batch, given, channels = x_BSC.shape
+        branches = 1 if text_GBTD is None else text_GBTD.shape[0]
+        text = None if text_GBTD is None else text_GBTD.reshape(-1, *text_GBTD.shape[2:])
+        cache = self.transformer.empty_cache(branches * batch, slots, self.width)
+        if given:
+            _, kv = self._run(jnp.tile(x_BSC, (branches, 1, 1)), rope_2SE, text, keep_kv=True)
+            return Known(cache.append(kv), x_BSC[:, -1:])
+        if text is not None:
+            _, kv = self._predict(self.proj_text(text), rope_2SE[:, :text.shape[1]])
+            cache = cache.append(kv)
+        return Known(cache, jnp.broadcast_to(self.sos, (batch, 1, channels)).astype(x_BSC.dtype))
 
     def predict(self, inputs_BNC: jax.Array, rope_2NE: jax.Array, cache: KVCache) -> tuple[Affine, KeyValue]:
         """The next N slots' predictions from what each slot sees; the cache is only read."""
-        return self._transform(self.proj_in(inputs_BNC.astype(self.dtype)), rope_2NE, cache)
+        return self._predict(self.proj_in(inputs_BNC.astype(self.dtype)), rope_2NE, cache=cache)
 
-    def _run(self, inputs_BSC, rope_2SE, text_BTD, keep_kv: bool) -> tuple[Affine, Any]:
-        hidden, prefix = self.proj_in(inputs_BSC.astype(self.dtype)), 0
-        if text_BTD is not None:
-            text = self.proj_text(text_BTD.astype(self.dtype))
-            hidden, prefix = jnp.concatenate([text, hidden], axis=1), text.shape[1]
-        return self._transform(hidden, rope_2SE, keep_kv=keep_kv, prefix=prefix)
+    def _run(self, x_BSC: jax.Array, rope_2SE, text_BTD: jax.Array | None, keep_kv: bool) -> tuple[Affine, Any]:
+        """Every slot's prediction from the tokens before it."""
+        text = None if text_BTD is None else self.proj_text(text_BTD.astype(self.dtype))
+        sos = jnp.broadcast_to(self.sos, (x_BSC.shape[0], 1, self.channels)).astype(x_BSC.dtype)
+        inputs = jnp.concatenate([sos, x_BSC[:, :-1]], axis=1)
+        hidden, prefix = with_prefix(text, self.proj_in(inputs.astype(self.dtype)))
+        return self._predict(hidden, rope_2SE, prefix, keep_kv=keep_kv)
 
-    def _transform(self, hidden_BSD: jax.Array, rope_2SE: jax.Array, cache: KVCache | None = None,
-                   keep_kv: bool = True, prefix: int = 0) -> tuple[Affine, Any]:
-        """The Transformer and what it predicts at each slot behind the prefix; with padding behind the last one
-        while that runs."""
-        slots = whole = hidden_BSD.shape[1]
-        hidden_BSD = constrain(hidden_BSD, "batch", None, None)
-        behind = (0, token_padding(slots))
-        hidden, kv = self.transformer(jnp.pad(hidden_BSD, ((0, 0), behind, (0, 0))), Causal(),
-                                      jnp.pad(rope_2SE, ((0, 0), behind, (0, 0))), cache, keep_kv=keep_kv)
-        if not tokens_sharded():
-            hidden, slots, prefix = hidden[:, prefix:], slots - prefix, 0
-        affine = Affine(*(constrain(part[:, prefix:slots], "batch", None, None) for part in self._affine(hidden)))
-        return affine, jax.tree.map(lambda part: part[..., :whole, :, :], kv)
+    def _predict(self, hidden_BSD: jax.Array, rope_2SE: jax.Array, prefix: int = 0, **options) -> tuple[Affine, Any]:
+        return run_behind_prefix(self.transformer, self._affine, hidden_BSD, rope_2SE, Causal(), prefix, **options)
 
     def _affine(self, hidden_BSD: jax.Array) -> Affine:
         out = self.proj_out(hidden_BSD.astype(self.dtype))

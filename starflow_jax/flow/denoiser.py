@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from starflow_jax.kernels.mask import FrameWindow
-from starflow_jax.nn.transformer import Transformer
-from starflow_jax.sharding import constrain, token_padding, tokens_sharded
+from starflow_jax.kernels.mask import FrameWindow, Full
+from starflow_jax.nn.cache import KVCache
+from starflow_jax.nn.transformer import KeyValue, Transformer, run_behind_prefix, with_prefix
 
 
 class Denoiser(nn.Module):
@@ -32,28 +32,42 @@ class Denoiser(nn.Module):
     unroll: bool = False
     text: bool = True
 
-    @nn.compact
+    def setup(self) -> None:
+        self.proj_in = nn.Dense(self.width, dtype=self.dtype)
+        if self.text:
+            self.proj_text = nn.Dense(self.width, dtype=self.dtype)
+        self.transformer = Transformer(self.layers, self.head_dim, self.dtype, self.remat, self.sequence_parallel,
+                                       self.unroll)
+        self.proj_out = nn.Dense(self.channels, dtype=self.dtype, kernel_init=nn.initializers.zeros)
+
     def __call__(
         self, x_BSC: jax.Array, frames: int, rope_2SE: jax.Array, text_BTD: jax.Array | None = None
     ) -> jax.Array:
         """(B, frames*h*w, C) in raster order -> the same shape, float32. rope covers the text, then the tokens."""
-        hidden, prefix = nn.Dense(self.width, dtype=self.dtype, name="proj_in")(x_BSC), 0
-        if self.text and text_BTD is not None:
-            text = nn.Dense(self.width, dtype=self.dtype, name="proj_text")(text_BTD)
-            hidden, prefix = jnp.concatenate([text, hidden], axis=1), text.shape[1]
-        slots, hidden = hidden.shape[1], constrain(hidden, "batch", None, None)
-        behind = ((0, 0), (0, token_padding(slots)), (0, 0))
-        hidden, rope_2SE = jnp.pad(hidden, behind), jnp.pad(rope_2SE, behind)
+        hidden, prefix = self._behind_text(x_BSC, text_BTD)
         ahead = FrameWindow(prefix, x_BSC.shape[1] // frames, self.window, self.lookahead, frames)
         causal = dataclasses.replace(ahead, lookahead=0)
         mask, first_mask = (causal, ahead) if self.first_layer_only else (ahead, None)
-        stack = Transformer(self.layers, self.head_dim, self.dtype, self.remat, self.sequence_parallel, self.unroll,
-                            name="transformer")
-        hidden, _ = stack(hidden, mask, rope_2SE, first_mask=first_mask, keep_kv=False)
-        if not tokens_sharded():
-            hidden, slots, prefix = hidden[:, prefix:], slots - prefix, 0
-        out = nn.Dense(self.channels, dtype=self.dtype, name="proj_out", kernel_init=nn.initializers.zeros)(
-            hidden.astype(self.dtype)
-        )
-        out = constrain(out[:, prefix:slots], "batch", None, None)
+        out, _ = run_behind_prefix(self.transformer, self._project, hidden, rope_2SE, mask, prefix,
+                                   first_mask=first_mask, keep_kv=False)
+        return out
+
+    def next_frame(
+        self, x_BSC: jax.Array, tokens: int, rope_2SE: jax.Array, text_BTD: jax.Array | None, cache: KVCache | None
+    ) -> tuple[jax.Array, KeyValue]:
+        """s of the first `tokens` of x, float32; the others are of the frames that the first layer looks ahead to.
+
+        Everything in the cache is seen: the text and the frames of the window; text: where it is not in there yet.
+        Returns also the keys and values, (L, B, ..., H, D) each, of the text, where given, and of those tokens.
+        """
+        hidden, prefix = self._behind_text(x_BSC, text_BTD)
+        hidden, kv = self.transformer(hidden, Full(), rope_2SE, cache, kept=prefix + tokens)
+        return self._project(hidden[:, prefix:]), kv
+
+    def _behind_text(self, x_BSC: jax.Array, text_BTD: jax.Array | None) -> tuple[jax.Array, int]:
+        text = self.proj_text(text_BTD) if self.text and text_BTD is not None else None
+        return with_prefix(text, self.proj_in(x_BSC))
+
+    def _project(self, hidden_BSD: jax.Array) -> jax.Array:
+        out = self.proj_out(hidden_BSD.astype(self.dtype))
         return out.astype(jnp.promote_types(out.dtype, jnp.float32))

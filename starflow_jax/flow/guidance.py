@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from starflow_jax.flow.block import Affine
+from starflow_jax.flow.affine import Affine
 
 
 def guide(conditional: Affine, unconditional: Affine, weight: float | jax.Array) -> Affine:

@@ -24,6 +24,13 @@ class Solution(flax.struct.PyTreeNode):
     converged: jax.Array  # (B,) bool: residual < tolerance, or exact after max_steps = N
 
 
+class _Iteration(flax.struct.PyTreeNode):
+    """The loop's carry."""
+
+    count: jax.Array  # int32: updates so far
+    solution: Solution
+
+
 def residual(new_BNC: jax.Array, old_BNC: jax.Array) -> jax.Array:
     """(B,) squared relative change per sample; 0 where nothing changed, also at zero."""
     axes = tuple(range(1, new_BNC.ndim))
@@ -37,12 +44,12 @@ def solve(
     *,
     tolerance: float | jax.Array,
     max_steps: int,
-    aux_batch_axis: int = 0,
+    aux_batch_axis: Any = 0,
 ) -> Solution:
     """Iterate x <- update(x) until each sample's residual is below `tolerance`, at most `max_steps` times.
 
     update: (B, N, C) -> ((B, N, C), aux); entry n may depend only on entries before n, so that N steps are
-        exact. aux is any pytree whose leaves have the batch at `aux_batch_axis`.
+        exact. aux is any pytree whose leaves have the batch at `aux_batch_axis`, an int or a prefix of that tree.
     Raises ValueError for max_steps < 1.
     """
     if max_steps < 1:
@@ -53,33 +60,32 @@ def solve(
     first_residual = residual(x, start_BNC)
     first = Solution(x, aux, jnp.ones(batch, jnp.int32), first_residual, first_residual < tolerance)
 
-    def unfinished(carry: tuple[jax.Array, Solution]) -> jax.Array:
-        step, solution = carry
-        return (step < max_steps) & ~jnp.all(solution.converged)
+    def unfinished(now: _Iteration) -> jax.Array:
+        return (now.count < max_steps) & ~jnp.all(now.solution.converged)
 
-    def step(carry: tuple[jax.Array, Solution]) -> tuple[jax.Array, Solution]:
-        count, old = carry
+    def step(now: _Iteration) -> _Iteration:
+        old = now.solution
         x, aux = update(old.x)
         change = residual(x, old.x)
         updated = Solution(x, aux, old.steps + 1, change, change < tolerance)
-        return count + 1, _keep_finished(old, updated, aux_batch_axis)
+        return _Iteration(now.count + 1, _keep_finished(old, updated, aux_batch_axis))
 
-    _, solution = lax.while_loop(unfinished, step, (jnp.int32(1), first))
+    solution = lax.while_loop(unfinished, step, _Iteration(jnp.int32(1), first)).solution
     exact = max_steps >= start_BNC.shape[1]
     return solution.replace(converged=solution.converged | (exact & (solution.steps >= max_steps)))
 
 
-def _keep_finished(old: Solution, new: Solution, aux_batch_axis: int) -> Solution:
+def _keep_finished(old: Solution, new: Solution, aux_batch_axis: Any) -> Solution:
+    """`new`, but with what `old` has of the samples that had converged."""
     done_B = old.converged
 
-    def keep(axis: int):
+    def keep(axis: int, was: Any, now: Any) -> Any:
         def choose(was: jax.Array, now: jax.Array) -> jax.Array:
             shape = [1] * was.ndim
             shape[axis] = done_B.shape[0]
             return jnp.where(done_B.reshape(shape), was, now)
 
-        return choose
+        return jax.tree.map(choose, was, now)
 
-    aux = jax.tree.map(keep(aux_batch_axis), old.aux, new.aux)
-    rest = jax.tree.map(keep(0), old.replace(aux=None), new.replace(aux=None))
-    return rest.replace(aux=aux)
+    aux = jax.tree.map(keep, aux_batch_axis, old.aux, new.aux)
+    return keep(0, old.replace(aux=None), new.replace(aux=None)).replace(aux=aux)

@@ -57,7 +57,7 @@ class STARFlow(nn.Module):
         grid = self.grid(x_BTHWC.shape)
         outputs, logdets = self.shallow_forward(x_BTHWC)
         u_BSK = _join_frames(outputs[-1])
-        z_BSK, logdet = self.deep(u_BSK, self.rope(grid, text_BTD), text_BTD)
+        z_BSK, logdet = self.deep.forward(u_BSK, self.rope(grid, text_BTD), text_BTD)
         z_BTSK = z_BSK.reshape(outputs[-1].shape)
         return FlowOutput(z_BTSK, (*outputs, z_BTSK), (*logdets, logdet))
 
@@ -67,7 +67,7 @@ class STARFlow(nn.Module):
         outputs, logdets = [x_BTSK], []
         for index in range(len(self.shallow)):
             ordered = self.to_block_order(index, outputs[-1])
-            z, logdet = self.shallow[index](ordered, self.shallow_rope(self.grid(x_BTHWC.shape)))
+            z, logdet = self.shallow[index].forward(ordered, self.shallow_rope(self.grid(x_BTHWC.shape)))
             outputs.append(self.from_block_order(index, z, x_BTSK.shape))
             logdets.append(logdet.reshape(x_BTSK.shape) if self.config.local_shallow else logdet)
         return tuple(outputs), tuple(logdets)

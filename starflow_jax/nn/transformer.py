@@ -1,16 +1,18 @@
 """The pre-norm Transformer that every part of the method shares (DESIGN: transformer layer).
 
-Layers are scanned: parameters are stacked along a leading layer axis and a 24-layer block compiles as one. Decoding on
-a CPU can have them `unstacked` instead: XLA copies a layer's weights out of the stack each time it uses them, which for
-few tokens takes longer than the products.
+Parameters are stacked along a leading layer axis and the layers scanned: a 24-layer block compiles as one. Decoding on a
+CPU can have them `unstacked` instead: XLA copies a layer's weights out of the stack each time it uses them, which for
+few tokens takes longer than the products. `Transformer` alone iterates over layers: in training, in decoding with a
+cache, and in a stream whose first layer looks ahead.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from starflow_jax.kernels.attention import ATTENTION_RESULTS
@@ -18,7 +20,7 @@ from starflow_jax.kernels.mask import Mask
 from starflow_jax.nn.cache import KVCache
 from starflow_jax.nn.rope import apply_rope
 from starflow_jax.nn.sequence_parallel import by_tokens, sequence_parallel_attention
-from starflow_jax.sharding import constrain
+from starflow_jax.sharding import constrain, token_padding, tokens_sharded
 
 KeyValue = tuple[jax.Array, jax.Array]
 LAYER_INPUT = "layer_input"
@@ -50,9 +52,20 @@ class Layer(nn.Module):
         dtype = jnp.promote_types(self.dtype, jnp.float32)
         return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)(x_BSD).astype(self.dtype)
 
+    def _masks(self, is_first) -> tuple[tuple[Mask, ...], jax.Array | None]:
+        """The masks that may apply, and which of them does where only the running program knows."""
+        if self.first_mask is None:
+            return (self.mask,), None
+        if isinstance(is_first, bool):
+            return (self.first_mask if is_first else self.mask,), None
+        return (self.mask, self.first_mask), is_first.astype(jnp.int32)
+
     @nn.compact
     def __call__(self, x_BSD, past, is_first, rope_2SE, past_length):
-        """past: this layer's cached (k, v) or None. Returns (x, this call's (k, v)), the scan's carry and output."""
+        """(x, this call's (k, v)). past: this layer's cached (k, v), of which `past_length` slots are filled, or None.
+
+        is_first: a bool, or a traced one where all layers share one program.
+        """
         width = x_BSD.shape[-1]
         heads = width // self.head_dim
         qkv = nn.DenseGeneral((3, width), dtype=self.dtype, name="qkv")(self._norm(x_BSD, "attention_norm"))
@@ -61,27 +74,21 @@ class Layer(nn.Module):
         axes = ("tokens", "hidden") if by_tokens(self.sequence_parallel, past) else (None, "heads")
         q, k, v = (constrain(part, "batch", *axes, None) for part in (q, k, v))
         seen = None if past is None else (*past, past_length)
-        if self.first_mask is None:
-            out = sequence_parallel_attention(self.sequence_parallel, q, k, v, (self.mask,), None, seen)
-        else:
-            masks = (self.mask, self.first_mask)
-            out = sequence_parallel_attention(self.sequence_parallel, q, k, v, masks, is_first.astype(jnp.int32), seen)
+        masks, which = self._masks(is_first)
+        out = sequence_parallel_attention(self.sequence_parallel, q, k, v, masks, which, seen)
         out = constrain(out.reshape(x_BSD.shape), "batch", "tokens", "hidden")
-        x_BSD = _tokens(x_BSD + nn.Dense(width, dtype=self.dtype, name="proj")(out))
+        x_BSD = _shard_tokens(x_BSD + nn.Dense(width, dtype=self.dtype, name="proj")(out))
         hidden = nn.Dense(4 * width, dtype=self.dtype, name="mlp_in")(self._norm(x_BSD, "mlp_norm"))
         hidden = nn.gelu(constrain(hidden, "batch", "tokens", "hidden"), approximate=False)
-        return _tokens(x_BSD + nn.Dense(width, dtype=self.dtype, name="mlp_out")(hidden)), (k, v)
+        return _shard_tokens(x_BSD + nn.Dense(width, dtype=self.dtype, name="mlp_out")(hidden)), (k, v)
 
 
-def _tokens(x_BSD: jax.Array) -> jax.Array:
+def _shard_tokens(x_BSD: jax.Array) -> jax.Array:
     return constrain(x_BSD, "batch", "tokens", None)
 
 
 class Transformer(nn.Module):
-    """A scanned stack of layers and the final norm.
-
-    `first_mask`, where given, is the first layer's own mask (the denoiser's look-ahead).
-    """
+    """A stack of layers and the final norm."""
 
     layers: int
     head_dim: int
@@ -99,43 +106,112 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         first_mask: Mask | None = None,
         keep_kv: bool = True,
+        kept: int | None = None,
     ) -> tuple[jax.Array, Any]:
         """(B, S, D) in, ((B, S, D) float32 normed, (k, v) each (L, B, S, H, D) or None) out; of unstacked parameters
-        k and v are tuples of L arrays."""
-        if not self.is_initializing() and is_unstacked(self.variables["params"]):
-            x_BSD, kv = self._one_by_one(x_BSD, mask, rope_2SE, cache, first_mask, keep_kv)
-            return FinalNorm(name="final_norm")(x_BSD), kv
-        layer = _BodyLayer if self.remat == "none" else nn.remat(
-            _BodyLayer, prevent_cse=False, policy=_kept(self.remat))
-        stack = nn.scan(
-            layer,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast),
-            out_axes=0,
-            length=self.layers,
-            unroll=self.layers if self.unroll else 1,
-        )(self.head_dim, self.dtype, mask, first_mask, self.sequence_parallel, keep_kv, name="layers")
-        is_first = jnp.arange(self.layers) == 0
-        past = None if cache is None else (cache.k_LBPHD, cache.v_LBPHD)
-        past_length = jnp.int32(0) if cache is None else cache.length
-        x_BSD, kv = stack(_tokens(x_BSD.astype(self.dtype)), past, is_first, rope_2SE, past_length)
+        k and v are tuples of L arrays.
+
+        first_mask: the first layer's own mask (the denoiser's look-ahead).
+        kept: slots that go on to the second layer, the first of the S; the others are only looked at by the first
+        layer. None: all.
+        """
+        layer = Layer(self.head_dim, self.dtype, mask, first_mask, self.sequence_parallel, parent=None)
+        x_BSD, kv = _shard_tokens(x_BSD.astype(self.dtype)), None
+        if self.is_initializing():
+            fresh = nn.scan(_FreshLayer, variable_axes={"params": 0}, split_rngs={"params": True},
+                            in_axes=nn.broadcast, length=self.layers)
+            x_BSD, _ = fresh(layer, name="layers")(x_BSD, rope_2SE)
+        else:
+            x_BSD, kv = self._run_layers(layer, x_BSD, rope_2SE, cache, keep_kv, kept)
         return FinalNorm(name="final_norm")(x_BSD), kv
 
-    def _one_by_one(self, x_BSD, mask, rope_2SE, cache, first_mask, keep_kv):
-        """The layers as the scan runs them, of parameters that are not stacked."""
-        x_BSD, kv = x_BSD.astype(self.dtype), []
-        for index, params in enumerate(self.variables["params"]["layers"]["layer"]):
-            past = None if cache is None else (cache.k_LBPHD[index], cache.v_LBPHD[index])
-            first = first_mask if index == 0 and first_mask is not None else mask
-            layer = Layer(self.head_dim, self.dtype, first, None, self.sequence_parallel, parent=None)
-            x_BSD, made = layer.apply({"params": params}, x_BSD, past, False, rope_2SE,
-                                      None if cache is None else cache.length)
-            kv.append(made)
-        return x_BSD, tuple(zip(*kv)) if keep_kv else None
+    def empty_cache(self, batch: int, slots: int, width: int) -> KVCache:
+        """A cache with room for `slots`, stacked or unstacked as the parameters are."""
+        return KVCache.empty(self.layers, batch, slots, width // self.head_dim, self.head_dim, self.dtype,
+                             unstacked=_is_unstacked(self.variables["params"]))
+
+    def _run_layers(self, layer: Layer, x_BSD: jax.Array, rope_2SE: jax.Array, cache: KVCache | None, keep_kv: bool,
+                    kept: int | None) -> tuple[jax.Array, Any]:
+        """One layer after the other: of a stack by a loop, unstacked ones each with code of its own."""
+        params = self.variables["params"]["layers"]["layer"]
+        past = None if cache is None else (cache.k_LBPHD, cache.v_LBPHD)
+
+        def run(x_BSD, params, past, is_first):
+            rope, length = rope_2SE[:, :x_BSD.shape[1]], None if cache is None else cache.length
+            x_BSD = checkpoint_name(x_BSD, LAYER_INPUT)
+            x_BSD, kv = layer.apply({"params": params}, x_BSD, past, is_first, rope, length)
+            return x_BSD, kv if keep_kv else None
+
+        if _is_unstacked(self.variables["params"]):
+            made = []
+            for index, of_layer in enumerate(params):
+                x_BSD, kv = run(x_BSD[:, :kept] if index else x_BSD, of_layer,
+                                None if past is None else tuple(part[index] for part in past), index == 0)
+                made.append(kv)
+            return x_BSD, tuple(zip(*made)) if keep_kv else None
+        if kept is not None:
+            return _first_apart(run, x_BSD, (params, past), self.layers, kept)
+        if self.remat != "none":
+            run = jax.checkpoint(run, prevent_cse=False, policy=_saved(self.remat))
+        is_first = jnp.arange(self.layers) == 0
+        return lax.scan(lambda x, of_layer: run(x, *of_layer), x_BSD, (params, past, is_first),
+                        unroll=self.layers if self.unroll else 1)
 
 
-def is_unstacked(params: Any) -> bool:
+def _first_apart(run: Callable, x_BSD: jax.Array, stack: Any, layers: int, kept: int) -> tuple[jax.Array, Any]:
+    """The first layer on all slots, then a loop of the others on `kept` of them; keys and values of those.
+
+    The loop takes each layer from the whole stack: a stack without its first layer would be a copy.
+    """
+    def of_layer(index):
+        return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
+
+    x_BSD, first = run(x_BSD, *of_layer(0), True)
+    x_BSD, rest = lax.scan(lambda x, index: run(x, *of_layer(index), False), x_BSD[:, :kept], jnp.arange(1, layers))
+    return x_BSD, jax.tree.map(lambda one, others: jnp.concatenate([one[None, :, :kept], others]), first, rest)
+
+
+class _FreshLayer(nn.Module):
+    """The body of the scan that makes a stack's parameters, each layer's from a key of its own."""
+
+    layer: Layer
+
+    def __call__(self, x_BSD: jax.Array, rope_2SE: jax.Array) -> tuple[jax.Array, None]:
+        return self.layer(x_BSD, None, False, rope_2SE, None)[0], None
+
+
+def run_behind_prefix(
+    transformer: Transformer,
+    head: Callable[[jax.Array], Any],
+    hidden_BSD: jax.Array,
+    rope_2SE: jax.Array,
+    mask: Mask,
+    prefix: int = 0,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """What the head makes of each slot behind the prefix, and the keys and values of all slots.
+
+    options: of the Transformer. While it runs, padding lets the sequence divide over a mesh that shards tokens; such a
+    sequence is cut only behind the head, whose outputs are small.
+    """
+    slots = whole = hidden_BSD.shape[1]
+    hidden_BSD = constrain(hidden_BSD, "batch", None, None)
+    behind = ((0, 0), (0, token_padding(slots)), (0, 0))
+    hidden, kv = transformer(jnp.pad(hidden_BSD, behind), mask, jnp.pad(rope_2SE, behind), **options)
+    if not tokens_sharded():
+        hidden, slots, prefix = hidden[:, prefix:], slots - prefix, 0
+    out = jax.tree.map(lambda part: constrain(part[:, prefix:slots], "batch", None, None), head(hidden))
+    return out, jax.tree.map(lambda part: part[..., :whole, :, :], kv)
+
+
+def with_prefix(prefix_BTD: jax.Array | None, hidden_BSD: jax.Array) -> tuple[jax.Array, int]:
+    """The sequence behind its prefix, if it has one, and the prefix's length."""
+    if prefix_BTD is None:
+        return hidden_BSD, 0
+    return jnp.concatenate([prefix_BTD, hidden_BSD], axis=1), prefix_BTD.shape[1]
+
+
+def _is_unstacked(params: Any) -> bool:
     """Of a Transformer's parameters."""
     return isinstance(params["layers"]["layer"], tuple)
 
@@ -150,7 +226,7 @@ def unstacked(params: Any) -> Any:
     return {name: unstacked(value) for name, value in params.items()}
 
 
-def _kept(remat: str):
+def _saved(remat: str):
     """What a layer's backward pass finds beside the layer's input, as jax.checkpoint's policy (config.REMAT)."""
     policies = jax.checkpoint_policies
     if remat == "attention":
@@ -160,21 +236,3 @@ def _kept(remat: str):
             names_which_can_be_saved=[], names_which_can_be_offloaded=[LAYER_INPUT, *ATTENTION_RESULTS],
             offload_src="device", offload_dst="pinned_host")
     return None
-
-
-class _BodyLayer(nn.Module):
-    """A layer as the scan's body: drops keys and values that nobody asked for."""
-
-    head_dim: int
-    dtype: Any
-    mask: Mask
-    first_mask: Mask | None
-    sequence_parallel: str
-    keep_kv: bool
-
-    @nn.compact
-    def __call__(self, x_BSD, past, is_first, rope_2SE, past_length):
-        x_BSD = checkpoint_name(x_BSD, LAYER_INPUT)
-        layer = Layer(self.head_dim, self.dtype, self.mask, self.first_mask, self.sequence_parallel, name="layer")
-        x_BSD, kv = layer(x_BSD, past, is_first, rope_2SE, past_length)
-        return x_BSD, kv if self.keep_kv else None

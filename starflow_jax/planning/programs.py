@@ -12,6 +12,7 @@ from starflow_jax.config import Config, Solver
 from starflow_jax.data.batch import Batch
 from starflow_jax.flow import decode
 from starflow_jax.flow.decode import WindowState
+from starflow_jax.flow.inversion import Known
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import flow_variables, init_params
 from starflow_jax.model.system import System
@@ -79,8 +80,8 @@ def _compile_sample(config: Config, mesh: Mesh) -> list[Program]:
     heads = model.deep_width // model.head_dim
     keys = array((model.deep_layers, branches * videos, slots, heads, model.head_dim), dtype,
                  sharding.cache_sharding(mesh, branches * videos, heads))
-    state = WindowState(KVCache(keys, keys, array((), jnp.int32)), array((videos, 1, model.token_channels)),
-                        array((videos, tokens, model.token_channels)), array((), jnp.int32))
+    known = Known(KVCache(keys, keys, array((), jnp.int32)), array((videos, 1, model.token_channels)))
+    state = WindowState(known, array((videos, tokens, model.token_channels)), array((), jnp.int32))
     deep = decode.decode_frames.lower(
         flow, variables, state, array((videos, 1, tokens, model.token_channels)), array(()),
         solver=decode.Solver(block, solver.tolerance), window=model.frames, token_grid=grid, branches=branches)

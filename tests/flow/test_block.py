@@ -1,6 +1,6 @@
-"""One flow block: its log-determinant, its order, its inverse and its prefix."""
+"""One flow block: forward and inverse, their log-determinants, the order, the prefix."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from starflow_jax.flow import decode
 from starflow_jax.flow.block import FlowBlock, block_rope
-from starflow_jax.nn.cache import KVCache
+from starflow_jax.flow.inversion import SEQUENTIAL, Inverse, Known, Solver
 from tests.helpers import HEAD_DIM, randomised
 
 GRID, CHANNELS, TEXT = (2, 2, 2), 2, 3
@@ -35,13 +34,29 @@ class Case:
         self.x_BSC = jnp.asarray(random.normal(size=(2, TOKENS, CHANNELS)))
         self.text_BTD = jnp.asarray(random.normal(size=(2, TEXT, 4))) if with_text else None
         self.rope = block_rope(GRID, EXTENT, self.text_length, HEAD_DIM)
-        variables = jax.jit(self.block.init)(jax.random.key(0), self.x_BSC, self.rope, self.text_BTD)
+        init = partial(self.block.init, method=FlowBlock.forward)
+        variables = jax.jit(init)(jax.random.key(0), self.x_BSC, self.rope, self.text_BTD)
         self.variables = variables if is_fresh else randomised(variables)
 
     @partial(jax.jit, static_argnums=0)
     def forward(self, x_BSC: jax.Array) -> tuple[jax.Array, jax.Array]:
         text = None if self.text_BTD is None else self.text_BTD[: x_BSC.shape[0]]
-        return self.block.apply(self.variables, x_BSC, self.rope, text)
+        return self.apply(FlowBlock.forward, x_BSC, self.rope, text)
+
+    def apply(self, method: Callable, *args: Any) -> Any:
+        return self.block.apply(self.variables, *args, method=method)
+
+    @partial(jax.jit, static_argnums=0)
+    def begin(self, x_BSC: jax.Array) -> Known:
+        """The text and these tokens, in a cache with room for all."""
+        text = None if self.text_BTD is None else self.text_BTD[None]
+        return self.apply(FlowBlock.begin, self.text_length + TOKENS, x_BSC, self.rope, text)
+
+    @partial(jax.jit, static_argnums=(0, 3))
+    def inverse(self, z_BSC: jax.Array, known: Known, solver: Solver) -> Inverse:
+        """Of the last tokens' noise, behind the known ones."""
+        rope = self.rope[:, -z_BSC.shape[1]:]
+        return self.apply(FlowBlock.inverse, z_BSC, rope, known, jnp.zeros_like(z_BSC), solver)
 
     def jacobian(self) -> np.ndarray:
         """(S, C, S, C) of the first sample."""
@@ -69,38 +84,39 @@ def test_jacobian_is_triangular_in_the_blocks_order() -> None:
     np.testing.assert_allclose(own, np.exp(logdet[0])[:, :, None] * np.eye(CHANNELS), atol=1e-12)
 
 
+@pytest.mark.parametrize("solver", [SEQUENTIAL, Solver(3, tolerance=0.0), Solver(16, updates=8)],
+                         ids=["sequential", "blocks", "wavefront"])
 @pytest.mark.parametrize("with_text", [False, True])
-def test_inverse_of_forward_is_the_input(with_text: bool) -> None:
+def test_inverse_undoes_forward_and_its_log_determinant(with_text: bool, solver: Solver) -> None:
+    """Blocks of three leave a block of two; a wavefront of as many updates as tokens is exact."""
     case = Case(with_text)
-    z, _ = case.forward(case.x_BSC)
-    assert np.abs(z - case.x_BSC).max() > 0.1
-
-    @jax.jit
-    def inverse(z: jax.Array) -> Any:
-        apply = partial(case.block.apply, case.variables)
-        cache = KVCache.empty(2, 2, case.text_length + TOKENS, 2, HEAD_DIM, jnp.float64)
-        if with_text:
-            cache = cache.append(apply(case.text_BTD, case.rope[:, :TEXT], method=FlowBlock.prefill_text))
-        return decode.solve_tokens(
-            partial(apply, method=FlowBlock.predict), z, jnp.zeros_like(z), apply(2, method=FlowBlock.start), cache,
-            case.rope[:, case.text_length:], decode.SEQUENTIAL)
-
-    x, filled, last, report = inverse(z)
-    np.testing.assert_allclose(x, case.x_BSC, atol=1e-9)
-    np.testing.assert_array_equal(last, x[:, -1:])
-    assert int(filled.length) == case.text_length + TOKENS
-    assert np.array_equal(report.steps, np.ones((TOKENS, 2)))
-
-
-def test_prefill_predicts_as_forward_does_and_text_alone_is_its_prefix() -> None:
-    case = Case(with_text=True)
-    apply = lambda method, *args: jax.jit(partial(case.block.apply, case.variables, method=method))(*args)  # noqa: E731
-    affine, (k, _) = apply(FlowBlock.prefill, case.x_BSC, case.rope, case.text_BTD)
     z, logdet = case.forward(case.x_BSC)
-    np.testing.assert_allclose((case.x_BSC - affine.mu_BSC) / affine.sigma_BSC, z, atol=1e-12)
-    np.testing.assert_allclose(-np.log(affine.sigma_BSC), logdet, atol=1e-12)
-    text_k, _ = apply(FlowBlock.prefill_text, case.text_BTD, case.rope[:, :TEXT])
-    np.testing.assert_allclose(k[:, :, :TEXT], text_k, atol=1e-12)
+    assert np.abs(z - case.x_BSC).max() > 0.1 and np.abs(logdet).max() > 0.1
+    found = case.inverse(z, case.begin(z[:, :0]), solver)
+    np.testing.assert_allclose(found.x_BSC, case.x_BSC, atol=1e-9)
+    np.testing.assert_allclose(found.logdet_BSC, -logdet, atol=1e-9)
+    np.testing.assert_array_equal(found.known.last_B1C, found.x_BSC[:, -1:])
+    assert int(found.known.cache.length) == case.text_length + TOKENS
+    steps = {SEQUENTIAL: [1] * TOKENS, Solver(3, tolerance=0.0): [3, 3, 2]}.get(solver, [8] * 4)
+    np.testing.assert_array_equal(found.report.steps, np.tile(np.array(steps)[:, None], 2))
+    assert np.asarray(found.report.converged).all() or solver.updates
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_given_tokens_are_those_that_the_inverse_found(with_text: bool) -> None:
+    """`begin` with some tokens knows what `inverse` knows behind them, and the rest follows from there."""
+    case = Case(with_text)
+    z, logdet = case.forward(case.x_BSC)
+    given = case.begin(case.x_BSC[:, :5])
+    found = case.inverse(z, case.begin(z[:, :0]), SEQUENTIAL).known.cache
+    assert int(given.cache.length) == case.text_length + 5
+    slots = slice(0, case.text_length + 5)
+    for ours, expected in zip((given.cache.k_LBPHD, given.cache.v_LBPHD), (found.k_LBPHD, found.v_LBPHD)):
+        assert np.abs(expected[:, :, slots]).min(axis=(0, 1, 3, 4)).max() > 0
+        np.testing.assert_allclose(ours[:, :, slots], expected[:, :, slots], atol=1e-9)
+    rest = case.inverse(z[:, 5:], given, SEQUENTIAL)
+    np.testing.assert_allclose(rest.x_BSC, case.x_BSC[:, 5:], atol=1e-9)
+    np.testing.assert_allclose(rest.logdet_BSC, -logdet[:, 5:], atol=1e-9)
 
 
 def test_a_fresh_block_changes_nothing() -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from starflow_jax.flow import decode
-from starflow_jax.flow.decode import SEQUENTIAL, Solver
+from starflow_jax.flow.inversion import SEQUENTIAL, Solver
 from starflow_jax.flow.starflow import STARFlow
-from starflow_jax.nn.transformer import is_unstacked, unstacked
+from starflow_jax.nn.transformer import unstacked
 from tests.helpers import latents, random_flow, text, tiny_model
 
 MODEL = tiny_model(frames=3, deep_layers=1)
@@ -51,7 +51,7 @@ def test_inverse_of_forward_is_the_input(setting: tuple[STARFlow, Any], solver: 
     np.testing.assert_allclose(inverse, x, atol=1e-4)
 
 
-def test_known_frames_are_gone_on_from_as_if_sampled(setting: tuple[STARFlow, Any]) -> None:
+def test_known_frames_are_continued_as_if_sampled(setting: tuple[STARFlow, Any]) -> None:
     whole = run(setting, noise())
     for known in (1, 2):
         rest = run(setting, noise()[:, known:], known_BTSK=jnp.asarray(whole[:, :known]))
@@ -69,7 +69,7 @@ def test_a_sliding_window_restarts_from_its_last_frames(setting: tuple[STARFlow,
 
 
 @pytest.mark.parametrize("context", [0, 2])
-def test_context_has_to_fit_the_window(setting: tuple[STARFlow, Any], context: int) -> None:
+def test_context_must_fit_the_window(setting: tuple[STARFlow, Any], context: int) -> None:
     with pytest.raises(ValueError, match=f"context={context}"):
         run(setting, noise(), window=2, context=context)
 
@@ -112,8 +112,8 @@ def test_unstacked_layers_give_the_same(solver: Solver) -> None:
         found.append((u, decode.invert_shallow(flow, of, u, solver=solver, token_grid=GRID)[0]))
     for stacked, one_by_one in zip(*found):
         np.testing.assert_allclose(one_by_one, stacked, atol=1e-5)
-    assert not is_unstacked(variables["params"]["deep"]["transformer"])
-    assert is_unstacked(unstacked(variables)["params"]["deep"]["transformer"])
+    layers = unstacked(variables)["params"]["deep"]["transformer"]["layers"]["layer"]
+    assert isinstance(layers, tuple) and len(layers) == model.deep_layers
 
 
 def test_a_guess_changes_where_the_solver_starts_and_not_where_it_ends(setting: tuple[STARFlow, Any]) -> None:

@@ -36,7 +36,7 @@ def test_the_cache_does_not_grow_and_nothing_is_compiled_anew() -> None:
     x, state, sizes, programs = latents(model), None, [], []
     for frame in range(4):
         _, state = score_next(flow, variables["params"]["denoiser"], state, x, frame, text(model), frames=2)
-        sizes.append(state.k_LBPHD.shape)
+        sizes.append(state.cache.k_LBPHD.shape)
         programs.append(score_next._cache_size())
     assert sizes == [(2, 1, 3 + 2 * 6, 2, 20)] * 4
     assert programs[1:] == [programs[1]] * 3

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from starflow_jax.flow.block import Affine
+from starflow_jax.flow.affine import Affine
 from starflow_jax.flow.guidance import guide
 
 
