@@ -7,6 +7,7 @@ predicts mean and scale of token s, so that
     inverse  x = mu + sigma z,      log-determinant  log sigma      slot by slot, or by Jacobi (inversion.py)
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -69,11 +70,12 @@ class FlowBlock(nn.Module):
         guidance: weight of the conditional branch over the unconditional one, both in the cache. None: one branch.
         """
         block, variables = self.unbind()  # a bound module can't be called in a loop of JAX's
+        predict_next: Any = partial(block.apply, method=FlowBlock.predict)
         branches = 1 if guidance is None else 2
 
         def predict(inputs_BNC: jax.Array, rope_2NE: jax.Array, cache: KVCache) -> tuple[Affine, KeyValue]:
             inputs = jnp.tile(inputs_BNC, (branches, 1, 1))
-            affine, kv = block.apply(variables, inputs, rope_2NE, cache, method=FlowBlock.predict)
+            affine, kv = predict_next(variables, inputs, rope_2NE, cache)
             if guidance is None:
                 return affine, kv
             conditional, unconditional = (Affine(*part) for part in zip(*(jnp.split(a, 2) for a in affine)))
@@ -82,7 +84,7 @@ class FlowBlock(nn.Module):
         return inversion.solve(predict, z_BSC, start_BSC, known, rope_2SE, solver, branches)
 
     def begin(
-        self, slots: int, x_BSC: jax.Array, rope_2SE: jax.Array | None = None, text_GBTD: jax.Array | None = None
+        self, slots: int, x_BSC: jax.Array, rope_2SE: jax.Array, text_GBTD: jax.Array | None = None
     ) -> Known:
         """What `inverse` takes to be known: the text of each guidance branch, and S >= 0 given tokens.
 

@@ -152,7 +152,7 @@ def invert_shallow(
         z = model.to_block_order(index, x_BTSK)
 
         def invert(flow: STARFlow, index: int = index, z: jax.Array = z) -> Inverse:
-            known = flow.shallow[index].begin(z.shape[1], z[:, :0])
+            known = flow.shallow[index].begin(z.shape[1], z[:, :0], rope)
             known = lax.optimization_barrier(known)  # or XLA computes on the empty cache while it compiles
             return flow.shallow[index].inverse(z, rope, known, z, solver)
 

@@ -50,8 +50,8 @@ def score_next(
     else:
         rope = lax.dynamic_slice_in_dim(rope, text_length + state.frame * tokens, frames * tokens, axis=1)
         fresh_text, cache = None, state.cache
-    variables = {"params": {"denoiser": params}}
-    out, kv = apply_flow(model, variables, lambda flow: flow.denoiser.next_frame(x_BSK, tokens, rope, fresh_text, cache))
+    out, kv = apply_flow(model, {"params": {"denoiser": params}},
+                         lambda flow: flow.denoiser.next_frame(x_BSK, tokens, rope, fresh_text, cache))
     return model.latents(out[:, None], height), _written(model, state, kv, text_length)
 
 

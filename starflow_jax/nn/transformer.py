@@ -1,7 +1,7 @@
 """The pre-norm Transformer that every part of the method shares (DESIGN: transformer layer).
 
-Parameters are stacked along a leading layer axis and the layers scanned: a 24-layer block compiles as one. Decoding on a
-CPU can have them `unstacked` instead: XLA copies a layer's weights out of the stack each time it uses them, which for
+Parameters are stacked along a leading layer axis and the layers scanned: a 24-layer block compiles as one. Decoding on
+a CPU can have them `unstacked` instead: XLA copies a layer's weights out of the stack each time it uses them, which for
 few tokens takes longer than the products. `Transformer` alone iterates over layers: in training, in decoding with a
 cache, and in a stream whose first layer looks ahead.
 """

@@ -150,11 +150,9 @@ def test_a_wavefront_updates_each_token_as_often_as_asked(setting: tuple[STARFlo
 
     @jax.jit
     def step(seen: jax.Array) -> jax.Array:  # of all tokens at once; slot n + 1 sees seen[n]
-        def affine(deep: Any):
-            return deep.prefill(seen, flow.rope((3, *GRID), features), features)[0]
-
-        mu, sigma = flow.apply(variables, method=lambda m: affine(m.deep))
-        return mu + sigma * z.reshape(seen.shape)
+        rope = flow.rope((3, *GRID), features)
+        forward, logdet = flow.apply(variables, method=lambda m: m.deep.forward(seen, rope, features))
+        return seen + (z.reshape(seen.shape) - forward) * jnp.exp(-logdet)  # mu + sigma z
 
     u = seen = start.reshape(1, 18, 2)
     for low in range(-4, 18, 4):  # the window's first stride
