@@ -29,13 +29,13 @@ def command(workdir: Path, data: Path, *arguments: str) -> list[str]:
             *overrides, *arguments]
 
 
-def environment(cache: Path) -> dict[str, str]:
-    """One folder of compiled programs for all runs of a test session."""
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+def environment(**more: str) -> dict[str, str]:
+    """Of a run: on the CPU, with the compiled programs of this session of tests."""
+    return {**os.environ, "JAX_PLATFORMS": "cpu", **more}
 
 
 def run(workdir: Path, data: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(workdir, data, *arguments), cwd=ROOT, env=environment(data / "compiled"),
+    return subprocess.run(command(workdir, data, *arguments), cwd=ROOT, env=environment(),
                           capture_output=True, text=True, timeout=600)
 
 

@@ -118,9 +118,9 @@ def test_prepared_data_needs_a_folder_and_no_digits_readers(config):
 @pytest.mark.slow
 def test_real_videos_from_the_command_line(tmp_path):
     """prepare -> train -> latents and features -> train on latents -> sample -> evaluate."""
-    raw, folder, cache = tmp_path / "raw", tmp_path / "run" / "prepared", tmp_path / "cache"
+    raw, folder, data = tmp_path / "raw", tmp_path / "run" / "prepared", tmp_path / "data"
     raw.mkdir()
-    cache.mkdir()
+    data.mkdir()
     for name, path in real_videos().items():
         shutil.copy(path, raw)
         (raw / f"{name}.txt").write_text(f"a real video of {name}")
@@ -131,7 +131,7 @@ def test_real_videos_from_the_command_line(tmp_path):
         "test_share=0.3", f"output={folder}")]
 
     def run(*arguments):
-        result = small_run.run(tmp_path / "run", cache, f"--config.data.directory={folder}",
+        result = small_run.run(tmp_path / "run", data, f"--config.data.directory={folder}",
                                "--config.data.source=prepared", "--config.train.steps=4", *arguments)
         assert result.returncode == 0, result.stderr[-3000:]
         return result.stdout

@@ -21,9 +21,8 @@ def free_port() -> int:
 
 
 def start(workdir: Path, data: Path, *arguments: str, devices: int = 1) -> subprocess.Popen:
-    env = environment(data / "compiled")
-    env["XLA_FLAGS"] = xla_flags(devices)
-    return subprocess.Popen(command(workdir, data, "--config.mesh.fsdp=2", *arguments), cwd=ROOT, env=env, text=True,
+    return subprocess.Popen(command(workdir, data, "--config.mesh.fsdp=2", *arguments), cwd=ROOT,
+                            env=environment(XLA_FLAGS=xla_flags(devices)), text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

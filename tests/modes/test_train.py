@@ -48,7 +48,7 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def interrupt(workdir: Path, data: Path, how: signal.Signals, after_step: int) -> int:
     """Start a run and send it a signal once it has logged a step; returns its exit status."""
-    process = subprocess.Popen(command(workdir, data), cwd=ROOT, env=environment(data / "compiled"),
+    process = subprocess.Popen(command(workdir, data), cwd=ROOT, env=environment(),
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = workdir / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and f'"step": {after_step}' in metrics.read_text()):
