@@ -4,6 +4,11 @@
     model = sf.load()                                       # the pretrained model, or a workdir
     video = model.generate("a blue three moves right", seed=0)
     video.save("three.mp4")
+
+Modes of the command line run in this process, too:
+
+    sf.run("train", sf.load_recipe("configs/t2v.py", train={"steps": 60}), "runs/short")
+    sf.load("runs/short").generate("a red seven moves left")
 """
 
 import importlib
@@ -11,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from starflow_jax.config import Solver, UserError
+    from starflow_jax.io.command_line import load_recipe
+    from starflow_jax.modes import run
     from starflow_jax.sampling.api import Model, Video, load
 
-__all__ = ["Model", "Solver", "UserError", "Video", "load"]
+__all__ = ["Model", "Solver", "UserError", "Video", "load", "load_recipe", "run"]
 
-_WHERE = {"Solver": "config", "UserError": "config"}
+_WHERE = {"Solver": "config", "UserError": "config", "load_recipe": "io.command_line", "run": "modes"}
 
 
 def __getattr__(name: str) -> Any:

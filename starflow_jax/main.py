@@ -3,7 +3,6 @@
 The same in short:  starflow MODE [PROMPT] [--config=configs/t2v.py[:VARIANT]] [--workdir=DIR] [--SETTING=VALUE ...]
 """
 
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -12,23 +11,11 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from starflow_jax import modes
 from starflow_jax.config import Config, UserError, from_config_dict
 from starflow_jax.io import command_line
+from starflow_jax.modes import MODES
 from starflow_jax.settings.help import entry, settings_text
-
-# Each mode is the function of its own name in the module of its own name in modes/: (config, workdir) -> None. Here,
-# what it does and the sections of settings that it reads first of all; the first is its own.
-MODES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "train": ("train a model, or resume training it", ("train", "data", "model", "text", "codec", "mesh")),
-    "sample": ("make videos of prompts, pictures and videos", ("sample",)),
-    "evaluate": ("measure a model, or any system's videos", ("evaluate", "sample")),
-    "calibrate": ("measure which solver is fastest for a model, and keep it beside the model", ("sample",)),
-    "convert": ("turn released weights into a checkpoint, and back", ("convert", "text", "codec")),
-    "prepare": ("turn videos and captions into data to train on", ("prepare",)),
-    "plan": ("compile for a pod that is not there: memory, time and bounds", ("plan", "mesh", "train", "model")),
-    "benchmark": ("time this machine", ("benchmark",)),
-    "package": ("put the workdir's model into the package", ("sample",)),
-}
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "File of settings, and which of its variants.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and results; default: runs/NAME.")
@@ -48,8 +35,7 @@ def main(argv: list[str]) -> None:
 
     keep_compiled_programs()
     join(DISTRIBUTED.value)
-    module = importlib.import_module(f"starflow_jax.modes.{MODE.value}")
-    getattr(module, MODE.value)(config, workdir)
+    modes.run(MODE.value, config, workdir)
 
 
 def join(distributed: str) -> None:
@@ -98,8 +84,8 @@ def help_text(topic: str = "") -> str:
         raise UserError(f"--help={topic}: no such mode or section of settings; --help lists all")
     options = [entry(f"--{name}", flags.FLAGS[name].help) for name in ("config", "workdir", "mode", "distributed")]
     which = "their defaults; those of a file with --config=FILE" if config is None else f"the values of {config.name}"
-    modes = [entry(mode, does) for mode, (does, _) in MODES.items()]
-    return "\n".join([(__doc__ or "").strip(), "", "modes", *modes, "", "options", *options,
+    listed = [entry(mode, does) for mode, (does, _) in MODES.items()]
+    return "\n".join([(__doc__ or "").strip(), "", "modes", *listed, "", "options", *options,
                       entry("--help[=TOPIC]", "This; of one mode or section only."), "",
                       f"settings (--config.SECTION.NAME=VALUE), with {which}", "", settings])
 

@@ -1,12 +1,14 @@
 """The command line before its flags are read: short names, files of settings, names of settings that do not exist."""
 
 import re
+import runpy
 import sys
 import types
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from starflow_jax.config import Config, UserError, unknown_setting
+from starflow_jax.config import Config, UserError, changed, from_config_dict, unknown_setting
 from starflow_jax.settings.listing import describe
 
 # In an installed package the files of configs/ lie inside it, in a checkout beside it.
@@ -69,6 +71,19 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
         else:
             others.append(argument)
     return others if given is None else [f"--config={_find_recipe(given)}", *others]
+
+
+def load_recipe(given: str = DEFAULT_RECIPE, **changes: Mapping[str, Any]) -> Config:
+    """The settings of configs/FILE.py[:VARIANT], with some of each named section changed: train={"steps": 60}.
+
+    Raises UserError for an unknown file, variant or setting, and for a bad value.
+    """
+    file, _, variant = _find_recipe(given).partition(":")
+    make = runpy.run_path(file)["get_config"]
+    config = from_config_dict(make(variant) if variant else make())
+    for section, of_section in changes.items():
+        config = changed(config, section, of_section)
+    return config
 
 
 def _find_recipe(given: str) -> str:

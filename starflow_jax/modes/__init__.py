@@ -1,0 +1,28 @@
+"""What the command line does, one function a mode: settings and a workdir in, files and a table out."""
+
+import importlib
+from pathlib import Path
+
+from starflow_jax.config import Config, UserError
+
+# Each mode is the function of its own name in the module of its own name. Here, what it does and the sections of
+# settings that it reads first of all; the first is its own.
+MODES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "train": ("train a model, or resume training it", ("train", "data", "model", "text", "codec", "mesh")),
+    "sample": ("make videos of prompts, pictures and videos", ("sample",)),
+    "evaluate": ("measure a model, or any system's videos", ("evaluate", "sample")),
+    "calibrate": ("measure which solver is fastest for a model, and keep it beside the model", ("sample",)),
+    "convert": ("turn released weights into a checkpoint, and back", ("convert", "text", "codec")),
+    "prepare": ("turn videos and captions into data to train on", ("prepare",)),
+    "plan": ("compile for a pod that is not there: memory, time and bounds", ("plan", "mesh", "train", "model")),
+    "benchmark": ("time this machine", ("benchmark",)),
+    "package": ("put the workdir's model into the package", ("sample",)),
+}
+
+
+def run(mode: str, config: Config, workdir: str | Path) -> None:
+    """What `--mode=MODE --workdir=WORKDIR` does, in this process. Raises UserError for what can't be."""
+    if mode not in MODES:
+        raise UserError(f"{mode}: no such mode; there are {', '.join(MODES)}")
+    module = importlib.import_module(f"{__name__}.{mode}")
+    getattr(module, mode)(config, Path(workdir))

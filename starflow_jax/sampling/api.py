@@ -11,14 +11,16 @@ import dataclasses
 import functools
 import html
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Config, UserError, changed
+from starflow_jax.io.compiled import keep_compiled_programs
 from starflow_jax.io.pictures import resize_crop
 from starflow_jax.io.video import at_rate, mp4_bytes, write_mp4
 from starflow_jax.model.codec import frame_size
@@ -40,20 +42,21 @@ OF_THE_COMMAND_LINE = ("prompt", "prompts_file", "vbench", "stream", "output", "
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Video:
-    """A generated video; shows itself in a notebook."""
+    """A video, generated or made of frames; shows itself in a notebook."""
 
     frames: np.ndarray  # uint8 (T, H, W, 3)
     fps: float
-    prompt: str
-    seed: int
-    _model: "Model" = dataclasses.field(repr=False)
-    _made: Made = dataclasses.field(repr=False)
+    prompt: str = ""
+    seed: int = 0
+    _nats: Callable[[], float] | None = None  # of a generated video
 
     @functools.cached_property
     def log_likelihood(self) -> float:
-        """Exact log p of the sampled latents (with the training noise) given the prompt, in nats; computed once, when
-        it is first asked for."""
-        return self._model._nats_of(self._made)
+        """Exact log p of a generated video's latents (with the training noise) given its prompt, in nats; computed
+        when it is first asked for. Raises UserError for frames that no model here generated."""
+        if self._nats is None:
+            raise UserError("these frames were not generated here; use model.log_likelihood(video, prompt)")
+        return self._nats()
 
     def save(self, path: str | Path) -> Path:
         """Write an MP4 (H.264). Raises UserError for another ending."""
@@ -68,8 +71,9 @@ class Video:
 
     def _repr_html_(self) -> str:
         data = base64.b64encode(mp4_bytes(self.frames, self.fps, shown_scale(self.frames.shape[1]))).decode()
+        caption = f"{html.escape(self.prompt)}, seed {self.seed}" if self.prompt else ""
         return (f'<figure><video autoplay loop muted controls src="data:video/mp4;base64,{data}"></video>'
-                f"<figcaption>{html.escape(self.prompt)}, seed {self.seed}</figcaption></figure>")
+                f"<figcaption>{caption}</figcaption></figure>")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,8 +148,8 @@ class Model:
         made = [video for batch in generate(system, self.params, requests, known_THWC) for video in batch]
         if asked.keep:
             made = [made[index] for index in most_likely(made, [self._nats_of(video) for video in made], asked.keep)]
-        videos = [Video(video.frames_THWC, file_rate(config), video.request.prompt, video.request.seed, self, video)
-                  for video in made]
+        videos = [Video(video.frames_THWC, file_rate(config), video.request.prompt, video.request.seed,
+                        functools.partial(self._nats_of, video)) for video in made]
         return videos[0] if isinstance(prompt, str) and asked.count == 1 else videos
 
     def _with(self, settings: dict[str, Any], stream: bool = False) -> System:
@@ -187,7 +191,10 @@ class Model:
 def load(source: str | Path = "") -> Model:
     """The model in the package; or that of a workdir, which --mode=train or --mode=convert wrote.
 
-    Raises UserError where there is none.
+    Programs are compiled once and kept on disk for the next process, in the user's cache folder unless
+    jax_compilation_cache_dir names another. Raises UserError where there is no model.
     """
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        keep_compiled_programs()
     workdir = Path(source) if str(source) else PRETRAINED
     return Model(*load_model(settings_of(workdir), workdir))
