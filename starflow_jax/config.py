@@ -294,7 +294,7 @@ class Plan(Settings):
     search: bool = setting(False, "try meshes and rematerialisations, and rank what fits")
 
 
-BENCHMARKS = ("data", "attention", "decoding", "training")
+BENCHMARKS = ("start", "data", "attention", "decoding", "training")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""--mode=benchmark: times of data, attention, decoding and training; benchmark.json and tables."""
+"""--mode=benchmark: times of starting, data, attention, decoding and training; benchmark.json and tables."""
 
 import dataclasses
 import json
@@ -10,6 +10,7 @@ import jax
 from starflow_jax.benchmarks import attention as benchmark_attention
 from starflow_jax.benchmarks import data as benchmark_data
 from starflow_jax.benchmarks import decoding as benchmark_decode
+from starflow_jax.benchmarks import start as benchmark_start
 from starflow_jax.benchmarks.training import BENCHMARK_MODEL, train_step_ratio
 from starflow_jax.config import Config
 from starflow_jax.io.files import atomic_path
@@ -20,7 +21,11 @@ def benchmark(config: Config, workdir: Path) -> None:
     """Time what config.benchmark.parts names (attention where there is a GPU); write WORKDIR/benchmark.json, and
     benchmark_decoding.png of decoding."""
     parts = config.benchmark.named
-    results: dict[str, Any] = {"device": jax.devices()[0].device_kind}
+    results: dict[str, Any] = {}
+    if "start" in parts:  # before this process takes the accelerator
+        results["start"] = benchmark_start.report()
+        _print("start", results["start"])
+    results["device"] = jax.devices()[0].device_kind
     if "data" in parts:
         results["data"] = benchmark_data.report()
         _print("data", results["data"])

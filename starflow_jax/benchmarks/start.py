@@ -1,0 +1,72 @@
+"""How long a user waits for the first answer: fresh processes, from `import` to a video."""
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from starflow_jax.io.command_line import PACKAGE
+from starflow_jax.io.timing import median_seconds
+
+ROUNDS = 3
+VIDEO = ("--mode=sample", "--config.sample.prompt=a blue three moves right", "--workdir=work")
+COLD, WARM = "first video, nothing compiled", "first video, compiled before"
+# Arguments of Python, and the exit code.
+PROCESSES: dict[str, tuple[tuple[str, ...], int]] = {
+    "import jax": (("-c", "import jax"), 0),
+    "import of what sampling needs": (("-c", "import starflow_jax.modes.sample"), 0),
+    "--help": (("-m", "starflow_jax.main", "--help"), 0),
+    "an error of settings": (("-m", "starflow_jax.main", "--config=configs/t2v.py", "--config.sample.count=0"), 2),
+    COLD: (("-m", "starflow_jax.main", "--config=configs/t2v.py", *VIDEO), 0),
+    WARM: (("-m", "starflow_jax.main", "--config=configs/t2v.py", *VIDEO), 0),
+}
+
+
+def report(rounds: int = ROUNDS) -> dict[str, list[dict[str, Any]]]:
+    """Median seconds of each process, by the clock and of all cores together, away from the checkout and with a cache
+    of compiled programs of their own.
+
+    Raises RuntimeError where one ends otherwise than it should.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cpu_seconds: dict[str, list[float]] = {name: [] for name in PROCESSES}
+        cases = {name: _case(name, Path(folder), cpu_seconds[name]) for name in PROCESSES}
+        seconds = median_seconds("start", cases, rounds)
+    return {"fresh processes": [
+        {"what": name, "seconds": seconds[name], "CPU seconds": float(np.median(cpu_seconds[name][1:]))}
+        for name in PROCESSES]}
+
+
+def _case(name: str, folder: Path, cpu_seconds: list[float]) -> Callable[[], None]:
+    arguments, code = PROCESSES[name]
+    compiled = folder / "compiled"
+
+    def run() -> None:
+        if name == COLD:
+            shutil.rmtree(compiled, ignore_errors=True)
+        before = _cpu_seconds_of_children()
+        run_process(arguments, code, folder, compiled)
+        cpu_seconds.append(_cpu_seconds_of_children() - before)
+
+    return run
+
+
+def run_process(arguments: Sequence[str], code: int, folder: Path, compiled: Path) -> None:
+    """Run Python in a folder, with this package and a cache of compiled programs."""
+    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH", ""))))
+    env = {**os.environ, "PYTHONPATH": path, "JAX_COMPILATION_CACHE_DIR": str(compiled)}
+    ended = subprocess.run([sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True)
+    if ended.returncode != code:
+        raise RuntimeError(f"{' '.join(arguments)}: exit code {ended.returncode}, not {code}\n{ended.stderr}")
+
+
+def _cpu_seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -1,0 +1,33 @@
+"""The start is timed in processes that do what they should."""
+
+from pathlib import Path
+
+import pytest
+
+from starflow_jax.benchmarks import start
+
+
+def test_each_process_is_run_in_turns_and_the_first_round_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, found_compiled, used = [], [], [0.0]
+
+    def run_process(arguments, code: int, folder: Path, compiled: Path) -> None:
+        ran.append((arguments, code))
+        found_compiled.append(compiled.exists())
+        compiled.mkdir(exist_ok=True)
+        used[0] += 100 if len(ran) <= len(start.PROCESSES) else len(arguments)
+
+    monkeypatch.setattr(start, "run_process", run_process)
+    monkeypatch.setattr(start, "_cpu_seconds_of_children", lambda: used[0])
+    rows = start.report(rounds=2)["fresh processes"]
+    assert [row["what"] for row in rows] == list(start.PROCESSES)
+    assert ran == list(start.PROCESSES.values()) * 3
+    assert found_compiled[4:6] == found_compiled[10:12] == [False, True]
+    assert [row["CPU seconds"] for row in rows] == [len(arguments) for arguments, _ in start.PROCESSES.values()]
+
+
+def test_a_process_that_ends_otherwise_is_no_figure(tmp_path: Path) -> None:
+    start.run_process(["-c", "import os; assert os.environ['JAX_COMPILATION_CACHE_DIR'].endswith('compiled')"], 0,
+                      tmp_path, tmp_path / "compiled")
+    start.run_process(["-c", "raise SystemExit(2)"], 2, tmp_path, tmp_path)
+    with pytest.raises(RuntimeError, match="exit code 3, not 0"):
+        start.run_process(["-c", "raise SystemExit(3)"], 0, tmp_path, tmp_path)
