@@ -44,11 +44,14 @@ from starflow_jax import main
 for arguments in json.load(sys.stdin):
     if os.fork() == 0:
         try:
-            sys.argv = ["main", *arguments]  # ml_collections looks for overrides here
+            sys.argv = arguments  # ml_collections looks for overrides here
+            if arguments[0] == "starflow":
+                main.run = lambda: None  # it has then written the short form out, into sys.argv
+                main.starflow()
             main.parse_flags(sys.argv)
             main.from_config_dict(main.CONFIG.value)
-        except main.UserError as error:
-            print(error, arguments, flush=True)
+        except (main.UserError, SystemExit) as error:
+            print(repr(error), arguments, flush=True)
         os._exit(0)
     os.wait()
 """
@@ -77,6 +80,8 @@ class Checkout:
     def run(self, code: str, cache: Path, quick: bool) -> None:
         """The block as its reader runs it. Raises AssertionError with what it printed where it fails."""
         self._put("python", f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+        self._put("starflow", f'#!{sys.executable}\nimport sys\nsys.path.insert(0, "")\n'
+                              "from starflow_jax.main import starflow\nstarflow()\n")
         environment = {**os.environ, "PATH": f"{self.tools.folder}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu",
                        "XDG_CACHE_HOME": str(cache), "XLA_FLAGS": " ".join(FAST_COMPILATION) if quick else ""}
         self._bash(code, environment, timeout=300 if quick else 3600)
@@ -84,21 +89,24 @@ class Checkout:
     def rehearse(self, code: str) -> list[list[str]]:
         """Run the block with stand-ins for all that computes or is elsewhere.
 
-        Returns the arguments of each starflow_jax command in it. Raises AssertionError where the shell, pip or a
+        Returns the words of each starflow_jax command in it, the program's first. Raises AssertionError where the shell, pip or a
         script of launch/ does not take what the block says.
         """
-        tools = self.tools.add("python", *ELSEWHERE).add("bash", "uv", script=DRY_RUN.replace("PYTHON", sys.executable))
+        tools = self.tools.add("python", "starflow", *ELSEWHERE).add("bash", "uv", script=DRY_RUN.replace("PYTHON", sys.executable))
         if not (tools.folder / "answers").exists():
             tools.answer({"gcloud config get-value": [dict(out="somewhere\n")]})
-        shutil.copy(tools.folder / "python", self.environment / "bin/python")
+        for name in ("python", "starflow"):
+            shutil.copy(tools.folder / name, self.environment / "bin" / name)
         before = len(tools.calls())
         self._bash(code, tools.environment(), timeout=60)
         commands = []
         for program, *words in tools.calls()[before:]:
             if words[:2] == ["-m", "starflow_jax.main"]:
-                commands.append(words[2:])
+                commands.append(["main", *words[2:]])
             elif program == "launch" and "--" in words:
-                commands.append(words[words.index("--") + 1:])
+                commands.append(["main", *words[words.index("--") + 1:]])
+            elif program == "starflow":
+                commands.append([program, *words])
         return commands
 
     def _bash(self, code: str, environment: dict[str, str], timeout: int) -> None:

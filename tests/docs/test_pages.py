@@ -78,10 +78,13 @@ def test_commands_are_valid(name: str, tmp_path) -> None:
     assert wrong_commands(commands) == ""
 
 
-def test_an_invalid_command_is_found(tmp_path) -> None:
-    code = '.venv/bin/python -m starflow_jax.main --config=configs/t2v.py --config.sample.colour="a red seven"'
+@pytest.mark.parametrize("code, words", [
+    ('.venv/bin/python -m starflow_jax.main --config=configs/t2v.py --config.sample.colour="a red seven"',
+     ["main", "--config=configs/t2v.py", "--config.sample.colour=a red seven"]),
+    ('.venv/bin/starflow sample "a red seven" --colour=red', ["starflow", "sample", "a red seven", "--colour=red"])])
+def test_an_invalid_command_is_found(code: str, words: list[str], tmp_path) -> None:
     commands = Checkout(tmp_path).rehearse(code)
-    assert commands == [["--config=configs/t2v.py", "--config.sample.colour=a red seven"]]
+    assert commands == [words]
     assert "colour" in wrong_commands(commands)
 
 
@@ -102,7 +105,7 @@ def test_blocks_name_their_language(name: str) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name: str) -> None:
     text = PAGES[name].read_text()
-    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    targets = [target.split("#")[0] for target in re.findall(r'(?:\]\(|src=")([^)"\s]+)', text) if "://" not in target]
     missing = [target for target in targets if target and not (PAGES[name].parent / target).exists()]
     assert set(missing) <= {"settings.md"}  # made by docs/hooks.py
 
