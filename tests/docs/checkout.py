@@ -89,10 +89,11 @@ class Checkout:
     def rehearse(self, code: str) -> list[list[str]]:
         """Run the block with stand-ins for all that computes or is elsewhere.
 
-        Returns the words of each starflow_jax command in it, the program's first. Raises AssertionError where the shell, pip or a
-        script of launch/ does not take what the block says.
+        Returns the words of each starflow_jax command in it, the program's first. Raises AssertionError where the
+        shell, pip or a script of launch/ does not take what the block says.
         """
-        tools = self.tools.add("python", "starflow", *ELSEWHERE).add("bash", "uv", script=DRY_RUN.replace("PYTHON", sys.executable))
+        tools = self.tools.add("python", "starflow", *ELSEWHERE)
+        tools.add("bash", "uv", script=DRY_RUN.replace("PYTHON", sys.executable))
         if not (tools.folder / "answers").exists():
             tools.answer({"gcloud config get-value": [dict(out="somewhere\n")]})
         for name in ("python", "starflow"):
