@@ -23,15 +23,15 @@ def failing(prompt: str) -> str:
 
 
 def test_a_function_and_a_command_give_one_line() -> None:
-    assert rewriter("tests.test_rewrite:longer")("a cat") == "a cat, in great detail"
+    assert rewriter(f"{__name__}:longer")("a cat") == "a cat, in great detail"
     command = rewriter(f'{PYTHON} "import sys; print(sys.stdin.read() + chr(10) + sys.argv[1])" "$HOME; in detail"')
     assert command("a cat") == "a cat $HOME; in detail"  # no shell
 
 
 @pytest.mark.parametrize(("hook", "told"), [
-    ("tests.test_rewrite:nothing", "gave '' for the prompt 'a cat'"),
-    ("tests.test_rewrite:failing", "RuntimeError: no model"),
-    ("tests.test_rewrite:absent", "no such function"),
+    (f"{__name__}:nothing", "gave '' for the prompt 'a cat'"),
+    (f"{__name__}:failing", "RuntimeError: no model"),
+    (f"{__name__}:absent", "no such function"),
     ("no_such_module:rewrite", "no such function"),
     ("no_such_command --long", "can't be run"),
     ('unclosed "quote', "can't be read as a command"),

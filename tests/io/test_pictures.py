@@ -1,0 +1,88 @@
+"""Pictures: read upright and whole, resized, in sheets with captions, in moving pictures."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from starflow_jax.config import UserError
+from starflow_jax.io import pictures
+from tests.io.test_video import moving_square
+
+
+def test_read_image(tmp_path):
+    picture_HWC = moving_square()[3]
+    Image.fromarray(picture_HWC).save(tmp_path / "picture.png")
+    np.testing.assert_array_equal(pictures.read_image(tmp_path / "picture.png"), picture_HWC)
+    Image.fromarray(picture_HWC[:, :, 1]).save(tmp_path / "grey.png")
+    assert pictures.read_image(tmp_path / "grey.png").shape == (32, 48, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.fromarray(picture_HWC).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(pictures.read_image(tmp_path / "turned.png"), np.rot90(picture_HWC, -1))
+    whole = (tmp_path / "picture.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cut\.png"):
+        pictures.read_image(tmp_path / "cut.png")
+    with pytest.raises(UserError, match="not found"):
+        pictures.read_image(tmp_path / "none.png")
+
+
+def test_resize_crop_covers_and_keeps_the_centre():
+    wide_THWC = np.zeros((2, 20, 60, 3), np.uint8)
+    wide_THWC[:, :, 20:40] = (10, 200, 60)  # the central square
+    cropped_THWC = pictures.resize_crop(wide_THWC, 10, 10)
+    error_THWC = np.abs(cropped_THWC.astype(int) - (10, 200, 60))
+    assert error_THWC[:, :, 2:-2].max() == 0 and error_THWC.max() < 20  # the edge is antialiased
+    tall_THWC = wide_THWC.transpose(0, 2, 1, 3)
+    np.testing.assert_array_equal(pictures.resize_crop(tall_THWC, 10, 10), cropped_THWC.transpose(0, 2, 1, 3))
+    for height, width in ((7, 13), (480, 848), (33, 5)):
+        assert pictures.resize_crop(wide_THWC, height, width).shape == (2, height, width, 3)
+    np.testing.assert_array_equal(pictures.resize_crop(wide_THWC, 20, 60), wide_THWC)
+
+
+def test_resize_is_antialiased():
+    checkers_HW = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    small_THWC = pictures.resize_crop(np.stack([checkers_HW] * 3, -1)[None], 16, 16)
+    assert np.abs(small_THWC.astype(int) - 127).max() < 20
+
+
+def test_contact_sheet_shows_frames_and_captions(tmp_path):
+    clips_BTHWC = np.stack([moving_square(), 255 - moving_square()])
+    path = tmp_path / "sheet.png"
+    pictures.contact_sheet(path, clips_BTHWC, ["a square", "a pale square"], columns=3, scale=2)
+    sheet_HWC = pictures.read_image(path)
+    cell_height, cell_width = 64 + pictures.MARGIN, 96 + pictures.MARGIN
+    assert sheet_HWC.shape[1] == 3 * cell_width
+    row_height = sheet_HWC.shape[0] // 2
+    for row, clip_THWC in enumerate(clips_BTHWC):
+        top = (row + 1) * row_height - cell_height
+        for column, t in enumerate((0, 4, 8)):
+            left = column * cell_width
+            cell_HWC = sheet_HWC[top : top + 64 : 2, left : left + 96 : 2]
+            np.testing.assert_array_equal(cell_HWC, clip_THWC[t])
+        assert (sheet_HWC[row * row_height : top] < 100).sum() > 100  # ink of the caption
+
+
+def test_captions_are_wrapped_to_their_width():
+    caption = "an orange seven drifts slowly to the upper left corner of the picture"
+    picture_HWC = pictures._caption_picture(caption, 120)
+    assert picture_HWC.shape[1] == 120 and picture_HWC.shape[0] >= 3 * pictures.FONT_SIZE
+    assert (picture_HWC[:, -1] == 255).all()  # nothing is cut off at the right
+    narrow = pictures._caption_picture(caption, 8)
+    assert narrow.shape[1] == 8
+
+
+def test_gif_moves_and_is_small(tmp_path):
+    clips_BTHWC = np.stack([moving_square(16)] * 5)
+    path = tmp_path / "grid.gif"
+    pictures.write_gif(path, clips_BTHWC, [f"square {i}" for i in range(5)], fps=10, columns=4, scale=2)
+    with Image.open(path) as gif:
+        assert gif.n_frames == 16 and gif.info["duration"] == 100 and gif.info["loop"] == 0
+        assert gif.size[0] == 4 * (96 + pictures.MARGIN)
+        gif.seek(15)
+        last_HWC = np.asarray(gif.convert("RGB"))
+    cell_height = 64 + pictures.MARGIN
+    top = last_HWC.shape[0] - cell_height
+    shown_HWC = last_HWC[top : top + 64 : 2, 0:96:2].astype(int)
+    assert np.abs(shown_HWC - clips_BTHWC[4, 15]).max() <= 12
+    assert path.stat().st_size < 60_000
