@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from starflow_jax.config import Config, UserError, changed, from_config_dict, unknown_setting
-from starflow_jax.settings.listing import describe
+from starflow_jax.settings.listing import describe, sections
 
 # In an installed package the files of configs/ lie inside it, in a checkout beside it.
 PACKAGE = Path(__file__).parents[1]
@@ -102,8 +102,14 @@ def _find_recipe(given: str) -> str:
 
 
 def in_words(error: Exception) -> UserError:
-    """What absl says of a flag, as one line about the setting."""
+    """What absl says of a flag, or Python of a file of settings, as one line about the setting."""
     line = " ".join(str(error).split())
+    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", line)
+    names = {section.__name__: f"{name}." for name, section in sections(Config)} | {Config.__name__: ""}
+    if unknown and unknown[1] in names:
+        return unknown_setting(names[unknown[1]] + unknown[2])
+    if "Error whilst parsing config file" in line:
+        return UserError(f"--config: the file of settings can't be used: {str(error).strip().splitlines()[-1]}")
     found = re.match(r"flag --config\.([\w.]+)=(.*?): ", line)
     kinds = [one.type for one in describe(Config) if found and one.name == found[1]]
     return UserError(f"{found[1]}={found[2]}: must be {kinds[0]}" if found and kinds else line)

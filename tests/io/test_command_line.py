@@ -9,6 +9,7 @@ import pytest
 from starflow_jax.config import UserError
 from starflow_jax.io import command_line
 from starflow_jax.io.command_line import check_names, with_recipe, written_out
+from tests.small_run import run_here
 
 MODES = {"sample": "sample", "train": "train", "package": "sample"}
 FLAGS = {"config", "workdir", "verbosity", "seed"}
@@ -95,3 +96,19 @@ def test_recipes_anywhere_can_build_on_those_of_the_package(tmp_path: Path, monk
     assert scope["t2v"].tiny().name == "tiny"
     for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
         monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize("built, words", [
+    ("Sample(block_size=4)", "sample.block_size: this setting has another name now: sample.solver.block_size"),
+    ("Model(parted_attention='ring')", "model.parted_attention: this setting has another name now: "),
+    ("Solver(kinds='jacobi')", "sample.solver.kinds: no such setting; did you mean sample.solver.kind?"),
+    ("Config(nam='x')", "nam: no such setting; "),
+    ("Sample() + 1", "--config: the file of settings can't be used: TypeError: unsupported operand"),
+])
+def test_a_file_of_settings_with_a_mistake(built: str, words: str, tmp_path: Path,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(f"from starflow_jax.config import *\ndef get_config():\n    return {built}\n")
+    code, _, err = run_here([f"--config={recipe}"], capsys)
+    assert code == 2 and len(err.splitlines()) == 1
+    assert err.startswith(f"starflow_jax: {words}"), err
