@@ -1,7 +1,7 @@
 """Meshes, and the one table from what an array's axes mean to mesh axes.
 
     data       copies of the model, each on its own clips
-    fsdp       clips too, and parameters and optimizer state in parts, gathered layer by layer where they are used
+    fsdp       clips too; parameters and optimizer state are sharded, and gathered layer by layer where they are used
     tensor     heads and hidden channels of each layer; the weights stay where they are
     sequence   tokens; within attention heads, or tokens too (nn/sequence_parallel.py)
 
@@ -33,7 +33,8 @@ TABLE: dict[str | None, tuple[str, ...]] = {
     "width": ("fsdp",),  # the model width, of parameters
     None: (),
 }
-# The trailing axes of parameters, and of the optimizer's arrays of the same names; all others are whole everywhere.
+# The trailing axes of parameters, and of the optimizer's arrays of the same names. All others are whole on every
+# device, which only small ones may be.
 PARAMETERS = {
     r"layers/layer/qkv/kernel": ("width", None, "hidden"),
     r"layers/layer/qkv/bias": (None, "hidden"),
@@ -43,7 +44,9 @@ PARAMETERS = {
     r"layers/layer/mlp_out/kernel": ("hidden", "width"),
     r"(deep|shallow_\d+|denoiser)/proj_(in|text)/kernel": (None, "width"),
     r"(deep|shallow_\d+|denoiser)/proj_out/kernel": ("width", None),
+    r"text/.*": (),  # the encoder that is trained along with the flow
 }
+LARGEST_UNNAMED = 2**20  # bytes of a parameter that no pattern matches
 
 
 def make_mesh(settings: settings_of.Mesh, devices: Any = None) -> Mesh:
@@ -62,8 +65,8 @@ def mesh_shape(settings: settings_of.Mesh, devices: int) -> tuple[int, ...]:
     if 0 in sizes:
         sizes[sizes.index(0)] = devices // rest
     if math.prod(sizes) != devices:
-        asked = " x ".join(f"{axis}={getattr(settings, axis)}" for axis in AXES)
-        raise UserError(f"mesh {asked}: does not divide {devices} devices; set config.mesh so that the product of "
+        axes = " x ".join(f"{axis}={getattr(settings, axis)}" for axis in AXES)
+        raise UserError(f"mesh {axes}: does not divide {devices} devices; set config.mesh so that the product of "
                         "its axes is that number (a 0 takes what the others leave)")
     return tuple(sizes)
 
@@ -71,16 +74,16 @@ def mesh_shape(settings: settings_of.Mesh, devices: int) -> tuple[int, ...]:
 def check_model(model: settings_of.Model, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError where the model's heads or widths do not divide over the mesh."""
     axes = TABLE["heads" if model.sequence_parallel == "ulysses" else "hidden"]
-    parts = math.prod(mesh.shape[axis] for axis in axes)
+    shards = math.prod(mesh.shape[axis] for axis in axes)
     named = ", ".join(f"mesh.{axis}={mesh.shape[axis]}" for axis in axes)
     for name in ("deep_width", "shallow_width"):
         width = getattr(model, name)
-        if (width // model.head_dim) % parts:
+        if (width // model.head_dim) % shards:
             helps = ", or set model.sequence_parallel=all_gather" if len(axes) > 1 else ""
-            raise UserError(f"{named}: their product has to divide the {width // model.head_dim} heads of "
+            raise UserError(f"{named}: their product must divide the {width // model.head_dim} heads of "
                             f"model.{name}={width}{helps}")
         if width % mesh.shape["fsdp"]:
-            raise UserError(f"mesh.fsdp={mesh.shape['fsdp']}: has to divide model.{name}={width}")
+            raise UserError(f"mesh.fsdp={mesh.shape['fsdp']}: must divide model.{name}={width}")
 
 
 def check_batch(field: str, size: int, mesh: Mesh | AbstractMesh) -> None:
@@ -109,7 +112,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def tokens_sharded() -> bool:
-    """Whether the current mesh shards sequences, which then are not to be cut at odd places."""
+    """Whether the current mesh shards sequences, which then should not be cut at odd places."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and math.prod(mesh.shape[axis] for axis in TABLE["tokens"]) > 1
 
@@ -159,12 +162,19 @@ def _dividing(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Abstra
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every array of parameters, of a training state or of anything with the same names."""
+    """A NamedSharding for every array of parameters, of a training state or of anything with the same names.
+
+    Raises ValueError for an array of more than LARGEST_UNNAMED bytes that PARAMETERS says nothing of.
+    """
     def of(path: Any, leaf: Any) -> NamedSharding:
-        name = _name(path)
+        name = parameter_name(path)
         for pattern, axes in PARAMETERS.items():
             if re.search(f"(^|/){pattern}$", name):
                 return NamedSharding(mesh, PartitionSpec(*[None] * (len(leaf.shape) - len(axes)), *spec(axes)))
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        if size > LARGEST_UNNAMED:
+            raise ValueError(f"parameter {name}, {leaf.dtype}{list(leaf.shape)}: no pattern of sharding.PARAMETERS "
+                             f"matches it, and {size / 2**20:.1f} MiB are too much for a copy on every device")
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(of, tree)
@@ -174,13 +184,14 @@ def layers_as(abstract_params: Any, dtype: Any) -> Any:
     """Shapes of parameters, the Transformer layers' matrices in the dtype that they are multiplied in: a model that is
     not trained needs them in no other."""
     def of(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        matrix = re.search(r"(^|/)layers/layer/\w+/kernel$", _name(path))
+        matrix = re.search(r"(^|/)layers/layer/\w+/kernel$", parameter_name(path))
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding) if matrix else leaf
 
     return jax.tree_util.tree_map_with_path(of, abstract_params)
 
 
-def _name(path: Any) -> str:
+def parameter_name(path: Any) -> str:
+    """The keys of a path of jax.tree_util, joined by slashes."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
 
 
@@ -207,9 +218,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def data_process(mesh: Mesh) -> tuple[int, int]:
-    """(which part of each batch this process loads, of how many): processes that share clips load the same part.
+    """(which shard of each batch this process loads, of how many): processes that share clips load the same shard.
 
-    Raises UserError where the processes' parts overlap without being the same.
+    Raises UserError where the processes' shards overlap without being the same.
     """
     parts: dict[int, set[int]] = {}
     clips = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
@@ -219,7 +230,7 @@ def data_process(mesh: Mesh) -> tuple[int, int]:
     distinct = sorted({tuple(sorted(of)) for of in parts.values()})
     runs = all(of == tuple(range(of[0], of[0] + len(distinct[0]))) for of in distinct)
     if sum(map(len, distinct)) != len(clips) or not runs:
-        raise UserError(f"mesh {dict(mesh.shape)}: each process has to hold whole parts of the batch; let tensor x "
+        raise UserError(f"mesh {dict(mesh.shape)}: each process must hold whole shards of the batch; let tensor x "
                         "sequence divide, or be a multiple of, the devices of a process")
     return distinct.index(tuple(sorted(parts[jax.process_index()]))), len(distinct)
 
@@ -241,8 +252,8 @@ def lay_out(batch: Any) -> Any:
 
 
 def spread(tree: Any, mesh: Mesh) -> Any:
-    """Arrays that every process holds all of, in parts over all devices along the first axis that divides; for a model
-    that is not trained, whose layout is of no concern but for memory."""
+    """Arrays that every process holds all of, sharded over all devices along the first axis that divides; for a model
+    that is not trained, whose layout matters for memory alone."""
     def of(x: Any) -> jax.Array:
         x = np.asarray(x)
         axis = next((axis for axis, size in enumerate(x.shape) if size % mesh.size == 0), None)

@@ -1,9 +1,10 @@
 """A plan before you rent: the real step, compiled for a pod that is not there; its memory, work and time bound.
 
-Nothing runs: libtpu compiles for a topology that it is told the name of, from shapes alone. What a pod then measures
-will be slower than the bound, which takes products, memory and links each at their full rate.
+Nothing runs: libtpu compiles for a topology that is named to it, from shapes alone. What a pod then measures will be
+slower than the bound, which takes products, memory and links each at their full rate.
 """
 
+import dataclasses
 import re
 import time
 from typing import Any
@@ -15,29 +16,102 @@ from starflow_jax.config import Config
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.planning import program_cost, roofline
 from starflow_jax.planning.programs import Program, abstract_params_of, compile_step
+from starflow_jax.planning.roofline import GIB
 
-GIB = 2**30
+
+@dataclasses.dataclass(frozen=True)
+class ProgramMemory:
+    """Bytes that a program takes of a chip's memory."""
+
+    program: str
+    arguments: int
+    temporaries: int
+    output: int
+    aliased: int  # output that is written where an argument was
+    code: int
+    peak: int
 
 
-def plan_of(config: Config, devices: list[Any]) -> dict[str, Any]:
-    """Compile the step of config.plan.step on config.mesh and account for it."""
+@dataclasses.dataclass(frozen=True)
+class ProgramBound:
+    """How often a program runs in a step, and the least time of one run."""
+
+    program: str
+    runs: float
+    bound_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """Work and time bound of a step, of its programs together."""
+
+    memory: tuple[ProgramMemory, ...]
+    programs: tuple[ProgramBound, ...]
+    compiler_flops_per_step: float  # counted in the compiled programs, each loop as often as it runs
+    compiler_flops_loops_once: float  # the compiler's own count, with each loop's body once
+    hbm_traffic_bytes_per_chip: float
+    collective_bytes_per_chip: dict[str, float]
+    bound_seconds_per_step: float
+    compute_seconds: float
+    hbm_seconds: float
+    ici_seconds: float
+    limited_by: str
+    bound_mfu: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecChoice:
+    """The settings of the codec that a plan of plan.step=codec is for."""
+
+    dtype: str
+    tile: int
+    tile_overlap: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """What a step needs of each chip, and how long it takes at the least."""
+
+    name: str
+    step: str
+    topology: str
+    chips: int
+    device_kind: str
+    mesh: dict[str, int]
+    remat: str
+    sequence_parallel: str
+    parameters: int
+    tokens_per_step: int
+    model_flops_per_step: float | None
+    hbm_bytes_per_chip: int
+    peak_bytes_per_chip: int
+    fits: bool
+    compile_seconds: float
+    cost: StepCost | None  # None: the compiler refused the step for want of memory
+    codec: CodecChoice | None = None
+    advice: str = ""  # for a step that does not fit
+
+    def to_json(self) -> dict[str, Any]:
+        """What plan.json holds: one flat table; what is not known of a refused step is None."""
+        row = dataclasses.asdict(self)
+        cost, codec, advice = row.pop("cost"), row.pop("codec"), row.pop("advice")
+        row |= cost or dict.fromkeys(field.name for field in dataclasses.fields(StepCost))
+        return row | (codec or {}) | ({"advice": advice} if advice else {})
+
+
+def plan_of(config: Config, devices: list[Any]) -> StepPlan:
+    """Compile the step of config.plan.step on config.mesh and account for it.
+
+    Raises UserError for a mesh that does not suit the devices, the model or the batch, and for a device kind whose
+    limits are not known.
+    """
     mesh, chip = sharding.make_mesh(config.mesh, devices), roofline.chip_of(devices[0])
-    sharding.check_model(config.model, mesh)
     model, train, codec = config.model, config.plan.step == "train", config.plan.step == "codec"
+    sharding.check_model(model, mesh)
     videos = config.train.batch_size if train else config.plan.videos
     branches = 2 if config.sample.guidance and not train else 1
     flops = None if codec else roofline.model_flops(model, videos, training=train, branches=branches)
-    row: dict[str, Any] = {
-        "name": config.name, "step": config.plan.step, "topology": config.plan.topology, "chips": len(devices),
-        "device_kind": devices[0].device_kind, "mesh": dict(mesh.shape), "remat": model.remat,
-        "sequence_parallel": model.sequence_parallel,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(
-            plan_codec.abstract_codec(config).params if codec else abstract_params_of(config))),
-        "tokens_per_step": videos * model.frames * model.tokens_per_frame, "hbm_bytes_per_chip": int(chip.hbm_bytes),
-        "model_flops_per_step": flops}
-    if codec:
-        row |= {name: getattr(config.codec, name) for name in ("dtype", "tile", "tile_overlap")}
-    began = time.perf_counter()
+    began, cost = time.perf_counter(), None
     try:
         with jax.set_mesh(mesh):
             programs = compile_step(config, mesh)
@@ -45,18 +119,27 @@ def plan_of(config: Config, devices: list[Any]) -> dict[str, Any]:
         needed = bytes_needed(str(error))
         if needed is None:
             raise
-        row |= {"peak_bytes_per_chip": needed,
-                "fits": False, "compiler_flops_per_step": None, "bound_seconds_per_step": None, "bound_mfu": None,
-                "limited_by": None, "compile_seconds": time.perf_counter() - began}
-        return row | {"advice": _advice(config, row)}
-    row |= _account(programs, chip, flops, len(devices))
-    row |= {"compile_seconds": time.perf_counter() - began, "fits": row["peak_bytes_per_chip"] <= chip.hbm_bytes}
-    return row | ({} if row["fits"] else {"advice": _advice(config, row)})
+        peak = needed
+    else:
+        cost, flops = _cost(programs, chip, flops, len(devices))
+        peak = max(part.peak for part in cost.memory)
+    abstract_params = plan_codec.abstract_codec(config).params if codec else abstract_params_of(config)
+    fits = cost is not None and peak <= chip.hbm_bytes
+    return StepPlan(
+        name=config.name, step=config.plan.step, topology=config.plan.topology, chips=len(devices),
+        device_kind=devices[0].device_kind, mesh=dict(mesh.shape), remat=model.remat,
+        sequence_parallel=model.sequence_parallel,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(abstract_params)),
+        tokens_per_step=videos * model.frames * model.tokens_per_frame, model_flops_per_step=flops,
+        hbm_bytes_per_chip=int(chip.hbm_bytes), peak_bytes_per_chip=peak, fits=fits,
+        compile_seconds=time.perf_counter() - began, cost=cost,
+        codec=CodecChoice(config.codec.dtype, config.codec.tile, config.codec.tile_overlap) if codec else None,
+        advice="" if fits else advice(config, dict(mesh.shape), peak - chip.hbm_bytes))
 
 
 def bytes_needed(error: str) -> int | None:
-    """What a program that the compiler refused would take of a chip's memory, of its words; None: refused for other
-    reasons."""
+    """Memory that a refused program would have taken of a chip, from the compiler's message; None: refused for another
+    reason."""
     found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm|memory required[^(]*\(([\d.]+)([KMGT])\)", error)
     if "RESOURCE_EXHAUSTED" not in error or found is None:
         return None
@@ -64,37 +147,39 @@ def bytes_needed(error: str) -> int | None:
     return int(float(size) * 2 ** (10 * (1 + "KMGT".index(unit))))
 
 
-def _account(programs: list[Program], chip: roofline.Chip, flops: float | None, devices: int) -> dict[str, Any]:
-    """What the programs need and the bound that follows; memory of the one that needs most. flops: the model's; None:
-    the programs' own products."""
-    total, raw, parts, seconds = program_cost.Cost(), 0.0, [], []
+def _cost(programs: list[Program], chip: roofline.Chip, model_flops: float | None, devices: int
+          ) -> tuple[StepCost, float]:
+    """The programs' work and the bound that follows, and the model's operations; model_flops=None: the programs' own
+    products are taken for those."""
+    total, raw, bounds = program_cost.Cost(), 0.0, []
     for program in programs:
         cost = program_cost.count(program.compiled, program.unknown_trips)
         total += cost.times(program.times)
         raw += program.times * float((program.compiled.cost_analysis() or {}).get("flops", 0))
-        memory = program.compiled.memory_analysis()
-        part = {"program": program.name, "arguments": memory.argument_size_in_bytes,
-                "temporaries": memory.temp_size_in_bytes, "output": memory.output_size_in_bytes,
-                "aliased": memory.alias_size_in_bytes, "code": memory.generated_code_size_in_bytes}
-        part["peak"] = sum(part[name] for name in ("arguments", "temporaries", "output", "code")) - part["aliased"]
-        parts.append(part)
-        seconds.append({"program": program.name, "runs": program.times,
-                        "bound_seconds": roofline.bound(cost, chip, 0.0).seconds})
-    flops = total.flops * devices if flops is None else flops
+        bounds.append(ProgramBound(program.name, program.times, roofline.bound(cost, chip, 0.0).seconds))
+    flops = total.flops * devices if model_flops is None else model_flops
     limit = roofline.bound(total, chip, flops / devices)
-    largest = max(parts, key=lambda part: part["peak"])
-    return {"peak_bytes_per_chip": largest["peak"], "memory": parts, "programs": seconds, "model_flops_per_step": flops,
-            "compiler_flops_per_step": total.flops * devices,
-            "compiler_flops_loops_once": raw * devices, "hbm_traffic_bytes_per_chip": total.hbm_bytes,
-            "collective_bytes_per_chip": total.collective_bytes, "bound_seconds_per_step": limit.seconds,
-            "compute_seconds": limit.compute_seconds, "hbm_seconds": limit.hbm_seconds,
-            "ici_seconds": limit.ici_seconds, "limited_by": limit.limited_by, "bound_mfu": limit.mfu}
+    return StepCost(
+        memory=tuple(map(_memory, programs)), programs=tuple(bounds), compiler_flops_per_step=total.flops * devices,
+        compiler_flops_loops_once=raw * devices, hbm_traffic_bytes_per_chip=total.hbm_bytes,
+        collective_bytes_per_chip=total.collective_bytes, bound_seconds_per_step=limit.seconds,
+        compute_seconds=limit.compute_seconds, hbm_seconds=limit.hbm_seconds, ici_seconds=limit.ici_seconds,
+        limited_by=limit.limited_by, bound_mfu=limit.mfu), flops
 
 
-def _advice(config: Config, row: dict[str, Any]) -> str:
-    over = (row["peak_bytes_per_chip"] - row["hbm_bytes_per_chip"]) / GIB
-    mesh, helps = row["mesh"], []
-    if row["step"] == "train":
+def _memory(program: Program) -> ProgramMemory:
+    memory = program.compiled.memory_analysis()
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    output, aliased, code = (memory.output_size_in_bytes, memory.alias_size_in_bytes,
+                             memory.generated_code_size_in_bytes)
+    return ProgramMemory(program.name, arguments, temporaries, output, aliased, code,
+                         peak=arguments + temporaries + output + code - aliased)
+
+
+def advice(config: Config, mesh: dict[str, int], excess_bytes: float) -> str:
+    """What would help a step of config.plan.step that needs that much more than a chip has. mesh: sizes of its axes."""
+    helps = []
+    if config.plan.step == "train":
         if config.model.remat != "layer":
             helps.append("--config.model.remat=layer")
         clips = config.train.batch_size // config.train.accumulate // (mesh["data"] * mesh["fsdp"])
@@ -103,7 +188,7 @@ def _advice(config: Config, row: dict[str, Any]) -> str:
         if mesh["data"] > 1:
             helps.append("mesh.fsdp instead of mesh.data")
         helps.append("a larger mesh.sequence or mesh.tensor")
-    elif row["step"] == "codec":
+    elif config.plan.step == "codec":
         if config.codec.dtype != "bfloat16":
             helps.append("--config.codec.dtype=bfloat16")
         helps.append(f"for whole videos a smaller --config.codec.tile (now {config.codec.tile or 'whole frames'})")
@@ -115,6 +200,5 @@ def _advice(config: Config, row: dict[str, Any]) -> str:
             helps.append("--config.plan.videos=1")
         if config.model.dtype != "bfloat16":
             helps.append("--config.model.dtype=bfloat16")
-    return f"does not fit by {over:.1f} GiB a chip; what would help: {'; '.join(helps)}; or more or larger chips"
-
-
+    return (f"exceeds a chip's memory by {excess_bytes / GIB:.1f} GiB; what would help: {'; '.join(helps)}; "
+            "or more or larger chips")

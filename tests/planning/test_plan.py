@@ -1,0 +1,131 @@
+"""The plan of a step: what is accounted for, and what is said of a step that does not fit."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from starflow_jax import config as settings_of
+from starflow_jax.codec.wan_weights import abstract_params
+from starflow_jax.config import Config, UserError
+from starflow_jax.planning import codec as plan_codec
+from starflow_jax.planning import roofline
+from starflow_jax.planning.plan import StepPlan, advice, bytes_needed, plan_of
+from starflow_jax.planning.roofline import GIB, Chip
+from starflow_jax.planning.topology import topology
+from tests.codec.test_wan_vae import SMALL
+from tests.helpers import tiny_model
+from tests.planning.test_meshes import paper, with_plan
+
+CHIP = Chip("a", 1, hbm_bytes=GIB, peak_flops=1e12, hbm_bandwidth=1e11, ici_bandwidth=1e10)
+ALWAYS_KNOWN = {"name", "step", "topology", "chips", "device_kind", "mesh", "remat", "sequence_parallel", "parameters",
+                "tokens_per_step", "model_flops_per_step", "hbm_bytes_per_chip", "peak_bytes_per_chip", "fits",
+                "compile_seconds"}
+COST = {"memory", "programs", "compiler_flops_per_step", "compiler_flops_loops_once", "hbm_traffic_bytes_per_chip",
+        "collective_bytes_per_chip", "bound_seconds_per_step", "compute_seconds", "hbm_seconds", "ici_seconds",
+        "limited_by", "bound_mfu"}
+
+
+def small(**changes) -> Config:
+    model = tiny_model(deep_width=80, shallow_width=80, denoiser="first_layer", denoiser_layers=1, **changes)
+    train = settings_of.Train(batch_size=4, steps=10, warmup_steps=1)
+    return Config("small", model, settings_of.Text(encoder="frozen"), train=train)
+
+
+def small_codec(monkeypatch: pytest.MonkeyPatch, **changes) -> Config:
+    """The small VAE of test_wan_vae in place of the released one, for four latent frames of 6 x 8."""
+    monkeypatch.setattr(plan_codec, "wan_config", lambda settings, channels: SMALL)
+    config = with_plan(small(channels=3, frames=4, height=6, width=8), topology="v6e:1x1", step="codec")
+    return dataclasses.replace(config, codec=settings_of.Codec(**({"kind": "wan"} | changes)))
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> StepPlan:
+    """A training step over four of this machine's devices, as if each were a chip."""
+    monkeypatch.setattr(roofline, "chip_of", lambda device: CHIP)
+    config = dataclasses.replace(with_plan(small(), step="train"), mesh=settings_of.Mesh(data=1, fsdp=4))
+    return plan_of(config, jax.devices()[:4])
+
+
+def test_a_plan_accounts_for_memory_work_and_time(planned: StepPlan) -> None:
+    assert planned.chips == 4 and planned.mesh == {"data": 1, "fsdp": 4, "tensor": 1, "sequence": 1}
+    assert planned.tokens_per_step == 4 * 12
+    assert planned.model_flops_per_step == roofline.model_flops(small().model, 4, training=True)
+    assert planned.cost is not None and planned.fits and not planned.advice
+    memory, = planned.cost.memory
+    assert planned.peak_bytes_per_chip == memory.peak > memory.temporaries > 0
+    assert memory.peak == memory.arguments + memory.temporaries + memory.output + memory.code - memory.aliased
+    assert planned.cost.compiler_flops_per_step >= planned.model_flops_per_step
+    times = {"compute": planned.cost.compute_seconds, "hbm": planned.cost.hbm_seconds, "ici": planned.cost.ici_seconds}
+    assert planned.cost.bound_seconds_per_step == times[planned.cost.limited_by] == max(times.values()) > 0
+    assert math.isclose(planned.cost.bound_mfu * planned.cost.bound_seconds_per_step * 4 * 1e12,
+                        planned.model_flops_per_step)
+
+
+def test_its_json_is_one_flat_table(planned: StepPlan) -> None:
+    row = planned.to_json()
+    assert set(row) == ALWAYS_KNOWN | COST
+    assert row["memory"][0]["peak"] == row["peak_bytes_per_chip"] and row["fits"] is True
+    assert row["programs"][0] == {"program": "train", "runs": 1, "bound_seconds": row["bound_seconds_per_step"]}
+    refused = dataclasses.replace(planned, cost=None, fits=False, advice="smaller").to_json()
+    assert set(refused) == ALWAYS_KNOWN | COST | {"advice"}
+    assert all(refused[key] is None for key in COST) and refused["advice"] == "smaller"
+
+
+def test_a_step_that_needs_more_than_a_chip_has_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "chip_of", lambda device: dataclasses.replace(CHIP, hbm_bytes=1000.0))
+    found = plan_of(dataclasses.replace(with_plan(small()), mesh=settings_of.Mesh(1, 1, 1, 1)), jax.devices()[:1])
+    assert not found.fits and found.cost is not None and found.peak_bytes_per_chip > 1000
+    assert "exceeds a chip's memory by" in found.advice and "accumulate=4" in found.advice
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_helps() -> None:
+    mesh = {"data": 1, "fsdp": 64, "tensor": 1, "sequence": 4}
+    helps = advice(with_plan(paper()), mesh, 8.0 * GIB)
+    assert "8.0 GiB" in helps and "accumulate=3" in helps and "remat=layer" not in helps
+    kept = dataclasses.replace(paper(), model=dataclasses.replace(paper().model, remat="none"))
+    assert "remat=layer" in advice(with_plan(kept), mesh, 8.0 * GIB)
+    codec = settings_of.Codec(kind="wan", dtype="float32")
+    helps = advice(dataclasses.replace(with_plan(small(), step="codec"), codec=codec), {}, 8.0 * GIB)
+    assert "8.0 GiB" in helps and "codec.dtype=bfloat16" in helps and "codec.tile (now whole frames)" in helps
+
+
+@pytest.mark.parametrize(("words", "gib"), [
+    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (46.96G) exceeds "
+     "available HBM (15.75G).", 46.96),
+    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.50G of "
+     "15.75G hbm. Exceeded hbm capacity by 1.75G.", 17.5)])
+def test_the_compilers_message_says_how_much_is_needed(words: str, gib: float) -> None:
+    assert bytes_needed(words) == int(gib * 2**30)
+    assert bytes_needed("INVALID_ARGUMENT: (1G)") is None
+
+
+def test_a_topology_without_a_shape_is_named() -> None:
+    with pytest.raises(UserError, match="plan.topology='v5p'"):
+        topology("v5p")
+
+
+def test_the_codec_is_planned_on_one_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
+    config = dataclasses.replace(small_codec(monkeypatch, dtype="bfloat16"), mesh=settings_of.Mesh(1, 1, 1, 1))
+    found = plan_of(config, topology("v6e:1x1")[:1])
+    assert found.cost is not None and found.codec is not None
+    assert found.chips == 1 and found.fits and (found.codec.dtype, found.codec.tile) == ("bfloat16", 0)
+    sizes = [leaf.size for leaf in jax.tree.leaves(abstract_params(SMALL, jnp.bfloat16))]
+    assert found.parameters == sum(sizes)
+    encode, decode, following = found.cost.memory
+    assert found.peak_bytes_per_chip == max(encode.peak, decode.peak, following.peak)
+    assert following.aliased > 0 == decode.aliased  # the stream's cache is written in its place
+    seconds = {part.program: part.bound_seconds for part in found.cost.programs}
+    assert [part.runs for part in found.cost.programs] == [1, 1, 0]
+    assert 3 * seconds["decode, a stream's next frame"] < 2 * seconds["decode, a video"]
+    assert found.cost.bound_seconds_per_step <= seconds["encode, a video"] + seconds["decode, a video"]
+    assert 0 < found.cost.compiler_flops_per_step == found.model_flops_per_step
+    assert found.to_json()["dtype"] == "bfloat16"
+
+
+def test_only_the_vae_has_a_codec_to_plan() -> None:
+    with pytest.raises(UserError, match="codec.kind='patch': plan.step=codec plans the Wan VAE"):
+        plan_codec.abstract_codec(small())
