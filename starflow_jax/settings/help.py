@@ -1,4 +1,4 @@
-"""The list of settings in writing: as --help prints it, and as a page of the manual."""
+"""The list of settings as --help prints it."""
 
 import dataclasses
 import functools
@@ -21,18 +21,6 @@ def settings_text(root: Any, chosen: Sequence[str] = (), values: Any = None) -> 
         head = textwrap.wrap(f"{section}: {description}", LINE_WIDTH) if section else []
         parts.setdefault(section.split(".")[0], []).append("\n".join([*head, *lines]))
     return "\n\n".join(part for top in chosen or parts for part in parts.get(top, ()))
-
-
-def settings_markdown(root: Any) -> str:
-    """The settings as Markdown, a heading and a table for each section."""
-    parts = []
-    for section, description, settings in _by_section(root):
-        rows = ["| setting | default | allowed | what it is |", "| --- | --- | --- | --- |"]
-        for one in settings:
-            cells = (f"`{one.name}`", f"`{_shown(one.default) or chr(34) * 2}`", allowed_words(one), one.description)
-            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        parts.append("\n".join([*([f"## {section}", "", description, ""] if section else []), *rows]))
-    return "\n\n".join(parts) + "\n"
 
 
 def allowed_words(one: Described) -> str:
