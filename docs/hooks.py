@@ -30,8 +30,8 @@ def settings_page() -> str:
     """Markdown of every setting with its type, default and what is allowed."""
     lines = ["# Settings", "", "Every setting, as `--config.NAME=VALUE` on the command line; those of `sample` are the "
              "keyword arguments of the Python API, too. A configuration (`configs/*.py`) overrides these defaults."]
-    for section, kind in sections(Config):
-        lines += ["", f"## {section}", "", kind.__doc__.splitlines()[0], "",
+    for section, kind in [("", Config), *sections(Config)]:
+        lines += ["", f"## {section or 'the configuration'}", "", kind.__doc__.splitlines()[0], "",
                   "| setting | default | | allowed |", "| --- | --- | --- | --- |"]
         lines += [_row(one) for one in describe(Config) if one.name.rpartition(".")[0] == section]
     return "\n".join(lines)
