@@ -8,6 +8,7 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 from starflow_jax.config import Config
+from starflow_jax.settings.help import allowed_words
 from starflow_jax.settings.listing import Described, describe, sections
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
@@ -39,5 +40,5 @@ def settings_page() -> str:
 
 def _row(one: Described) -> str:
     default = "(must be given)" if one.default is dataclasses.MISSING else f"`{one.default!r}`"
-    cells = (f"`{one.name}`", default, one.description, one.allowed or one.type)
+    cells = (f"`{one.name}`", default, one.description, allowed_words(one))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
