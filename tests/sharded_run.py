@@ -16,21 +16,22 @@ import numpy as np
 from starflow_jax import config as settings_of
 from starflow_jax import sharding
 from starflow_jax.checkpoints.training import Checkpoints
+from starflow_jax.config import Config
 from starflow_jax.data.batch import Batch
 from starflow_jax.flow import decode
+from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.model.parameters import flow_variables, init_params
-from starflow_jax.model.system import System
 from starflow_jax.training.state import create_state
 from starflow_jax.training.step import make_train_step
 from tests.helpers import randomised, tiny_model
-from tests.training.test_losses import system
+from tests.training.test_losses import config_of
 
 ONE = (1, 1, 1, 1)
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2))
 BY_TOKENS = {"all_gather": (1, 1, 1, 8), "ring": (1, 2, 1, 4)}  # of the model's four heads too few for eight devices
 # Odd numbers of tokens (2 x 9, and 3 of text before them), which no axis divides.
 MODEL = tiny_model(height=3, width=3, deep_width=80, shallow_width=80, denoiser="first_layer", denoiser_layers=1)
-SYSTEM = system(MODEL)
+CONFIG = config_of(MODEL)
 BATCH = 8
 
 
@@ -42,34 +43,34 @@ def batch() -> Batch:
 
 
 def abstract_state() -> Any:
-    return jax.eval_shape(lambda: create_state(init_params(SYSTEM.config, jax.random.key(0)), SYSTEM.config.train))
+    return jax.eval_shape(lambda: create_state(init_params(CONFIG, jax.random.key(0)), CONFIG.train))
 
 
 def fresh_state() -> Any:
     """On one device, with parameters in which nothing is zero."""
-    state = jax.jit(lambda: create_state(init_params(SYSTEM.config, jax.random.key(0)), SYSTEM.config.train))()
+    state = jax.jit(lambda: create_state(init_params(CONFIG, jax.random.key(0)), CONFIG.train))()
     params = randomised(jax.tree.map(np.asarray, state.params))
     return jax.tree.map(np.asarray, state.replace(params=params, ema=params))
 
 
-def trained(mesh: Any, state: Any, system: System = SYSTEM) -> Any:
+def trained(mesh: Any, state: Any, config: Config = CONFIG) -> Any:
     """State after two steps, and the scalars of the second, the gradient's norm among them."""
     data = sharding.put_batch(batch(), mesh)
-    step = make_train_step(system, mesh)
+    step = make_train_step(config, mesh)
     state, _ = step(state, data)
     return step(state, data)
 
 
-def sampled(params: Any, videos: int, system: System = SYSTEM) -> tuple[jax.Array, jax.Array]:
+def sampled(params: Any, videos: int, config: Config = CONFIG) -> tuple[jax.Array, jax.Array]:
     """Guided Jacobi samples, exact."""
     random = np.random.default_rng(1)
     noise = random.normal(size=(videos, MODEL.frames, 9, MODEL.channels)).astype(np.float32)
     texts = random.normal(size=(2, videos, 3, MODEL.text_dim)).astype(np.float32)
-    solver, variables = decode.Solver(9, tolerance=0.0), flow_variables(params)
-    made = [u for u, _ in decode.generate(system.flow, variables, jnp.asarray(noise), jnp.asarray(texts), guidance=1.5,
+    flow, solver, variables = STARFlow(config.model), decode.Solver(9, tolerance=0.0), flow_variables(params)
+    made = [u for u, _ in decode.generate(flow, variables, jnp.asarray(noise), jnp.asarray(texts), guidance=1.5,
                                           solver=solver, token_grid=(3, 3))]
     u = jnp.concatenate(made, axis=1)
-    return u, decode.invert_shallow(system.flow, variables, u, solver=solver, token_grid=(3, 3))[0]
+    return u, decode.invert_shallow(flow, variables, u, solver=solver, token_grid=(3, 3))[0]
 
 
 def difference(ours: Any, reference: Any) -> float:
@@ -116,9 +117,9 @@ def main(folder: Path) -> None:
                 "restored": difference(restored[0], expected["state"]), "laid_out": laid_out,
                 "kernel_part": kernel.addressable_shards[0].data.size / kernel.size}
     for choice, shape in BY_TOKENS.items():
-        by_tokens, mesh = system(dataclasses.replace(MODEL, sequence_parallel=choice)), sharding.make_mesh(
+        by_tokens, mesh = config_of(dataclasses.replace(MODEL, sequence_parallel=choice)), sharding.make_mesh(
             settings_of.Mesh(*shape))
-        sharding.check_model(by_tokens.config.model, mesh)
+        sharding.check_model(by_tokens.model, mesh)
         with jax.set_mesh(mesh):
             placed = jax.tree.map(lambda leaf: leaf.sharding, sharding.abstract(abstract_state(), mesh))
             state, scalars = trained(mesh, jax.device_put(start, placed), by_tokens)

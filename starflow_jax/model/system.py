@@ -84,9 +84,7 @@ class System:
 
     def latents_of(self, batch: Batch) -> jax.Array:
         """(B, N, h, w, C) float32 latents of a batch as trained on: prepared ones, or of its frames."""
-        if batch.latents_BNhwC is None:
-            return batch.without_one_end(self.encode(jnp.asarray(batch.frames_BTHWC)))
-        return batch.without_one_end(jnp.asarray(batch.latents_BNhwC, jnp.float32))
+        return _latents_of(self.codec, batch, self.config.codec.later_frames_scale)
 
     def encode(self, frames_BTHWC: jax.Array | np.ndarray) -> jax.Array:
         """uint8 frames -> latents (B, N, h, w, C)."""
@@ -95,6 +93,14 @@ class System:
     def decode(self, latents_BNhwC: jax.Array) -> jax.Array:
         """Latents -> uint8 frames."""
         return decode_latents(self.codec, latents_BNhwC, self.config.codec.later_frames_scale)
+
+
+@jax.jit
+def _latents_of(codec: LatentCodec, batch: Batch, later_scale: float) -> jax.Array:
+    if batch.latents_BNhwC is None:
+        assert batch.frames_BTHWC is not None
+        return batch.without_one_end(encode_frames(codec, batch.frames_BTHWC, later_scale))
+    return batch.without_one_end(batch.latents_BNhwC.astype(jnp.float32))
 
 
 def make_system(config: Config) -> System:

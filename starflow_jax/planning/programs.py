@@ -15,7 +15,6 @@ from starflow_jax.flow.decode import WindowState
 from starflow_jax.flow.inversion import Known
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import flow_variables, init_params
-from starflow_jax.model.system import System
 from starflow_jax.nn.cache import KVCache, rounded_slots
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.sampling.solver import complete, shallow_solver
@@ -50,7 +49,6 @@ def _compile_train(config: Config, mesh: Mesh) -> Any:
     model, clips = config.model, config.train.batch_size
     sharding.check_batch("train.batch_size / train.accumulate", clips // config.train.accumulate, mesh)
     by_clip = sharding.batch_sharding(mesh)
-    system = System(config, tokenizer=None, codec=None)  # type: ignore[arg-type]
 
     def array(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=by_clip)
@@ -58,7 +56,7 @@ def _compile_train(config: Config, mesh: Mesh) -> Any:
     batch = Batch(latents_BNhwC=array(clips, model.frames, model.height, model.width, model.channels),
                   features_BSD=array(clips, model.text_length, model.text_dim))
     state = sharding.abstract(abstract_state(config), mesh)
-    return make_train_step(system, mesh).lower(state, batch).compile()
+    return make_train_step(config, mesh).lower(state, batch).compile()
 
 
 def _compile_sample(config: Config, mesh: Mesh) -> list[Program]:

@@ -42,9 +42,8 @@ def train_to_end(run: Run, workdir: Path) -> int:
 
 def _steps(run: Run, writer: MetricWriter) -> int:
     system, settings = run.system, run.system.config.train
-    step_fn, rate = make_train_step(system, run.mesh), schedule(settings)
-    if system.config.codec.kind == "wan":
-        system = dataclasses.replace(system, codec=jax.device_put(system.codec, sharding.replicated(run.mesh)))
+    step_fn, rate = make_train_step(system.config, run.mesh), schedule(settings)
+    system = dataclasses.replace(system, codec=jax.device_put(system.codec, sharding.replicated(run.mesh)))
     frozen = sharding.spread(frozen_encoder_params(system.config), run.mesh)
     since, tokens, step = time.perf_counter(), 0, int(run.state.step)
     with ProgressBar("train", settings.steps, initial=step, shown=writer.writes, compiles=True) as progress:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from starflow_jax.config import Config
 from starflow_jax.flow.likelihood import REFERENCE_NOISE, nll_mean
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, flow_variables
-from starflow_jax.model.system import System
+from starflow_jax.model.text import encode_text, text_encoder
 
 
 def weighted_loss(loss: jax.Array, noise_std: float) -> jax.Array:
@@ -24,12 +25,15 @@ def to_bits(loss: jax.Array | float) -> jax.Array | float:
     return (loss + 0.5 * math.log(2 * math.pi)) / math.log(2)
 
 
-def gradients(system: System, params: Params, noisy: jax.Array, text: jax.Array) -> tuple[Params, dict]:
+def gradients(config: Config, params: Params, noisy: jax.Array, text: jax.Array) -> tuple[Params, dict]:
     """Gradients of every parameter, and the losses, from noised latents.
 
     text: ids (B, S), and the text encoder is trained along; or a frozen one's features (B, S, D).
     """
-    return gradients_from_features(system.flow, params, noisy, lambda trained: system.text_of(trained, text))
+    def features(trained: Params) -> jax.Array:
+        return text if text.ndim == 3 else encode_text(text_encoder(config), trained["text"], text)
+
+    return gradients_from_features(STARFlow(config.model), params, noisy, features)
 
 
 def gradients_from_features(
@@ -63,17 +67,17 @@ def gradients_from_features(
     return {**grads, "denoiser": denoiser_grads}, {"loss": loss, "denoiser_loss": regression}
 
 
-def accumulated_gradients(system: System, params: Params, noisy: jax.Array, text: jax.Array, parts: int
-                          ) -> tuple[Params, dict]:
-    """Mean gradients and losses over `parts` microbatches, one after the other."""
+def accumulated_gradients(config: Config, params: Params, noisy: jax.Array, text: jax.Array) -> tuple[Params, dict]:
+    """Mean gradients and losses over train.accumulate microbatches, one after the other."""
+    parts = config.train.accumulate
     if parts == 1:
-        return gradients(system, params, noisy, text)
+        return gradients(config, params, noisy, text)
     # Every parts-th clip: each microbatch has some of the clips that a device holds already.
     micro = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), (noisy, text))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
-                        jax.eval_shape(lambda: gradients(system, params, noisy[:1], text[:1])))
+                        jax.eval_shape(lambda: gradients(config, params, noisy[:1], text[:1])))
 
     def add(total: Any, part: tuple[jax.Array, jax.Array]):
-        return jax.tree.map(lambda t, g: t + g / parts, total, gradients(system, params, *part)), None
+        return jax.tree.map(lambda t, g: t + g / parts, total, gradients(config, params, *part)), None
 
     return lax.scan(add, zero, micro)[0]

@@ -1,7 +1,5 @@
 """One training step: noise, gradients, both optimizers, and the skipping of bad steps."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -21,19 +19,17 @@ NORM_MEMORY = 0.98  # of the running mean of gradient norms
 NORM_WARMUP = 50  # accepted steps before a norm can count as an outlier
 
 
-def make_train_step(system: System, mesh: Mesh | None = None):
-    """(state, batch) -> (state, scalars on the device); jitted, the state donated.
+def make_train_step(config: Config, mesh: Mesh | None = None):
+    """(state, batch as `encoded` makes it) -> (state, scalars on the device); jitted, the state donated.
 
     On a mesh the state keeps its layout over it (sharding.parameter_shardings); the noise is the same on any.
     """
-    settings, noise_std = system.config.train, system.config.model.noise_std
-
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        clean = system.latents_of(batch)
+        clean = jnp.asarray(batch.latents_BNhwC, jnp.float32)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        noisy = clean + noise_std * jax.random.normal(key, clean.shape)
-        grads, losses = accumulated_gradients(system, state.params, noisy, batch.text_B, settings.accumulate)
-        state, norm, skip = apply_gradients(state, grads, settings)
+        noisy = clean + config.model.noise_std * jax.random.normal(key, clean.shape)
+        grads, losses = accumulated_gradients(config, state.params, noisy, batch.text_B)
+        state, norm, skip = apply_gradients(state, grads, config.train)
         return state, {**losses, "bits_per_dim": to_bits(losses["loss"]), "grad_norm": norm,
                        "skip": skip, "skipped": state.skipped}
 
@@ -77,18 +73,12 @@ def _update(state: TrainState, grads: Params, norm: jax.Array, settings: Train) 
 
 
 def encoded(system: System, batch: Batch, frozen: Params) -> Batch:
-    """The batch as the step takes it: what comes of weights that are not trained, a VAE's or a text encoder's, is
-    computed before, and they are no part of the step's program. frozen: the text encoder's, or {}."""
-    if system.config.codec.kind == "wan":
-        batch = batch.replace(latents_BNhwC=system.latents_of(batch), frames_BTHWC=None, drop_first_B=None)
+    """The batch as the step takes it, in latents as trained on; features of a frozen text encoder, too. A codec's and a
+    frozen encoder's weights are no part of the step's program. frozen: the text encoder's, or {}."""
+    batch = batch.replace(latents_BNhwC=system.latents_of(batch), frames_BTHWC=None, drop_first_B=None)
     if frozen and batch.features_BSD is None:
-        batch = batch.replace(features_BSD=_features(system, frozen, batch.text_ids_BS), text_ids_BS=None)
+        batch = batch.replace(features_BSD=system.features(frozen, batch.text_B), text_ids_BS=None)
     return batch
-
-
-@partial(jax.jit, static_argnums=0)
-def _features(system: System, params: Params, ids_BS: jax.Array) -> jax.Array:
-    return system.features(params, ids_BS)
 
 
 def tokens_of(batch: Batch, config: Config) -> int:

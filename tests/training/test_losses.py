@@ -8,17 +8,17 @@ from starflow_jax.config import Config, Model, Text
 from starflow_jax.flow.likelihood import nats, nll_mean
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.model.parameters import flow_variables, init_params
-from starflow_jax.model.system import System
+from starflow_jax.model.text import encode_text, text_encoder
 from starflow_jax.training.losses import gradients, to_bits, weighted_loss
 from tests.helpers import fresh, latents, random_flow, randomised, text, tiny_model
 
 IDS = jnp.ones((2, 3), jnp.int32)
 
 
-def system(model: Model) -> System:
-    """Neither tokenizer nor codec: the losses begin with latents and token ids."""
+def config_of(model: Model) -> Config:
+    """With a text encoder as small as the model."""
     t5 = Text(vocab_size=8, layers=1, d_model=model.text_dim, d_kv=2, d_ff=4, heads=2)
-    return System(Config("test", model, t5), tokenizer=None, codec=None)  # type: ignore[arg-type]
+    return Config("test", model, t5)
 
 
 def test_nats_of_an_identity_flow_are_the_standard_normals() -> None:
@@ -76,13 +76,13 @@ def test_target_is_the_tweedie_step_of_an_identity_flow() -> None:
 def test_denoiser_regresses_the_scaled_score() -> None:
     """With an output of 0 its loss is the mean square of the target -sigma^2/0.3 grad log p."""
     model = tiny_model(noise_std=0.5, denoiser="first_layer", denoiser_layers=1)
-    whole, x = system(model), latents(model, batch=2)
-    params = init_params(whole.config, jax.random.key(0))
+    whole, x = config_of(model), latents(model, batch=2)
+    params = init_params(whole, jax.random.key(0))
     params["flow"], params["text"] = randomised(params["flow"]), randomised(params["text"], seed=2)
-    features = whole.features(params, IDS)
+    features = encode_text(text_encoder(whole), params["text"], IDS)
 
     def negative_log_p(x: jax.Array) -> jax.Array:
-        return nats(whole.flow.apply(flow_variables(params), x, features, method=STARFlow.forward)).sum()
+        return nats(STARFlow(whole.model).apply(flow_variables(params), x, features, method=STARFlow.forward)).sum()
 
     target = 0.5**2 / 0.3 * jax.jit(jax.grad(negative_log_p))(x)
     _, losses = jax.jit(lambda: gradients(whole, params, x, IDS))()
