@@ -236,7 +236,7 @@ def data_process(mesh: Mesh) -> tuple[int, int]:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """This process's part of a batch, a pytree of arrays by clip, as part of the global arrays."""
+    """This process's shard of a batch, a pytree of arrays by clip, as a part of the global arrays."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 

@@ -49,7 +49,8 @@ def released_name(ours: str, config: WanConfig) -> str:
 @functools.cache
 def _our_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
     frames = jax.ShapeDtypeStruct((1, 1 + config.time_stride, config.stride, config.stride, 3), jnp.float32)
-    params = jax.eval_shape(WanVAE(config).init, jax.random.key(0), frames)["params"]
+    # The key too is made in shapes alone: planning asks on a mesh of devices that are not there.
+    params = jax.eval_shape(lambda frames: WanVAE(config).init(jax.random.key(0), frames), frames)["params"]
     return {name: leaf.shape for name, leaf in traverse_util.flatten_dict(params, sep="/").items()}
 
 

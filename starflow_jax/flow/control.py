@@ -1,7 +1,7 @@
 """Camera control: the Plücker coordinates of the ray through every pixel of every frame.
 
 A ray with origin o and unit direction d is the pair (o × d, d): the moment is the same for every point o
-of the ray, so the six numbers say which line of the world a pixel sees, and nothing else.
+of the ray, so the six numbers identify the line of the world that a pixel sees, and nothing else.
 """
 
 import numpy as np

@@ -101,12 +101,12 @@ def generate(
     guess_BSK: jax.Array | None = None,
     start_BTSK: jax.Array | None = None,
 ) -> Iterator[tuple[jax.Array, Report]]:
-    """Yield the frames of u that follow the known ones, (B, G, S, K) with their report, as they are done.
+    """Yield the frames of u that follow the known ones, (B, G, S, K) with their report, as they are finished.
 
     noise: one frame of it per frame to make. texts: (branches, B, text_length, text_dim), conditional
     features and, with guidance, what they are guided away from; or a dict of them by the index of the made
     frame from which on they hold (0 must be there). Past `window` frames (default: all fit), or with
-    another text, the last `context` frames are encoded again at positions from 0 and generation goes on.
+    another text, the last `context` frames are encoded again at positions from 0 and generation continues.
     The solver starts at `start`, shaped as the noise, or each frame at the one before (the first at `guess`).
     Raises ValueError where the known frames or the context do not fit the window.
     """

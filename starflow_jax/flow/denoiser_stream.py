@@ -1,7 +1,7 @@
-"""The denoiser a frame at a time, with a cache for each layer: what the whole-clip pass gives (DESIGN: losses).
+"""The denoiser a frame at a time, with a cache for each layer: the results of the whole-clip pass (DESIGN: losses).
 
 Only the first layer looks ahead, so it is run on the frame and those ahead of it, the others on the frame alone. Past
-frames' keys and values lie in a ring of window - 1 frames behind the text's: attention does not ask in which order.
+frames' keys and values lie in a ring of window - 1 frames behind the text's: attention does not depend on their order.
 """
 
 from functools import partial

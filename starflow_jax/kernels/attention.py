@@ -1,7 +1,7 @@
 """The causal attention core of training and decoding: one function, several kernels behind it.
 
 A kernel is a pair of functions, `forward` and `backward`, as in reference.py. One that cannot serve a shape,
-a dtype or a device raises `Unsupported`, and the next one is asked; the reference serves everything.
+a dtype or a device raises `Unsupported`, and the next one is tried; the reference serves everything.
 """
 
 import functools
@@ -48,14 +48,14 @@ def attention(
     """softmax(q k^T / sqrt(D)) v over the keys that the mask allows; (B, S, H, D) in q's dtype.
 
     All three in one dtype; softmax in float32. H is a multiple of G: each key head serves H/G query heads.
-    mask: one, or several, of which `which` (int32) says the one that applies: known only when the program runs.
+    mask: one, or several, of which `which` (int32), known only when the program runs, selects one.
     past: (k_BPGD, v_BPGD, length) of a cache that is only read: every query also sees its first `length` slots
     (int32, one for all samples or (B,)). RoPE is the caller's. A cache of a multiple of 1024 slots on TPUs,
     of 8 on GPUs, is read where it is; any other is copied first.
-    Over several devices, call it in a shard_map (check_vma=False) over samples and heads: XLA parts no kernel.
+    Over several devices, call it in a shard_map (check_vma=False) over samples and heads: XLA does not shard kernels.
     implementation: one of IMPLEMENTATIONS. By default the best that serves this call, of the platform that the
     program is lowered for.
-    Raises Unsupported where the one asked for does not serve this call, ValueError where there is no such one and
+    Raises Unsupported where the requested one does not serve this call, ValueError where there is no such one and
     for shapes that do not fit.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
@@ -140,7 +140,7 @@ def inner(out_BSHD: jax.Array, dout_BSHD: jax.Array, dtype) -> jax.Array:
 
 
 def forward(masks: Masks, which, q_BSHD, k_BKGD, v_BKGD) -> tuple[jax.Array, jax.Array]:
-    """reference.forward of the mask that `which` names, by the best kernel: for a set of keys that is a part of the
+    """reference.forward of the mask that `which` selects, by the best kernel: for a set of keys that is a part of the
     whole (see `merge`); has no derivatives."""
     if k_BKGD.shape[1] <= SHORT:
         return reference.forward_at_once(q_BSHD, k_BKGD, v_BKGD, _dense(masks, which, q_BSHD, k_BKGD))
@@ -181,7 +181,7 @@ def _run(direction: str, masks: Masks, which, length_B, implementation: str | No
 
 
 def _unseen(direction: str, q_BSHD, k_BKGD, v_BKGD, *_: jax.Array):
-    """What the kernels give where no query sees a key."""
+    """What the kernels return where no query sees a key."""
     if direction == "backward":
         return tuple(map(jnp.zeros_like, (q_BSHD, k_BKGD, v_BKGD)))
     rows = q_BSHD[..., 0].swapaxes(1, 2).astype(jnp.promote_types(q_BSHD.dtype, jnp.float32))

@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: sizes, the order in which blocks are met, copies ahead, small steps on tiles."""
+"""What the Hopper kernels share: sizes, the order in which blocks are visited, prefetching, small steps on tiles."""
 
 import math
 from typing import NamedTuple
@@ -35,7 +35,7 @@ TUNED = {64: Blocks(3, 128, 3, 128, 2), 128: Blocks(3, 64, 3, 64, 2)}
 
 
 class Walk(NamedTuple):
-    """The blocks that a tile meets: first those that the mask or the sample's length cuts, then the whole ones.
+    """The blocks that a tile visits: first those that the mask or the sample's length cuts, then the whole ones.
 
     Cut are the blocks front_whole .. front - 1 (which end the prefix), first .. whole_first - 1 and whole_last ..
     last - 1; whole are 0 .. front_whole - 1 and whole_first .. whole_last - 1.
@@ -50,7 +50,7 @@ class Walk(NamedTuple):
 
     @classmethod
     def over_keys(cls, runs_ref, tile, length, k_block: int, prefix: int) -> "Walk":
-        """Of a tile of queries; behind a sample's length nothing is met."""
+        """Of a tile of queries; behind a sample's length nothing is visited."""
         first, last, whole_first, whole_last = (runs_ref[i, tile] for i in range(4))
         last = jnp.maximum(first, jnp.minimum(last, lax.div(length + (k_block - 1), jnp.int32(k_block))))
         whole_first = jnp.minimum(whole_first, last)
@@ -60,7 +60,7 @@ class Walk(NamedTuple):
 
     @classmethod
     def over_queries(cls, runs_ref, tile, length, k_tile: int) -> "Walk":
-        """Of a tile of keys; one that reaches behind the sample's length is cut throughout, or meets nothing."""
+        """Of a tile of keys; one that reaches behind the sample's length is cut throughout, or visits nothing."""
         first, last, whole_first, whole_last = (runs_ref[i, tile] for i in range(4))
         last = jnp.where(tile * k_tile < length, last, first)
         is_inside = (tile + 1) * k_tile <= length
@@ -91,7 +91,7 @@ class Walk(NamedTuple):
         return index + jnp.where(index < self.front_whole, 0, self.whole_first - self.front_whole)
 
 
-def copy_ahead(fetch, steps, stages: int, free_barriers, computing: int) -> None:
+def prefetch(fetch, steps, stages: int, free_barriers, computing: int) -> None:
     """All that the copying warpgroup does: fetch(step, slot) as soon as the slot is free."""
     if computing in REGISTERS:
         plgpu.set_max_registers(REGISTERS[computing][1], action="decrease")

@@ -21,13 +21,13 @@ from starflow_jax.kernels.hopper import (
     Blocks,
     Walk,
     accumulate,
-    copy_ahead,
     filled,
     hide,
     launcher,
     lengths,
     load_row,
     pad,
+    prefetch,
     take_registers,
 )
 from starflow_jax.kernels.mask import Mask, block_runs, visible_blocks
@@ -71,7 +71,7 @@ def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, *, mask: Mas
                 plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, rows], lse_smem.at[slot], full.at[slot])
                 plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, rows], delta_smem.at[slot], full.at[slot])
 
-            copy_ahead(fetch, steps, stages, (free,), COMPUTING)
+            prefetch(fetch, steps, stages, (free,), COMPUTING)
 
         @pl.when(warpgroup < COMPUTING)
         def _compute():

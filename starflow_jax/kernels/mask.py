@@ -1,6 +1,6 @@
 """Who may attend to whom, as one interval of keys per query: nothing here has the size queries x keys.
 
-Every mask says for query i: it sees the first `prefix` keys and the keys low_i .. high_i - 1. Neither bound
+Under every mask query i sees the first `prefix` keys and the keys low_i .. high_i - 1. Neither bound
 falls from one query to the next, so the blocks of keys that a block of queries sees are two runs, and the
 blocks of queries that see a block of keys are one.
 """
@@ -59,7 +59,7 @@ class FrameWindow:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What a mask over `slots` slots says of some of its queries and a run of its keys.
+    """A mask over `slots` slots, of some of its queries and a run of its keys.
 
     runs: (first slot, count) of the queries, one behind the other, each beyond the one before.
     """

@@ -29,12 +29,12 @@ from starflow_jax.kernels.hopper import (
     Blocks,
     Walk,
     accumulate,
-    copy_ahead,
     filled,
     hide,
     launcher,
     lengths,
     pad,
+    prefetch,
     take_registers,
 )
 from starflow_jax.kernels.hopper_backward import backward
@@ -101,7 +101,7 @@ def forward(q_BSHD, k_BKGD, v_BKGD, *, mask: Mask, length_B, blocks: Blocks | No
                 plgpu.copy_gmem_to_smem(k_ref.at[source], k_smem.at[slot], k_full.at[slot])
                 plgpu.copy_gmem_to_smem(v_ref.at[source], v_smem.at[slot], v_full.at[slot])
 
-            copy_ahead(fetch, steps, stages, (k_free, v_free), computing)
+            prefetch(fetch, steps, stages, (k_free, v_free), computing)
 
         @pl.when(warpgroup < computing)
         def _compute():

@@ -1,6 +1,6 @@
 """Flash attention for TPUs in Pallas: bfloat16 products, softmax in float32, one pass over the keys.
 
-Arrays are turned to (B, H, D, S): a head of 64 channels would fill half of the 128 lanes, positions fill them all.
+Arrays are transposed to (B, H, D, S): a head of 64 channels would fill half of the 128 lanes, positions fill them all.
 Scores are (keys, queries), so that the softmax over keys runs down the sublanes, which needs no exchange between
 lanes, and what belongs to a query (its largest score, its log-sum-exp) is a row.
 
@@ -54,10 +54,10 @@ def forward(q_BSHD, k_BKGD, v_BKGD, *, mask: Mask, length_B, interpret: Any = Fa
     call = _Call(q_BSHD, k_BKGD, mask, length_B, interpret)
     out_BHDS, lse_BH1S = call(
         _forward_kernel, "attention_forward", _visits(call.visible), 2,
-        call.turned((q_BSHD, call.q_spec), (k_BKGD, call.k_spec), (v_BKGD, call.k_spec)),
+        call.transposed((q_BSHD, call.q_spec), (k_BKGD, call.k_spec), (v_BKGD, call.k_spec)),
         [(call.q_shape, q_BSHD.dtype, call.q_spec), (call.row_shape, jnp.float32, call.row_spec)],
         [(call.dim, call.q_block), (1, call.q_block), (1, call.q_block)])
-    return call.turn_back(out_BHDS, call.queries), lse_BH1S[:, :, 0, : call.queries]
+    return call.transpose_back(out_BHDS, call.queries), lse_BH1S[:, :, 0, : call.queries]
 
 
 def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, *, mask: Mask, length_B, interpret: Any = False):
@@ -83,15 +83,15 @@ def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, *, mask: Mas
           k_BKGD.dtype if len(by_key) == call.group == 1 else jnp.float32, dk_spec)
     dq_BHIDS, *dkv_BHCDK = call(
         functools.partial(_backward_kernel, in_chunk=in_chunk), "attention_backward", visits, 5,
-        call.turned((q_BSHD, call.q_spec), (k_BKGD, call.k_spec), (v_BKGD, call.k_spec), (dout_BSHD, call.q_spec))
+        call.transposed((q_BSHD, call.q_spec), (k_BKGD, call.k_spec), (v_BKGD, call.k_spec), (dout_BSHD, call.q_spec))
         + [(call.row(lse_BHS), call.row_spec), (call.row(delta_BHS), call.row_spec)],
         [((*per_head, len(by_key) * in_chunk, call.dim, call.q_block), q_BSHD.dtype, dq_spec), dk, dk],
         [(in_chunk, call.dim, call.q_block), *2 * [(call.dim, call.k_block)]])
     dq_BHDS = dq_BHIDS.transpose(0, 1, 3, 2, 4).reshape(*per_head, call.dim, -1)
     # The chunks and the query heads of a key head are added up.
     dkv_BGDK = [x.reshape(call.batch, -1, call.group * len(by_key), *x.shape[3:]).sum(2) for x in dkv_BHCDK]
-    return (call.turn_back(dq_BHDS, call.queries),
-            *(call.turn_back(x, call.keys).astype(k_BKGD.dtype) for x in dkv_BGDK))
+    return (call.transpose_back(dq_BHDS, call.queries),
+            *(call.transpose_back(x, call.keys).astype(k_BKGD.dtype) for x in dkv_BGDK))
 
 
 def _forward_kernel(visits_ref, length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, sum_ref, largest_ref, total_ref,
@@ -113,7 +113,7 @@ def _forward_kernel(visits_ref, length_ref, q_ref, k_ref, v_ref, out_ref, lse_re
         parts = visit.parts_of_keys(FORWARD_PART)
         largest, total, following_KQ = largest_ref[...], total_ref[...], scores_of(parts[0])
         for part, next_part in zip(parts, [*parts[1:], None]):
-            # The product of the next part is asked for first: it runs beside the softmax of this one.
+            # The product of the next part is issued first: it runs beside the softmax of this one.
             scores_KQ, following_KQ = following_KQ, None if next_part is None else scores_of(next_part)
             before, largest = largest, jnp.maximum(largest, scores_KQ.max(axis=0, keepdims=True))
             weights_KQ, shrink = jnp.exp(scores_KQ - largest), jnp.exp(before - largest)
@@ -268,15 +268,16 @@ class _Call:
                                           bytes_accessed=int(fetched) + written),
         )(visits, self.length_B, *(array for array, _ in inputs))
 
-    def turned(self, *arrays_and_specs: tuple[jax.Array, pl.BlockSpec]) -> list[tuple[jax.Array, pl.BlockSpec]]:
+    def transposed(self, *arrays_and_specs: tuple[jax.Array, pl.BlockSpec]) -> list[tuple[jax.Array, pl.BlockSpec]]:
         """(B, S, H, D) to (B, H, D, S), with zeros up to whole blocks of positions and whole tiles of channels."""
-        def turn(x_BSHD: jax.Array, block: int) -> jax.Array:
+        def transpose(x_BSHD: jax.Array, block: int) -> jax.Array:
             pad = ((0, 0), (0, -x_BSHD.shape[1] % block), (0, 0), (0, self.dim - self.head_dim))
             return jnp.pad(x_BSHD, pad).transpose(0, 2, 3, 1)
 
-        return [(turn(x, self.k_block if spec is self.k_spec else self.q_block), spec) for x, spec in arrays_and_specs]
+        return [(transpose(x, self.k_block if spec is self.k_spec else self.q_block), spec)
+                for x, spec in arrays_and_specs]
 
-    def turn_back(self, x_BHDS: jax.Array, length: int) -> jax.Array:
+    def transpose_back(self, x_BHDS: jax.Array, length: int) -> jax.Array:
         return x_BHDS.transpose(0, 3, 1, 2)[:, :length, :, : self.head_dim]
 
     def row(self, x_BHS: jax.Array) -> jax.Array:

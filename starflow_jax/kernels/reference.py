@@ -1,6 +1,6 @@
-"""The attention core in plain jax.numpy: the definition that every kernel has to meet.
+"""The attention core in plain jax.numpy: the definition that every kernel must match.
 
-Short sequences are one product (`attention`), which autodiff takes apart as fast as anything does on CPU.
+Short sequences are one product (`attention`), whose derivative by autodiff is as fast as any on a CPU.
 Long ones go block by block (`forward`, `backward`): memory grows with the length, not with its square.
 """
 
@@ -138,7 +138,7 @@ def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, mask: Mask, 
 
 
 class _Blocks:
-    """Keys and values in chunks, and what the mask says of each pair of chunks."""
+    """Keys and values in chunks, and what the mask allows in each pair of chunks."""
 
     def __init__(self, q_BSHD, k_BKGD, v_BKGD, mask: Mask, length_B):
         queries, self.keys, self.group = q_BSHD.shape[1], k_BKGD.shape[1], q_BSHD.shape[2] // k_BKGD.shape[2]

@@ -1,8 +1,8 @@
 """Rotary positions over rows, columns and time (DESIGN: the flow block, RoPE).
 
-The method turns neighbouring channels (x_2i, x_2i+1). Here a head's channels lie as all even ones, then
-all odd ones, so that a turn is two contiguous halves: attention only sees q.k, which any common
-permutation of q's and k's channels leaves as it is. Loading released weights applies that permutation.
+The method rotates neighbouring channels (x_2i, x_2i+1). Here a head's channels lie as all even ones, then
+all odd ones, so that a rotation acts on two contiguous halves: attention only sees q.k, which any common
+permutation of q's and k's channels leaves unchanged. Loading released weights applies that permutation.
 """
 
 import jax
@@ -43,7 +43,7 @@ def rope_table(positions_S3: np.ndarray, head_dim: int) -> jax.Array:
 
 
 def apply_rope(x_BSHD: jax.Array, table_2SE: jax.Array) -> jax.Array:
-    """Turn each slot's channel pairs (i, D/2 + i) by the slot's angles; keeps the dtype."""
+    """Rotate each slot's channel pairs (i, D/2 + i) by the slot's angles; keeps the dtype."""
     cos, sin = table_2SE[0][:, None, :], table_2SE[1][:, None, :]
     even, odd = jnp.split(x_BSHD.astype(jnp.promote_types(x_BSHD.dtype, jnp.float32)), 2, axis=-1)
     return jnp.concatenate([even * cos - odd * sin, even * sin + odd * cos], axis=-1).astype(x_BSHD.dtype)

@@ -28,7 +28,7 @@ def abstract_codec(config: Config) -> WanCodec:
 
 def compile_codec(config: Config, placed: jax.sharding.Sharding) -> list[tuple[str, Any, float]]:
     """(name, compiled program, runs in a step) for plan.videos videos of the training length; a step encodes and
-    decodes them. A stream's next frame is there for its memory alone: its work is a part of decoding's."""
+    decodes them. A stream's next frame is listed for its memory alone: its work is a part of decoding's."""
     codec, model, videos = abstract_codec(config), config.model, config.plan.videos
     stride = codec.config.stride
     frames = jax.ShapeDtypeStruct((videos, 1 + (model.frames - 1) * codec.config.time_stride, model.height * stride,

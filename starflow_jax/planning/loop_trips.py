@@ -6,7 +6,7 @@ from typing import Any
 
 from starflow_jax.planning.program_text import Array, Computation, Instruction, Module
 
-_TURNED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE"}
+_MIRRORED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE"}
 _SAME_NUMBER = {"bitcast", "copy", "convert", "reshape", "opt-barrier"}
 
 
@@ -54,7 +54,7 @@ def trips(module: Module, computation: Computation, loop: Instruction, arguments
 
 
 def value_of(module: Module, computation: Computation, name: str, arguments: tuple[Value, ...]) -> Value:
-    """What the text says of a result, given what is known of the computation's parameters."""
+    """What the text fixes of a result, given what is known of the computation's parameters."""
     instruction = computation[name]
     opcode, operands = instruction.opcode, instruction.operands
 
@@ -100,7 +100,7 @@ def _until(test: Value, start: tuple, after: tuple, fixed: tuple) -> int | None:
                    for side in (test.left, test.right))
     direction = test.direction
     if isinstance(right, _Item):
-        left, right, direction = right, left, _TURNED.get(direction, "")
+        left, right, direction = right, left, _MIRRORED.get(direction, "")
     if not (isinstance(left, _Item) and isinstance(right, int)):
         return None
     begin, then = start[left.at], after[left.at]
@@ -109,6 +109,6 @@ def _until(test: Value, start: tuple, after: tuple, fixed: tuple) -> int | None:
     distance, step = right - begin - left.plus, then.plus
     if direction in ("GT", "GE"):
         distance, step = -distance, -step
-    if direction not in _TURNED or step <= 0:
+    if direction not in _MIRRORED or step <= 0:
         return None
     return max(0, -(-(distance + (direction in ("LE", "GE"))) // step))

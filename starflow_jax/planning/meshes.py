@@ -20,8 +20,8 @@ def chosen(config: Config, devices: int) -> Config:
 
 
 def suited(config: Config, devices: int) -> settings_of.Mesh:
-    """Training: as many parts of the batch as divide it, the rest over tokens. Sampling: weights stay on the chips
-    that hold them, as many as divide the heads, the rest takes other videos."""
+    """Training: as many shards of the batch as divide it, the rest over tokens. Sampling: weights stay on the chips
+    that hold them, as many as divide the heads; the rest take other videos."""
     heads = math.gcd(config.model.deep_width, config.model.shallow_width) // config.model.head_dim
     if config.plan.step == "sample":
         tensor = math.gcd(devices, heads)

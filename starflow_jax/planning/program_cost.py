@@ -1,7 +1,7 @@
 """What one run of a compiled program costs a device: operations, bytes of its memory, bytes over the links.
 
 Counted from the optimised program's text. The compiler's own `cost_analysis()` counts a loop's body once; here it
-counts as often as it runs. A Pallas kernel counts what it says of itself (`pl.CostEstimate`).
+counts as often as it runs. A Pallas kernel counts as it declares (`pl.CostEstimate`).
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ ELEMENTWISE = {"add", "subtract", "multiply", "divide", "remainder", "maximum", 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one device and one run. flops: 2 for each multiply-add of products, and what kernels say of theirs."""
+    """Of one device and one run. flops: 2 for each multiply-add of products, and what kernels declare."""
 
     flops: float = 0.0
     elementwise: float = 0.0  # arithmetic outside products, one for each element
@@ -46,16 +46,15 @@ class Cost:
         return _combine(lambda a, _: a * count, self, self)
 
 
-def count(compiled: Any, unknown_trips: float = 1, once: bool = False) -> Cost:
+def count(compiled: Any, unknown_trips: float = 1) -> Cost:
     """The cost of a compiled program (`jax.jit(f).lower(...).compile()`), or of its text.
 
     A loop without a number of trips in it (a solver's) counts `unknown_trips` times; of a conditional the costliest
     branch counts; of a kernel that declares nothing, its operands and results as bytes, and no operations.
-    once: each loop's body counts once, as in the compiler's own analysis.
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     module = parse(text)
-    return _Counter(module, unknown_trips, once).run(module.entry, ())
+    return _Counter(module, unknown_trips).run(module.entry, ())
 
 
 def _combine(function, a: Cost, b: Cost) -> Cost:
@@ -67,12 +66,12 @@ def _combine(function, a: Cost, b: Cost) -> Cost:
 
 
 class _Counter:
-    def __init__(self, module: Module, unknown_trips: float, once: bool):
-        self.module, self.unknown_trips, self.once = module, unknown_trips, once
+    def __init__(self, module: Module, unknown_trips: float):
+        self.module, self.unknown_trips = module, unknown_trips
         self.seen: dict[tuple, Cost] = {}
 
     def run(self, name: str, arguments: tuple) -> Cost:
-        """The cost of a computation outside fusions. arguments: what is known of its parameters (hlo_trips.py)."""
+        """The cost of a computation outside fusions. arguments: what is known of its parameters (loop_trips.py)."""
         if (name, arguments) not in self.seen:
             computation = self.module.computations[name]
             total = Cost()
@@ -86,7 +85,7 @@ class _Counter:
         if kind == "while":
             number, state = trips(self.module, computation, instruction, arguments)
             cost = sum((self.run(instruction.called(name)[0], (state,)) for name in ("body", "condition")), Cost())
-            return cost.times(1 if self.once else self.unknown_trips if number is None else number)
+            return cost.times(self.unknown_trips if number is None else number)
         if kind in ("conditional", "call", "async"):
             values = tuple(value_of(self.module, computation, name, arguments) for name in instruction.operands)
         if kind == "conditional":
@@ -162,7 +161,7 @@ class _Counter:
             return 0.0 if user.name in _ends(inside) else self._read(inside, user.name)
         if user.opcode in SAME_ELEMENTS and user is not inside.root:
             return self._read(inside, user.name)
-        if user.opcode == "tuple" or _goes_on(inside, user):
+        if user.opcode == "tuple" or _continues(inside, user):
             return 0.0  # the value only passes through
         if user.opcode == "fusion":
             within = self.module.computations[user.called("calls")[0]]
@@ -173,7 +172,7 @@ class _Counter:
         """The share of each array of a fusion's result that is written: an update in place writes the update."""
         if instruction.opcode == "tuple":
             return [share for name in instruction.operands for share in self._written(inside, inside[name])]
-        if instruction.opcode == "parameter" or _goes_on(inside, instruction):
+        if instruction.opcode == "parameter" or _continues(inside, instruction):
             return [0.0] * len(instruction.arrays)
         if instruction.opcode == "bitcast":
             return self._written(inside, inside[instruction.operands[0]])
@@ -201,8 +200,8 @@ def _is_call(instruction: Instruction, target: str) -> bool:
     return instruction.opcode == "custom-call" and f'custom_call_target="{target}' in instruction.attributes
 
 
-def _goes_on(inside: Computation, instruction: Instruction) -> bool:
-    """Whether this is a further part of a collective that TPUs have spread over several fusions, to run beside them.
+def _continues(inside: Computation, instruction: Instruction) -> bool:
+    """Whether this is a further part of a collective that is split over several fusions, on TPUs, to overlap with them.
 
     All parts have the whole collective's shape and a chain_id; it is counted at its start.
     """
@@ -283,7 +282,7 @@ def _window_pairs(size: int, kernel: int, out: int, stride: int, pad: int, lhs_d
 
 
 def _declared(instruction: Instruction) -> Cost | None:
-    """What a Pallas kernel says that it costs."""
+    """The cost that a Pallas kernel declares."""
     estimate = re.search(r'"cost_estimate":\{([^}]*)\}', instruction.attributes)
     if instruction.opcode != "custom-call" or estimate is None:
         return None
@@ -293,7 +292,7 @@ def _declared(instruction: Instruction) -> Cost | None:
 
 
 def _custom_call(computation: Computation, instruction: Instruction) -> Cost:
-    """Kernels that say what they cost, and cuBLAS's products."""
+    """Kernels that declare their cost, and cuBLAS's products."""
     if declared := _declared(instruction):
         return dataclasses.replace(declared, hbm_bytes=0.0)
     if not _is_call(instruction, "__cublas$"):
@@ -307,7 +306,7 @@ def _custom_call(computation: Computation, instruction: Instruction) -> Cost:
 def _sent_bytes(computation: Computation, instruction: Instruction, kind: str, devices: int, fused: bool
                 ) -> dict[str, float]:
     """What a device sends in a collective among n, by the ring's formulas; {} for other instructions."""
-    if fused and _goes_on(computation, instruction):
+    if fused and _continues(computation, instruction):
         return {}
     n = _group_size(instruction.attributes, devices)
     if fused and kind == "all-reduce" and _only_sliced(computation, instruction):

@@ -1,6 +1,7 @@
 """A compiled program's text (optimised HLO, of any backend) as computations, instructions and shapes.
 
-As much of the text's grammar as the count of operations and bytes needs (hlo_cost.py); jax has no parser of its own.
+As much of the text's grammar as the count of operations and bytes needs (program_cost.py): jax has no parser of its
+own.
 """
 
 import dataclasses

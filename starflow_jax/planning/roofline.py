@@ -14,7 +14,7 @@ GIB, GB, TERA = 2**30, 1e9, 1e12
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a chip, or the part of it that one JAX device is, has and can do."""
+    """Memory, speed and bandwidths of a chip, or of the part of it that is one JAX device."""
 
     name: str
     cores: int
@@ -24,7 +24,7 @@ class Chip:
     ici_bandwidth: float  # bytes a second that it sends over all its links together
 
 
-# By `device_kind`. Whole chips, of Google's pages (docs.cloud.google.com/tpu/docs/...): ICI there is "bidirectional",
+# By `device_kind`. Whole chips, from Google's pages (docs.cloud.google.com/tpu/docs/...): ICI there is "bidirectional",
 # both directions together, or in Gbit/s one direction; here it is bytes in one direction.
 CHIPS = {
     # .../v4; ICI: six links of 50 GB/s, arxiv.org/abs/2304.01433, Table 4

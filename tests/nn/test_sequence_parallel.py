@@ -13,7 +13,7 @@ from starflow_jax.config import SEQUENCE_PARALLEL
 from starflow_jax.kernels import attention as core
 from starflow_jax.kernels import reference
 from starflow_jax.kernels.mask import Causal, FrameWindow, Mask, bounds, piece
-from starflow_jax.nn.sequence_parallel import _runs, sequence_parallel_attention
+from starflow_jax.nn.sequence_parallel import sequence_parallel_attention, zigzag_runs
 from starflow_jax.planning import program_cost
 
 # 36 slots: 3 of text, 4 frames of 8 tokens, one of padding.
@@ -22,7 +22,7 @@ BOTH = (Causal(), DENOISER)
 
 
 def run_on(devices: int, function: Callable, *arrays: jax.Array):
-    """The compiled function on a mesh that parts the tokens, and what it returns."""
+    """The compiled function on a mesh that shards the tokens, and what it returns."""
     mesh = sharding.make_mesh(settings_of.Mesh(data=1, sequence=devices), jax.devices()[:devices])
     with jax.set_mesh(mesh):
         placed = [jax.device_put(x, jax.NamedSharding(mesh, sharding.spec((None, "tokens", None, None))))
@@ -61,7 +61,7 @@ def test_values_and_gradients(choice: str, devices: int, masks: tuple[Mask, ...]
 
 
 @pytest.mark.parametrize("choice", ["all_gather", "ring"])
-def test_more_devices_than_heads_and_odd_parts(choice: str) -> None:
+def test_more_devices_than_heads_and_odd_shards(choice: str) -> None:
     inputs = arrays(slots=33, heads=1)
     _, found = run_on(3, with_gradients((Causal(),), 0, choice), *inputs)
     assert_those_of_one_device(found, Causal(), *inputs)
@@ -98,7 +98,7 @@ def test_what_moves(choice: str, kinds: set[str], parts: float) -> None:
 def test_causal_work_is_the_same_on_all_devices(devices: int) -> None:
     count, work, slots_seen = 6, [], []
     for device in range(devices):
-        runs = _runs(device, devices, count)
+        runs = zigzag_runs(device, devices, count)
         cut = piece(Causal(), devices * count, runs, 0, devices * count)
         _, low_S, high_S = bounds(cut, count, devices * count)
         work.append(int((high_S - low_S).sum()))
