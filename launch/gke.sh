@@ -12,7 +12,7 @@ Commands
   cluster  create the cluster, with slices of --type and Cloud Storage FUSE, and attach the bucket to it
   launch   image, start and log; its exit code is 0 if and only if the job succeeded
   image    build launch/Dockerfile and push it to --image
-  start    submit FLAGS as a workload; restarted after preemptions, it goes on from the last checkpoint
+  start    submit FLAGS as a workload; restarted after preemptions, it resumes from the last checkpoint
   log      follow the log of worker 0, wait for the workload's end
   status   the cluster's workloads
   stop     delete the workload; what it saved stays
@@ -87,8 +87,8 @@ check() {
     [[ $project ]] || project=$(setting project)
     [[ $zone ]] || zone=$(setting compute/zone)
     given project zone
-    [[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices=$slices: has to be a number, 1 or more"
-    [[ $max_restarts =~ ^[0-9]+$ ]] || die "--max-restarts=$max_restarts: has to be a number"
+    [[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices=$slices: must be a number, 1 or more"
+    [[ $max_restarts =~ ^[0-9]+$ ]] || die "--max-restarts=$max_restarts: must be a number"
     case $command in
         fetch) given name workdir ;;
         image) given image ;;
@@ -97,7 +97,7 @@ check() {
         log | stop) given cluster name ;;
         *) given cluster ;;
     esac
-    [[ ! $workdir ]] || is_bucket_folder "$workdir" || die "--workdir=$workdir: has to be gs://BUCKET/FOLDER"
+    [[ ! $workdir ]] || is_bucket_folder "$workdir" || die "--workdir=$workdir: must be gs://BUCKET/FOLDER"
     [[ ! $name || $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || die "--name=$name: small letters, digits and dashes only"
     bucket=${workdir#gs://}
     bucket=${bucket%%/*}

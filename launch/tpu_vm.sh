@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU VM, one host or a pod, and goes on after preemptions.
+# Trains on a Cloud TPU VM, one host or a pod, and resumes after preemptions.
 set -euo pipefail
 
 usage() {
@@ -93,8 +93,8 @@ check() {
     [[ $zone ]] || die '--zone is missing, and gcloud has no compute/zone set'
     [[ $project ]] || project=$(setting project)
     [[ $project ]] || die '--project is missing, and gcloud has no project set'
-    [[ $max_restarts =~ ^[0-9]+$ ]] || die "--max-restarts=$max_restarts: has to be a number"
-    [[ $poll =~ ^[0-9]+$ ]] || die "--poll=$poll: has to be a number of seconds"
+    [[ $max_restarts =~ ^[0-9]+$ ]] || die "--max-restarts=$max_restarts: must be a number"
+    [[ $poll =~ ^[0-9]+$ ]] || die "--poll=$poll: must be a number of seconds"
     [[ $queue || ! $valid_until ]] || die '--valid-until-duration needs --queue'
     [[ ! $queue || $capacity != --preemptible ]] || die '--queue takes no --preemptible; use --spot'
     case $command in
@@ -104,7 +104,7 @@ check() {
         launch | start | fetch)
             [[ $workdir ]] || die '--workdir is missing: gs://BUCKET/FOLDER, or a path on a disk all workers share'
             is_bucket_folder "$workdir" || [[ $workdir == /* ]] ||
-                die "--workdir=$workdir: has to be gs://BUCKET/FOLDER, or the full path of a disk all workers share"
+                die "--workdir=$workdir: must be gs://BUCKET/FOLDER, or the full path of a disk all workers share"
             ;;
     esac
     case $command in
@@ -267,7 +267,7 @@ install() {
     # shellcheck disable=SC2016 # expanded by the inner bash
     run bash -o pipefail -c 'cd "$1" && git ls-files -z --cached --others --exclude-standard | '\
 'tar --create --gzip --null --files-from=- --ignore-failed-read --file="$2"' pack "$root" "$archive" ||
-        die "$root can't be packed; it has to be a git checkout" 1
+        die "$root can't be packed; it must be a git checkout" 1
     tpu scp "$archive" "$name:" --worker=all --quiet
     tpu ssh "$name" --worker=all --quiet --command='mkdir -p starflow_jax && tar -xzf starflow_jax.tar.gz '\
 '-C starflow_jax && bash starflow_jax/launch/worker.sh install tpu'
@@ -371,7 +371,7 @@ see_it_through() {
             ended=1
             return 0
         fi
-        say "interruption $restarts ($name is $now, its job $ended): going on from the last checkpoint"
+        say "interruption $restarts ($name is $now, its job $ended): resuming from the last checkpoint"
         if [[ $now == READY ]]; then
             worker all stop 30 # the other workers may wait for the lost one for ever
         elif create_again; then

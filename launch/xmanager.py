@@ -4,7 +4,7 @@
 
 `uv run` gives XManager the environment named below, apart from starflow_jax's: it needs an older protobuf. (Without uv:
 a virtual environment of its own, `pip install xmanager`, and that environment's python instead of `uv run`.)
-Started again with the same --workdir, every run goes on from its last checkpoint. XManager knows no TPU beyond v3:
+Started again with the same --workdir, every run resumes from its last checkpoint. XManager knows no TPU beyond v3:
 pods are for tpu_vm.sh and gke.sh.
 """
 # /// script

@@ -23,7 +23,7 @@ def features(videos: Videos, i3d: I3D, frames: int) -> np.ndarray:
         for name in videos.files:
             try:
                 start_THWC = videos.read(name)[:frames]
-            except UserError:  # `measure` told of it
+            except UserError:  # `measure` lists it
                 continue
             finally:
                 progress.update()

@@ -18,7 +18,6 @@ import numpy as np
 from starflow_jax.config import UserError
 
 I3D_SIZE = 224  # pixels of a side
-I3D_LEAST_FRAMES = 9  # fewer vanish in its strides
 LPIPS_LEAST = 64  # pixels of the smaller side: smaller ones vanish in AlexNet's strides
 ARRAY_NAMES = {  # of these globals an array's pickle consists, by NumPy 1's names
     ("numpy.core.multiarray", "_reconstruct"): "numpy._core.multiarray",

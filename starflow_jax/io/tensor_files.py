@@ -135,5 +135,5 @@ def report_misfits(source: str, *, missing: list[str], unexpected: list[str], mi
     """Raises UserError naming all of them where there is any."""
     lists = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     if any(lists.values()):
-        told = "; ".join(f"{what} {len(names)}: {', '.join(names)}" for what, names in lists.items() if names)
-        raise UserError(f"{source} is not of this configuration's model: {told}")
+        listed = "; ".join(f"{what} {len(names)}: {', '.join(names)}" for what, names in lists.items() if names)
+        raise UserError(f"{source} is not of this configuration's model: {listed}")

@@ -109,9 +109,9 @@ def model_of(folder: Path) -> Model:
 
 
 def refuse_converted(workdir: Path) -> None:
-    """Raises UserError where a workdir holds nothing but a converted model, which training can't go on from."""
+    """Raises UserError where a workdir holds nothing but a converted model, which training can't resume from."""
     if (workdir / "converted.json").exists() and newest_first(workdir / "checkpoints") == [0]:
-        raise UserError(f"{workdir} holds a converted model, without an optimizer's state to go on from; train in "
+        raise UserError(f"{workdir} holds a converted model, without an optimizer's state to resume from; train in "
                         f"another --workdir with --config.train.init_from={workdir}")
 
 

@@ -6,7 +6,6 @@ the heavy ones that it asks for are imported (pip install --no-deps vbench).
 
 import importlib.metadata
 import json
-import re
 from pathlib import Path
 
 from starflow_jax.config import UserError
@@ -45,8 +44,3 @@ def read_prompts(source: str) -> dict[str, frozenset[str]]:
 def stem(prompt: str, index: int) -> str:
     """What VBench calls video number `index` of a prompt, without the ending."""
     return f"{prompt}-{index}"
-
-
-def prompt_of(file_stem: str) -> str:
-    """The prompt of a file name without its ending; the number at the end may be missing."""
-    return re.sub(r"-\d+$", "", file_stem)

@@ -60,9 +60,9 @@ def _command(hook: str) -> Callable[[str], str]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"sample.rewrite={hook!r}: can't be run ({error})") from error
         if done.returncode:
-            told = " ".join(done.stderr.split()[-30:])
+            said = " ".join(done.stderr.split()[-30:])
             raise UserError(f"sample.rewrite={hook!r}: ended with code {done.returncode} on the prompt {prompt!r} "
-                            f"({told})")
+                            f"({said})")
         return done.stdout
 
     return call

@@ -28,12 +28,6 @@ def test_prompts_in_order_with_all_their_dimensions(prompt_list: str) -> None:
         ("a red seven moves right", {"color", "object_class"}), ("in a still frame, v. 2-5", {"temporal_flickering"})]
 
 
-def test_names_tell_the_prompt() -> None:
-    for entry in LIST:
-        assert vbench.prompt_of(vbench.stem(entry["prompt_en"], 12)) == entry["prompt_en"]
-    assert vbench.stem("a cat", 0) == "a cat-0" and vbench.prompt_of("a cat") == "a cat"
-
-
 def test_lists_that_are_none(tmp_path: Path, monkeypatch) -> None:
     for text in ("{", '["a prompt"]', '[{"prompt_en": "a"}]', "[]", "3"):
         (tmp_path / "list.json").write_text(text)
