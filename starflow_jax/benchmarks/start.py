@@ -1,5 +1,6 @@
-"""How long a user waits for the first answer: fresh processes, from `import` to a video."""
+"""How long a user waits for an answer: fresh processes, from `import` to a video, and a model that is loaded."""
 
+import itertools
 import os
 import resource
 import shutil
@@ -14,9 +15,12 @@ import numpy as np
 
 from starflow_jax.io.command_line import PACKAGE
 from starflow_jax.io.timing import median_seconds
+from starflow_jax.sampling.api import Video, load
 
 ROUNDS = 3
-VIDEO = ("--mode=sample", "--config.sample.prompt=a blue three moves right", "--workdir=work")
+CALLS = 20
+PROMPT = "a blue three moves right"
+VIDEO = ("--mode=sample", f"--config.sample.prompt={PROMPT}", "--workdir=work")
 COLD, WARM = "first video, nothing compiled", "first video, compiled before"
 # Arguments of Python, and the exit code.
 PROCESSES: dict[str, tuple[tuple[str, ...], int]] = {
@@ -29,7 +33,7 @@ PROCESSES: dict[str, tuple[tuple[str, ...], int]] = {
 }
 
 
-def report(rounds: int = ROUNDS) -> dict[str, list[dict[str, Any]]]:
+def report(rounds: int = ROUNDS, calls: int = CALLS) -> dict[str, list[dict[str, Any]]]:
     """Median seconds of each process, by the clock and of all cores together, away from the checkout and with a cache
     of compiled programs of their own.
 
@@ -41,7 +45,19 @@ def report(rounds: int = ROUNDS) -> dict[str, list[dict[str, Any]]]:
         seconds = median_seconds("start", cases, rounds)
     return {"fresh processes": [
         {"what": name, "seconds": seconds[name], "CPU seconds": float(np.median(cpu_seconds[name][1:]))}
-        for name in PROCESSES]}
+        for name in PROCESSES], "a loaded model": loaded_model(calls)}
+
+
+def loaded_model(rounds: int) -> list[dict[str, Any]]:
+    """Median seconds of calls of the pretrained model that were compiled before, each with a seed of its own."""
+    model, seeds = load(), itertools.count()
+
+    def generate() -> Video:
+        return model.generate(PROMPT, seed=next(seeds))
+
+    seconds = median_seconds("calls", {"generate": generate, "generate and its log_likelihood":
+                                       lambda: generate().log_likelihood}, rounds)
+    return [{"what": name, "seconds": seconds[name]} for name in seconds]
 
 
 def _case(name: str, folder: Path, cpu_seconds: list[float]) -> Callable[[], None]:

@@ -18,11 +18,14 @@ def test_each_process_is_run_in_turns_and_the_first_round_does_not_count(monkeyp
 
     monkeypatch.setattr(start, "run_process", run_process)
     monkeypatch.setattr(start, "_cpu_seconds_of_children", lambda: used[0])
-    rows = start.report(rounds=2)["fresh processes"]
+    found = start.report(rounds=2, calls=1)
+    rows = found["fresh processes"]
     assert [row["what"] for row in rows] == list(start.PROCESSES)
     assert ran == list(start.PROCESSES.values()) * 3
     assert found_compiled[4:6] == found_compiled[10:12] == [False, True]
     assert [row["CPU seconds"] for row in rows] == [len(arguments) for arguments, _ in start.PROCESSES.values()]
+    plain, with_likelihood = (row["seconds"] for row in found["a loaded model"])
+    assert 0 < plain and 0 < with_likelihood
 
 
 def test_a_process_that_ends_otherwise_is_no_figure(tmp_path: Path) -> None:
