@@ -147,7 +147,7 @@ class Transformer(nn.Module):
             for index, of_layer in enumerate(params):
                 x_BSD, kv = run(x_BSD[:, :kept] if index else x_BSD, of_layer,
                                 None if past is None else tuple(part[index] for part in past), index == 0)
-                made.append(kv)
+                made.append(jax.tree.map(lambda part: part[:, :kept], kv))
             return x_BSD, tuple(zip(*made)) if keep_kv else None
         if kept is not None:
             return _first_apart(run, x_BSD, (params, past), self.layers, kept)
