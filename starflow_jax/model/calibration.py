@@ -9,7 +9,7 @@ import numpy as np
 from starflow_jax.config import Solver
 from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess
 from starflow_jax.io.arrays import export_arrays, import_arrays
-from starflow_jax.io.files import atomic_path
+from starflow_jax.io.files import write_text
 
 FIRST_GUESS, NOISE_GUESS, SOLVER = "first_guess.safetensors", "noise_guess.safetensors", "decoding.json"
 MEASURED = ("kind", "block_size", "frames_per_step", "updates", "start")  # the solver's settings that are calibrated
@@ -32,8 +32,7 @@ def save_calibration(calibration: Calibration, folder: Path) -> None:
         (folder / NOISE_GUESS).unlink(missing_ok=True)
     else:
         export_arrays(folder / NOISE_GUESS, dataclasses.asdict(calibration.noise_guess))
-    with atomic_path(folder / SOLVER) as path:
-        path.write_text(json.dumps({name: getattr(calibration.solver, name) for name in MEASURED}, indent=1))
+    write_text(folder / SOLVER, json.dumps({name: getattr(calibration.solver, name) for name in MEASURED}, indent=1))
 
 
 def read_calibration(folder: Path) -> Calibration:

@@ -13,7 +13,7 @@ from starflow_jax.benchmarks import decoding as benchmark_decode
 from starflow_jax.benchmarks import start as benchmark_start
 from starflow_jax.benchmarks.training import BENCHMARK_MODEL, train_step_ratio
 from starflow_jax.config import Config
-from starflow_jax.io.files import atomic_path
+from starflow_jax.io.files import write_text
 from starflow_jax.io.progress import table
 
 
@@ -40,8 +40,7 @@ def benchmark(config: Config, workdir: Path) -> None:
     if "training" in parts:
         results |= train_step_ratio(dataclasses.replace(config, model=BENCHMARK_MODEL))
         _print_training(results)
-    with atomic_path(workdir / "benchmark.json") as path:
-        path.write_text(json.dumps(results, indent=1))
+    write_text(workdir / "benchmark.json", json.dumps(results, indent=1))
     print(f"written: {workdir / 'benchmark.json'}")
 
 

@@ -15,7 +15,7 @@ from starflow_jax.evaluation import likelihood as of_video
 from starflow_jax.evaluation.frechet import features, frechet_distance
 from starflow_jax.evaluation.measures import psnr
 from starflow_jax.evaluation.networks import I3D, LPIPS
-from starflow_jax.evaluation.test_set import (
+from starflow_jax.evaluation.split import (
     ADHERENCE,
     SHOWN,
     generate_and_read,
@@ -24,7 +24,7 @@ from starflow_jax.evaluation.test_set import (
     split_likelihood,
 )
 from starflow_jax.evaluation.videos import folder_of_videos
-from starflow_jax.io.files import atomic_path
+from starflow_jax.io.files import write_text
 from starflow_jax.io.pictures import contact_sheet, write_gif
 from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.model.sources import data_source, fixed_captions
@@ -63,7 +63,7 @@ def evaluate_test_set(config: Config, workdir: Path) -> None:
         "sample_settings": dataclasses.asdict(config.sample),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    _write(workdir / "evaluate.json", results)
+    write_text(workdir / "evaluate.json", json.dumps(results, indent=1))
     print(table([("this model", f"{results['bits_per_dim']:.4f}"),
                  *((f"baseline: {name}", f"{value:.4f}") for name, value in results["baselines"].items())],
                 ("bits per dimension of noised test latents", "")))
@@ -111,7 +111,7 @@ def evaluate_video(config: Config, workdir: Path) -> None:
         of_video.write_interpolation(path.with_name(f"{path.name}_to_{Path(settings.other).stem}.mp4"), config, between,
                                      scale)
     facts["seconds"] = round(time.perf_counter() - began, 1)
-    _write(path.with_suffix(".json"), facts)
+    write_text(path.with_suffix(".json"), json.dumps(facts, indent=1))
     _print_video(facts, path)
 
 
@@ -146,7 +146,7 @@ def classify_by_likelihood(config: Config, workdir: Path) -> None:
     results = {"model": source, "clips": len(examples), "captions": int(np.prod(classify.CHOICES)),
                "captions_scored_per_clip": scored, "accuracy": accuracy, "chosen": chosen_B3.tolist(),
                "labels": labels_B3.tolist(), "seconds": round(time.perf_counter() - began, 1)}
-    _write(workdir / "classified.json", results)
+    write_text(workdir / "classified.json", json.dumps(results, indent=1))
     print(table([[f"{share:.3f}" for share in accuracy.values()]], tuple(accuracy)))
     print(f"\nof {len(examples)} test clips, {scored:.1f} of {results['captions']} captions scored for each, in "
           f"{results['seconds']} s: {workdir / 'classified.json'}")
@@ -177,13 +177,8 @@ def evaluate_quality(config: Config, workdir: Path) -> None:
                                      "fvd_videos": [len(made_ND), len(real_ND)]}
     facts = {"sets": results, "fvd_frames": settings.frames, "fps": settings.fps or "the videos' own",
              "reference": settings.reference, "missing": missing}
-    _write(workdir / "quality.json", facts)
+    write_text(workdir / "quality.json", json.dumps(facts, indent=1))
     print(table(*quality.rows_of(results)))
     for line in (*quality.unreadable_lines(results), *missing):
         print(line)
     print(f"\nwritten: {workdir / 'quality.json'}")
-
-
-def _write(path: Path, facts: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(facts, indent=1))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from starflow_jax.config import Config
-from starflow_jax.io.files import atomic_path
+from starflow_jax.io.files import write_text
 from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.planning.meshes import candidates, chosen
 from starflow_jax.planning.plan import StepPlan, plan_of
@@ -30,8 +30,7 @@ def plan(config: Config, workdir: Path) -> None:
     plans.sort(key=_order)
     best = plans[0]
     searched = {"searched": [plan.to_json() for plan in plans]} if config.plan.search else {}
-    with atomic_path(workdir / "plan.json") as path:
-        path.write_text(json.dumps(best.to_json() | searched, indent=1))
+    write_text(workdir / "plan.json", json.dumps(best.to_json() | searched, indent=1))
     print(_table(best))
     if config.plan.search:
         what = ("dtype", "tile") if best.codec else ("mesh", "remat")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from starflow_jax.config import Config
-from starflow_jax.io.files import atomic_path
+from starflow_jax.io.files import write_text
 from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.io.video import growing_mp4
 from starflow_jax.model.codec import frame_size
@@ -89,8 +89,7 @@ def _stream_all(folder: Path, system: System, params: Params, requests: list[Req
                      "seed": request.seed, "frames": frames, "seconds": round(seconds, 3),
                      "seconds_to_first_frame": round(first, 3), "settings": dataclasses.asdict(settings),
                      "timeline": [dataclasses.asdict(event) for event in events]}
-            with atomic_path(path.with_suffix(".json")) as temporary:
-                temporary.write_text(json.dumps(facts, indent=1))
+            write_text(path.with_suffix(".json"), json.dumps(facts, indent=1))
             draw_timeline(path.with_suffix(".timeline.png"), events)
             rows.append((str(path), f"{first:.2f}", f"{frames / seconds:.2f}"))
     return rows, ("video", "seconds to the first frame", "frames per second")

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from starflow_jax import sharding
 from starflow_jax.config import Config, Solver
 from starflow_jax.data.batch import Batch
-from starflow_jax.flow import decode
+from starflow_jax.flow import decode, inversion
 from starflow_jax.flow.decode import WindowState
 from starflow_jax.flow.inversion import Known
 from starflow_jax.flow.starflow import STARFlow, apply_flow
@@ -82,7 +82,7 @@ def _compile_sample(config: Config, mesh: Mesh) -> list[Program]:
     state = WindowState(known, array((videos, tokens, model.token_channels)), array((), jnp.int32))
     deep = decode.decode_frames.lower(
         flow, variables, state, array((videos, 1, tokens, model.token_channels)), array(()),
-        solver=decode.Solver(block, solver.tolerance), window=model.frames, token_grid=grid, branches=branches)
+        solver=inversion.Solver(block, solver.tolerance), window=model.frames, token_grid=grid, branches=branches)
     shallow = decode.invert_shallow.lower(
         flow, variables, array((videos, 1, tokens, model.token_channels)),
         solver=shallow_solver(solver), token_grid=grid)

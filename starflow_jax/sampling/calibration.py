@@ -10,7 +10,7 @@ import numpy as np
 from starflow_jax.config import Config, Sample, Solver, UserError
 from starflow_jax.data.evaluation import evaluation_batches
 from starflow_jax.data.examples import ClipLength, TextInput
-from starflow_jax.flow import decode, first_guess
+from starflow_jax.flow import first_guess, inversion
 from starflow_jax.io.progress import ProgressBar
 from starflow_jax.io.timing import timed
 from starflow_jax.model.parameters import Params
@@ -133,7 +133,7 @@ def deep_decoder(system: System, params: Params, captions: Sequence[str], settin
     return decode_all
 
 
-def deep_passes(report: decode.Report, solver: decode.Solver) -> float:
+def deep_passes(report: inversion.Report, solver: inversion.Solver) -> float:
     """Runs of the deep block, mean over samples: a wavefront's update the strides of a window together."""
     steps = np.asarray(report.steps)
     return float(len(steps) + solver.updates - 1 if solver.updates else steps.sum(axis=0).mean())

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from starflow_jax.config import Config
-from starflow_jax.io.files import atomic_path
+from starflow_jax.io.files import write_text
 from starflow_jax.io.pictures import contact_sheet
 from starflow_jax.io.video import write_mp4
 from starflow_jax.sampling.batches import Made
@@ -35,8 +35,7 @@ def write_video(folder: Path, config: Config, made: Made, nats: float) -> tuple[
     # VBench takes the ending of any file of the folder for that of all: only videos may lie there.
     details = folder.with_name(f"{folder.name}_details") / path.name if config.sample.vbench else path
     contact_sheet(details.with_suffix(".png"), frames[None], [made.request.prompt], scale=max(1, scale // 2))
-    with atomic_path(details.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(describe(config, made, nats), indent=1))
+    write_text(details.with_suffix(".json"), json.dumps(describe(config, made, nats), indent=1))
     bits = -nats / made.clips.noisy_BNhwC[made.index].size / np.log(2)
     return str(path), f"{bits:.3f}", int(made.clips.deep_steps_BK[made.index].sum()), f"{made.seconds:.1f}"
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from starflow_jax.config import Sample, UserError
 from starflow_jax.flow import decode
+from starflow_jax.flow.inversion import Report
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, decoding_variables, flow_variables
 from starflow_jax.model.system import System
@@ -65,7 +66,7 @@ def generate_clips(
 
 def deep_frames(
     system: System, params: Params, given: Conditions, settings: Sample
-) -> Iterator[tuple[jax.Array, decode.Report]]:
+) -> Iterator[tuple[jax.Array, Report]]:
     """u of the frames to make, a step's at a time: decode.generate's pairs."""
     return decode.generate(
         system.flow, decoding_variables(params), given.noise_BNSK, given.texts, guidance=settings.guidance,
@@ -105,8 +106,8 @@ def _joined(*parts_BN: jax.Array) -> jax.Array:
     return jnp.concatenate(parts_BN, axis=1)
 
 
-def _collect(frames: jax.Array, noisy: jax.Array, text: dict[int, jax.Array], deep: Sequence[decode.Report],
-             shallow: Sequence[decode.Report]) -> Clips:
+def _collect(frames: jax.Array, noisy: jax.Array, text: dict[int, jax.Array], deep: Sequence[Report],
+             shallow: Sequence[Report]) -> Clips:
     frames_BTHWC, noisy_BNhwC, deep, shallow = jax.tree.map(fetch, (frames, noisy, deep, shallow))
     batch = len(frames_BTHWC)
     converged_B = np.all(np.concatenate([report.converged for report in deep]), axis=0)

@@ -3,7 +3,7 @@
 import dataclasses
 
 from starflow_jax.config import Model, Sample, Solver
-from starflow_jax.flow import decode
+from starflow_jax.flow import inversion
 from starflow_jax.model.system import System
 
 SHALLOW_TOLERANCE = 0.1  # of the deep block's: shallow blocks are cheap and feed one another
@@ -28,16 +28,16 @@ def complete(asked: Solver, calibrated: Solver, model: Model, stream: bool = Fal
                                start=asked.start or measured.start or "previous")
 
 
-def deep_solver(solver: Solver) -> decode.Solver:
+def deep_solver(solver: Solver) -> inversion.Solver:
     """The deep block's, of complete settings."""
     if solver.kind == "sequential":
-        return decode.SEQUENTIAL
+        return inversion.SEQUENTIAL
     updates = solver.updates if solver.kind == "wavefront" else 0
-    return decode.Solver(solver.block_size, solver.tolerance, solver.max_steps, solver.frames_per_step, updates)
+    return inversion.Solver(solver.block_size, solver.tolerance, solver.max_steps, solver.frames_per_step, updates)
 
 
-def shallow_solver(solver: Solver) -> decode.Solver:
+def shallow_solver(solver: Solver) -> inversion.Solver:
     """The shallow blocks': a whole frame at once, to a part of the tolerance."""
     if solver.kind == "sequential":
-        return decode.SEQUENTIAL
-    return decode.Solver(WHOLE_FRAME, solver.tolerance * SHALLOW_TOLERANCE)
+        return inversion.SEQUENTIAL
+    return inversion.Solver(WHOLE_FRAME, solver.tolerance * SHALLOW_TOLERANCE)

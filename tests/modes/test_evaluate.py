@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from starflow_jax.evaluation.test_set import baselines, generate_and_read, read
+from starflow_jax.evaluation.split import baselines, generate_and_read, read
 from starflow_jax.model.system import System
 from starflow_jax.sampling.generate import generate_clips
 from tests.sampling.test_generate import CAPTIONS, CONFIG, params, system
