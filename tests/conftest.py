@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,23 @@ def bounded_memory() -> Iterator[None]:
 
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def system() -> Any:
+    """The System of tests/small_model.py."""
+    from tests.small_model import small_system
+
+    return small_system()
+
+
+@pytest.fixture(scope="session")
+def params() -> Any:
+    """Random parameters of the small model."""
+    from tests.helpers import random_params
+    from tests.small_model import CONFIG
+
+    return random_params(CONFIG, scale=0.3)
 
 
 def cpu_seconds() -> float:

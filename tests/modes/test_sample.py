@@ -14,7 +14,7 @@ from starflow_jax.sampling.batches import Made, most_likely
 from starflow_jax.sampling.generate import Clips
 from starflow_jax.sampling.given import given_frames, read_given
 from starflow_jax.sampling.requests import Request, extended, read_requests, rewritten
-from tests.sampling.test_generate import CONFIG
+from tests.small_model import CONFIG
 
 
 def config(**settings):

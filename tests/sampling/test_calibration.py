@@ -18,10 +18,7 @@ from starflow_jax.sampling.conditions import make_conditions, noise_for
 from starflow_jax.sampling.generate import generate_clips
 from starflow_jax.sampling.solver import chosen_solver, deep_solver
 from tests.helpers import changed
-from tests.sampling.test_generate import CAPTIONS, CONFIG, SETTINGS, params, system
-
-__all__ = ["params", "system"]  # fixtures
-
+from tests.small_model import CAPTIONS, CONFIG, SETTINGS
 
 SOLVER = Solver("jacobi", block_size=8, frames_per_step=2)
 

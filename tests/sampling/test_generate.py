@@ -7,39 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from starflow_jax.codec import patch
-from starflow_jax.config import Codec, Config, Model, Sample, Solver, Text, UserError
+from starflow_jax.config import UserError
 from starflow_jax.model.parameters import flow_variables
 from starflow_jax.model.system import System
-from starflow_jax.model.text import prompt_text
 from starflow_jax.sampling.conditions import noise_for
 from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.generate import Clips, generate_clips, log_likelihood
 from starflow_jax.sampling.likelihood import frame_nats
 from starflow_jax.sampling.windows import windows
-from starflow_jax.text.tokenizer import Tokenizer, train_tokenizer
-from tests.helpers import changed, randomised
-
-CAPTIONS = ["a red seven moves right", "a blue three drifts left", "a green one floats up"]
-CONFIG = Config(
-    name="small",
-    model=Model(channels=4, frames=3, height=2, width=2, shallow_layers=(1, 1), shallow_width=40, deep_layers=1,
-                deep_width=40, head_dim=20, text_length=24, text_dim=16, denoiser_layers=1, denoiser_window=2,
-                noise_std=0.3),
-    text=Text(vocab_size=256, layers=1, d_model=16, d_kv=8, d_ff=16, heads=2), codec=Codec(stride=4, time_stride=4))
-SETTINGS = Sample(guidance=1.5, solver=Solver(block_size=2, tolerance=1e-6), batch_size=3)
-
-
-@pytest.fixture(scope="module")
-def system() -> System:
-    frames = np.random.default_rng(0).integers(0, 256, (4, 9, 8, 8, 3), np.uint8)
-    codec = patch.fit(frames, patch.PatchShape(4, 4), CONFIG.model.channels)
-    return System(CONFIG, Tokenizer(train_tokenizer([prompt_text(CONFIG, c) for c in CAPTIONS], 256)), codec)
-
-
-@pytest.fixture(scope="module")
-def params(system: System):
-    return randomised(system.init(0), scale=0.3)
+from tests.helpers import changed
+from tests.small_model import CAPTIONS, CONFIG, SETTINGS
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from starflow_jax.config import UserError
+from starflow_jax.io.pictures import read_image
 from starflow_jax.model.system import System
 from starflow_jax.sampling.generate import generate_clips
 from starflow_jax.sampling.stream import latency, stream_clips, stream_devices
-from starflow_jax.sampling.timeline import Timeline, draw_timeline
+from starflow_jax.sampling.timeline import Event, Timeline, draw_timeline
 from tests.helpers import changed
-from tests.sampling.test_generate import CAPTIONS, SETTINGS, params, system
+from tests.small_model import CAPTIONS, SETTINGS
 
-__all__ = ["params", "system"]  # fixtures
 SEEDS = [5, 6, 7]
 
 
@@ -62,12 +62,29 @@ def test_a_frame_leaves_one_frame_after_it_is_made(system: System, params) -> No
     assert all(e.asked <= e.done for e in events)
 
 
-def test_timeline_is_drawn(tmp_path: Path) -> None:
+def test_timeline_notes_what_was_dispatched() -> None:
     timeline = Timeline()
     timeline.watch("deep", 0, jax.numpy.ones(3))
-    timeline.watch("rest", 0, jax.numpy.ones(3))
-    draw_timeline(tmp_path / "timeline.png", timeline.close())
-    assert (tmp_path / "timeline.png").stat().st_size > 200
+    timeline.watch("rest", 4, jax.numpy.ones(3))
+    assert {(event.stage, event.frame) for event in timeline.close()} == {("deep", 0), ("rest", 4)}
+    assert timeline.asked == {"deep": 1, "rest": 1}
+
+
+def test_timeline_is_drawn_to_scale(tmp_path: Path) -> None:
+    """A bar begins when its work could: asked for, and the frame before it done. Ten seconds are 840 pixels."""
+    events = [Event("deep", 0, 0.0, 2.0), Event("deep", 1, 0.0, 5.0), Event("rest", 0, 3.0, 4.0),
+              Event("rest", 1, 8.0, 10.0)]
+    draw_timeline(tmp_path / "timeline.png", events, width=900)
+    picture = read_image(tmp_path / "timeline.png")
+    even, odd = (picture == (0x4C, 0x78, 0xA8)).all(-1), (picture == (0xF5, 0x85, 0x18)).all(-1)
+
+    def bar(row: int, found: np.ndarray) -> tuple[int, int]:
+        columns = np.flatnonzero(found[row * 34 + 6])  # above the number in the bar
+        return int(columns[0]), int(columns[-1])
+
+    bars = [bar(0, even), bar(0, odd), bar(1, even), bar(1, odd)]
+    seconds = [(0, 2), (2, 5), (3, 4), (8, 10)]
+    np.testing.assert_allclose(bars, 50 + 84 * np.array(seconds), atol=1)
 
 
 def test_what_cannot_be_streamed_is_refused(system: System) -> None:

@@ -10,7 +10,7 @@ import pytest
 from starflow_jax.config import Sample, UserError
 from starflow_jax.sampling import vbench
 from starflow_jax.sampling.requests import read_requests
-from tests.sampling.test_generate import CONFIG
+from tests.small_model import CONFIG
 
 LIST = [{"prompt_en": "a red seven moves right", "dimension": ["color"]},
         {"prompt_en": "in a still frame, v. 2-5", "dimension": ["temporal_flickering"]},

@@ -1,5 +1,8 @@
 """Likelihood in nats and bits, and the flow-score target, against what they stand for."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +10,10 @@ import numpy as np
 from starflow_jax.config import Config, Model, Text
 from starflow_jax.flow.likelihood import nats, nll_mean
 from starflow_jax.flow.starflow import STARFlow
-from starflow_jax.model.parameters import flow_variables, init_params
+from starflow_jax.model.parameters import flow_variables
 from starflow_jax.model.text import encode_text, text_encoder
 from starflow_jax.training.losses import gradients, to_bits, weighted_loss
-from tests.helpers import fresh, latents, random_flow, randomised, text, tiny_model
+from tests.helpers import fresh, latents, random_flow, random_params, text, tiny_model
 
 IDS = jnp.ones((2, 3), jnp.int32)
 
@@ -21,11 +24,16 @@ def config_of(model: Model) -> Config:
     return Config("test", model, t5)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def forward(flow: STARFlow, variables: Any, x: jax.Array, features: jax.Array | None) -> Any:
+    return flow.apply(variables, x, features, method=STARFlow.forward)
+
+
 def test_nats_of_an_identity_flow_are_the_standard_normals() -> None:
     model = tiny_model()
     flow, variables = fresh(model)
     x = np.asarray(latents(model, batch=2), np.float64)
-    out = flow.apply(variables, jnp.asarray(x, jnp.float32), text(model, 2), method=STARFlow.forward)
+    out = forward(flow, variables, jnp.asarray(x, jnp.float32), text(model, 2))
     density = np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
     expected = -np.log(density).sum(axis=(2, 3, 4))
     np.testing.assert_allclose(nats(out), expected, rtol=1e-5)
@@ -37,7 +45,7 @@ def test_nats_bits_and_mean_loss_agree() -> None:
     model = tiny_model()
     flow, variables = random_flow(model)
     x = latents(model, batch=2)
-    out = flow.apply(variables, x, text(model, 2), method=STARFlow.forward)
+    out = forward(flow, variables, x, text(model, 2))
     total = nats(out)
     assert total.shape == (2, 2)
     loss = nll_mean(out)
@@ -49,9 +57,9 @@ def test_nats_bits_and_mean_loss_agree() -> None:
 def test_nats_of_a_frame_are_given_the_frames_before_it() -> None:
     model = tiny_model()
     flow, variables = random_flow(model)
-    forward = lambda x: nats(flow.apply(variables, x, text(model), method=STARFlow.forward))  # noqa: E731
-    x = latents(model)
-    np.testing.assert_allclose(forward(x)[:, :1], forward(x[:, :1]), rtol=1e-5)
+    x, features = latents(model), text(model)
+    whole, first = (nats(forward(flow, variables, of, features)) for of in (x, x[:, :1]))
+    np.testing.assert_allclose(whole[:, :1], first, rtol=1e-5)
 
 
 def test_weight_is_the_noise_level_over_its_reference() -> None:
@@ -66,10 +74,10 @@ def test_target_is_the_tweedie_step_of_an_identity_flow() -> None:
     x = latents(model, batch=2)
 
     def loss(x: jax.Array) -> jax.Array:
-        out = flow.apply(variables, x, text(model, 2), method=STARFlow.forward)
+        out = forward(flow, variables, x, text(model, 2))
         return weighted_loss(nll_mean(out).loss, model.noise_std)
 
-    target = model.noise_std * x.size * jax.grad(loss)(x)
+    target = model.noise_std * x.size * jax.jit(jax.grad(loss))(x)
     np.testing.assert_allclose(x - 0.3 * target, x + 0.5**2 * -x, rtol=1e-5, atol=1e-6)
 
 
@@ -77,14 +85,17 @@ def test_denoiser_regresses_the_scaled_score() -> None:
     """With an output of 0 its loss is the mean square of the target -sigma^2/0.3 grad log p."""
     model = tiny_model(noise_std=0.5, denoiser="first_layer", denoiser_layers=1)
     whole, x = config_of(model), latents(model, batch=2)
-    params = init_params(whole, jax.random.key(0))
-    params["flow"], params["text"] = randomised(params["flow"]), randomised(params["text"], seed=2)
+    params = random_params(whole)
+    params["denoiser"]["proj_out"] = jax.tree.map(jnp.zeros_like, params["denoiser"]["proj_out"])
     features = encode_text(text_encoder(whole), params["text"], IDS)
 
+    @jax.jit
+    @jax.value_and_grad
     def negative_log_p(x: jax.Array) -> jax.Array:
-        return nats(STARFlow(whole.model).apply(flow_variables(params), x, features, method=STARFlow.forward)).sum()
+        return nats(forward(STARFlow(whole.model), flow_variables(params), x, features)).sum()
 
-    target = 0.5**2 / 0.3 * jax.jit(jax.grad(negative_log_p))(x)
+    value, gradient = negative_log_p(x)
+    target = 0.5**2 / 0.3 * gradient
     _, losses = jax.jit(lambda: gradients(whole, params, x, IDS))()
     np.testing.assert_allclose(losses["denoiser_loss"], jnp.mean(target**2), rtol=1e-4)
-    np.testing.assert_allclose(losses["loss"], negative_log_p(x) / x.size - 0.5 * np.log(2 * np.pi), rtol=1e-4)
+    np.testing.assert_allclose(losses["loss"], value / x.size - 0.5 * np.log(2 * np.pi), rtol=1e-4)

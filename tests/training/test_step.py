@@ -7,16 +7,15 @@ import numpy as np
 
 from starflow_jax.config import REMAT, Train
 from starflow_jax.kernels import attention as core
-from starflow_jax.model.parameters import init_params
 from starflow_jax.planning import program_cost
 from starflow_jax.training.losses import accumulated_gradients, gradients
-from tests.helpers import latents, randomised, tiny_model
+from tests.helpers import latents, random_params, randomised, tiny_model
 from tests.training.test_losses import IDS, config_of
 
 
 def test_gradients_of_microbatches_average_to_the_whole_batchs() -> None:
     whole = config_of(tiny_model(denoiser="first_layer", denoiser_layers=1, deep_layers=1))
-    params = randomised(init_params(whole, jax.random.key(0)))
+    params = random_params(whole)
     x = latents(whole.model, batch=2)
     halves = dataclasses.replace(whole, train=Train(batch_size=2, image_batch_size=2, accumulate=2))
     once, losses = jax.jit(lambda p: gradients(whole, p, x, IDS))(params)
@@ -28,7 +27,7 @@ def test_gradients_of_microbatches_average_to_the_whole_batchs() -> None:
 def test_the_denoisers_error_reaches_the_denoiser_alone() -> None:
     """Other denoiser parameters: another denoiser gradient, the same one of flow and text, bit for bit."""
     whole = config_of(tiny_model(denoiser="first_layer", denoiser_layers=1, deep_layers=1))
-    params = randomised(init_params(whole, jax.random.key(0)))
+    params = random_params(whole)
     x = latents(whole.model, batch=2)
     run = jax.jit(lambda p: gradients(whole, p, x, IDS)[0])
     first, second = run(params), run({**params, "denoiser": randomised(params["denoiser"], seed=9)})
@@ -45,7 +44,7 @@ def test_bfloat16_gradients_point_as_float32s_and_come_back_in_float32() -> None
     x, found = None, {}
     for dtype in ("float32", "bfloat16"):
         whole = config_of(tiny_model(denoiser="first_layer", denoiser_layers=1, deep_layers=1, dtype=dtype))
-        params = randomised(init_params(whole, jax.random.key(0)))
+        params = random_params(whole)
         x = latents(whole.model, batch=2)
         grads, losses = jax.jit(lambda p, whole=whole, x=x: gradients(whole, p, x, IDS))(params)
         assert {leaf.dtype for leaf in jax.tree.leaves((params, grads))} == {np.dtype("float32")}
@@ -62,7 +61,7 @@ def test_rematerialisation_changes_work_and_no_gradient(monkeypatch) -> None:
     flops, found = {}, {}
     for remat in REMAT:
         whole = config_of(tiny_model(remat=remat))
-        params = randomised(init_params(whole, jax.random.key(0)))
+        params = random_params(whole)
         x = latents(whole.model, batch=2)
         compiled = jax.jit(lambda p, whole=whole, x=x: gradients(whole, p, x, IDS)).lower(params).compile()
         flops[remat], found[remat] = program_cost.count(compiled).flops, compiled(params)
