@@ -71,11 +71,6 @@ def check_pair(config: Config, frames_THWC: np.ndarray, other_THWC: np.ndarray) 
                         f"{pixel_frames(config)} in which z is defined; cut them to that")
 
 
-def text_of(system: System, params: Params, caption: str, is_image: bool) -> jax.Array:
-    """(1, text_length, text_dim) features of a caption with the metadata of training."""
-    return system.features(params, system.text_ids([system.prompt(caption, is_image)]))
-
-
 def token_nats(flow: STARFlow, out: FlowOutput) -> jax.Array:
     """(B, T, S) exact -log p of each token in raster order, constants included; its sum over S is `nats`.
 
@@ -99,7 +94,7 @@ def likelihood(system: System, params: Params, frames_THWC: np.ndarray, caption:
     noisy = noised(system, frames_THWC[None], range(draws))
 
     def nats_DNS(caption: str) -> np.ndarray:
-        text = text_of(system, params, caption, is_image=noisy.shape[1] == 1)
+        text = system.caption_features(params, [caption], is_image=noisy.shape[1] == 1)
         text = jnp.broadcast_to(text, (draws, *text.shape[1:]))
         return np.asarray(windowed(system, noisy, lambda window, _: _window_token_nats(
             system.flow, params, window, text), lookahead=0))
@@ -122,7 +117,7 @@ def round_trip(system: System, params: Params, frames_THWC: np.ndarray, caption:
     """The first window of a video to z and back."""
     frames_THWC = frames_THWC[:system.pixel_frames]
     noisy = noised(system, frames_THWC[None], [0])
-    text = text_of(system, params, caption, is_image=noisy.shape[1] == 1)
+    text = system.caption_features(params, [caption], is_image=noisy.shape[1] == 1)
     z = encode_z(system.flow, params, noisy, text)
     back = decode_z(system, params, z, text)
     clean = denoise(system, params, back, text, system.config.sample.denoise)
@@ -136,7 +131,7 @@ def interpolate(
 ) -> np.ndarray:
     """(steps, T, H, W, 3): from one video to the other by a great circle in z and a line in the text features."""
     noisy = jnp.concatenate([noised(system, frames[None], [0]) for frames in pair_THWC])
-    text = jnp.concatenate([text_of(system, params, caption, noisy.shape[1] == 1) for caption in captions])
+    text = system.caption_features(params, captions, is_image=noisy.shape[1] == 1)
     z = encode_z(system.flow, params, noisy, text)
     between = slerp(z[0], z[1], np.linspace(0, 1, steps))
     shares = jnp.linspace(0, 1, steps)[:, None, None]

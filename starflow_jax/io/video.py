@@ -128,6 +128,8 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
 
 def at_rate(frames_THWC: np.ndarray, fps: float, wanted: float) -> np.ndarray:
     """Frames (T, ...) of a video of `fps` as one of `wanted` frames per second has them: repeated or left out."""
+    if fps == wanted:  # where the quotient below may round down
+        return frames_THWC
     count = max(1, round(len(frames_THWC) * wanted / fps))
     return frames_THWC[np.minimum(np.arange(count) * fps / wanted, len(frames_THWC) - 1).astype(int)]
 

@@ -78,8 +78,12 @@ class System:
         """(B, text_length, text_dim), padding zeroed."""
         return encode_text(self.text_encoder, params["text"], ids_BS)
 
+    def caption_features(self, params: Params, captions: Sequence[str], is_image: bool = False) -> jax.Array:
+        """(B, text_length, text_dim) features of captions with the metadata of training."""
+        return self.features(params, self.text_ids([self.prompt(caption, is_image) for caption in captions]))
+
     def text_of(self, params: Params, text: jax.Array) -> jax.Array:
-        """(B, S, D) features of a batch's text: itself where it is features, else of its ids (B, S)."""
+        """(B, S, D) features of a batch's text, which is features already or token ids (B, S)."""
         return text if text.ndim == 3 else self.features(params, text)
 
     def latents_of(self, batch: Batch) -> jax.Array:

@@ -16,23 +16,19 @@ from starflow_jax.model.parameters import Params
 from starflow_jax.model.store import load_model
 from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import Made, for_each, generate, in_batches, most_likely
-from starflow_jax.sampling.conditions import latent_frames, prompt_changes
 from starflow_jax.sampling.files import file_rate, shown_scale, write_video
 from starflow_jax.sampling.generate import log_likelihood
 from starflow_jax.sampling.given import given_frames
-from starflow_jax.sampling.requests import Request, extended, read_requests, rewritten, unknown_word_lines
+from starflow_jax.sampling.requests import Request, read_requests, rewritten, unknown_word_lines, with_length
 from starflow_jax.sampling.stream import stream_clips
 from starflow_jax.sampling.timeline import Timeline, draw_timeline
 
 
 def sample(config: Config, workdir: Path) -> None:
     """Make config.sample's videos with the workdir's model, or with the one in the package."""
-    requests = read_requests(config)
-    prompt_changes(config, config.sample)  # errors before anything is loaded
+    requests = read_requests(config)  # what can't be is found before anything is loaded
     known_THWC = given_frames(config)
-    if config.sample.video and known_THWC is not None:
-        config = extended(config, len(known_THWC))
-    latent_frames(config, config.sample)
+    config = with_length(config, known_THWC, extends=bool(config.sample.video))
     requests = rewritten(config, requests)
     for line in unknown_word_lines(config, requests):
         print(f"warning: {line}")
@@ -46,12 +42,16 @@ def sample(config: Config, workdir: Path) -> None:
         print(f"all in {folder}")
 
 
-def _make_all(folder: Path, system: System, params: Params, requests: list[Request], known_THWC: np.ndarray | None):
+Table = tuple[list[tuple[object, ...]], tuple[str, ...]]  # rows and headers
+
+
+def _make_all(folder: Path, system: System, params: Params, requests: list[Request], known_THWC: np.ndarray | None
+              ) -> Table:
     """Whole clips, written batch by batch, or when the most likely of each prompt's are known. Returns the table."""
     keep = system.config.sample.keep
     made: list[Made] = []
     nats: list[float] = []
-    rows = []
+    rows: list[tuple[object, ...]] = []
     with ProgressBar("samples", len(requests), unit="video", compiles=True) as progress:
         for batch in generate(system, params, requests, known_THWC):
             of_batch = log_likelihood(system, params, batch[0].clips).tolist()
@@ -64,9 +64,11 @@ def _make_all(folder: Path, system: System, params: Params, requests: list[Reque
     return rows, ("video", "bits/dim", "Jacobi steps", "seconds")
 
 
-def _stream_all(folder: Path, system: System, params: Params, requests: list[Request], known_THWC: np.ndarray | None):
+def _stream_all(folder: Path, system: System, params: Params, requests: list[Request], known_THWC: np.ndarray | None
+                ) -> Table:
     """Each batch's videos grow on disk while they are made; the pipeline's times are drawn beside them."""
-    settings, rows = system.config.sample, []
+    settings = system.config.sample
+    rows: list[tuple[object, ...]] = []
     for batch in in_batches(requests, settings.batch_size):
         scale = shown_scale(frame_size(system.config)[0])
         paths = [folder / f"{request.name}_stream.mp4" for request in batch]

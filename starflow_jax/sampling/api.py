@@ -18,31 +18,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from starflow_jax.config import Config, UserError, changed
 from starflow_jax.io.compiled import keep_compiled_programs
-from starflow_jax.io.pictures import resize_crop
-from starflow_jax.io.video import at_rate, mp4_bytes, write_mp4
-from starflow_jax.model.codec import frame_size
+from starflow_jax.io.video import mp4_bytes, write_mp4
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.store import PRETRAINED, load_model, settings_of
 from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import Made, for_each, generate, most_likely
-from starflow_jax.sampling.conditions import latent_frames, noised, prompt_changes
+from starflow_jax.sampling.conditions import noised
 from starflow_jax.sampling.files import file_rate, shown_scale
 from starflow_jax.sampling.generate import log_likelihood
-from starflow_jax.sampling.given import given_frames, read_given, whole_latents
+from starflow_jax.sampling.given import fit_picture, fit_video, given_frames, read_given
 from starflow_jax.sampling.likelihood import frame_nats
-from starflow_jax.sampling.requests import Request, extended, rewritten, unknown_word_lines
+from starflow_jax.sampling.requests import Request, requests_for, rewritten, unknown_word_lines, with_length
 from starflow_jax.sampling.stream import stream_clips
 
-# Settings of `sample` that belong to the command line: its files, and what the methods' arguments say.
+# Settings of `sample` that belong to the command line: its files, and what the methods say in other ways.
 OF_THE_COMMAND_LINE = ("prompt", "prompts_file", "vbench", "stream", "output", "checkpoint")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Video:
-    """A video, generated or made of frames; shows itself in a notebook."""
+    """A video, generated or built from frames; it shows itself in a notebook."""
 
     frames: np.ndarray  # uint8 (T, H, W, 3)
     fps: float
@@ -52,8 +51,8 @@ class Video:
 
     @functools.cached_property
     def log_likelihood(self) -> float:
-        """Exact log p of a generated video's latents (with the training noise) given its prompt, in nats; computed
-        when it is first asked for. Raises UserError for frames that no model here generated."""
+        """Exact log p of a generated video's latents (with the training noise) given its prompt, in nats; computed on
+        first access. Raises UserError for a video that was not generated here."""
         if self._nats is None:
             raise UserError("these frames were not generated here; use model.log_likelihood(video, prompt)")
         return self._nats()
@@ -78,8 +77,8 @@ class Video:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A trained model with its settings. Keyword arguments of the methods are the settings of `sample`, by their own
-    names and checked alike; a setting that is not given is the model's."""
+    """A trained model with its settings. Keyword arguments of the methods are the settings of `sample` under their own
+    names, checked by the same code; one that is not given keeps the model's value."""
 
     system: System
     params: Params = dataclasses.field(repr=False)
@@ -92,100 +91,94 @@ class Model:
     def __repr__(self) -> str:
         return f"Model({self.config.name}: {self.source})"
 
-    def generate(self, prompt: str | Sequence[str], *, image: Any = "", **settings: Any) -> Any:
+    def generate(self, prompt: str | Sequence[str], *, image: str | Path | ArrayLike = "", **settings: Any) -> Any:
         """A `Video`; a list of them for a list of prompts, or for count > 1.
 
         image: the first frame, a picture file or uint8 (H, W, 3). Raises UserError for what can't be.
         """
-        known_THWC, settings = self._picture(image, settings)
-        return self._generate(prompt, known_THWC, settings)
+        return self._videos(prompt, *self._begin(prompt, settings, image=image))
 
-    def extend(self, video: Any, prompt: str, **settings: Any) -> Any:
-        """The video, read at the model's size and rate, and what follows it: as `generate`.
+    def extend(self, video: "Video | str | Path | ArrayLike", prompt: str, **settings: Any) -> Any:
+        """The video, at the model's size and frame rate, and what follows it; returns what `generate` does.
 
-        video: a `Video`, a file, or uint8 (T, H, W, 3) at the model's rate. frames counts the given ones, too; by
-        default a training length is added.
+        video: a `Video`, a file, or uint8 (T, H, W, 3) at the model's rate. frames counts the given ones too; by
+        default a training length is added. Raises UserError for what can't be.
         """
-        known_THWC = self._frames(video, keep="end", fps=settings.get("fps", 0))
-        return self._generate(prompt, known_THWC, settings, extends=True)
+        return self._videos(prompt, *self._begin(prompt, settings, video=video))
 
-    def stream(self, prompt: str, *, image: Any = "", **settings: Any) -> Iterator[np.ndarray]:
+    def stream(self, prompt: str, *, image: str | Path | ArrayLike = "", **settings: Any) -> Iterator[np.ndarray]:
         """The video's frames as they are made, uint8 (T, H, W, 3): the first by itself, then the codec's time stride
-        together."""
-        known_THWC, settings = self._picture(image, settings)
-        system = self._with(settings, stream=True)
-        asked = system.config.sample
-        known_THWC = given_frames(system.config) if known_THWC is None else known_THWC
-        request, = self._requests(system.config, [prompt])
-        parts = stream_clips(system, self.params, [request.prompt], [request.seed], asked, for_each(known_THWC, 1))
+        together. Raises UserError for what can't be."""
+        system, requests, known_THWC = self._begin(prompt, settings, image=image, stream=True)
+        if len(requests) > 1:
+            raise UserError(f"sample.count={len(requests)}: a stream is one video; call it once for each seed")
+        request, = requests
+        parts = stream_clips(system, self.params, [request.prompt], [request.seed], system.config.sample,
+                             for_each(known_THWC, 1))
         return (part_BTHWC[0] for part_BTHWC in parts)
 
-    def log_likelihood(self, video: Any, prompt: str, *, draws: int = 0) -> float:
-        """Exact log p of a video under a prompt in nats: of its latents with the training noise, mean over draws of it.
+    def log_likelihood(self, video: "Video | str | Path | ArrayLike", prompt: str, *, draws: int = 0) -> float:
+        """Exact log p of a video given a prompt, in nats: of its latents with the training noise, averaged over draws
+        of that noise.
 
-        video: as for `extend`, from its start. draws: 0: evaluate.draws.
+        video: as for `extend`, but read from its start. draws: how many; 0: evaluate.draws. Raises UserError for a
+        video that can't be read or is too short.
         """
-        config, frames_THWC = self.config, self._frames(video, keep="start")
+        config, frames_THWC = self.config, _frames(self.config, video, keep="start")
         draws = changed(config, "evaluate", {"draws": draws}).evaluate.draws if draws else config.evaluate.draws
         noisy = noised(self.system, frames_THWC[None], range(draws))
-        text = self.system.features(self.params, self.system.text_ids([
-            self.system.prompt(prompt, is_image=noisy.shape[1] == 1)]))
+        text = self.system.caption_features(self.params, [prompt], is_image=noisy.shape[1] == 1)
         nats_BN = frame_nats(self.system, self.params, noisy, jnp.broadcast_to(text, (draws, *text.shape[1:])))
         return -float(nats_BN.sum(axis=1).mean())
 
-    def _generate(self, prompt: str | Sequence[str], known_THWC: np.ndarray | None, settings: dict[str, Any],
-                  extends: bool = False) -> Any:
-        system = self._with(settings)
-        config, asked = system.config, system.config.sample
-        known_THWC = given_frames(config) if known_THWC is None else known_THWC
-        if known_THWC is not None and (extends or asked.video):
-            config = extended(config, len(known_THWC))
-            system = dataclasses.replace(system, config=config)
-        latent_frames(config, config.sample)
-        prompt_changes(config, config.sample)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        requests = self._requests(config, prompts)
-        made = [video for batch in generate(system, self.params, requests, known_THWC) for video in batch]
-        if asked.keep:
-            made = [made[index] for index in most_likely(made, [self._nats_of(video) for video in made], asked.keep)]
-        videos = [Video(video.frames_THWC, file_rate(config), video.request.prompt, video.request.seed,
-                        functools.partial(self._nats_of, video)) for video in made]
-        return videos[0] if isinstance(prompt, str) and asked.count == 1 else videos
-
-    def _with(self, settings: dict[str, Any], stream: bool = False) -> System:
-        """The system with other settings of sampling. Raises UserError for those that are none."""
+    def _begin(self, prompt: str | Sequence[str], settings: dict[str, Any], *, image: str | Path | ArrayLike = "",
+               video: "Video | str | Path | ArrayLike | None" = None, stream: bool = False,
+               ) -> tuple[System, list[Request], np.ndarray | None]:
+        """(the system with these settings of sampling, the videos asked for, the given frames)."""
         for name in settings:
             if name in OF_THE_COMMAND_LINE:
-                raise UserError(f"sample.{name}: is a setting of the command line, and no argument here")
-        config = changed(self.config, "sample", {**settings, "stream": stream})
-        return dataclasses.replace(self.system, config=config)
-
-    def _requests(self, config: Config, prompts: Sequence[str]) -> list[Request]:
-        asked = config.sample
-        requests = [Request(prompt, asked.seed + index) for prompt in prompts for index in range(asked.count)]
-        for line in unknown_word_lines(config, requests):
-            warnings.warn(line, stacklevel=4)
-        return rewritten(config, requests)
-
-    def _picture(self, image: Any, settings: dict[str, Any]) -> tuple[np.ndarray | None, dict[str, Any]]:
-        """An array as the first frame; a file by its setting."""
+                raise UserError(f"sample.{name}: is a setting of the command line, not an argument here")
         if isinstance(image, str | Path):
-            return None, {**settings, "image": str(image)}
-        return resize_crop(np.asarray(image)[None], *frame_size(self.config)), settings
+            settings = {**settings, "image": str(image)}
+        config = changed(self.config, "sample", {**settings, "stream": stream})
+        if video is not None:
+            known_THWC: np.ndarray | None = _frames(config, video, keep="end", fps=config.sample.fps)
+        else:
+            known_THWC = given_frames(config) if isinstance(image, str | Path) else fit_picture(config, image)
+        config = with_length(config, known_THWC, extends=video is not None or bool(config.sample.video))
+        requests = requests_for([prompt] if isinstance(prompt, str) else list(prompt), config.sample)
+        requests = rewritten(config, requests)
+        for line in unknown_word_lines(config, requests):
+            warnings.warn(line, stacklevel=3)
+        return dataclasses.replace(self.system, config=config), requests, known_THWC
 
-    def _frames(self, video: Any, keep: str, fps: int = 0) -> np.ndarray:
-        if isinstance(video, str | Path):
-            return read_given(self.config, str(video), fps=fps, keep=keep)[0]
-        frames_THWC, rate = (video.frames, video.fps) if isinstance(video, Video) else (np.asarray(video), 0)
-        wanted = fps or self.config.text.fps
-        frames_THWC = at_rate(frames_THWC, rate, wanted) if rate and wanted else frames_THWC
-        return whole_latents(self.config, frames_THWC, keep, "the given video")[0]
+    def _videos(self, prompt: str | Sequence[str], system: System, requests: list[Request],
+                known_THWC: np.ndarray | None) -> Any:
+        keep = system.config.sample.keep
+        made: list[Made] = []
+        nats: list[float] = []
+        for batch in generate(system, self.params, requests, known_THWC):
+            made += batch
+            if keep:
+                nats += log_likelihood(system, self.params, batch[0].clips).tolist()
+        if keep:
+            made = [made[index] for index in most_likely(made, nats, keep)]
+        videos = [Video(video.frames_THWC, file_rate(system.config), video.request.prompt, video.request.seed,
+                        functools.partial(self._nats_of, video)) for video in made]
+        return videos[0] if isinstance(prompt, str) and system.config.sample.count == 1 else videos
 
     def _nats_of(self, made: Made) -> float:
         clips, one = made.clips, slice(made.index, made.index + 1)
         alone = dataclasses.replace(clips, noisy_BNhwC=clips.noisy_BNhwC[one],
                                     text={at: features_BSD[one] for at, features_BSD in clips.text.items()})
         return float(log_likelihood(self.system, self.params, alone)[0])
+
+
+def _frames(config: Config, video: "Video | str | Path | ArrayLike", keep: str, fps: int = 0) -> np.ndarray:
+    if isinstance(video, str | Path):
+        return read_given(config, str(video), fps=fps, keep=keep)[0]
+    frames_THWC, own_fps = (video.frames, video.fps) if isinstance(video, Video) else (np.asarray(video), 0)
+    return fit_video(config, frames_THWC, own_fps, fps=fps, keep=keep)[0]
 
 
 def load(source: str | Path = "") -> Model:

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from starflow_jax.model.parameters import Params
 from starflow_jax.model.system import System
 from starflow_jax.sampling.generate import Clips, generate_clips
 from starflow_jax.sampling.requests import Request
+
+Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +30,19 @@ class Made:
         return self.clips.frames_BTHWC[self.index]
 
 
-def in_batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
-    for begin in range(0, len(requests), size):
-        yield requests[begin:begin + size]
+def in_batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """`size` of them at a time; the last batch may be smaller."""
+    for begin in range(0, len(items), size):
+        yield items[begin:begin + size]
 
 
 def generate(
     system: System, params: Params, requests: Sequence[Request], known_THWC: np.ndarray | None = None
 ) -> Iterator[list[Made]]:
-    """The videos of sample.batch_size requests at a time, by the system's own settings. known: uint8 first frames."""
+    """The videos of sample.batch_size requests at a time, by the system's own settings. known: uint8 first frames.
+
+    Raises UserError as `generate_clips` does.
+    """
     settings = system.config.sample
     for batch in in_batches(requests, settings.batch_size):
         began = time.perf_counter()
@@ -46,7 +53,7 @@ def generate(
 
 
 def for_each(known_THWC: np.ndarray | None, count: int) -> np.ndarray | None:
-    """Given frames as each of a batch's videos has them."""
+    """Given frames for each of a batch's `count` videos, (B, T, H, W, 3)."""
     return None if known_THWC is None else np.broadcast_to(known_THWC, (count, *known_THWC.shape))
 
 

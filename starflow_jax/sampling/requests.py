@@ -1,14 +1,17 @@
-"""What --mode=sample is asked for: prompts, seeds and given frames."""
+"""Which videos are asked for: prompts, seeds and lengths."""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from starflow_jax.config import Config, UserError, changed
+import numpy as np
+
+from starflow_jax.config import Config, Sample, UserError, changed
 from starflow_jax.data.digits.captions import unknown_words
 from starflow_jax.io.progress import ProgressBar
 from starflow_jax.model.codec import pixel_frames
 from starflow_jax.sampling import vbench
+from starflow_jax.sampling.conditions import latent_frames, prompt_changes
 from starflow_jax.text.rewrite import rewriter
 
 
@@ -18,8 +21,8 @@ class Request:
 
     prompt: str
     seed: int
-    given: str = ""  # the prompt that sample.rewrite made this one of
-    given_name: str = ""  # of its files; "": after the prompt that was given
+    given: str = ""  # the prompt that sample.rewrite made this one from; "": it was not rewritten
+    given_name: str = ""  # of its files; "": named after the prompt that was given
 
     @property
     def name(self) -> str:
@@ -30,6 +33,19 @@ class Request:
         return f"{'_'.join(words)[:60] or 'no_prompt'}_seed{self.seed}"
 
 
+def with_length(config: Config, known_THWC: np.ndarray | None, *, extends: bool) -> Config:
+    """The configuration with the length of the videos set.
+
+    extends: the given frames are a video to extend. Raises UserError for a length, or for changes of the prompt, that
+    can't be.
+    """
+    if extends and known_THWC is not None:
+        config = extended(config, len(known_THWC))
+    latent_frames(config, config.sample)
+    prompt_changes(config, config.sample)
+    return config
+
+
 def extended(config: Config, known_frames: int) -> Config:
     """A given video is extended by the training length where no length is asked for."""
     if config.sample.frames:
@@ -37,8 +53,13 @@ def extended(config: Config, known_frames: int) -> Config:
     return changed(config, "sample", {"frames": known_frames + pixel_frames(config) - 1})
 
 
+def requests_for(prompts: Sequence[str], settings: Sample) -> list[Request]:
+    """sample.count seeds of each prompt."""
+    return [Request(prompt, settings.seed + index) for prompt in prompts for index in range(settings.count)]
+
+
 def read_requests(config: Config) -> list[Request]:
-    """The prompts of the configuration, `count` seeds each. Raises UserError where there is none."""
+    """The configuration's prompts, sample.count seeds of each. Raises UserError where there is none."""
     settings = config.sample
     if settings.vbench and (settings.prompt or settings.prompts_file):
         raise UserError("sample.vbench is a list of prompts; leave out sample.prompt and sample.prompts_file")
@@ -60,7 +81,7 @@ def read_requests(config: Config) -> list[Request]:
     else:
         raise UserError('there is no prompt; give one with --config.sample.prompt="a blue three moves right" '
                         "or a file of them, one a line, with --config.sample.prompts_file=FILE")
-    return [Request(prompt, settings.seed + index) for prompt in prompts for index in range(settings.count)]
+    return requests_for(prompts, settings)
 
 
 def unknown_word_lines(config: Config, requests: Sequence[Request]) -> list[str]:

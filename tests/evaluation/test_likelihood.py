@@ -20,7 +20,6 @@ from starflow_jax.evaluation.likelihood import (
     likelihood,
     round_trip,
     slerp,
-    text_of,
     token_nats,
 )
 from starflow_jax.flow.starflow import STARFlow, apply_flow
@@ -77,7 +76,7 @@ def test_tokens_add_up_to_frames(local: bool) -> None:
 @pytest.mark.parametrize("frames", [9, 25])
 def test_likelihood_equals_frame_nats(system: System, params, frames: int) -> None:
     found = likelihood(system, params, video(frames), CAPTION, draws=2)
-    noisy, features = noised(system, video(frames)[None], range(2)), text_of(system, params, CAPTION, False)
+    noisy, features = noised(system, video(frames)[None], range(2)), system.caption_features(params, [CAPTION])
     expected = frame_nats(system, params, noisy, jnp.broadcast_to(features, (2, *features.shape[1:])))
     np.testing.assert_allclose(found.nats_DNS.sum(axis=2), expected, rtol=1e-5)
     assert found.nats_DNS.shape == (2, 1 + (frames - 1) // 4, 6)
@@ -85,7 +84,7 @@ def test_likelihood_equals_frame_nats(system: System, params, frames: int) -> No
 
 
 def test_to_z_and_back(system: System, params) -> None:
-    noisy, features = noised(system, video()[None], [0]), text_of(system, params, CAPTION, False)
+    noisy, features = noised(system, video()[None], [0]), system.caption_features(params, [CAPTION])
     z = encode_z(system.flow, params, noisy, features)
     assert float(jnp.abs(z.reshape(noisy.shape) - noisy).max()) > 0.1
     np.testing.assert_allclose(decode_z(system, params, z, features), noisy, atol=1e-4)
