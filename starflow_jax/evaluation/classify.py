@@ -1,8 +1,8 @@
 """The caption of a clip chosen by exact likelihood: a generative model as classifier
 (--mode=evaluate --config.evaluate.task=classify).
 
-The captions are all digits, colours and directions in one wording. log p(x | caption) differs between captions
-in the deep block alone, so that the shallow blocks run once for a clip.
+The captions are every digit, colour and direction in one wording. log p(x | caption) differs between captions in the
+deep block alone, so the shallow blocks run once for a clip.
 """
 
 import itertools
@@ -14,29 +14,28 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import logsumexp
 
-from starflow_jax.data.digits.captions import COLOUR_NAMES, DIGIT_WORDS, DIRECTION_NAMES, caption
+from starflow_jax.data.digits.captions import ATTRIBUTES, COLOUR_NAMES, DIGIT_WORDS, DIRECTION_NAMES, caption
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.io.progress import ProgressBar
 from starflow_jax.model.parameters import Params, flow_variables
 from starflow_jax.model.system import System
-from starflow_jax.sampling.conditions import noise_for, shallow_tokens
+from starflow_jax.sampling.conditions import noised, shallow_tokens
 
-ATTRIBUTES = ("digit", "colour", "direction")
 CHOICES = (len(DIGIT_WORDS), len(COLOUR_NAMES), len(DIRECTION_NAMES))
-SEARCH_ORDER = (1, 2, 0)  # colour, direction, digit: what is surest first
+SEARCH_ORDER = (1, 2, 0)  # colour, direction, digit: the surest first
 WORDING = 0  # seed of the wording, the same for all captions
 
 Score = Callable[[np.ndarray, np.ndarray], np.ndarray]  # clips (P,), labels (P, 3) -> log-likelihoods (P,)
 
 
 def score_captions(system: System, params: Params, frames_BTHWC: np.ndarray, every: bool) -> np.ndarray:
-    """(B, digits, colours, directions) log p(x~ | caption) in nats, up to a constant of each clip; -inf: not scored."""
-    noisy = system.encode(jnp.asarray(frames_BTHWC))
-    shape = noisy.shape
-    noise = noise_for(range(len(noisy)), (shape[1], shape[2] * shape[3], shape[4])).reshape(shape)
-    u_BTSK = shallow_tokens(system.flow, params, noisy + system.config.model.noise_std * noise)
-    features = system.features(params, system.text_ids(
-        [system.prompt(text, is_image=shape[1] == 1) for text in all_captions()]))
+    """(B, digits, colours, directions) log p(x~ | caption) in nats, up to a constant for each clip; -inf: not scored.
+
+    frames: uint8. every: score all captions, else only those that `search` visits.
+    """
+    noisy = noised(system, frames_BTHWC, range(len(frames_BTHWC)))
+    u_BTSK = shallow_tokens(system.flow, params, noisy)
+    features = system.caption_features(params, all_captions(), is_image=noisy.shape[1] == 1)
     size = system.config.sample.batch_size
     pairs = len(noisy) * (np.prod(CHOICES) if every else 2 * sum(CHOICES))
     with ProgressBar("captions", int(pairs), unit="caption", compiles=True) as progress:
@@ -82,7 +81,7 @@ def score_all(score: Score, clips: int) -> np.ndarray:
 
 
 def search(score: Score, clips: int) -> np.ndarray:
-    """The same, of the captions that a search of one attribute at a time comes by, -inf elsewhere.
+    """The same for the captions that a search over one attribute at a time visits, -inf elsewhere.
 
     It ends, for each clip, at a caption that no change of a single attribute makes more likely.
     """
@@ -105,5 +104,5 @@ def search(score: Score, clips: int) -> np.ndarray:
 
 
 def choose(scores: np.ndarray) -> np.ndarray:
-    """(B, 3): each attribute's most likely value, the others summed out of the scored captions."""
+    """(B, 3): each attribute's most likely value, the others summed out over the scored captions."""
     return np.stack([logsumexp(scores, axis=others).argmax(axis=1) for others in ((2, 3), (1, 3), (1, 2))], axis=1)

@@ -1,17 +1,20 @@
 """Likelihood, adherence and denoising on a data set's test split, beside two baselines."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.data.digits import reader
+from starflow_jax.data.digits.captions import ATTRIBUTES
 from starflow_jax.evaluation.measures import temporal_flickering
 from starflow_jax.io.progress import ProgressBar
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.sources import data_source
 from starflow_jax.model.system import System
+from starflow_jax.sampling.batches import filled, in_batches
 from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.generate import generate_clips
 from starflow_jax.sampling.likelihood import bits_per_frame, likelihood_batches, noised_latents
@@ -19,27 +22,23 @@ from starflow_jax.sharding import fetch
 
 BASELINE_CLIPS, BASELINE_BYTES = 2_000, 2**31  # training clips that the baselines are fitted to, at most
 DENOISE_CHOICES = ("denoiser", "score", "none")
-ADHERENCE = ("digit", "colour", "direction")  # of moving digits
 SHOWN = 12  # clips on the sheet
 
 
 def generate_and_read(
     system: System, params: Params, captions: list[str], labels_B3: np.ndarray | None
 ) -> tuple[dict[str, dict[str, float]], np.ndarray]:
-    """One clip per caption, seeds 0, 1, 2, ..., denoised in every way: what `read` finds in all of each way's, and the
-    first clips' frames, denoised as the configuration says.
+    """One clip per caption, seeds 0, 1, 2, ..., denoised in every way: {way: what `read` finds in its clips}, and the
+    first clips' frames (SHOWN, T, H, W, 3) uint8, denoised as the configuration says.
 
-    Batch after batch, of which only the figures and those first frames are kept. The last batch is filled up to keep
-    its shape.
+    One batch after another, of which only the figures and those first frames are kept.
     """
     settings = dataclasses.replace(system.config.sample, denoise="none", frames=0)
     size, shown = settings.batch_size, []
     scores: dict[str, dict[str, float]] = {how: {} for how in DENOISE_CHOICES}
     with ProgressBar("samples", len(captions), unit="clip", compiles=True) as progress:
-        for begin in range(0, len(captions), size):
-            batch = captions[begin:begin + size]
-            filled = batch + [batch[-1]] * (size - len(batch))
-            clips = generate_clips(system, params, filled, range(begin, begin + size), settings)
+        for begin, batch in zip(itertools.count(step=size), in_batches(captions, size)):
+            clips = generate_clips(system, params, filled(batch, size), range(begin, begin + size), settings)
             for how in DENOISE_CHOICES:
                 clean = denoise(system, params, jnp.asarray(clips.noisy_BNhwC), clips.text, how)
                 frames = np.asarray(system.decode(clean))[:len(batch)]
@@ -53,7 +52,8 @@ def generate_and_read(
 
 
 def read(labels_B3: np.ndarray | None, frames_BTHWC: np.ndarray) -> dict[str, float]:
-    """Adherence to the labels of moving digits, and steadiness; of pictures what does not take two frames."""
+    """Adherence to the labels of moving digits, and temporal flickering; of single pictures, only what one frame shows.
+    """
     moves = frames_BTHWC.shape[1] > 1
     scores = {} if labels_B3 is None else reader.default_reader().adherence(labels_B3, frames_BTHWC)
     if moves:
@@ -62,9 +62,10 @@ def read(labels_B3: np.ndarray | None, frames_BTHWC: np.ndarray) -> dict[str, fl
 
 
 def real_clips(system: System, count: int) -> tuple[np.ndarray | None, np.ndarray]:
+    """The first test clips: (labels (B, 3) int, None where they are no moving digits; frames (B, T, H, W, 3) uint8)."""
     source = data_source(system.config, "test")
     examples = [source[index] for index in range(min(count, len(source)))]
-    labels = np.array([[e[name] for name in ADHERENCE] for e in examples]) if ADHERENCE[0] in examples[0] else None
+    labels = np.array([[e[name] for name in ATTRIBUTES] for e in examples]) if ATTRIBUTES[0] in examples[0] else None
     return labels, np.stack([e["frames"][:system.pixel_frames] for e in examples])
 
 
@@ -97,8 +98,8 @@ def _noisy_latents(system: System, split: str, limit: int) -> list[np.ndarray]:
 def baselines(train_BNhwC: np.ndarray, test_BNhwC: np.ndarray) -> dict[str, float]:
     """Bits per dimension of two simple models of the same noised latents, fitted to training clips.
 
-    gaussian: one Gaussian per dimension. last_frame: the first frame by those Gaussians, each later frame
-    as the frame before it with noise fitted per dimension.
+    gaussian: one Gaussian per dimension. last_frame: those Gaussians for the first frame, then the frame before with
+    noise fitted per dimension.
     """
     mean, std = train_BNhwC.mean(axis=0), train_BNhwC.std(axis=0) + 1e-6
     gaussian = _gaussian_bits(test_BNhwC - mean, std)

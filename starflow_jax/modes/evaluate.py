@@ -8,26 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from starflow_jax.config import Config
+from starflow_jax.config import Config, UserError
 from starflow_jax.data.digits import reader
+from starflow_jax.data.digits.captions import ATTRIBUTES
 from starflow_jax.evaluation import classify, quality
 from starflow_jax.evaluation import likelihood as of_video
 from starflow_jax.evaluation.frechet import features, frechet_distance
 from starflow_jax.evaluation.measures import psnr
 from starflow_jax.evaluation.networks import I3D, LPIPS
-from starflow_jax.evaluation.split import (
-    ADHERENCE,
-    SHOWN,
-    generate_and_read,
-    read,
-    real_clips,
-    split_likelihood,
-)
+from starflow_jax.evaluation.split import SHOWN, generate_and_read, read, real_clips, split_likelihood
 from starflow_jax.evaluation.videos import folder_of_videos
 from starflow_jax.io.files import write_text
 from starflow_jax.io.pictures import contact_sheet, write_gif
 from starflow_jax.io.progress import ProgressBar, table
-from starflow_jax.model.sources import data_source, fixed_captions
+from starflow_jax.model.sources import fixed_captions
 from starflow_jax.model.store import load_model
 from starflow_jax.sampling import vbench
 from starflow_jax.sampling.given import read_given
@@ -55,7 +49,7 @@ def evaluate_test_set(config: Config, workdir: Path) -> None:
     results = {
         "model": source,
         **likelihood,
-        "adherence": {key: value for key, value in choices[config.sample.denoise].items() if key in ADHERENCE},
+        "adherence": {key: value for key, value in choices[config.sample.denoise].items() if key in ATTRIBUTES},
         "temporal_flickering": choices[config.sample.denoise].get("temporal_flickering"),
         "denoising": choices,
         "real_clips": read(*real_clips(system, config.evaluate.prompts)),
@@ -133,22 +127,21 @@ def classify_by_likelihood(config: Config, workdir: Path) -> None:
     began = time.perf_counter()
     system, params, source = load_model(config, workdir)
     print(f"model: {source}")
-    data = data_source(config, "test")
-    examples = [data[index] for index in range(min(config.evaluate.clips, len(data)))]
-    labels_B3 = np.array([[example[name] for name in ADHERENCE] for example in examples])
-    frames_BTHWC = np.stack([example["frames"][:system.pixel_frames] for example in examples])
+    labels_B3, frames_BTHWC = real_clips(system, config.evaluate.clips)
+    if labels_B3 is None:
+        raise UserError(f"evaluate.task=classify: needs clips of moving digits, not data.source={config.data.source}")
     scores = classify.score_captions(system, params, frames_BTHWC, config.evaluate.every_caption)
     chosen_B3 = classify.choose(scores)
     right_B3 = chosen_B3 == labels_B3
-    scored = float(np.isfinite(scores).reshape(len(examples), -1).sum(axis=1).mean())
-    accuracy = {**{name: float(share) for name, share in zip(ADHERENCE, right_B3.mean(axis=0))},
+    scored = float(np.isfinite(scores).reshape(len(labels_B3), -1).sum(axis=1).mean())
+    accuracy = {**dict(zip(ATTRIBUTES, map(float, right_B3.mean(axis=0)))),
                 "all": float(right_B3.all(axis=1).mean())}
-    results = {"model": source, "clips": len(examples), "captions": int(np.prod(classify.CHOICES)),
+    results = {"model": source, "clips": len(labels_B3), "captions": int(np.prod(classify.CHOICES)),
                "captions_scored_per_clip": scored, "accuracy": accuracy, "chosen": chosen_B3.tolist(),
                "labels": labels_B3.tolist(), "seconds": round(time.perf_counter() - began, 1)}
     write_text(workdir / "classified.json", json.dumps(results, indent=1))
     print(table([[f"{share:.3f}" for share in accuracy.values()]], tuple(accuracy)))
-    print(f"\nof {len(examples)} test clips, {scored:.1f} of {results['captions']} captions scored for each, in "
+    print(f"\nof {len(labels_B3)} test clips, {scored:.1f} of {results['captions']} captions scored for each, in "
           f"{results['seconds']} s: {workdir / 'classified.json'}")
 
 

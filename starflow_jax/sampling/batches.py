@@ -36,6 +36,11 @@ def in_batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
         yield items[begin:begin + size]
 
 
+def filled(batch: Sequence[Item], size: int) -> list[Item]:
+    """A batch of `size`, its last item repeated: one shape, one compilation."""
+    return [*batch, *[batch[-1]] * (size - len(batch))]
+
+
 def generate(
     system: System, params: Params, requests: Sequence[Request], known_THWC: np.ndarray | None = None
 ) -> Iterator[list[Made]]:

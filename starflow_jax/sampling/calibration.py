@@ -1,13 +1,14 @@
 """Decoding made fast for one trained model: first guesses are fitted, and solvers and block sizes are measured."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.config import Config, Sample, Solver, UserError
+from starflow_jax.config import Config, Sample, Solver, UserError, changed
 from starflow_jax.data.evaluation import evaluation_batches
 from starflow_jax.data.examples import ClipLength, TextInput
 from starflow_jax.flow import first_guess, inversion
@@ -16,29 +17,33 @@ from starflow_jax.io.timing import timed
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.sources import data_source, fixed_captions
 from starflow_jax.model.system import System
+from starflow_jax.sampling.batches import in_batches
 from starflow_jax.sampling.conditions import make_conditions, noise_for, shallow_tokens
 from starflow_jax.sampling.generate import deep_frames
 from starflow_jax.sampling.solver import chosen_solver, deep_solver
 
 FITTED_CLIPS = 4_096
 PROMPTS = 8
-SAMPLED_CLIPS = 32  # whose tokens are fitted to their noise
-ROUNDS = 3  # of which the median counts
-ERROR = 1e-3  # allowed squared distance to sequential decoding, as a share of the squared norm
+SAMPLED_CLIPS = 32  # videos whose tokens are fitted to their noise
+ROUNDS = 3  # timings of each candidate, of which the median counts
+ERROR = 1e-3  # largest allowed squared distance to sequential decoding, as a share of the squared norm
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """How one solver does on a few prompts: runs of the deep block, seconds, and error beside sequential decoding."""
+    """How one solver does on a few prompts."""
 
     solver: Solver
-    passes: float
-    seconds: float
-    error: float
+    passes: float  # runs of the deep block, mean over videos
+    seconds: float  # for all prompts
+    error: float  # `relative_error` against sequential decoding
 
 
 def fit_guess(system: System, params: Params) -> first_guess.FirstGuess:
-    """First frames of training clips, as the deep block sees them, from their captions."""
+    """The first frame of a clip, as the deep block sees it, from its caption; fitted to training clips.
+
+    Raises UserError where none of them has the size that is sampled.
+    """
     texts, frames = [], []
     text = TextInput(lambda caption, _, **metadata: system.prompt(caption, **metadata), system.text_ids)
     batches = evaluation_batches(data_source(system.config, "train"), ClipLength(1), text, batch_size=64,
@@ -60,13 +65,12 @@ def fit_guess(system: System, params: Params) -> first_guess.FirstGuess:
 
 
 def fit_noise_guess(system: System, params: Params) -> first_guess.NoiseGuess:
-    """Tokens of sampled videos from their noise; guided as the configuration says."""
+    """Tokens of u from their noise; fitted to sampled videos, guided as the configuration says."""
     model, captions = system.config.model, fixed_captions(system.config, "train", SAMPLED_CLIPS)
     settings = whole_clips(system.config, start="previous")
     shape, pairs = (model.frames, model.tokens_per_frame, model.token_channels), []
     with ProgressBar("guess from the noise", len(captions), unit="clip", compiles=True) as progress:
-        for begin in range(0, len(captions), PROMPTS):
-            batch = captions[begin:begin + PROMPTS]
+        for begin, batch in zip(itertools.count(step=PROMPTS), in_batches(captions, PROMPTS)):
             u, _ = decode_deep(system, params, batch, settings, first_seed=begin)
             z = np.asarray(noise_for(range(begin, begin + len(batch)), shape))
             pairs.append((z.reshape(-1, shape[-1]), u.reshape(-1, shape[-1])))
@@ -75,9 +79,8 @@ def fit_noise_guess(system: System, params: Params) -> first_guess.NoiseGuess:
 
 
 def whole_clips(config: Config, **solver: object) -> Sample:
-    """The configuration's settings for whole videos of the training length, with these changes of the solver's."""
-    asked = dataclasses.replace(config.sample.solver, **solver)  # type: ignore[arg-type]
-    return dataclasses.replace(config.sample, frames=0, stream=False, solver=asked)
+    """The configuration's settings for whole videos of the training length, with these of the solver's changed."""
+    return changed(config, "sample", {"frames": 0, "stream": False, "solver": solver}).sample
 
 
 def candidates(system: System) -> list[Solver]:
@@ -95,7 +98,7 @@ def candidates(system: System) -> list[Solver]:
 
 
 def measure(system: System, params: Params) -> list[Measured]:
-    """Each candidate on a few validation prompts, each as a calibrated solver is used."""
+    """Each candidate on a few validation prompts, used as a calibrated solver is."""
     captions = fixed_captions(system.config, "validation", PROMPTS)
     exact, _ = decode_deep(system, params, captions, whole_clips(system.config, kind="sequential"))
     open_settings = whole_clips(system.config, kind="", start="", block_size=0, frames_per_step=0)
@@ -117,10 +120,10 @@ def deep_decoder(system: System, params: Params, captions: Sequence[str], settin
                  ) -> Callable[[], tuple[np.ndarray, float]]:
     """What `decode_deep` does, as a function to be timed: noise, text and first guesses are ready before."""
     solver, size = deep_solver(chosen_solver(system, settings)), settings.batch_size
-    batches = [captions[begin:begin + size] for begin in range(0, len(captions), size)]
+    batches = list(in_batches(captions, size))
     given = jax.block_until_ready([
-        make_conditions(system, params, batch, range(first_seed + begin, first_seed + begin + len(batch)), settings)
-        for begin, batch in zip(range(0, len(captions), size), batches)])
+        make_conditions(system, params, batch, range(begin, begin + len(batch)), settings)
+        for begin, batch in zip(itertools.count(first_seed, size), batches)])
 
     def decode_all() -> tuple[np.ndarray, float]:
         parts, passes = [], 0.0
@@ -134,7 +137,7 @@ def deep_decoder(system: System, params: Params, captions: Sequence[str], settin
 
 
 def deep_passes(report: inversion.Report, solver: inversion.Solver) -> float:
-    """Runs of the deep block, mean over samples: a wavefront's update the strides of a window together."""
+    """Runs of the deep block, mean over samples; one run of a wavefront updates all strides of its window."""
     steps = np.asarray(report.steps)
     return float(len(steps) + solver.updates - 1 if solver.updates else steps.sum(axis=0).mean())
 

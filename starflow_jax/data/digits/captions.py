@@ -9,6 +9,7 @@ import numpy as np
 
 from starflow_jax.config import UserError
 
+ATTRIBUTES = ("digit", "colour", "direction")  # of a clip; labels (B, 3) have them in this order
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 # Corners of the RGB cube: far apart, and a grey level is painted by switching channels on and off.

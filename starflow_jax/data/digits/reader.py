@@ -12,7 +12,7 @@ from etils import epy
 from PIL import Image
 
 from starflow_jax.data.digits import dataset as moving_digits
-from starflow_jax.data.digits.captions import COLOUR_NAMES, COLOURS, DIRECTIONS, parse_caption
+from starflow_jax.data.digits.captions import ATTRIBUTES, COLOUR_NAMES, COLOURS, DIRECTIONS, parse_caption
 
 with epy.lazy_imports():  # a second together
     from scipy import ndimage
@@ -64,7 +64,7 @@ class Reader:
         """
         read_B3 = np.stack(self.read(frames_BTHWC), axis=1)
         shares_3 = (read_B3 == labels_B3).mean(0)
-        return dict(zip(("digit", "colour", "direction"), map(float, shares_3)))
+        return dict(zip(ATTRIBUTES, map(float, shares_3)))
 
     def _read_digits(self, ink_BTHW: np.ndarray) -> np.ndarray:
         """The digit with the most margin summed over all frames of the clip: a graded vote."""
