@@ -60,7 +60,7 @@ BAD = [
     (config.Sample, "prompt", None, "text"),
     (config.Codec, "latent_std", (1.0, 0.0), "greater than 0"),
     (config.Prepare, "aspect_ratios", "16:9,,1:1", "comma-separated"),
-    (config.Benchmark, "parts", "data,weather", "of data, "),
+    (config.Benchmark, "parts", "data,weather", "of start, data, "),
 ]
 
 

@@ -1,8 +1,6 @@
-"""The model in the package, and what a workdir without one is told."""
+"""The pretrained model, and what is said of a workdir without a model."""
 
 import dataclasses
-import importlib.util
-import json
 from pathlib import Path
 
 import jax
@@ -10,38 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from starflow_jax.config import Config, UserError, from_config_dict
+from configs.t2v import tiny
+from starflow_jax.config import UserError
 from starflow_jax.data.batch import Batch
 from starflow_jax.evaluation.adherence import adherence_of_samples
 from starflow_jax.model.parameters import init_params
-from starflow_jax.model.store import PRETRAINED, load_model
+from starflow_jax.model.store import PRETRAINED, load_model, load_pretrained, settings_of
 from starflow_jax.modes.package import LARGEST, package
 from starflow_jax.sampling.likelihood import bits_per_frame
 
 
-def tiny() -> Config:
-    path = Path(__file__).parents[2] / "configs" / "t2v.py"
-    spec = importlib.util.spec_from_file_location("t2v", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return from_config_dict(module.get_config())
-
-
-def test_box_is_the_tiny_model_and_small_enough(tmp_path: Path) -> None:
+def test_the_pretrained_model_is_tiny_and_small_enough(tmp_path: Path) -> None:
     config = tiny()
-    system, params, source = load_model(config, tmp_path)
-    assert "package" in source
+    assert settings_of(PRETRAINED) == config
+    system, params, source = load_pretrained(config, tmp_path)
+    assert source == "the pretrained model"
     shapes = jax.tree.map(lambda leaf: leaf.shape, params)
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(
         lambda: init_params(config, jax.random.key(0))))
     assert sum(path.stat().st_size for path in PRETRAINED.iterdir()) <= LARGEST
-    made_by = json.loads((PRETRAINED / "model.json").read_text())["config"]
-    assert made_by["model"]["deep_width"] == config.model.deep_width
     assert system.tokenizer.vocab_size <= config.text.vocab_size
 
 
-def test_box_knows_black_frames_from_noise(tmp_path: Path) -> None:
+def test_it_knows_black_frames_from_noise(tmp_path: Path) -> None:
     system, params, _ = load_model(tiny(), tmp_path)
 
     def bits(frames: np.ndarray) -> float:
@@ -55,7 +44,7 @@ def test_box_knows_black_frames_from_noise(tmp_path: Path) -> None:
     assert entropy < bits(black) < entropy + 0.5 < bits(noise)
 
 
-def test_other_models_are_not_in_the_box(tmp_path: Path) -> None:
+def test_other_models_are_not_in_the_package(tmp_path: Path) -> None:
     config = tiny()
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, denoiser_window=3))
     with pytest.raises(UserError, match="holds no checkpoint"):
@@ -69,7 +58,7 @@ def test_parameters_come_back_as_float32(tmp_path: Path) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
-def test_the_box_does_as_it_is_asked(tmp_path: Path) -> None:
+def test_it_shows_what_the_prompt_asks_for(tmp_path: Path) -> None:
     config = dataclasses.replace(tiny(), sample=dataclasses.replace(tiny().sample, batch_size=16))
     system, params, _ = load_model(config, tmp_path)
     shares = adherence_of_samples(system, params, "validation", 16)
