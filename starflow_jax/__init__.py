@@ -5,7 +5,7 @@
     video = model.generate("a blue three moves right", seed=0)
     video.save("three.mp4")
 
-Modes of the command line run in this process, too:
+The modes of the command line run in this process too:
 
     sf.run("train", sf.load_recipe("configs/t2v.py", train={"steps": 60}), "runs/short")
     sf.load("runs/short").generate("a red seven moves left")
@@ -26,7 +26,7 @@ _WHERE = {"Solver": "config", "UserError": "config", "load_recipe": "io.command_
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: the command line answers a mistake before JAX is there.
+    # Imported on first access, so that the command line reports a mistake before JAX is imported.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_WHERE.get(name, 'sampling.api')}"), name)

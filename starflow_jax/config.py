@@ -1,8 +1,8 @@
 """Settings: frozen dataclasses, checked when they are made; an error names field, value and what is allowed.
 
-`Config` is the whole of it. A file in configs/ builds one and hands it to `to_config_dict`, whose result
+`Config` holds all of them. A recipe in configs/ builds one and hands it to `to_config_dict`, whose result
 ml_collections makes overridable from the command line; `from_config_dict` checks it again. Nothing else in
-the package sees a ConfigDict. What a setting is for and what it may be stands in its field (settings/fields.py).
+the package sees a ConfigDict. Each field carries its description and its allowed values (settings/fields.py).
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ from starflow_jax.settings.fields import (
     type_hints,
 )
 
-# What the backward pass of a layer finds: all that it needs; the layer's input, the rest computed again; that and what
-# attention gave; or the same kept in the host's memory.
+# What is kept of a layer for its backward pass: all that it needs; the layer's input, from which the rest is computed
+# again; that and the output of attention; or the same, kept in the host's memory.
 REMAT = ("none", "layer", "attention", "offload")
 # What moves in attention where mesh.sequence shards the tokens (nn/sequence_parallel.py).
 SEQUENCE_PARALLEL = ("ulysses", "all_gather", "ring")
@@ -45,7 +45,7 @@ class Model(Settings):
     height: int = required("latent rows", POSITIVE)
     width: int = required("latent columns", POSITIVE)
     shallow_layers: tuple[int, ...] = required(
-        "Transformer layers of each shallow block, from the data on",
+        "Transformer layers of each shallow block, counted from the data",
         Allowed("a tuple of layer counts greater than 0, one per shallow block",
                 lambda value: len(value) > 0 and min(value) > 0))
     shallow_width: int = required("channels inside the shallow blocks and the denoiser", POSITIVE)
@@ -65,12 +65,12 @@ class Model(Settings):
     denoiser_window: int = setting(10, "latent frames that a frame attends to, its own included", POSITIVE)
     denoiser_lookahead: int = setting(1, "latent frames that it attends to after its own", at_least(0))
     noise_std: float = setting(0.5, "standard deviation of the noise that training adds to the latents", POSITIVE)
-    dtype: str = setting("float32", "in which the layers compute", DTYPES)
-    remat: str = setting("none", "what is kept for the backward pass: all, a layer's input, that and its attention's "
-                         "output, or the same in the host's memory", one_of(*REMAT))
+    dtype: str = setting("float32", "dtype in which the layers compute", DTYPES)
+    remat: str = setting("none", "what is kept for the backward pass: everything, a layer's input, that and the output "
+                         "of its attention, or the same in the host's memory", one_of(*REMAT))
     sequence_parallel: str = setting("ulysses", "what moves in attention where mesh.sequence shards the tokens",
                                      one_of(*SEQUENCE_PARALLEL))
-    unroll_layers: bool = setting(False, "faster steps for small models on CPU, for longer compilation")
+    unroll_layers: bool = setting(False, "faster steps for small models on a CPU, but longer compilation")
 
     def check(self) -> None:
         for field in ("shallow_width", "deep_width"):
@@ -98,7 +98,7 @@ class Text(Settings):
     """The text encoder: a small T5 trained along with the flow, or frozen flan-t5 features."""
 
     encoder: str = setting("trained", "trained along with the flow, or frozen", one_of("trained", "frozen"))
-    vocab_size: int = setting(320, "pieces of the trained tokenizer, at most", POSITIVE)
+    vocab_size: int = setting(320, "most pieces that the trained tokenizer may have", POSITIVE)
     layers: int = setting(2, "Transformer layers", POSITIVE)
     d_model: int = setting(128, "channels", POSITIVE)
     d_kv: int = setting(32, "channels of an attention head", POSITIVE)
@@ -106,7 +106,7 @@ class Text(Settings):
     heads: int = setting(4, "attention heads", POSITIVE)
     fps: int = setting(8, "frame rate that the prompt states", at_least(0, "an image model"))
     aspect_ratio: str = setting("1:1", "aspect ratio that the prompt states")
-    weights: str = setting("", "of the frozen encoder: a folder as flan-t5-xl is published, which sets the sizes")
+    weights: str = setting("", "of the frozen encoder: a folder as flan-t5-xl is published, which also sets the sizes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +118,14 @@ class Codec(Settings):
     time_stride: int = setting(4, "frames per latent frame after the first", POSITIVE)
     later_frames_scale: float = setting(1.0, "latents of frames n >= 1 are multiplied by this", POSITIVE)
     weights: str = setting("", "Wan: a safetensors file under the release's names")
-    latent_mean: tuple[float, ...] = setting((), "Wan: of each channel; (): the file's tensor `mean`")
+    latent_mean: tuple[float, ...] = setting((), "Wan: mean of each channel; (): the file's tensor `mean`")
     latent_std: tuple[float, ...] = setting(
-        (), "Wan: of each channel; (): the file's tensor `std`",
+        (), "Wan: standard deviation of each channel; (): the file's tensor `std`",
         Allowed("a tuple of numbers greater than 0", lambda value: all(one > 0 for one in value)))
     encoder_width: int = setting(160, "Wan: channels of the encoder's first stage", POSITIVE)
     decoder_width: int = setting(256, "Wan: channels of the decoder's last stage", POSITIVE)
-    dtype: str = setting("float32", "Wan: in which it computes", DTYPES)
-    # Saves memory with whole videos; a stream has to keep what each tile remembers, overlaps too.
+    dtype: str = setting("float32", "Wan: dtype in which it computes", DTYPES)
+    # Saves memory for whole videos; a stream must keep the cache of each tile, overlaps too.
     tile: int = setting(0, "Wan: latent rows and columns encoded and decoded at once; 0: whole frames")
     tile_overlap: int = setting(8, "Wan: latents that neighbouring tiles share", POSITIVE)
 
@@ -139,7 +139,7 @@ class Data(Settings):
     """The built-in moving digits or prepared data, and how clips, images and captions are mixed."""
 
     source: str = setting("digits", "moving digits, or data prepared by --mode=prepare", one_of("digits", "prepared"))
-    directory: str = setting("", "digits: where they are made, by default a cache folder; prepared: one folder, or "
+    directory: str = setting("", "digits: the data set's folder; empty: in the user's cache; prepared: one folder, or "
                              "several, comma-separated")
     latents: bool = setting(False, "train on prepared latents (and a frozen text encoder's features), not on pixels")
     size: int = setting(24, "digits: pixels of a frame's side", POSITIVE)
@@ -165,12 +165,12 @@ class Train(Settings):
     """The training loop."""
 
     steps: int = setting(100_000, "optimizer steps", POSITIVE)
-    batch_size: int = setting(192, "clips of a step", POSITIVE)
-    image_batch_size: int = setting(0, "images of a step; 0: as many as a batch of clips has frames",
+    batch_size: int = setting(192, "clips per step", POSITIVE)
+    image_batch_size: int = setting(0, "images per step; 0: as many as a batch of clips has frames",
                                     at_least(0, "as many as frames"))
     accumulate: int = setting(1, "microbatches per step", POSITIVE)
     learning_rate: float = setting(5e-5, "after warm-up", POSITIVE)
-    final_learning_rate: float = setting(1e-6, "at the end of the cosine", POSITIVE)
+    final_learning_rate: float = setting(1e-6, "at the end of the cosine decay", POSITIVE)
     warmup_steps: int = setting(1_000, "steps of linear warm-up; a run of fewer steps is all warm-up",
                                 at_least(0, "none"))
     weight_decay: float = setting(1e-4, "of AdamW", at_least(0))
@@ -181,16 +181,16 @@ class Train(Settings):
     ema: float = setting(0.9999, "decay of the averaged parameters",
                          Allowed("at least 0 and below 1", lambda value: 0 <= value < 1))
     seed: int = setting(0, "of parameters, data order and noise")
-    init_from: str = setting("", "a workdir or one of its checkpoints, whose model training begins with; empty: at "
-                             "random")
-    log_every: int = setting(20, "steps", POSITIVE)
-    checkpoint_every: int = setting(500, "steps", POSITIVE)
-    evaluate_every: int = setting(1_000, "steps", POSITIVE)
-    keep_checkpoints: int = setting(3, "newest checkpoints that are kept, beside the best", POSITIVE)
-    validation_clips: int = setting(128, "clips whose likelihood each evaluation takes", POSITIVE)
-    adherence_prompts: int = setting(0, "validation captions whose samples are read at each evaluation; 0: none",
+    init_from: str = setting("", "a workdir, or one of its checkpoints, whose model training starts from; empty: "
+                             "random parameters")
+    log_every: int = setting(20, "steps between lines of metrics", POSITIVE)
+    checkpoint_every: int = setting(500, "steps between checkpoints", POSITIVE)
+    evaluate_every: int = setting(1_000, "steps between validations", POSITIVE)
+    keep_checkpoints: int = setting(3, "newest checkpoints to keep, besides the best", POSITIVE)
+    validation_clips: int = setting(128, "clips whose likelihood each validation measures", POSITIVE)
+    adherence_prompts: int = setting(0, "validation captions whose samples are read at each validation; 0: none",
                                      at_least(0, "none"))
-    sheet_clips: int = setting(8, "samples drawn at each evaluation; 0: none", at_least(0, "none"))
+    sheet_clips: int = setting(8, "samples drawn at each validation; 0: none", at_least(0, "none"))
 
     def check(self) -> None:
         for field in ("batch_size", "image_batch_size"):
@@ -200,7 +200,7 @@ class Train(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Solver(Settings):
-    """How the flow is inverted. What is left open is as calibrated for the model, or a frame at a time."""
+    """How the flow is inverted. What is left unset is as calibrated for the model, or one frame at a time."""
 
     path: ClassVar[str] = "sample.solver"
 
@@ -209,7 +209,7 @@ class Solver(Settings):
                               at_least(0, "as calibrated"))
     frames_per_step: int = setting(0, "frames solved for at once; 0: as calibrated, or one",
                                    at_least(0, "as calibrated"))
-    updates: int = setting(3, "of each token by the wavefront, whatever the tolerance", POSITIVE)
+    updates: int = setting(3, "updates of each token by the wavefront, whatever the tolerance", POSITIVE)
     start: str = setting("", "where the solver starts: the previous frame, or the noise; empty: as calibrated, or "
                          "previous", one_of("", "previous", "noise"))
     tolerance: float = setting(1e-3, "largest relative change at which a block is solved; 0: exact",
@@ -219,40 +219,40 @@ class Solver(Settings):
 
     def check(self) -> None:
         self.require("kind", self.kind != "wavefront" or self.tolerance > 0,
-                     "is not exact, as sample.solver.tolerance=0 asks; take jacobi or sequential")
+                     "is not exact, which sample.solver.tolerance=0 asks for; use jacobi or sequential")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample(Settings):
     """Generation."""
 
-    prompt: str = setting("", "what is to be seen")
+    prompt: str = setting("", "what the video shows")
     prompts_file: str = setting("", "a text file with a prompt on each line")
     rewrite: str = setting("", 'lengthens prompts: a command (prompt in, longer prompt out), or "module:function"')
-    vbench: str = setting("", 'VBench\'s prompt list, a file or "installed": its prompts, and files named as it wants')
-    negative_prompt: str = setting("", "what guidance leads away from; empty: the empty caption")
-    changes: str = setting("", 'another prompt from a frame on: "25: a red seven moves left; 49: ..."')
+    vbench: str = setting("", 'VBench\'s prompt list, a file or "installed": its prompts, files named as it expects')
+    negative_prompt: str = setting("", "what guidance steers away from; empty: the empty caption")
+    changes: str = setting("", 'other prompts from later frames on: "25: a red seven moves left; 49: ..."')
     image: str = setting("", "a picture file: the video's first frame")
     video: str = setting("", "a video file to extend")
     count: int = setting(1, "videos per prompt", POSITIVE)
-    keep: int = setting(0, "of these, the most likely ones are kept; 0: all", at_least(0, "all"))
-    seed: int = setting(0, "of the first video; each further one takes the next")
+    keep: int = setting(0, "how many of these to keep, the most likely ones; 0: all", at_least(0, "all"))
+    seed: int = setting(0, "seed of the first video; each further one takes the next")
     guidance: float = setting(2.5, "weight of classifier-free guidance", at_least(0, "none"))
-    frames: int = setting(0, "pixel frames, given ones included; 0: the training length, beyond a given video",
+    frames: int = setting(0, "pixel frames, given ones included; 0: the training length, after a given video",
                           at_least(0, "the training length"))
     fps: int = setting(0, "frame rate of the prompt and of the file; 0: as trained", at_least(0, "as trained"))
-    aspect_ratio: str = setting("", "that the prompt states; empty: as trained")
+    aspect_ratio: str = setting("", "aspect ratio that the prompt states; empty: as trained")
     batch_size: int = setting(32, "videos made together", POSITIVE)
-    stream: bool = setting(False, "write each video while it is made")
-    devices: int = setting(1, "of a stream: 1, or 2 and more: the deep block on the first, the rest on the second",
+    stream: bool = setting(False, "write each video while it is being made")
+    devices: int = setting(1, "of a stream; with 2 or more the deep block is on the first, the rest on the second",
                            POSITIVE)
     solver: Solver = setting(Solver(), "how the flow is inverted")
-    certify: bool = setting(False, "encode the sample again and report the distance to its noise")
-    context_frames: int = setting(0, "latents re-encoded when the window moves on; 0: three quarters of it",
+    certify: bool = setting(False, "encode the sample again and report the distance to the noise it was made from")
+    context_frames: int = setting(0, "latent frames re-encoded when the window moves on; 0: three quarters of it",
                                   at_least(0, "three quarters"))
     denoise: str = setting("denoiser", "what removes the noise that training added",
                            one_of("denoiser", "score", "none"))
-    checkpoint: str = setting("newest", "the newest, or the best by validation; also what is evaluated and packaged",
+    checkpoint: str = setting("newest", "the newest, or the best by validation; also for evaluation and packaging",
                               one_of("newest", "best"))
     output: str = setting("", "folder of the videos; empty: WORKDIR/samples")
 
@@ -261,7 +261,7 @@ class Sample(Settings):
         for field in ("keep", "certify", "vbench"):
             self.require(field, not (self.stream and getattr(self, field)),
                          "needs whole clips; leave it out, or set sample.stream=false")
-        self.require("keep", not (self.vbench and self.keep), "sample.vbench wants every video; leave one out")
+        self.require("keep", not (self.vbench and self.keep), "sample.vbench needs every video; leave one of them out")
 
 
 _AXIS = at_least(0, "what the others leave")
@@ -269,7 +269,7 @@ _AXIS = at_least(0, "what the others leave")
 
 @dataclasses.dataclass(frozen=True)
 class Mesh(Settings):
-    """How devices are arranged; the product is their number, and one axis may be 0: what the others leave."""
+    """How devices are arranged: the product of the axes is their number; one axis may be 0, what the others leave."""
 
     data: int = setting(0, "copies of the model", _AXIS)
     fsdp: int = setting(1, "shards of parameters and optimizer state; clips are sharded over data and fsdp", _AXIS)
@@ -285,11 +285,11 @@ class Mesh(Settings):
 class Plan(Settings):
     """What --mode=plan compiles, and for which pod."""
 
-    topology: str = setting("v5p:4x4x4", "kind and shape: v4, v5e, v5p, v6e or tpu7x")
+    topology: str = setting("v5p:4x4x4", "kind and shape of the pod; kinds are v4, v5e, v5p, v6e and tpu7x")
     step: str = setting("train", "a training step; all programs that make videos of the training length; or the Wan "
                         "VAE's on one chip", one_of("train", "sample", "codec"))
-    videos: int = setting(1, "sampled, or coded, together", POSITIVE)
-    updates: int = setting(8, "of the solver per block of tokens that the bound of sampling is estimated with",
+    videos: int = setting(1, "videos sampled, or coded, together", POSITIVE)
+    updates: int = setting(8, "updates of the solver per block of tokens, assumed in the bound on sampling",
                            POSITIVE)
     search: bool = setting(False, "try meshes and rematerialisations, and rank what fits")
 
@@ -301,8 +301,8 @@ BENCHMARKS = ("start", "data", "attention", "decoding", "training")
 class Benchmark(Settings):
     """What --mode=benchmark times."""
 
-    parts: str = setting(",".join(BENCHMARKS), "comma-separated",
-                         Allowed(f"of {', '.join(BENCHMARKS)}, comma-separated",
+    parts: str = setting(",".join(BENCHMARKS), "what to time",
+                         Allowed(f"comma-separated parts of {', '.join(BENCHMARKS)}",
                                  lambda value: set(names(value)) <= set(BENCHMARKS)))
 
     @property
@@ -315,29 +315,29 @@ EVALUATIONS = ("test_set", "video", "classify", "quality")
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate(Settings):
-    """What is measured: likelihood and adherence on the test split, one video, captions by likelihood, or folders of
-    any system's videos."""
+    """What is measured: likelihood and adherence on the test split, one video, captions chosen by likelihood, or
+    folders of any system's videos."""
 
     task: str = setting("test_set", "what is measured", one_of(*EVALUATIONS))
     clips: int = setting(1_000, "test clips whose likelihood is measured, or whose caption is chosen by it (classify)",
                          POSITIVE)
-    batch_size: int = setting(64, "of these at once", POSITIVE)
-    prompts: int = setting(500, "fixed test prompts whose samples are read (test_set)", POSITIVE)
-    video: str = setting("", "a video file: its exact likelihood under `caption`, and its way to z and back (video)")
-    caption: str = setting("", "of that video")
+    batch_size: int = setting(64, "clips at once", POSITIVE)
+    prompts: int = setting(500, "test prompts whose samples are read (test_set)", POSITIVE)
+    video: str = setting("", "a video file: its exact likelihood given `caption`, and its way to z and back (video)")
+    caption: str = setting("", "caption of that video")
     other: str = setting("", "another video file: interpolation in z from `video` to it")
-    other_caption: str = setting("", "of that other video; empty: the same caption")
+    other_caption: str = setting("", "caption of that other video; empty: the same one")
     steps: int = setting(7, "videos of an interpolation, both ends included",
                          Allowed("2 or more: both ends are included", lambda value: value >= 2))
-    draws: int = setting(8, "of the training noise, over which the likelihood of a video is averaged", POSITIVE)
-    every_caption: bool = setting(False, "score all captions; else only those that the search comes by (classify)")
+    draws: int = setting(8, "draws of the training noise over which a video's likelihood is averaged", POSITIVE)
+    every_caption: bool = setting(False, "score all captions, not only those that the search visits (classify)")
     folder: str = setting("", "comma-separated folders of videos of any system (quality)")
     reference: str = setting("", "a folder of real videos; without `folder`: how well the codec reconstructs them "
                              "(quality)")
     vbench: str = setting("", 'VBench\'s prompt list, a file or "installed", that names the videos (quality)')
     frames: int = setting(16, "first frames of each video that Frechet video distance compares",
                           Allowed("9 or more: fewer vanish in I3D's strides", lambda value: value >= 9))
-    fps: int = setting(0, "at which videos of folders are taken; 0: their own", at_least(0, "the videos' own"))
+    fps: int = setting(0, "frame rate at which folders are compared; 0: their own", at_least(0, "the videos' own"))
 
     def check(self) -> None:
         for task, fields in {"video": ("video", "caption", "other", "other_caption"), "classify": ("every_caption",),
@@ -363,8 +363,8 @@ class Convert(Settings):
 
     source: str = setting("", "a .pth, a folder of torch's shards, safetensors, or a workdir whose model is to grow")
     target: str = setting("", "a .safetensors file under the release's names, from the workdir's newest checkpoint")
-    prefix: str = setting("", 'of the names of the flow\'s tensors in the source, such as "model."')
-    dtype: str = setting("stored", "of what is written: the source's, or another",
+    prefix: str = setting("", 'prefix of the names of the flow\'s tensors in the source, such as "model."')
+    dtype: str = setting("stored", "dtype of what is written; stored: the source's",
                          one_of("stored", "float32", "bfloat16"))
     codec: str = setting("", "the Wan VAE's .pth or safetensors, to be written to codec.weights")
     statistics: str = setting("", "a JSON file with its latents' channel means and deviations; empty: those of "
@@ -381,31 +381,31 @@ class Prepare(Settings):
     input: str = setting("", 'a folder, a .csv, .jsonl or .parquet list, or tars ("data/*.tar")')
     output: str = setting("", "folder of the prepared data; empty: WORKDIR/prepared")
     long_captions: str = setting("caption_long,long_caption,synthetic_caption,recaption",
-                                 "fields, the first found is taken", NAMES)
+                                 "fields, of which the first one found is used", NAMES)
     short_captions: str = setting("caption_short,short_caption,raw_caption,txt,caption,text,title",
                                   "the same; txt is the file KEY.txt", NAMES)
-    frames: int = setting(0, "of a clip; 0: the model's, and those of one more latent, for clips without their first",
+    frames: int = setting(0, "frames of a clip; 0: the model's and one latent frame's more, so that the first can go",
                           at_least(0, "the model's"))
-    fps: int = setting(16, "of a clip; 0: the source's, which the prompt states", at_least(0, "the source's"))
-    resolution: int = setting(480, "384p, 480p: frames have the pixels of a picture of this height and 16/9 of it in "
-                              "width", POSITIVE)
+    fps: int = setting(16, "frame rate of a clip, stated in the prompt; 0: the source's", at_least(0, "the source's"))
+    resolution: int = setting(480, "as in 384p, 480p: the height of a 16:9 frame; those of other aspect ratios have as "
+                              "many pixels", POSITIVE)
     aspect_ratios: str = setting("21:9,16:9,3:2,4:3,1:1,3:4,2:3,9:16", "buckets; a video goes into the nearest", NAMES)
-    clips_per_video: int = setting(0, "at most; 0: all", at_least(0, "all"))
-    max_upscale: float = setting(1.25, "smaller sources are left out", POSITIVE)
+    clips_per_video: int = setting(0, "most clips taken from one video; 0: all", at_least(0, "all"))
+    max_upscale: float = setting(1.25, "largest enlargement; smaller sources are left out", POSITIVE)
     min_brightness: float = setting(12.0, "mean of a clip, 0 to 255; darker ones are left out", at_least(0))
     min_motion: float = setting(0.4, "mean change from frame to frame, 0 to 255; stiller ones are left out",
                                 at_least(0))
-    cut_threshold: float = setting(25.0, "the same; beyond it, and much beyond the frames before, is a cut; 0: none",
+    cut_threshold: float = setting(25.0, "the same: a cut is above it, and far above the frames before; 0: no cuts",
                                    at_least(0, "none"))
     crf: int = setting(10, "H.264's quality", Allowed("0 (lossless) to 51", lambda value: 0 <= value <= 51))
     validation_share: float = setting(0.01, "of the videos, by a hash of their names", _SHARE)
     test_share: float = setting(0.01, "of the videos, by a hash of their names", _SHARE)
     items_per_part: int = setting(16, "videos of a folder or list that one process takes at a time", POSITIVE)
-    clips_per_shard: int = setting(256, "clips of a file", POSITIVE)
-    processes: int = setting(0, "0: one per core", at_least(0, "one per core"))
+    clips_per_shard: int = setting(256, "clips per file", POSITIVE)
+    processes: int = setting(0, "processes that cut clips; 0: one per core", at_least(0, "one per core"))
     beam: str = setting("none", 'flags of an Apache Beam pipeline, such as "--runner=FlinkRunner ..."')
     latents: bool = setting(False, "encode the clips with the workdir's codec")
-    text_features: bool = setting(False, "and their prompts with its text encoder")
+    text_features: bool = setting(False, "encode their prompts with the workdir's text encoder")
     batch_size: int = setting(8, "clips that are encoded at once", POSITIVE)
 
     def check(self) -> None:
@@ -427,7 +427,7 @@ class Prepare(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Config(Settings):
-    """Everything."""
+    """All settings."""
 
     path: ClassVar[str] = "config"
 
@@ -451,7 +451,7 @@ class Config(Settings):
             "must be 0 with prepared data: only moving digits can be read")
 
 
-# Settings that were called otherwise, and how to say the same now.
+# Settings that were renamed, and what to write instead.
 RENAMED = {
     "model.parted_attention": "model.sequence_parallel=ulysses|all_gather|ring (was heads|gather|ring)",
     "evaluate.recognise": "evaluate.task=classify, of evaluate.clips test clips",
@@ -463,12 +463,12 @@ RENAMED_VARIANTS = {"box": "tiny_gpu"}
 
 
 def unknown_setting(name: str) -> UserError:
-    """What is said of a dotted name, "sample.guidence", that is no setting."""
+    """The error for a dotted name that is no setting, such as "sample.guidence"."""
     return listing.unknown_setting(Config, name, RENAMED)
 
 
 def choose_variant(file: str, variants: Mapping[str, Callable[[], Config]], variant: str) -> Config:
-    """The variant of a file of settings. Raises UserError, naming those there are, for another."""
+    """A variant of a recipe, by its name. Raises UserError, listing those there are, for another name."""
     if variant in variants:
         return variants[variant]()
     if RENAMED_VARIANTS.get(variant) in variants:
@@ -487,12 +487,12 @@ def from_config_dict(settings: ConfigDict) -> Config:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """The settings of `dataclasses.asdict`, or of JSON that was made of it. Raises UserError as `from_config_dict`."""
+    """The settings from `dataclasses.asdict`, or from JSON of that. Raises UserError as `from_config_dict` does."""
     return _build(Config, dict(values), "")
 
 
 def changed(config: Config, section: str, changes: Mapping[str, Any]) -> Config:
-    """The settings with some of one section changed; those of a section inside it are given as a dict or made whole.
+    """The settings with some of one section changed; a nested section's are given as a dict, or as a whole instance.
 
     Raises UserError for unknown fields and bad values.
     """

@@ -1,6 +1,6 @@
 """python -m starflow_jax.main --config=configs/t2v.py[:VARIANT] --workdir=DIR --mode=MODE [--config.SETTING=VALUE ...]
 
-The same in short:  starflow MODE [PROMPT] [--config=configs/t2v.py[:VARIANT]] [--workdir=DIR] [--SETTING=VALUE ...]
+In short:  starflow MODE [PROMPT] [--config=configs/t2v.py[:VARIANT]] [--workdir=DIR] [--SETTING=VALUE ...]
 """
 
 import os
@@ -17,11 +17,11 @@ from starflow_jax.io import command_line
 from starflow_jax.modes import MODES
 from starflow_jax.settings.help import entry, settings_text
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "File of settings, and which of its variants.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "File of settings and, after a colon, its variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and results; default: runs/NAME.")
 DISTRIBUTED = flags.DEFINE_string(
-    "distributed", "", "One of several processes of a run: true (on TPU pods, Slurm, Kubernetes they are found) or "
-    "HOST:PORT,COUNT,INDEX: the first one's address, how many there are, which this is.")
+    "distributed", "", "This is one of several processes of a run: true (TPU pods, Slurm and Kubernetes are detected), "
+    "or HOST:PORT,COUNT,INDEX: the first one's address, the number of processes, and which one this is.")
 MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{argv[1]}: not an option; settings are given as --config.sample.guidance=2.5")
     config = from_config_dict(CONFIG.value)
     workdir = Path(WORKDIR.value or f"runs/{config.name}")
-    # After the settings are checked: JAX takes longer to import than all that is above.
+    # Imported after the settings are checked: JAX takes longer than everything above.
     from starflow_jax.io.compiled import keep_compiled_programs
 
     keep_compiled_programs()
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
 
 
 def join(distributed: str) -> None:
-    """Meet the other processes of this run. Raises UserError for what can't be read or reached."""
+    """Connect to the other processes of this run. Raises UserError for what can't be read or reached."""
     if distributed in ("", "false"):
         return
     import jax
@@ -58,7 +58,7 @@ def join(distributed: str) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Read the command line, or print --help and leave. Raises UserError naming what is wrong with it."""
+    """Read the command line, or print --help and exit. Raises UserError naming what is wrong with it."""
     asked = [argument for argument in argv[1:] if argument == "-h" or argument.startswith("--help")]
     arguments = command_line.with_recipe([argument for argument in argv[1:] if argument not in asked])
     command_line.check_names(arguments)
@@ -76,18 +76,21 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def help_text(topic: str = "") -> str:
-    """What --help prints: of a mode or a section its settings, else everything. With --config its values are shown."""
+    """What --help prints: the settings of a mode or a section, or everything; with --config that recipe's values.
+
+    Raises UserError for a topic that is neither a mode nor a section.
+    """
     sections = MODES[topic][1] if topic in MODES else (topic,) if topic else ()
     config = None if CONFIG.value is None else from_config_dict(CONFIG.value)
     settings = settings_text(Config, sections, config)
     if not settings:
         raise UserError(f"--help={topic}: no such mode or section of settings; --help lists all")
     options = [entry(f"--{name}", flags.FLAGS[name].help) for name in ("config", "workdir", "mode", "distributed")]
-    which = "their defaults; those of a file with --config=FILE" if config is None else f"the values of {config.name}"
+    which = "their defaults; --config=FILE shows its own" if config is None else f"the values of {config.name}"
     listed = [entry(mode, does) for mode, (does, _) in MODES.items()]
     return "\n".join([(__doc__ or "").strip(), "", "modes", *listed, "", "options", *options,
-                      entry("--help[=TOPIC]", "This; of one mode or section only."), "",
-                      f"settings (--config.SECTION.NAME=VALUE), with {which}", "", settings])
+                      entry("--help[=TOPIC]", "This text, or that of one mode or section alone."), "",
+                      f"settings (--config.SECTION.NAME=VALUE) with {which}", "", settings])
 
 
 def _show(text: str) -> None:
@@ -99,7 +102,7 @@ def _show(text: str) -> None:
 
 def run() -> None:
     """Run; a UserError becomes one line and exit code 2."""
-    logging.set_verbosity(logging.ERROR)  # orbax and TFDS tell every step they take
+    logging.set_verbosity(logging.ERROR)  # orbax and TFDS log every step they take
     try:
         app.run(main, flags_parser=parse_flags)
     except UserError as error:
@@ -119,7 +122,7 @@ def starflow() -> None:
 def _leave(error: UserError) -> None:
     print(f"starflow_jax: {error}", file=sys.stderr, flush=True)
     if flags.FLAGS.is_parsed() and DISTRIBUTED.value:
-        os._exit(2)  # leaving as usual waits for the other processes, which may be gone, and then aborts
+        os._exit(2)  # a normal exit waits for the other processes, which may be gone, and aborts
     sys.exit(2)
 
 

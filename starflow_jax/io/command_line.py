@@ -1,4 +1,4 @@
-"""The command line before its flags are read: short names, files of settings, names of settings that do not exist."""
+"""The command line before its flags are read: `starflow`'s short form, recipes, names of settings that do not exist."""
 
 import re
 import runpy
@@ -11,7 +11,7 @@ from typing import Any
 from starflow_jax.config import Config, UserError, changed, from_config_dict, unknown_setting
 from starflow_jax.settings.listing import describe, sections
 
-# In an installed package the files of configs/ lie inside it, in a checkout beside it.
+# An installed package has configs/ inside it, a checkout beside it.
 PACKAGE = Path(__file__).parents[1]
 RECIPES = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 DEFAULT_RECIPE = "configs/t2v.py"
@@ -21,7 +21,7 @@ HELP = ("--help", "-h")
 def written_out(arguments: Sequence[str], modes: Mapping[str, str], flags: Container[str]) -> list[str]:
     """`starflow`'s MODE [PROMPT] [--SETTING=VALUE ...] as the flags of `python -m starflow_jax.main`.
 
-    modes: the section of each, in which its settings need no section's name. flags: names that are no settings.
+    modes: the section of each, whose settings need no section's name. flags: the names of flags that are no settings.
     Raises UserError for an unknown mode or setting.
     """
     if not arguments or arguments[0] in HELP:
@@ -56,11 +56,11 @@ def _full_name(name: str, section: str, flags: Container[str]) -> tuple[str, boo
 
 
 def with_recipe(arguments: Sequence[str]) -> list[str]:
-    """The arguments with --config (the last one given) in front, as settings need it, and its file found: in the
-    working directory, or else in the package.
+    """The arguments with --config (the last one given) first, because the settings after it override its own, and with
+    its file found: in the working directory, or else in the package.
 
-    Raises UserError, naming the files there are, where it is in neither. Files of settings import one another as
-    `configs.NAME`, wherever they lie.
+    Raises UserError, listing the files there are, where it is in neither. Recipes import one another as
+    `configs.NAME`, wherever they are.
     """
     others, given, remaining = [], None, iter(arguments)
     for argument in remaining:
@@ -102,7 +102,7 @@ def _find_recipe(given: str) -> str:
 
 
 def in_words(error: Exception) -> UserError:
-    """What absl says of a flag, or Python of a file of settings, as one line about the setting."""
+    """absl's error about a flag, or Python's about a recipe, as one line about the setting."""
     line = " ".join(str(error).split())
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", line)
     names = {section.__name__: f"{name}." for name, section in sections(Config)} | {Config.__name__: ""}

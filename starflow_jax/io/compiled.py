@@ -1,4 +1,4 @@
-"""Compiled programs are kept on disk, for the next process that needs the same ones."""
+"""Compiled programs, kept on disk for the next process that needs the same ones."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import jax
 
 
 def cache_folder() -> Path:
-    """Where this user's caches lie."""
+    """The folder of this user's caches."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "starflow_jax"
 
 

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-ARRIVING = ".arriving-"  # begins the names of what is not whole yet; a process that is killed leaves it
+ARRIVING = ".arriving-"  # prefix of the names of what is not whole yet; a killed process leaves such files behind
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def _send(local: Path, path: str) -> None:
-    # An object store can't rename, and need not: it shows a file when all of it has come. Of a folder the last file,
+    # An object store can't rename, and need not: it shows a file once all of it has arrived. The last file of a folder,
     # by name, is the one that says that the folder is whole.
     from etils import epath
 

@@ -16,7 +16,7 @@ MARGIN = 4  # pixels between the cells of a sheet
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads a picture as (H, W, 3) uint8, turned upright. Raises UserError if missing or damaged."""
+    """Reads a picture as (H, W, 3) uint8, turned upright. Raises UserError if it is missing or damaged."""
     if not Path(path).is_file():
         raise UserError(f"image not found: {path}; check the path")
     try:
@@ -27,7 +27,10 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def resize_crop(frames_THWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Antialiased resize to cover height × width, centre crop: (T, H, W, 3) -> (T, height, width, 3) uint8."""
+    """Antialiased resize to cover height × width, then a centre crop: (T, H, W, 3) -> (T, height, width, 3), uint8.
+
+    Raises ValueError for another shape or dtype.
+    """
     check_frames(frames_THWC)
     _, rows, columns, _ = frames_THWC.shape
     scale = max(height / rows, width / columns)
@@ -100,6 +103,7 @@ def write_gif(
 
 
 def check_frames(frames_THWC: np.ndarray) -> None:
+    """Raises ValueError for what is not uint8 of shape (T, H, W, 3), or is empty."""
     if frames_THWC.dtype != np.uint8 or frames_THWC.ndim != 4 or frames_THWC.shape[-1] != 3:
         raise ValueError(
             f"frames must be uint8 of shape (T, H, W, 3), not {frames_THWC.dtype} {frames_THWC.shape}"
@@ -109,6 +113,7 @@ def check_frames(frames_THWC: np.ndarray) -> None:
 
 
 def enlarge(frames_THWC: np.ndarray, scale: int) -> np.ndarray:
+    """Each pixel as scale × scale pixels."""
     return frames_THWC.repeat(scale, axis=1).repeat(scale, axis=2)
 
 

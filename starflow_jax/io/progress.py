@@ -7,10 +7,10 @@ from tqdm import tqdm
 
 
 class ProgressBar:
-    """A tqdm bar: what is done, the loss in bits per dimension, rate and time left.
+    """A tqdm bar: how much is done, the loss in bits per dimension, the rate and the time left.
 
-    compiles: it says "compiling" until the first update, because JAX compiles what the first step runs. Where the
-    screen is no terminal (a log file) it prints a line at most every 30 seconds.
+    compiles: it says "compiling" until the first update, because JAX compiles what the first step runs. Where stderr
+    is not a terminal (a log file) it prints a line every 30 seconds at most.
     """
 
     def __init__(self, description: str, total: int, initial: int = 0, unit: str = "step", shown: bool = True,
@@ -54,7 +54,7 @@ class ProgressBar:
 
 
 def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
-    """An aligned text table; columns of numbers go to the right, floats with four significant digits."""
+    """An aligned text table; columns of numbers are right-aligned, floats have four significant digits."""
     cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     columns = []
     for index, header in enumerate(headers):

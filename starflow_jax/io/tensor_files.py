@@ -22,7 +22,7 @@ DTYPES = {  # safetensors' names
 
 
 class StoredArray:
-    """An array that is read, each time, when np.asarray asks for it; its shape and dtype are known before."""
+    """An array that np.asarray reads, each time anew; its shape and dtype are known without reading it."""
 
     def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[[], np.ndarray]):
         self.shape, self.dtype, self._read = tuple(shape), np.dtype(dtype), read
@@ -99,7 +99,7 @@ def _read_tensor(path: Path, name: str) -> np.ndarray:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
-    """Write arrays, read one after the other, as one safetensors file; no more than one is in memory.
+    """Write arrays as one safetensors file, read one after the other, so that only one is in memory at a time.
 
     safetensors' own writer takes them all at once. Raises UserError for a dtype that the format lacks.
     """
@@ -132,7 +132,7 @@ def check_shapes(source: str, found: Mapping[str, Any], wanted: Mapping[str, tup
 
 
 def report_misfits(source: str, *, missing: list[str], unexpected: list[str], misshapen: list[str]) -> None:
-    """Raises UserError naming all of them where there is any."""
+    """Raises UserError listing them all, where there are any."""
     lists = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     if any(lists.values()):
         listed = "; ".join(f"{what} {len(names)}: {', '.join(names)}" for what, names in lists.items() if names)

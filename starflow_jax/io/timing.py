@@ -1,4 +1,4 @@
-"""One loop that times several cases in turns."""
+"""One loop that times several cases in turn."""
 
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -14,14 +14,14 @@ Result = TypeVar("Result")
 
 def median_seconds(description: str, cases: Mapping[Name, Callable[[], object]], rounds: int,
                    clock: Callable[[], float] = time.perf_counter) -> dict[Name, float]:
-    """Median seconds of each case. All run once a round, so that a busy machine slows all alike; one round more, the
-    first, compiles and does not count. A case returns when its work is done."""
+    """Median seconds of each case. All run once per round, so that a busy machine slows them alike; an extra first
+    round compiles and does not count. A case must return only when its work is done."""
     return {name: seconds for name, (_, seconds) in timed(description, cases, rounds, clock).items()}
 
 
 def timed(description: str, cases: Mapping[Name, Callable[[], Result]], rounds: int,
           clock: Callable[[], float] = time.perf_counter) -> dict[Name, tuple[Result, float]]:
-    """The same with what each case returned."""
+    """{name: (what the case returned last, its median seconds)}; see `median_seconds`."""
     results: dict[Name, Result] = {}
     times: dict[Name, list[float]] = {name: [] for name in cases}
     with ProgressBar(description, (rounds + 1) * len(cases), unit="run") as progress:

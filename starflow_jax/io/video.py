@@ -1,7 +1,7 @@
-"""Video and picture files in and out: PyAV for MP4, Pillow for images.
+"""Video files in and out, by PyAV.
 
 Frames are uint8 RGB everywhere, 0 to 255, axes in the name: T frames, H rows, W columns, C = 3 colours,
-B clips. Files appear whole or not at all, each written under a temporary name and then renamed; but for
+B clips. Files appear whole or not at all, each written under a temporary name and then renamed, except for
 `growing_mp4`, which is there to be watched while it is written.
 """
 
@@ -36,7 +36,7 @@ def write_mp4(
 
 
 def mp4_bytes(frames_THWC: np.ndarray, fps: float, scale: int = 1) -> bytes:
-    """An MP4 of the frames as `write_mp4` encodes them, in fragments, which need no second pass over a file."""
+    """The frames encoded as by `write_mp4`, but in fragments, which need no second pass over a file."""
     check_frames(frames_THWC)
     file = io.BytesIO()
     writer = Mp4Writer(file, fps, scale, {"movflags": "+frag_keyframe+empty_moov+default_base_moof"}, {"crf": "16"})
@@ -46,7 +46,7 @@ def mp4_bytes(frames_THWC: np.ndarray, fps: float, scale: int = 1) -> bytes:
 
 
 class Mp4Writer:
-    """An H.264 MP4 that frames are written to as they come; settings are ffmpeg's."""
+    """An H.264 MP4 that frames are written to as they come; `container` and `codec` are ffmpeg's options."""
 
     def __init__(self, path: str | os.PathLike[str] | BinaryIO, fps: float, scale: int, container: dict[str, str],
                  codec: dict[str, str], pixels: str = "yuv420p") -> None:

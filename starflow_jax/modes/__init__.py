@@ -1,17 +1,17 @@
-"""What the command line does, one function a mode: settings and a workdir in, files and a table out."""
+"""What the command line does, one function per mode: settings and a workdir in, files and a table out."""
 
 import importlib
 from pathlib import Path
 
 from starflow_jax.config import Config, UserError
 
-# Each mode is the function of its own name in the module of its own name. Here, what it does and the sections of
-# settings that it reads first of all; the first is its own.
+# Each mode is the function of its name in the module of its name. Here: what it does, and the main sections of settings
+# that it reads, of which the first is its own.
 MODES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "train": ("train a model, or resume training it", ("train", "data", "model", "text", "codec", "mesh")),
-    "sample": ("make videos of prompts, pictures and videos", ("sample",)),
+    "train": ("train a model, or resume its training", ("train", "data", "model", "text", "codec", "mesh")),
+    "sample": ("make videos from prompts, pictures and videos", ("sample",)),
     "evaluate": ("measure a model, or any system's videos", ("evaluate", "sample")),
-    "calibrate": ("measure which solver is fastest for a model, and keep it beside the model", ("sample",)),
+    "calibrate": ("find the fastest solver for a model and keep it beside the model", ("sample",)),
     "convert": ("turn released weights into a checkpoint, and back", ("convert", "text", "codec")),
     "prepare": ("turn videos and captions into data to train on", ("prepare",)),
     "plan": ("compile for a pod that is not there: memory, time and bounds", ("plan", "mesh", "train", "model")),

@@ -22,11 +22,12 @@ class Allowed:
 
 
 def at_least(low: float, zero: str = "") -> Allowed:
-    """zero: what the value 0 stands for."""
+    """Any finite number from `low` on. zero: what the value 0 stands for, where low is 0."""
     return Allowed(f"0 ({zero}) or more" if zero else f"{low} or more", lambda value: low <= value < math.inf)
 
 
 def one_of(*choices: str) -> Allowed:
+    """Any of these words."""
     return Allowed(f"one of {', '.join(choice or '(empty)' for choice in choices)}", lambda value: value in choices)
 
 
@@ -41,7 +42,7 @@ def names(listed: str) -> tuple[str, ...]:
 
 
 def setting(default: Any, description: str, allowed: Allowed | None = None) -> Any:
-    """A field with what --help says of it."""
+    """A field with what --help says about it."""
     return dataclasses.field(default=default, metadata={"description": description, "allowed": allowed})
 
 
@@ -53,7 +54,7 @@ def required(description: str, allowed: Allowed | None = None) -> Any:
 class Settings:
     """A section of the settings; its fields are checked when it is made."""
 
-    path: ClassVar[str] = ""  # what errors call it; "": the name of its class
+    path: ClassVar[str] = ""  # its name in errors; "": that of its class
 
     def __post_init__(self) -> None:
         section: Any = type(self)  # a dataclass, as every subclass is
@@ -91,7 +92,7 @@ def type_hints(section: Any) -> dict[str, Any]:
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Numbers of numpy count as numbers, true and false do not."""
+    """NumPy's numbers count as numbers; true and false do not."""
     if typing.get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(_is_a(part, typing.get_args(kind)[0]) for part in value)
     if kind in (int, float):

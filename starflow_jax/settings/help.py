@@ -13,8 +13,8 @@ NAME_WIDTH, LINE_WIDTH = 30, 110  # characters
 
 
 def settings_text(root: Any, chosen: Sequence[str] = (), values: Any = None) -> str:
-    """What --help prints of the chosen sections of `root`, or of all. values: an instance, whose values are shown
-    instead of the defaults."""
+    """What --help prints about the chosen sections of `root`, or about all. values: an instance of it, whose values are
+    shown instead of the defaults."""
     parts: dict[str, list[str]] = {}
     for section, description, settings in _by_section(root):
         lines = [_setting_entry(one, section, values) for one in settings]
@@ -24,8 +24,8 @@ def settings_text(root: Any, chosen: Sequence[str] = (), values: Any = None) -> 
 
 
 def allowed_words(one: Described) -> str:
-    """Its type and range, "a number, 0 (none) or more"; a range that says the type as well stands alone."""
-    if one.allowed.startswith(("a ", "one of ", "of ", "comma-separated ")):
+    """A setting's type and range, "a number, 0 (none) or more"; a range that implies the type stands alone."""
+    if one.allowed.startswith(("a ", "one of ", "comma-separated ")):
         return one.allowed
     return ", ".join(filter(None, (one.type, one.allowed)))
 
@@ -45,7 +45,7 @@ def _setting_entry(one: Described, section: str, values: Any) -> str:
 
 
 def entry(name: str, description: str) -> str:
-    """A name and, indented at its right, what it is."""
+    """A name and, in a column to its right, its description."""
     lines = [" " * NAME_WIDTH + line for line in textwrap.wrap(description, LINE_WIDTH - NAME_WIDTH)]
     name = f"  {name}"
     if len(name) < NAME_WIDTH:

@@ -1,4 +1,4 @@
-"""Every setting by its dotted name: for --help, for the manual, and for the word about a name that is none."""
+"""Every setting by its dotted name: for --help, for the manual, and for the error about an unknown name."""
 
 import dataclasses
 import difflib
@@ -20,7 +20,7 @@ class Described:
 
 
 def describe(section: Any, prefix: str = "") -> Iterator[Described]:
-    """The settings of a section and of the sections in it, in their order."""
+    """The settings of a section and of the sections nested in it, in order."""
     for field in dataclasses.fields(section):
         kind = type_hints(section)[field.name]
         if dataclasses.is_dataclass(kind):
@@ -32,7 +32,7 @@ def describe(section: Any, prefix: str = "") -> Iterator[Described]:
 
 
 def sections(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted name and the class of each section in a section."""
+    """(dotted name, class) of each section nested in a section, at any depth."""
     for name, kind in type_hints(section).items():
         if dataclasses.is_dataclass(kind):
             yield prefix + name, kind
@@ -40,8 +40,8 @@ def sections(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def unknown_setting(root: Any, name: str, renamed: Mapping[str, str]) -> UserError:
-    """What is said of a dotted name that is no setting: what it is called now, what is in it where it is a section, or
-    names that are like it."""
+    """The error for a dotted name that is no setting: with its present name, with what is in it where it is a section,
+    or with similar names."""
     if name in renamed:
         return UserError(f"{name}: this setting has another name now: {renamed[name]}")
     by_name = dict(sections(root))
