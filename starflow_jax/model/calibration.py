@@ -1,4 +1,4 @@
-"""What --mode=calibrate finds for a trained model: the solver that decodes it fastest, and where that starts."""
+"""What --mode=calibrate finds for a trained model: the solver that decodes it fastest, and where that one starts."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ class Calibration:
 
 
 def save_calibration(calibration: Calibration, folder: Path) -> None:
-    """Write the guesses and the solver."""
+    """Write the guesses and the solver's MEASURED settings."""
     assert calibration.first_guess is not None
     export_arrays(folder / FIRST_GUESS, dataclasses.asdict(calibration.first_guess), dtype=np.float16)
     if calibration.noise_guess is None:
@@ -49,5 +49,6 @@ def read_calibration(folder: Path) -> Calibration:
 
 
 def remove_calibration(folder: Path) -> None:
+    """Delete what `save_calibration` wrote, where it is there."""
     for name in (FIRST_GUESS, NOISE_GUESS, SOLVER):
         (folder / name).unlink(missing_ok=True)

@@ -31,11 +31,12 @@ def frame_size(config: Config) -> tuple[int, int]:
 
 
 def patch_shape(config: Config) -> patch.PatchShape:
+    """The pixels of a latent of the patch codec."""
     return patch.PatchShape(config.codec.time_stride, config.codec.stride)
 
 
 def make_codec(config: Config) -> LatentCodec:
-    """The VAE of codec.weights, or a codec fitted to training clips."""
+    """The VAE of codec.weights, or a patch codec fitted to training clips. Raises UserError for an unreadable file."""
     if config.codec.kind == "wan":
         return load_codec(config.codec, config.model.channels)
     source = data_source(config, "train")
@@ -51,7 +52,7 @@ def save_codec(codec: LatentCodec, folder: Path) -> None:
 
 
 def read_codec(config: Config, folder: Path) -> LatentCodec:
-    """The VAE of codec.weights, or the fitted codec in a folder. Raises UserError where it is of another model."""
+    """The VAE of codec.weights, or the fitted codec in a folder. Raises UserError where it is another model's."""
     if config.codec.kind == "wan":
         return load_codec(config.codec, config.model.channels)
     shape = patch_shape(config)

@@ -1,4 +1,4 @@
-"""What training begins with: fresh parameters, or those of an earlier stage, grown where this model is larger."""
+"""What training starts from: fresh parameters, or those of an earlier stage, grown where this model is larger."""
 
 import dataclasses
 import json
@@ -24,9 +24,9 @@ from starflow_jax.model.system import System, load_system
 
 
 def initial_params(config: Config, key: jax.Array, shardings: Any = None) -> tuple[Params, list[Change]]:
-    """Parameters at the start of training, float32, and what was changed of train.init_from's.
+    """Parameters at the start of training, float32, and what was changed in those of train.init_from.
 
-    shardings: a pytree of shardings like the parameters'; None: this process's first device. Raises UserError
+    shardings: a pytree of shardings shaped like the parameters; None: this process's first device. Raises UserError
     where train.init_from holds no model that can become this one.
     """
     make = partial(init_params, config)
@@ -55,8 +55,8 @@ def _placed(array: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def inherited_arrays(config: Config, source: Path) -> tuple[dict[str, Any], list[Change]]:
-    """({"flow/deep/...": array}, what was changed) of a workdir's or checkpoint's averaged parameters as this
-    configuration's; each is read and grown when it is asked for. Raises UserError where that can't be."""
+    """({"flow/deep/...": array}, what was changed): the averaged parameters of a workdir or checkpoint as this
+    configuration's; each array is read and grown when it is used. Raises UserError where that can't be."""
     folder = whole_checkpoint(source)
     model = model_of(folder)
     arrays = stored_params(folder)
@@ -84,7 +84,7 @@ def is_ours(source: Path) -> bool:
 
 
 def whole_checkpoint(source: Path) -> Path:
-    """The newest undamaged checkpoint of a workdir, or the one that is named. Raises UserError without one."""
+    """The newest undamaged checkpoint of a workdir, or the checkpoint itself. Raises UserError where there is none."""
     if (source / "checkpoints").is_dir():
         directory = source / "checkpoints"
         step = first_whole(directory, newest_first(directory))
@@ -94,12 +94,12 @@ def whole_checkpoint(source: Path) -> Path:
     else:
         step = None
     if step is None:
-        raise UserError(f"{source}: is no workdir that holds a checkpoint, and no checkpoint")
+        raise UserError(f"{source}: is neither a workdir that holds a checkpoint nor a checkpoint")
     return directory / str(step)
 
 
 def model_of(folder: Path) -> Model:
-    """The model whose parameters a checkpoint holds."""
+    """The model whose parameters a checkpoint holds. Raises UserError where its model.json can't be read."""
     path = folder.absolute().parent / "model.json"
     try:
         settings: dict[str, Any] = json.loads(path.read_text())["model"]

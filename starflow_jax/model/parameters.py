@@ -21,7 +21,7 @@ def model_fingerprint(config: Config) -> dict[str, Any]:
     for name in ("dtype", "remat", "sequence_parallel", "unroll_layers"):
         del model[name]
     text = dataclasses.asdict(config.text)
-    del text["weights"]  # where they lie
+    del text["weights"]  # a path
     codec = {name: getattr(config.codec, name) for name in ("kind", "stride", "time_stride", "later_frames_scale")}
     return json.loads(json.dumps({"model": model, "text": text, "codec": codec}))
 

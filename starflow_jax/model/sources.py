@@ -1,6 +1,5 @@
-"""Which examples a configuration reads."""
+"""The examples that a configuration reads."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,14 +8,14 @@ from etils import epy
 from starflow_jax.config import Config
 from starflow_jax.io.compiled import cache_folder
 
-with epy.lazy_imports():  # TFDS and grain, which sampling needs not
+with epy.lazy_imports():  # TFDS and grain, which sampling does not need
     from starflow_jax.data import prepared
     from starflow_jax.data.digits import dataset as moving_digits
 
 
 def data_source(config: Config, split: str) -> Sequence[dict[str, Any]]:
-    """The examples of the built-in data set, made on first use, or prepared ones; recorded one latent frame longer
-    than trained on."""
+    """The examples of the built-in data set, made on first use, or prepared ones. Clips are one latent frame longer
+    than those trained on. Raises UserError where there is no such data."""
     data, stride = config.data, config.codec.time_stride
     if data.source == "prepared":
         return prepared.source(data.directory, split)
@@ -26,15 +25,8 @@ def data_source(config: Config, split: str) -> Sequence[dict[str, Any]]:
     return moving_digits.source(settings, split, data.directory or default_data_directory())
 
 
-def text_fingerprint(config: Config) -> dict[str, Any]:
-    """What prepared features of a text encoder depend on, but its weights; each is found by its whole prompt."""
-    sizes = {name: value for name, value in dataclasses.asdict(config.text).items()
-             if name not in ("fps", "aspect_ratio", "weights")}
-    return {**sizes, "text_length": config.model.text_length}
-
-
 def default_data_directory() -> str:
-    """A cache folder of the user's."""
+    """The built-in data set's folder in the user's cache."""
     return str(cache_folder() / "data")
 
 

@@ -1,7 +1,8 @@
-"""Which model a mode works with: the workdir's newest or best checkpoint, or the one carried in the package."""
+"""Which model a mode works with: the workdir's newest or best checkpoint, or the pretrained one in the package."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,32 +12,32 @@ from etils import epy
 from starflow_jax import sharding
 from starflow_jax.config import Config, UserError, from_dict
 from starflow_jax.io.arrays import export_arrays, import_arrays
-from starflow_jax.io.files import atomic_path
+from starflow_jax.io.files import write_text
 from starflow_jax.model.parameters import Params, inference_params, init_params, model_fingerprint
 from starflow_jax.model.system import SETTINGS, System, load_system, save_system
 from starflow_jax.model.text import frozen_encoder_params
 
-with epy.lazy_imports():  # orbax, which the model in the package needs not
+with epy.lazy_imports():  # orbax, which the model in the package does not need
     from starflow_jax.checkpoints import checksums, parameters, training
 
 PRETRAINED = Path(__file__).parents[1] / "assets" / "tiny"
 
 
 def load_model(config: Config, workdir: Path) -> tuple[System, Params, str]:
-    """(system, parameters as `inference_params` gives them, where they come from): the workdir's, or the package's
-    where the workdir holds none.
+    """(system, parameters as `inference_params` gives them, where they come from): the workdir's model, or the
+    package's where the workdir holds none.
 
-    Raises UserError where the workdir holds another model, or holds none and the package has none either.
+    Raises UserError where the workdir holds another model, or none and the package has none of this configuration.
     """
     system, params, source = load_trained(config, workdir) or load_pretrained(config, workdir)
     return system, inference_params(config, params), source
 
 
 def settings_of(workdir: Path) -> Config:
-    """The settings that a workdir's model was trained with; the package's model's for its own folder.
+    """The settings that a workdir's model, or PRETRAINED's, was trained with.
 
-    A workdir that does not hold them holds those that its parameters depend on, and the others are the defaults.
-    Raises UserError where a folder holds no model.
+    Where they were not written, those that the parameters depend on were, and the others are the defaults. Raises
+    UserError where a folder holds no model.
     """
     system = workdir if workdir == PRETRAINED else workdir / "system"
     for path in (system / SETTINGS, workdir / "checkpoints" / "model.json"):
@@ -50,7 +51,8 @@ def settings_of(workdir: Path) -> Config:
 
 
 def load_trained(config: Config, workdir: Path) -> tuple[System, Params, str] | None:
-    """(system, averaged parameters, where they come from) of a workdir's newest or best checkpoint; None without."""
+    """(system, averaged parameters, where they come from) of a workdir's newest or best checkpoint; None where there is
+    none. Raises UserError where they are another model's, and where all checkpoints are damaged."""
     if not (workdir / "checkpoints").exists():
         return None
     checkpoints = training.Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
@@ -65,12 +67,12 @@ def load_trained(config: Config, workdir: Path) -> tuple[System, Params, str] | 
         abstract = sharding.abstract(abstract, mesh)
     abstract = sharding.layers_as(abstract, jnp.dtype(config.model.dtype))
     params = parameters.restore_params(checkpoints.directory / str(step), abstract)
-    return load_system(config, workdir / "system"), {**params, **frozen_encoder_params(config)}, \
-        f"{workdir}, step {step}"
+    params = {**params, **frozen_encoder_params(config)}
+    return load_system(config, workdir / "system"), params, f"{workdir}, step {step}"
 
 
 def load_pretrained(config: Config, workdir: Path) -> tuple[System, Params, str]:
-    """The same of the model in the package. Raises UserError where that is another configuration's."""
+    """The same of the pretrained model in the package. Raises UserError where that is another configuration's."""
     description = PRETRAINED / "model.json"
     if not description.exists() or json.loads(description.read_text())["fingerprint"] != model_fingerprint(config):
         raise UserError(f"{workdir} holds no checkpoint, and the package carries none of {config.name}; "
@@ -80,10 +82,9 @@ def load_pretrained(config: Config, workdir: Path) -> tuple[System, Params, str]
     return load_system(config, PRETRAINED), params, "the pretrained model"
 
 
-def save_pretrained(config: Config, system: System, params: Params, facts: dict) -> None:
-    """Write a model into the package: parameters in float16, tokenizer, codec, and what made it."""
+def save_pretrained(config: Config, system: System, params: Params, facts: dict[str, Any]) -> None:
+    """Write a model into the package: parameters in float16, the system, and `facts` about its making."""
     PRETRAINED.mkdir(parents=True, exist_ok=True)
     export_arrays(PRETRAINED / "model.safetensors", jax.tree.map(np.asarray, params), dtype=np.float16)
     save_system(system, PRETRAINED)
-    with atomic_path(PRETRAINED / "model.json") as path:
-        path.write_text(json.dumps({"fingerprint": model_fingerprint(config), **facts}, indent=1))
+    write_text(PRETRAINED / "model.json", json.dumps({"fingerprint": model_fingerprint(config), **facts}, indent=1))

@@ -1,7 +1,7 @@
 """The whole system of a configuration: tokenizer, codec and calibration beside the flow and the text encoder.
 
-A `System` never enters a jitted function: those take `flow` and `text_encoder`, modules that are equal and hash alike
-for equal settings, and arrays. So a system can be made anew, or replaced, without a program being compiled again.
+A `System` never enters a jitted function: those take arrays and the modules `flow` and `text_encoder`, which for equal
+settings compare and hash equal. So a system can be made again, or replaced, without compiling anything again.
 """
 
 import dataclasses
@@ -19,16 +19,23 @@ from starflow_jax.codec.interface import LatentCodec, decode_latents, encode_fra
 from starflow_jax.config import Config
 from starflow_jax.data.batch import Batch
 from starflow_jax.flow.starflow import STARFlow
-from starflow_jax.io.files import atomic_path
+from starflow_jax.io.files import atomic_path, write_text
 from starflow_jax.model.calibration import Calibration, read_calibration, remove_calibration, save_calibration
 from starflow_jax.model.codec import codec_fingerprint, make_codec, pixel_frames, read_codec, save_codec
 from starflow_jax.model.parameters import Params, init_params
-from starflow_jax.model.sources import data_source, text_fingerprint
-from starflow_jax.model.text import encode_text, make_tokenizer, prompt_text, read_tokenizer, text_encoder
+from starflow_jax.model.sources import data_source
+from starflow_jax.model.text import (
+    encode_text,
+    make_tokenizer,
+    prompt_text,
+    read_tokenizer,
+    text_encoder,
+    text_fingerprint,
+)
 from starflow_jax.text.t5 import T5Encoder
 from starflow_jax.text.tokenizer import Tokenizer
 
-with epy.lazy_imports():  # TFDS and grain, which sampling needs not
+with epy.lazy_imports():  # TFDS and grain, which sampling does not need
     from starflow_jax.data import prepared
 
 SETTINGS = "settings.json"
@@ -66,16 +73,16 @@ class System:
         """Parameters at the start of training."""
         return init_params(self.config, jax.random.key(seed))
 
-    def prompt(self, caption: str, is_image: bool = False, **metadata: Any) -> str:
-        """The text that the encoder is given for a caption; metadata: fps and aspect_ratio, else as trained."""
-        return prompt_text(self.config, caption, is_image, **metadata)
+    def prompt(self, caption: str, is_image: bool = False, fps: int = 0, aspect_ratio: str = "") -> str:
+        """The text that the encoder is given for a caption; fps and aspect ratio are as trained by default."""
+        return prompt_text(self.config, caption, is_image, fps, aspect_ratio)
 
     def text_ids(self, prompts: Sequence[str]) -> np.ndarray:
-        """(B, text_length) int32."""
+        """Token ids of prompts, (B, text_length) int32."""
         return self.tokenizer.encode(list(prompts), self.config.model.text_length)
 
     def features(self, params: Params, ids_BS: jax.Array | np.ndarray) -> jax.Array:
-        """(B, text_length, text_dim), padding zeroed."""
+        """Text features of token ids, (B, text_length, text_dim), padding zeroed."""
         return encode_text(self.text_encoder, params["text"], ids_BS)
 
     def caption_features(self, params: Params, captions: Sequence[str], is_image: bool = False) -> jax.Array:
@@ -87,15 +94,15 @@ class System:
         return text if text.ndim == 3 else self.features(params, text)
 
     def latents_of(self, batch: Batch) -> jax.Array:
-        """(B, N, h, w, C) float32 latents of a batch as trained on: prepared ones, or of its frames."""
+        """(B, N, h, w, C) float32 latents of a batch as trained on: the prepared ones, or those of its frames."""
         return _latents_of(self.codec, batch, self.config.codec.later_frames_scale)
 
     def encode(self, frames_BTHWC: jax.Array | np.ndarray) -> jax.Array:
-        """uint8 frames -> latents (B, N, h, w, C)."""
+        """uint8 frames -> latents (B, N, h, w, C) float32."""
         return encode_frames(self.codec, frames_BTHWC, self.config.codec.later_frames_scale)
 
     def decode(self, latents_BNhwC: jax.Array) -> jax.Array:
-        """Latents -> uint8 frames."""
+        """Latents -> frames (B, T, H, W, 3) uint8."""
         return decode_latents(self.codec, latents_BNhwC, self.config.codec.later_frames_scale)
 
 
@@ -108,7 +115,8 @@ def _latents_of(codec: LatentCodec, batch: Batch, later_scale: float) -> jax.Arr
 
 
 def make_system(config: Config) -> System:
-    """Load codec and tokenizer, or fit them to the training clips and train it on their captions; deterministic."""
+    """The codec, loaded or fitted to the training clips, and the tokenizer, loaded or trained on their captions;
+    deterministic."""
     return System(config, make_tokenizer(config), make_codec(config))
 
 
@@ -116,8 +124,7 @@ def save_system(system: System, folder: Path) -> None:
     """Write the settings, the tokenizer, a fitted codec and the calibration; a VAE's weights stay in the file that
     codec.weights names."""
     save_codec(system.codec, folder)
-    with atomic_path(folder / SETTINGS) as path:
-        path.write_text(json.dumps(dataclasses.asdict(system.config), indent=1))
+    write_text(folder / SETTINGS, json.dumps(dataclasses.asdict(system.config), indent=1))
     with atomic_path(folder / "tokenizer.model") as path:
         path.write_bytes(system.tokenizer.model)
     if system.calibration.first_guess is not None:
@@ -127,13 +134,13 @@ def save_system(system: System, folder: Path) -> None:
 
 
 def load_system(config: Config, folder: Path) -> System:
-    """Read what `save_system` wrote. Raises UserError where a file is missing, damaged or of another model."""
+    """Read what `save_system` wrote. Raises UserError where a file is missing, damaged or another model's."""
     return System(config, read_tokenizer(config, folder), read_codec(config, folder), read_calibration(folder))
 
 
 def training_source(system: System, split: str = "train") -> Sequence[dict[str, Any]]:
-    """A split's examples as training takes them: with data.latents their prepared latents and, of a frozen text
-    encoder, features."""
+    """A split's examples as training takes them: with data.latents their prepared latents and, for a frozen text
+    encoder, their features."""
     config = system.config
     if not config.data.latents:
         return data_source(config, split)

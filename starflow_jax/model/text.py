@@ -1,5 +1,6 @@
 """Text of a configuration: what a prompt says, its tokens, its features."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ TOKENIZED_CLIPS = 3_000  # training clips whose captions the tokenizer is traine
 
 
 def prompt_text(config: Config, caption: str, is_image: bool = False, fps: int = 0, aspect_ratio: str = "") -> str:
-    """A caption with its metadata, as the text encoder is given it; fps and aspect ratio: as trained by default."""
+    """A caption with its metadata, as the text encoder is given it; fps and aspect ratio are as trained by default."""
     return format_prompt(caption, fps=0 if is_image else fps or config.text.fps,
                          aspect_ratio=aspect_ratio or config.text.aspect_ratio)
 
@@ -40,14 +41,24 @@ def encode_text(encoder: T5Encoder, params: Any, ids_BS: jax.Array) -> jax.Array
 
 
 def frozen_encoder_params(config: Config) -> dict[str, Any]:
-    """{"text": parameters} of the frozen text encoder, which no checkpoint holds; {} where there is none."""
+    """{"text": parameters} of the frozen text encoder, which no checkpoint holds; {} where there is none.
+
+    Raises UserError where text.weights can't be read.
+    """
     if config.text.encoder != "frozen" or not config.model.text_length:
         return {}
     return {"text": jax.tree.map(jnp.asarray, load_encoder(Path(config.text.weights), config.model.text_dim))}
 
 
+def text_fingerprint(config: Config) -> dict[str, Any]:
+    """What prepared text features depend on besides the encoder's weights; each is looked up by its whole prompt."""
+    sizes = {name: value for name, value in dataclasses.asdict(config.text).items()
+             if name not in ("fps", "aspect_ratio", "weights")}
+    return {**sizes, "text_length": config.model.text_length}
+
+
 def make_tokenizer(config: Config) -> Tokenizer:
-    """That of a frozen text encoder, or one trained on the training captions."""
+    """The frozen text encoder's tokenizer, or one trained on the training captions."""
     if config.text.encoder == "frozen":
         return load_tokenizer(Path(config.text.weights))
     source, texts = data_source(config, "train"), []
@@ -60,7 +71,7 @@ def make_tokenizer(config: Config) -> Tokenizer:
 
 
 def read_tokenizer(config: Config, folder: Path) -> Tokenizer:
-    """That of a frozen text encoder, or the one that a workdir's system holds."""
+    """The frozen text encoder's tokenizer, or the one in a workdir's system folder."""
     if config.text.encoder == "frozen":
         return load_tokenizer(Path(config.text.weights))
     return Tokenizer.load(folder / "tokenizer.model")

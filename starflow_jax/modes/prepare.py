@@ -20,9 +20,15 @@ from starflow_jax.data.raw.job import Bucket, Job
 from starflow_jax.data.raw.shards import SPLITS
 from starflow_jax.io.progress import table
 from starflow_jax.model.codec import FITTED_CODEC, codec_fingerprint, digest, make_codec, pixel_frames, read_codec
-from starflow_jax.model.sources import text_fingerprint
 from starflow_jax.model.store import load_model
-from starflow_jax.model.text import encode_text, frozen_encoder_params, make_tokenizer, prompt_text, text_encoder
+from starflow_jax.model.text import (
+    encode_text,
+    frozen_encoder_params,
+    make_tokenizer,
+    prompt_text,
+    text_encoder,
+    text_fingerprint,
+)
 from starflow_jax.text.prompt import frame_size
 from starflow_jax.text.tokenizer import Tokenizer
 

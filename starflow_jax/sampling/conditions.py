@@ -18,13 +18,13 @@ from starflow_jax.sampling.solver import chosen_solver
 
 GIVEN_NOISE = 0x5EED  # turns a video's seed into that of the noise on its given frames
 
-Text = jax.Array | dict[int, jax.Array]  # features, or those that hold from a frame on
+Text = jax.Array | dict[int, jax.Array]  # features (B, S, D), or {latent frame from which on they hold: features}
 
 
 class Conditions(flax.struct.PyTreeNode):
-    """All that a batch of videos depends on, on the device; frames are latent ones."""
+    """All that a batch of videos depends on, on the device; frames are latent frames."""
 
-    texts: dict[int, jax.Array]  # (branches, B, text_length, text_dim) by the frame from which on it holds
+    texts: dict[int, jax.Array]  # (branches, B, text_length, text_dim) by the frame from which on they hold
     noise_BNSK: jax.Array  # of the frames to make
     known_BTSK: jax.Array | None  # u of the given frames
     known_BThwC: jax.Array | None  # and their noised latents
@@ -50,7 +50,10 @@ def make_conditions(
     settings: Sample,
     known_BTHWC: np.ndarray | None = None,
 ) -> Conditions:
-    """Captions, seeds and given frames as the flow takes them. Raises UserError for what can't be."""
+    """Captions, seeds and given frames, (B, T, H, W, 3) uint8, as the flow takes them.
+
+    Raises UserError for a length that can't be, and where the given frames fill it or their prompt is changed.
+    """
     model, total = system.config.model, latent_frames(system.config, settings)
     known, known_latents, given = None, None, 0
     if known_BTHWC is not None:
@@ -77,7 +80,7 @@ def make_conditions(
 def guidance_texts(
     system: System, params: Params, prompts: Sequence[str], settings: Sample, is_image: bool
 ) -> jax.Array:
-    """(branches, B, text_length, text_dim): features of the prompts and, with guidance, of what leads away."""
+    """(branches, B, text_length, text_dim): features of the prompts and, with guidance, of the negative prompt."""
     full = partial(system.prompt, is_image=is_image, fps=settings.fps, aspect_ratio=settings.aspect_ratio)
     away = [settings.negative_prompt] if settings.guidance else []
     features = system.features(params, system.text_ids([full(prompt) for prompt in (*prompts, *away)]))
@@ -101,7 +104,7 @@ def _from_noise(guess: NoiseGuess, noise: jax.Array) -> jax.Array:
 
 
 def latent_frames(config: Config, settings: Sample) -> int:
-    """Latent frames of a video of settings.frames pixel frames. Raises UserError for a length that can't be."""
+    """Latent frames of a video of settings.frames pixel frames. Raises UserError for an impossible length."""
     stride = config.codec.time_stride
     frames = settings.frames or pixel_frames(config)
     if (frames - 1) % stride:
@@ -121,14 +124,14 @@ def prompt_changes(config: Config, settings: Sample) -> dict[int, str]:
     for part in filter(str.strip, settings.changes.split(";")):
         frame, colon, prompt = part.partition(":")
         if not colon or not frame.strip().isdigit() or int(frame) < 1:
-            raise UserError(f'sample.changes={settings.changes!r}: write "25: a prompt; 49: another one", '
-                            "frames from 1")
+            raise UserError(f'sample.changes={settings.changes!r}: must be such as "25: a prompt; 49: another one", '
+                            "with frames from 1 on")
         changes[-(-int(frame) // config.codec.time_stride)] = prompt.strip()
     return changes
 
 
 def noise_for(seeds: Sequence[int], shape_NSK: tuple[int, int, int]) -> jax.Array:
-    """(B, N, S, K): each clip's noise comes of its own seed, frame by frame, so that a seed gives the same
+    """(B, N, S, K): each clip's noise comes from its own seed, frame by frame, so that a seed gives the same
     video alone, in a batch, and at any length."""
     return _noise(np.asarray(seeds, np.uint32), shape_NSK)
 
@@ -143,8 +146,8 @@ def _noise(seeds_B: jax.Array, shape_NSK: tuple[int, int, int]) -> jax.Array:
 
 
 def noised(system: System, frames_BTHWC: np.ndarray, seeds: Sequence[int]) -> jax.Array:
-    """(B, N, h, w, C): frames as the flow knows them, encoded, with the training noise of each seed added. One video
-    goes with any number of seeds."""
+    """(B, N, h, w, C): uint8 frames as the flow sees them: encoded, with the training noise of each seed added. One
+    video may have any number of seeds."""
     latents = system.encode(frames_BTHWC)
     _, frames, height, width, channels = latents.shape
     noise = noise_for(seeds, (frames, height * width, channels))

@@ -15,7 +15,7 @@ from starflow_jax.sampling.windows import windowed
 
 
 def denoise(system: System, params: Params, noisy: jax.Array, text: Text, how: str) -> jax.Array:
-    """Latents without the training noise: by the denoiser, by the flow's own score, or as they are."""
+    """Latents (B, N, h, w, C) of any length without the training noise. how: of sample.denoise."""
     return windowed(system, noisy, lambda window, frame: denoise_window(system, params, window, frame, text, how))
 
 

@@ -18,7 +18,7 @@ SHOWN_PIXELS = 240  # small models' frames are enlarged to about this height
 
 
 def shown_scale(height: int) -> int:
-    """By how much frames of this height are enlarged in a file."""
+    """The factor by which frames of this height are enlarged in a file."""
     return max(1, SHOWN_PIXELS // height)
 
 
@@ -28,11 +28,12 @@ def file_rate(config: Config) -> int:
 
 
 def write_video(folder: Path, config: Config, made: Made, nats: float) -> tuple[str, str, int, str]:
-    """The files of one video of log-likelihood `nats`; returns its line of the table."""
+    """Write the files of one video of log-likelihood `nats`; returns its row of the table: path, bits per dimension,
+    Jacobi steps, seconds."""
     frames, scale = made.frames_THWC, shown_scale(made.frames_THWC.shape[1])
     path = folder / f"{made.request.name}.mp4"
     write_mp4(path, frames, file_rate(config), scale)
-    # VBench takes the ending of any file of the folder for that of all: only videos may lie there.
+    # VBench takes the extension of any one file for that of all in the folder, which must hold only videos.
     details = folder.with_name(f"{folder.name}_details") / path.name if config.sample.vbench else path
     contact_sheet(details.with_suffix(".png"), frames[None], [made.request.prompt], scale=max(1, scale // 2))
     write_text(details.with_suffix(".json"), json.dumps(describe(config, made, nats), indent=1))

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +24,13 @@ from starflow_jax.sharding import fetch
 
 @dataclasses.dataclass(frozen=True)
 class Clips:
-    """Generated clips and how they came about; B clips, T pixel frames, N latent frames."""
+    """Generated clips and how they were made; B clips, T pixel frames, N latent frames, K blocks of tokens."""
 
     frames_BTHWC: np.ndarray  # uint8
     noisy_BNhwC: np.ndarray  # the flow's own sample, before denoising
     text: dict[int, jax.Array]  # the prompts' features (B, S, D), by the frame from which on they hold
-    deep_steps_BK: np.ndarray  # Jacobi steps of each block of tokens of the deep block
-    deep_residual_BK: np.ndarray
+    deep_steps_BK: np.ndarray  # solver steps of each block of tokens of the deep block
+    deep_residual_BK: np.ndarray  # squared relative change in the last of them
     shallow_steps_B: np.ndarray  # summed over the shallow blocks' blocks of tokens; the frames' largest
     converged_B: np.ndarray  # every block of tokens ended below the tolerance, or exact
     certificate_B: np.ndarray | None = None  # with sample.certify: see `certificate`
@@ -46,9 +45,9 @@ def generate_clips(
     known_BTHWC: np.ndarray | None = None,
 ) -> Clips:
     """One clip per caption and seed. params: as `inference_params` gives them. known: uint8 first frames (one: TI2V,
-    more: extension), encoded, noised like training data and denoised with the rest.
+    more: extension), which are encoded, noised like training data and denoised with the rest.
 
-    Raises UserError for a length that the codec or the window does not allow.
+    Raises UserError for a length that the codec or the window does not allow, and for a certificate that can't be.
     """
     given = make_conditions(system, params, captions, seeds, settings, known_BTHWC)
     made, reports = zip(*deep_frames(system, params, given, settings))
@@ -67,7 +66,7 @@ def generate_clips(
 def deep_frames(
     system: System, params: Params, given: Conditions, settings: Sample
 ) -> Iterator[tuple[jax.Array, Report]]:
-    """u of the frames to make, a step's at a time: decode.generate's pairs."""
+    """Yield the u of the frames to make, one solver step's frames at a time, as `decode.generate` does."""
     return decode.generate(
         system.flow, decoding_variables(params), given.noise_BNSK, given.texts, guidance=settings.guidance,
         solver=deep_solver(chosen_solver(system, settings)), token_grid=system.token_grid,
@@ -81,18 +80,18 @@ def log_likelihood(system: System, params: Params, clips: Clips) -> np.ndarray:
 
 
 def certificate(system: System, params: Params, clips: Clips, given: Conditions) -> np.ndarray:
-    """(B,) ||z - f(x)||^2 / ||z||^2 of unguided samples: the forward flow's noise beside the one sampled from.
+    """(B,) ||z - f(x)||^2 / ||z||^2 of unguided samples: the forward flow's noise against the noise sampled from.
 
-    Guidance changes the map that is inverted, so its samples have no such certificate: raises UserError. Of
-    videos beyond the window the first window is encoded.
+    Guidance changes the map that is inverted, so guided samples have no certificate: raises UserError. Of videos
+    longer than the window, the first window is encoded.
     """
     if given.texts[0].shape[0] > 1 or len(given.texts) > 1:
-        raise UserError("sample.certify: the forward flow knows neither guidance nor changes of prompt; "
-                        "set sample.guidance=0 and no sample.changes")
+        raise UserError("sample.certify: the forward flow knows neither guidance nor changes of the prompt; "
+                        "set sample.guidance=0 and leave out sample.changes")
     window = system.config.model.frames
     z = encode_z(system.flow, params, jnp.asarray(clips.noisy_BNhwC[:, :window]), given.texts[0][0])[:, given.given:]
-    error, asked = z - given.noise_BNSK[:, :z.shape[1]], given.noise_BNSK[:, :z.shape[1]]
-    return fetch(jnp.sum(error**2, axis=(1, 2, 3)) / jnp.sum(asked**2, axis=(1, 2, 3)))
+    noise = given.noise_BNSK[:, :z.shape[1]]
+    return fetch(jnp.sum((z - noise)**2, axis=(1, 2, 3)) / jnp.sum(noise**2, axis=(1, 2, 3)))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -113,6 +112,6 @@ def _collect(frames: jax.Array, noisy: jax.Array, text: dict[int, jax.Array], de
     converged_B = np.all(np.concatenate([report.converged for report in deep]), axis=0)
     for report in shallow:
         converged_B &= np.all(report.converged, axis=0).reshape(batch, -1).all(axis=1)
-    per_frame: Any = [report.steps.sum(axis=0).reshape(batch, -1).max(axis=1) for report in shallow]
+    most_steps = [report.steps.sum(axis=0).reshape(batch, -1).max(axis=1) for report in shallow]
     return Clips(frames_BTHWC, noisy_BNhwC, text, np.concatenate([report.steps for report in deep]).T,
-                 np.concatenate([report.residual for report in deep]).T, np.sum(per_frame, axis=0), converged_B)
+                 np.concatenate([report.residual for report in deep]).T, np.sum(most_steps, axis=0), converged_B)

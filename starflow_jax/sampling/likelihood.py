@@ -19,7 +19,10 @@ from starflow_jax.sharding import fetch, lay_out
 
 
 def frame_nats(system: System, params: Params, noisy: jax.Array, text: Text) -> jax.Array:
-    """(B, N) exact -log p(x~_n | earlier frames of its window, text) in nats, constants included."""
+    """(B, N) exact -log p(x~_n | earlier frames of its window, text) in nats, constants included.
+
+    noisy: (B, N, h, w, C) noised latents of any length.
+    """
     return windowed(system, noisy, lambda window, frame: window_nats(
         system.flow, params, window, text_at(text, frame)), lookahead=0)
 
@@ -40,7 +43,7 @@ def likelihood_batches(system: System, split: str, limit: int) -> Iterator[Batch
 
 
 def noised_latents(system: System, batch: Batch, seed: int) -> jax.Array:
-    """Noised latents of an evaluation batch; the noise depends on the clip's place in it and the seed."""
+    """Noised latents of an evaluation batch; a clip's noise depends on its place in the batch and on the seed."""
     latents = system.latents_of(batch)
     return latents + system.config.model.noise_std * jax.random.normal(jax.random.key(seed), latents.shape)
 

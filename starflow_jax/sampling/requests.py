@@ -75,12 +75,12 @@ def read_requests(config: Config) -> list[Request]:
             raise UserError(f"sample.prompts_file={settings.prompts_file}: can't be read as text ({error})") from error
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
-            raise UserError(f"sample.prompts_file={settings.prompts_file}: holds no prompt; write one a line")
+            raise UserError(f"sample.prompts_file={settings.prompts_file}: holds no prompt; write one per line")
     elif settings.prompt:
         prompts = [settings.prompt]
     else:
         raise UserError('there is no prompt; give one with --config.sample.prompt="a blue three moves right" '
-                        "or a file of them, one a line, with --config.sample.prompts_file=FILE")
+                        "or a file of them, one per line, with --config.sample.prompts_file=FILE")
     return requests_for(prompts, settings)
 
 

@@ -1,4 +1,4 @@
-"""The solver's settings with what they leave open filled in, as every program that inverts the flow takes them."""
+"""The solver's settings with what they leave unset filled in, for every program that inverts the flow."""
 
 import dataclasses
 
@@ -11,14 +11,14 @@ WHOLE_FRAME = 1 << 30  # a block that no frame fills
 
 
 def chosen_solver(system: System, settings: Sample) -> Solver:
-    """sample.solver, where it leaves something open as calibrated; a stream's steps are single frames, so that each
-    leaves as soon as it can."""
+    """sample.solver, with what it leaves unset as calibrated. A stream's steps are single frames, so that each is
+    emitted as soon as it can be."""
     return complete(settings.solver, system.calibration.solver, system.config.model, stream=settings.stream)
 
 
 def complete(asked: Solver, calibrated: Solver, model: Model, stream: bool = False) -> Solver:
-    """Every setting of a solver. The calibrated kind, and what belongs to it, was measured on whole videos solved for
-    within a tolerance: it counts there alone, and where no kind is asked for."""
+    """Every setting of a solver. The calibrated kind and its settings were measured on whole videos and within a
+    tolerance: they are used only there, and only where no kind is asked for."""
     measured = calibrated if not asked.kind and not stream and asked.tolerance > 0 else Solver()
     kind = asked.kind or measured.kind or "jacobi"
     frames = asked.frames_per_step or (0 if stream else calibrated.frames_per_step) or 1
@@ -29,7 +29,7 @@ def complete(asked: Solver, calibrated: Solver, model: Model, stream: bool = Fal
 
 
 def deep_solver(solver: Solver) -> inversion.Solver:
-    """The deep block's, of complete settings."""
+    """The deep block's solver, from complete settings."""
     if solver.kind == "sequential":
         return inversion.SEQUENTIAL
     updates = solver.updates if solver.kind == "wavefront" else 0
@@ -37,7 +37,7 @@ def deep_solver(solver: Solver) -> inversion.Solver:
 
 
 def shallow_solver(solver: Solver) -> inversion.Solver:
-    """The shallow blocks': a whole frame at once, to a part of the tolerance."""
+    """The shallow blocks' solver: a whole frame at once, to SHALLOW_TOLERANCE of the tolerance."""
     if solver.kind == "sequential":
         return inversion.SEQUENTIAL
     return inversion.Solver(WHOLE_FRAME, solver.tolerance * SHALLOW_TOLERANCE)

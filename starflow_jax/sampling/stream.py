@@ -1,8 +1,8 @@
 """Frames that leave as they are made: a pipeline of the deep block and of all that comes after it.
 
 The deep block runs on the first device; the shallow stack, the denoiser and the codec on the second where
-there is one. JAX dispatches without waiting, so the deep block is asked for its next frame before the one
-before it is fetched, and never waits for the rest. The frames equal those of the whole clip: each stage is
+there is one. JAX dispatches without waiting, so the deep block's next frame is dispatched before the one
+before it is fetched, and it never waits for the rest. The frames equal those of the whole clip: each stage is
 causal, and the denoiser, which looks one frame ahead, is one frame late.
 """
 
@@ -29,7 +29,7 @@ from starflow_jax.sampling.windows import output_windows
 
 
 def stream_devices(count: int) -> tuple[jax.Device, jax.Device]:
-    """(the deep block's, everything else's). Raises UserError where there are not as many."""
+    """(the deep block's device, everything else's). Raises UserError where there are fewer than `count`."""
     devices = jax.local_devices()
     if count > len(devices):
         raise UserError(f"sample.devices={count}: this machine has {len(devices)}; on a CPU, set XLA_FLAGS="
@@ -47,17 +47,18 @@ def stream_clips(
     timeline: Timeline | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield the clips' next frames, uint8 (B, T, H, W, 3), T = 1 for the first latent frame and the codec's time
-    stride for each after it; the given ones come first."""
+    stride for each after it; the given ones come first. Raises UserError as `make_conditions` does, and where
+    sample.denoise or sample.devices rules a stream out."""
     deep, rest = stream_devices(settings.devices)
     given = make_conditions(system, params, captions, seeds, settings, known_BTHWC)
     finish = _Finisher(system, jax.device_put(params, rest), given, settings)
     timeline = timeline or Timeline()
-    index = 0 if given.known_BTSK is None else given.known_BTSK.shape[1]
+    index = given.given
     pending: list[jax.Array] = []
     deep_params, deep_given = jax.device_put(({"flow": params["flow"]}, given), deep)
     for u_BGSK, _ in deep_frames(system, deep_params, deep_given, settings):
         timeline.watch("deep", index, u_BGSK)
-        # What was asked for a step ago is fetched only now, with the deep block at work on the next.
+        # What was dispatched a step ago is fetched only now, with the deep block at work on the next.
         yield from (np.asarray(frames) for frames in pending)
         pending = finish(jax.device_put(u_BGSK, rest))
         if pending:
@@ -67,7 +68,7 @@ def stream_clips(
 
 
 class _Finisher:
-    """From u to pixels, frame after frame: what is known so far, and how much of it has left."""
+    """From u to pixels, frame after frame: what is known so far, and how many frames of it were emitted."""
 
     def __init__(self, system: System, params: Params, given: Conditions, settings: Sample) -> None:
         model = system.config.model
@@ -80,7 +81,7 @@ class _Finisher:
         known = given.known_BThwC
         self._window, self._next, self._state = -1, 0, None  # of the denoiser
         self._ready = 0 if known is None else known.shape[1]
-        self._left = 0
+        self._emitted = 0
         shape = (batch, self._ready + made, model.height, model.width, model.channels)
         # Frames that are not made yet are 0: nothing that is taken depends on them.
         noisy = jnp.zeros(shape) if known is None else jnp.zeros(shape).at[:, :self._ready].set(known)
@@ -97,9 +98,9 @@ class _Finisher:
         total = self._noisy.shape[1]
         done = total if self._ready == total else self._ready - latency(self._system, self._settings)
         out = []
-        while self._left < done:
-            out.append(self._pixels(self._left))
-            self._left += 1
+        while self._emitted < done:
+            out.append(self._pixels(self._emitted))
+            self._emitted += 1
         return out
 
     def _pixels(self, frame: int) -> jax.Array:
@@ -115,7 +116,7 @@ class _Finisher:
         return frames
 
     def _denoised(self, frame: int, start: int, stop: int, begin: int) -> jax.Array:
-        """A frame of a window by the denoiser's cache, which the window's context fills first."""
+        """A frame of a window, denoised with the cache, which the window's context fills first."""
         model = self._system.config.model
         if self._window != start:
             self._window, self._next, self._state = start, start, None
@@ -129,7 +130,7 @@ class _Finisher:
 
 
 def latency(system: System, settings: Sample) -> int:
-    """Latent frames that must be there beyond one that leaves."""
+    """Latent frames that must be known beyond the one emitted. Raises UserError for sample.denoise=score."""
     model = system.config.model
     if settings.denoise == "none" or model.denoiser == "none":
         return 0

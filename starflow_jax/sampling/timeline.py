@@ -15,7 +15,7 @@ from starflow_jax.io.files import atomic_path
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """When a stage's work on one latent frame was asked for and done, in seconds from the stream's start."""
+    """When a stage's work on one latent frame was dispatched (`asked`) and done, in seconds from the stream's start."""
 
     stage: str  # "deep", or "rest": shallow stack, denoiser, codec
     frame: int
@@ -24,7 +24,7 @@ class Event:
 
 
 class Timeline:
-    """Waits, in threads of its own, for what was dispatched, and notes when it was done."""
+    """Waits, in threads of its own, for what was dispatched, and records when it was done."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -34,6 +34,7 @@ class Timeline:
         self._threads: list[threading.Thread] = []
 
     def watch(self, stage: str, frame: int, result: Any) -> None:
+        """Record when the arrays of `result`, just dispatched, are ready."""
         if stage not in self._queues:
             self._queues[stage] = queue.Queue()
             self._threads.append(threading.Thread(target=self._wait, args=(stage, self._queues[stage]), daemon=True))

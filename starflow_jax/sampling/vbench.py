@@ -1,7 +1,7 @@
 """VBench's prompt list and file names, so that its own programs find the videos: "PROMPT-INDEX.mp4".
 
-The list is `VBench_full_info.json`, which the package vbench carries. It is read as a file: neither the package nor
-the heavy ones that it asks for are imported (pip install --no-deps vbench).
+The list is `VBench_full_info.json`, which the package vbench carries. It is read as a file: neither the package nor its
+heavy dependencies are imported (pip install --no-deps vbench).
 """
 
 import importlib.metadata
@@ -16,9 +16,9 @@ SAMPLES = 5  # videos of each prompt that VBench looks for, indices from 0
 
 
 def read_prompts(source: str) -> dict[str, frozenset[str]]:
-    """{prompt: dimensions that are measured on it}, in the list's order; source: a file of it, or "installed".
+    """{prompt: dimensions that are measured on it}, in the list's order; source: the list's file, or "installed".
 
-    Raises UserError where it is not installed, or no such list.
+    Raises UserError where it is not installed, or is no such list.
     """
     path = Path(source)
     if source == INSTALLED:
@@ -42,5 +42,5 @@ def read_prompts(source: str) -> dict[str, frozenset[str]]:
 
 
 def stem(prompt: str, index: int) -> str:
-    """What VBench calls video number `index` of a prompt, without the ending."""
+    """VBench's file name for video number `index` of a prompt, without the extension."""
     return f"{prompt}-{index}"

@@ -10,7 +10,7 @@ from starflow_jax.model.system import System
 
 
 def context_frames(system: System, settings: Sample) -> int:
-    """Latent frames that are encoded again when the window moves on."""
+    """Latent frames that are encoded again when the window moves on. Raises UserError where they fill the window."""
     window = system.config.model.frames
     context = settings.context_frames or max(1, window * 3 // 4)
     if context >= window > 1:
@@ -19,7 +19,7 @@ def context_frames(system: System, settings: Sample) -> int:
 
 
 def windows(total: int, size: int, context: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, first frame of which it is the source) of the windows that cover `total` frames."""
+    """(start, stop, first frame that is taken from it) of the windows that cover `total` frames."""
     yield 0, min(size, total), 0
     done = min(size, total)
     while done < total:
@@ -32,7 +32,7 @@ def windows(total: int, size: int, context: int) -> Iterator[tuple[int, int, int
 def windowed(
     system: System, noisy: jax.Array, run: Callable[[jax.Array, int], jax.Array], lookahead: int | None = None
 ) -> jax.Array:
-    """`run` (of a window, and of the first frame wanted from it) over a clip of any length."""
+    """run(window, first frame taken from it) over noised latents (B, N, ...) of any length, joined along N."""
     ahead = system.config.model.denoiser_lookahead if lookahead is None else lookahead
     spans = output_windows(system.config, noisy.shape[1], ahead)
     return jnp.concatenate([run(noisy[:, start:stop], begin)[:, begin - start:end - start]

@@ -97,7 +97,7 @@ def test_training_begins_with_the_averaged_parameters(trained: tuple[Path, dict]
         assert changed == []
         assert_equal(ours, params[step])
     assert not is_ours(tmp_path)
-    with pytest.raises(UserError, match="is no workdir that holds a checkpoint"):
+    with pytest.raises(UserError, match="is neither a workdir that holds a checkpoint"):
         initial_params(config_of(init_from=tmp_path), jax.random.key(0))
 
 

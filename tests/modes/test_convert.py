@@ -156,7 +156,7 @@ def test_what_cannot_be_converted_is_one_clear_line(weights: dict, tmp_path: Pat
             ("has to end in .safetensors", config_of(MODEL, target="flow.pth"), "new"),
             ("no such file", config_of(MODEL, source=str(tmp_path / "none.pth")), "new"),
             ("neither safetensors nor a sharded", config_of(MODEL, source=str(tmp_path / "empty")), "new"),
-            ("is no workdir that holds a checkpoint", config_of(MODEL, target=str(tmp_path / "x.safetensors")), "new"),
+            ("neither a workdir that holds", config_of(MODEL, target=str(tmp_path / "x.safetensors")), "new"),
             ("hold no text encoder", dataclasses.replace(config, text=Text(encoder="trained")), "new"),
             ("holds checkpoints", config, "work"),
             ("denoiser_window is 10", config_of(other, source=config.convert.source), "work")]:
