@@ -2,15 +2,15 @@
 
 tiny      single pictures of moving digits: the first stage of configs/t2v.py:tiny, on a laptop
 3b        the first stage of the paper's curriculum: images of 384p in Wan2.2 latents, text by flan-t5-xl
-released  the released image model's sizes, 32x32 latents of 4 channels and text 128 x 2048, to convert and score: its
-          4-channel codec is not among ours
+released  the released image model's numbers: 32x32 latents of 4 channels (codec.kind=kl), bare captions
 """
 
 import dataclasses
 
+from configs.released import image as released_image
 from configs.t2v import at_resolution, paper
 from configs.t2v import tiny as tiny_video
-from starflow_jax.config import Codec, Config, Model, Text, choose_variant, to_config_dict
+from starflow_jax.config import Config, choose_variant, to_config_dict
 
 
 def tiny() -> Config:
@@ -35,17 +35,6 @@ def recipe_3b() -> Config:
         prepare=dataclasses.replace(video.prepare, output="prepared/images_384p", batch_size=64))
 
 
-def released() -> Config:
-    return Config(
-        name="t2i_released",
-        model=Model(channels=4, frames=1, height=32, width=32, shallow_layers=(2, 2, 2, 2, 2), shallow_width=3072,
-                    deep_layers=24, deep_width=3072, text_length=128, text_dim=2048, denoiser="none",
-                    noise_std=0.3, local_shallow=False, dtype="bfloat16", remat="layer"),
-        text=Text(encoder="frozen", fps=0),
-        codec=Codec(kind="wan", stride=8, time_stride=1),
-    )
-
-
 def get_config(variant: str = "tiny"):
-    variants = {"tiny": tiny, "3b": recipe_3b, "released": released}
+    variants = {"tiny": tiny, "3b": recipe_3b, "released": lambda: released_image("t2i_released")}
     return to_config_dict(choose_variant("configs/t2i.py", variants, variant))

@@ -14,13 +14,13 @@ The paper's curriculum, 81 frames in Wan2.2 latents, text by flan-t5-xl; each st
 
 import dataclasses
 
+from configs.released import video_7b
 from starflow_jax.config import (
     Codec,
     Config,
     Data,
     Evaluate,
     Model,
-    Prepare,
     Sample,
     Solver,
     Text,
@@ -56,19 +56,15 @@ TINY_GPU_TRAIN = dict(
 
 
 def paper(name: str, deep_layers: int, deep_width: int) -> Config:
-    return Config(
-        name=name,
-        model=Model(channels=48, frames=21, height=30, width=53, shallow_layers=(2, 2, 2, 2, 2), shallow_width=3072,
-                    deep_layers=deep_layers, deep_width=deep_width, rope_extent=40, text_length=256, text_dim=2048,
-                    noise_std=0.5, dtype="bfloat16", remat="layer"),
-        text=Text(encoder="frozen", fps=16, aspect_ratio="16:9"),
-        codec=Codec(kind="wan", stride=16, time_stride=4, later_frames_scale=0.6),
-        data=Data(source="prepared", directory="prepared/480p", latents=True),
-        train=Train(steps=25_000, batch_size=192, evaluate_every=2_500, sheet_clips=4),
-        sample=Sample(guidance=3.5, solver=Solver(block_size=64), batch_size=1),
-        evaluate=Evaluate(clips=256, prompts=16),
-        prepare=Prepare(resolution=480, output="prepared/480p", latents=True, text_features=True),
-    )
+    """The release's numbers, with what our recipe does otherwise (docs: released weights)."""
+    base = video_7b(name)
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, deep_layers=deep_layers, deep_width=deep_width, denoiser="first_layer"),
+        train=dataclasses.replace(base.train, steps=25_000, evaluate_every=2_500, sheet_clips=4, ema=Train.ema,
+                                  skip_over_clip=False),
+        sample=dataclasses.replace(base.sample, solver=Solver(block_size=64), context_frames=0, as_released=False),
+        evaluate=Evaluate(clips=256, prompts=16))
 
 
 def at_resolution(config: Config, resolution: int, steps: int = 0) -> Config:
@@ -81,6 +77,7 @@ def at_resolution(config: Config, resolution: int, steps: int = 0) -> Config:
         model=dataclasses.replace(config.model, height=height // stride, width=width // stride),
         data=dataclasses.replace(config.data, directory=folder),
         train=dataclasses.replace(config.train, steps=steps or config.train.steps),
+        sample=dataclasses.replace(config.sample, side=side),
         prepare=dataclasses.replace(config.prepare, resolution=resolution, output=folder))
 
 

@@ -65,6 +65,8 @@ class Model(Settings):
     denoiser_window: int = setting(10, "latent frames that a frame attends to, its own included", POSITIVE)
     denoiser_lookahead: int = setting(1, "latent frames that it attends to after its own", at_least(0))
     noise_std: float = setting(0.5, "standard deviation of the noise that training adds to the latents", POSITIVE)
+    reference_noise: float = setting(0.3, "the loss is weighted noise_std / this, and the denoiser's output is taken "
+                                     "times this; 0: noise_std, which is no weight", at_least(0, "noise_std"))
     dtype: str = setting("float32", "dtype in which the layers compute", DTYPES)
     remat: str = setting("none", "what is kept for the backward pass: everything, a layer's input, that and the output "
                          "of its attention, or the same in the host's memory", one_of(*REMAT))
@@ -81,6 +83,11 @@ class Model(Settings):
                          f"must be a multiple of patch_size={self.patch_size}")
 
     @property
+    def denoising_step(self) -> float:
+        """What the denoiser's output is multiplied by; the loss whose gradient it learns is weighted noise_std / it."""
+        return self.reference_noise or self.noise_std
+
+    @property
     def token_channels(self) -> int:
         return self.channels * self.patch_size**2
 
@@ -91,6 +98,9 @@ class Model(Settings):
     @property
     def tokens_per_frame(self) -> int:
         return self.height * self.width // self.patch_size**2
+
+
+METADATA = ("noise_level", "fps", "aspect_ratio")  # what a prompt may state beside its caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,27 +114,37 @@ class Text(Settings):
     d_kv: int = setting(32, "channels of an attention head", POSITIVE)
     d_ff: int = setting(256, "channels of the feed-forward layers", POSITIVE)
     heads: int = setting(4, "attention heads", POSITIVE)
-    fps: int = setting(8, "frame rate that the prompt states", at_least(0, "an image model"))
-    aspect_ratio: str = setting("1:1", "aspect ratio that the prompt states")
+    metadata: str = setting("fps,aspect_ratio", "what the prompt states beside the caption, comma-separated; empty: "
+                            "nothing", Allowed(f"of {', '.join(METADATA)}, comma-separated",
+                                               lambda value: not value or set(names(value)) <= set(METADATA)))
+    fps: int = setting(8, "frame rate of training, which the prompt states", at_least(0, "an image model"))
+    aspect_ratio: str = setting("1:1", "aspect ratio of training, which the prompt states")
     weights: str = setting("", "of the frozen encoder: a folder as flan-t5-xl is published, which also sets the sizes")
+
+    def states(self, name: str) -> bool:
+        """Whether prompts state one of METADATA."""
+        return name in names(self.metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class Codec(Settings):
     """Pixels <-> latents: the small models' linear patch codec, or the Wan2.2 VAE."""
 
-    kind: str = setting("patch", "the linear codec, or the Wan2.2 VAE", one_of("patch", "wan"))
+    kind: str = setting("patch", "the linear codec, the Wan2.2 VAE, or the image models' AutoencoderKL",
+                        one_of("patch", "wan", "kl"))
     stride: int = setting(4, "pixels per latent, in rows and columns", POSITIVE)
     time_stride: int = setting(4, "frames per latent frame after the first", POSITIVE)
     later_frames_scale: float = setting(1.0, "latents of frames n >= 1 are multiplied by this", POSITIVE)
-    weights: str = setting("", "Wan: a safetensors file under the release's names")
-    latent_mean: tuple[float, ...] = setting((), "Wan: mean of each channel; (): the file's tensor `mean`")
+    weights: str = setting("", "a safetensors file under the VAE's published names; kl: or a folder with one")
+    latent_mean: tuple[float, ...] = setting((), "mean of each channel; (): the file's tensor `mean`; kl: 0")
     latent_std: tuple[float, ...] = setting(
-        (), "Wan: standard deviation of each channel; (): the file's tensor `std`",
+        (), "standard deviation of each channel; (): the file's tensor `std`; kl: 1 / its scaling factor",
         Allowed("a tuple of numbers greater than 0", lambda value: all(one > 0 for one in value)))
     encoder_width: int = setting(160, "Wan: channels of the encoder's first stage", POSITIVE)
     decoder_width: int = setting(256, "Wan: channels of the decoder's last stage", POSITIVE)
-    dtype: str = setting("float32", "Wan: dtype in which it computes", DTYPES)
+    norm_groups: int = setting(32, "kl: groups of channels in its norms, where no config.json beside it says so",
+                               POSITIVE)
+    dtype: str = setting("float32", "dtype in which a VAE computes", DTYPES)
     # Saves memory for whole videos; a stream must keep the cache of each tile, overlaps too.
     tile: int = setting(0, "Wan: latent rows and columns encoded and decoded at once; 0: whole frames")
     tile_overlap: int = setting(8, "Wan: latents that neighbouring tiles share", POSITIVE)
@@ -177,7 +197,10 @@ class Train(Settings):
     clip: float = setting(1.0, "largest gradient norm; a larger one is scaled down", POSITIVE)
     outlier_factor: float = setting(8.0, "a step whose gradient norm is this many times its running mean is skipped",
                                     Allowed("greater than 1", lambda value: value > 1))
+    skip_over_clip: bool = setting(False, "a step whose gradient norm is over `clip` is skipped, too")
     denoiser_learning_rate: float = setting(1e-4, "of the denoiser's own optimizer", POSITIVE)
+    denoiser_beta2: float = setting(0.95, "decay of the squared gradients in it",
+                                    Allowed("at least 0 and below 1", lambda value: 0 <= value < 1))
     ema: float = setting(0.9999, "decay of the averaged parameters",
                          Allowed("at least 0 and below 1", lambda value: 0 <= value < 1))
     seed: int = setting(0, "of parameters, data order and noise")
@@ -216,6 +239,8 @@ class Solver(Settings):
                                at_least(0, "exact"))
     max_steps: int = setting(0, "updates of a block; 0: the block size, which is exact",
                              at_least(0, "the block size"))
+    first_block_size: int = setting(0, "tokens solved for at once in a video's first frame; 0: block_size",
+                                    at_least(0, "block_size"))
 
     def check(self) -> None:
         self.require("kind", self.kind != "wavefront" or self.tolerance > 0,
@@ -241,7 +266,10 @@ class Sample(Settings):
     frames: int = setting(0, "pixel frames, given ones included; 0: the training length, after a given video",
                           at_least(0, "the training length"))
     fps: int = setting(0, "frame rate of the prompt and of the file; 0: as trained", at_least(0, "as trained"))
-    aspect_ratio: str = setting("", "aspect ratio that the prompt states; empty: as trained")
+    aspect_ratio: str = setting("", "aspect ratio of the frames, where `side` is given, and in the prompt; empty: as "
+                                "trained")
+    side: int = setting(0, "pixels of a 1:1 frame's side; frames of another aspect ratio keep its area; 0: always the "
+                        "training size", at_least(0, "the training size"))
     batch_size: int = setting(32, "videos made together", POSITIVE)
     stream: bool = setting(False, "write each video while it is being made")
     devices: int = setting(1, "of a stream; with 2 or more the deep block is on the first, the rest on the second",
@@ -252,6 +280,7 @@ class Sample(Settings):
                                   at_least(0, "three quarters"))
     denoise: str = setting("denoiser", "what removes the noise that training added",
                            one_of("denoiser", "score", "none"))
+    as_released: bool = setting(False, "follow the release's own sampling program in details where ours differs")
     checkpoint: str = setting("newest", "the newest, or the best by validation; also for evaluation and packaging",
                               one_of("newest", "best"))
     output: str = setting("", "folder of the videos; empty: WORKDIR/samples")
@@ -361,14 +390,17 @@ class Evaluate(Settings):
 class Convert(Settings):
     """Released weights and workdirs -> checkpoints, and back."""
 
-    source: str = setting("", "a .pth, a folder of torch's shards, safetensors, or a workdir whose model is to grow")
+    source: str = setting("", "a .pth, a folder of torch's shards, safetensors, a name on a hub (hub:OWNER/NAME), or a "
+                          "workdir whose model is to grow")
+    text: str = setting("", "the text encoder's folder; empty: text.weights")
     target: str = setting("", "a .safetensors file under the release's names, from the workdir's newest checkpoint")
     prefix: str = setting("", 'prefix of the names of the flow\'s tensors in the source, such as "model."')
     dtype: str = setting("stored", "dtype of what is written; stored: the source's",
                          one_of("stored", "float32", "bfloat16"))
-    codec: str = setting("", "the Wan VAE's .pth or safetensors, to be written to codec.weights")
-    statistics: str = setting("", "a JSON file with its latents' channel means and deviations; empty: those of "
-                              "codec.latent_mean and codec.latent_std")
+    codec: str = setting("", "the VAE's .pth or safetensors, to be written to codec.weights; empty: that is there")
+    statistics: str = setting("", "a JSON file with its latents' channel means and deviations; empty: one beside it, "
+                              "or codec.latent_mean and codec.latent_std")
+    copy: bool = setting(False, "copy the text encoder's folder into the workdir; else its place is kept")
 
 
 _SHARE = Allowed("0 or more and below 1", lambda value: 0 <= value < 1)

@@ -1,6 +1,7 @@
 """The names and layouts of the release's state dict <-> our parameters, array by array."""
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from starflow_jax.config import Model
+from starflow_jax.config import Model, UserError
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.io.tensor_files import StoredArray, report_misfits
 from starflow_jax.nn.rope import pair_order
@@ -38,6 +39,10 @@ BLOCK_NAMES = {
     "proj_out/bias": "proj_out.bias",
     "transformer/final_norm/weight": "final_norm.weight",
 }
+
+
+# What a state dict of the release holds beside its parameters: masks, tables of positions, and the prior's variance.
+BUFFERS = re.compile(r"(.*\.)?(attn_mask|freqs_cos|freqs_sin|var)")
 
 
 def released_model(arguments: Mapping[str, Any]) -> Model:
@@ -80,6 +85,9 @@ def stack_released(tensors: Mapping[str, Any], model: Model, source: str) -> dic
     Raises UserError listing every tensor of `source` that is missing, unexpected or misshapen (or no float).
     """
     shapes, stacks = flow_shapes(model), {}
+    if "var" in tensors and not np.all(np.asarray(tensors["var"]) == 1):
+        raise UserError(f"{source}: its prior has variances other than 1 (the tensor `var`), which ours has not")
+    tensors = {name: tensor for name, tensor in tensors.items() if not BUFFERS.fullmatch(name)}
     missing: list[str] = []
     misshapen: list[str] = []
     for ours, theirs, layers in _names(model):

@@ -1,14 +1,15 @@
-"""PyTorch files read tensor by tensor, nothing executed. The only module that sees torch, which is optional."""
+"""Released weights in any form, read tensor by tensor, nothing executed. The only module that sees torch, which its
+sharded checkpoints need."""
 
 import functools
 import pickle
-from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from starflow_jax.checkpoints.torch_zip import open_pth
 from starflow_jax.config import UserError
 from starflow_jax.io.tensor_files import (
     StoredArray,
@@ -21,8 +22,7 @@ def open_weights(path: Path, prefix: str = "") -> dict[str, StoredArray]:
     """The tensors of a .pth, of torch's sharded checkpoint folder, or of safetensors, each read on first use.
 
     Nested state dicts have dotted names; with a prefix, only the names that begin with it are taken, without it.
-    Nothing is executed: PyTorch files are read by torch.load(weights_only=True). Raises UserError where there is
-    nothing that can be read.
+    Nothing in a file is executed. Raises UserError where there is nothing that can be read.
     """
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder")
@@ -31,7 +31,7 @@ def open_weights(path: Path, prefix: str = "") -> dict[str, StoredArray]:
     elif path.is_dir():
         found = _open_sharded(path)
     else:
-        found = _open_pth(path)
+        found = open_pth(path)
     taken = {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
     if not taken:
         raise UserError(f"{path}: no tensor's name begins with convert.prefix={prefix!r}; the first ones are "
@@ -43,47 +43,9 @@ def _torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise UserError("PyTorch files need torch: pip install 'starflow_jax[convert]'; or give safetensors") from error
+        raise UserError("a sharded PyTorch checkpoint needs torch: pip install 'starflow_jax[convert]'; or give a .pth "
+                        "or safetensors") from error
     return torch
-
-
-REOPEN_BYTES = 2 << 30  # read through one mapping of a .pth before it is mapped again
-
-
-def _open_pth(path: Path) -> dict[str, StoredArray]:
-    torch = _torch()
-    mapped: dict[str, Any] = {}
-    done = 0
-
-    def opened() -> dict[str, Any]:
-        try:
-            return dict(_tensors_in(torch, torch.load(path, map_location="cpu", weights_only=True, mmap=True)))
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"{path}: torch can't read it as weights only ({reason}); save its state dict by "
-                            "torch.save, or as safetensors") from error
-
-    def read(name: str) -> np.ndarray:
-        nonlocal done
-        if not mapped or done > REOPEN_BYTES:  # what was read stays in memory as long as it is mapped
-            mapped.clear()
-            mapped.update(opened())
-            done = 0
-        value = _to_numpy(torch, mapped[name])
-        done += value.nbytes
-        return value
-
-    return {name: StoredArray(tuple(tensor.shape), _numpy_dtype(path, name, tensor.dtype),
-                              functools.partial(read, name)) for name, tensor in opened().items()}
-
-
-def _tensors_in(torch: Any, tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, tensor) of nested dicts and lists; other values, such as step counts, are left out."""
-    if isinstance(tree, torch.Tensor):
-        yield path, tree
-    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list | tuple) else ()
-    for name, value in items:
-        yield from _tensors_in(torch, value, f"{path}.{name}" if path else str(name))
 
 
 def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:

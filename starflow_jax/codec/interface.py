@@ -18,19 +18,25 @@ class LatentCodec(Protocol):
     def encode(self, pixels_BTHWC: jax.Array) -> jax.Array:
         """A whole video's latents. Raises UserError for sizes that the codec doesn't take."""
 
+    def posterior(self, pixels_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(the latents of `encode`, the deviation, before any normalisation, of what a VAE would draw around them)."""
+
     def decode(self, latents_BNhwC: jax.Array) -> jax.Array:
         """A whole video's pixels, not clamped."""
 
     def decode_next(self, latents_BNhwC: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """The pixels of a video's next latent frames, and the cache for the next call; None where it begins."""
 
+
 def to_float(frames: np.ndarray | jax.Array):
     """uint8 pixels -> [-1, 1] float32."""
     return frames.astype(np.float32) / 127.5 - 1.0
 
 
-def to_uint8(pixels: jax.Array) -> jax.Array:
-    """[-1, 1] -> uint8, clamped and rounded."""
+def to_uint8(pixels: jax.Array, cut: bool = False) -> jax.Array:
+    """[-1, 1] -> uint8, clamped and rounded; cut: down, as the release does."""
+    if cut:
+        return ((jnp.clip(pixels, -1, 1) + 1.0) * 0.5 * 255).astype(jnp.uint8)
     return jnp.clip(jnp.round((pixels + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
@@ -42,20 +48,36 @@ def encode_frames(codec: LatentCodec, frames_BTHWC: jax.Array, later_scale: floa
 
 
 @jax.jit
-def decode_latents(codec: LatentCodec, latents_BNhwC: jax.Array, later_scale: float | jax.Array) -> jax.Array:
-    """The inverse of `encode_frames`, rounded and clamped."""
-    return to_uint8(codec.decode(latents_BNhwC / _frame_scale(latents_BNhwC.shape[1], later_scale)))
+def encode_drawn(
+    codec: LatentCodec, frames_BTHWC: jax.Array, noise_BNhwC: jax.Array, later_scale: float | jax.Array
+) -> jax.Array:
+    """The same with noise of the VAE's own spread; as in the release, that is not normalised as the latents are."""
+    mean, deviation = codec.posterior(to_float(frames_BTHWC))
+    return (mean + deviation * noise_BNhwC) * _frame_scale(mean.shape[1], later_scale)
 
 
-@partial(jax.jit, donate_argnames="cache")
+def decode_pixels(codec: LatentCodec, latents_BNhwC: jax.Array, later_scale: float | jax.Array) -> jax.Array:
+    """The inverse of `encode_frames`: pixels in [-1, 1], not clamped."""
+    return codec.decode(latents_BNhwC / _frame_scale(latents_BNhwC.shape[1], later_scale))
+
+
+@partial(jax.jit, static_argnames="cut")
+def decode_latents(
+    codec: LatentCodec, latents_BNhwC: jax.Array, later_scale: float | jax.Array, cut: bool = False
+) -> jax.Array:
+    """The same as uint8; see `to_uint8`."""
+    return to_uint8(decode_pixels(codec, latents_BNhwC, later_scale), cut)
+
+
+@partial(jax.jit, donate_argnames="cache", static_argnames="cut")
 def decode_next(
-    codec: LatentCodec, latents_BNhwC: jax.Array, cache: Any, later_scale: float | jax.Array
+    codec: LatentCodec, latents_BNhwC: jax.Array, cache: Any, later_scale: float | jax.Array, cut: bool = False
 ) -> tuple[jax.Array, Any]:
     """The uint8 frames of a video's next latent frames, and the cache for the next call; None where it begins."""
     count = latents_BNhwC.shape[1]
     scale = _frame_scale(count, later_scale) if cache is None else later_scale
     pixels, cache = codec.decode_next(latents_BNhwC / scale, cache)
-    return to_uint8(pixels), cache
+    return to_uint8(pixels, cut), cache
 
 
 def _frame_scale(frames: int, later_scale: float | jax.Array) -> jax.Array:

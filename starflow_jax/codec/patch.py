@@ -48,6 +48,11 @@ class PatchCodec(flax.struct.PyTreeNode):
         """(B, 1 + k*time, H, W, 3) in [-1, 1] -> latents (B, 1 + k, H/space, W/space, C) float32."""
         return (_to_patches(pixels_BTHWC, self.shape) - self.mean_P) @ self.basis_PC / self.scale
 
+    def posterior(self, pixels_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(latents, 0): there is nothing to draw."""
+        latents = self.encode(pixels_BTHWC)
+        return latents, jnp.zeros_like(latents)
+
     def decode(self, latents_BNhwC: jax.Array) -> jax.Array:
         """Latents -> pixels (B, 1 + (N-1)*time, H, W, 3), not clamped."""
         patches = latents_BNhwC * self.scale @ self.basis_PC.T + self.mean_P

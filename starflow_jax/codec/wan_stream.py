@@ -89,6 +89,11 @@ class WanCodec(flax.struct.PyTreeNode):
         (mean, log_variance), _ = self._whole(WanVAE.encode_low, 1)(features, None)
         return (mean - self.mean_C) / self.std_C, log_variance
 
+    def posterior(self, pixels_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(normalised mean, deviation, which is not normalised)."""
+        mean, log_variance = self.moments(pixels_BTHWC)
+        return mean, jnp.exp(jnp.clip(log_variance, -30, 20) / 2)
+
     def encode_next(self, pixels_BTHWC: jax.Array, cache: Cache | None) -> tuple[tuple[jax.Array, jax.Array], Cache]:
         """The moments of a video's next frames: without a cache of its first (and a multiple of the time stride
         more), then of a multiple of the time stride. Returns the cache for the next call, too."""
@@ -219,6 +224,19 @@ def read_statistics(path: Path, channels: int) -> dict[str, np.ndarray]:
     if (found["std"] <= 0).any():
         raise UserError(f"convert.statistics={path}: each of `std` must be greater than 0")
     return found
+
+
+def statistics_beside(source: Path) -> Path | None:
+    """The JSON file beside a VAE that `read_statistics` reads: vae.json or a config.json; None where there is none."""
+    folder = source if source.is_dir() else source.parent
+    for path in (folder / "vae.json", folder / "config.json", folder / "vae" / "config.json"):
+        try:
+            held = json.loads(path.read_text()) if path.is_file() else {}
+        except (OSError, ValueError):
+            continue
+        if isinstance(held, dict) and any({name, f"latents_{name}"} & held.keys() for name in STATISTICS):
+            return path
+    return None
 
 
 def channel_statistics(settings: Codec, channels: int, tensors: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -46,6 +46,14 @@ def released_name(ours: str, config: WanConfig) -> str:
     return ours.replace("{resample}", str(resample)).replace("/", ".")
 
 
+def widths_of(tensors: Mapping[str, Array]) -> dict[str, int]:
+    """codec.encoder_width and codec.decoder_width of the tensors of a VAE; {} where they are none of it."""
+    first, last = tensors.get("encoder.conv1.weight"), tensors.get("decoder.head.2.weight")
+    if first is None or last is None or first.ndim != 5 or last.ndim != 5:
+        return {}
+    return {"encoder_width": first.shape[0], "decoder_width": last.shape[1]}
+
+
 @functools.cache
 def _our_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
     frames = jax.ShapeDtypeStruct((1, 1 + config.time_stride, config.stride, config.stride, 3), jnp.float32)

@@ -130,11 +130,12 @@ def generate(
                 u_BTSK = u_BTSK[:, -(context if in_window == window else in_window):]
             state, in_window = begin(u_BTSK, text_GBTD, guess_BSK=guess_BSK), u_BTSK.shape[1]
         next_change = min((at for at in text_of if at > index), default=total)
-        frames = min(solver.frames, window - in_window, next_change - index, total - index)
+        solver_now = solver if u_BTSK.shape[1] else solver.of_first_frame
+        frames = min(solver_now.frames, window - in_window, next_change - index, total - index)
         now = slice(index, index + frames)
         made_BGSK, state, report = decode_frames(
             model, params, state, noise_BTSK[:, now], jnp.float32(guidance),
-            None if start_BTSK is None else start_BTSK[:, now], solver=solver, window=window,
+            None if start_BTSK is None else start_BTSK[:, now], solver=solver_now, window=window,
             token_grid=token_grid, branches=1 if text_GBTD is None else text_GBTD.shape[0])
         u_BTSK = jnp.concatenate([u_BTSK, made_BGSK], axis=1)[:, -window:]
         index, in_window = index + frames, in_window + frames

@@ -33,6 +33,14 @@ class Solver:
     max_steps: int = 0  # 0: block_size, after which the result is exact
     frames: int = 1  # frames that a decoding step solves for; blocks do not reach beyond them
     updates: int = 0  # > 0: a wavefront, in which each token gets so many; tolerance then only says what converged
+    first_block_size: int = 0  # > 0: of a video's first frame, which has no frame before it to start from
+
+    @property
+    def of_first_frame(self) -> "Solver":
+        """The solver of a video's first frame."""
+        if not self.first_block_size:
+            return self
+        return dataclasses.replace(self, block_size=self.first_block_size, first_block_size=0, frames=1)
 
     @property
     def stride(self) -> int:

@@ -29,7 +29,7 @@ def written_out(arguments: Sequence[str], modes: Mapping[str, str], flags: Conta
     mode, *rest = arguments
     if mode not in modes:
         raise UserError(f"{mode}: no such mode; there are {', '.join(modes)}")
-    written, remaining = [f"--config={DEFAULT_RECIPE}", f"--mode={mode}"], iter(rest)
+    written, remaining = [f"--mode={mode}"], iter(rest)
     for argument in remaining:
         if argument in HELP:
             written.append("--help")
@@ -41,7 +41,7 @@ def written_out(arguments: Sequence[str], modes: Mapping[str, str], flags: Conta
             written.append(f"--config.sample.prompt={argument}")
         else:
             raise UserError(f"{argument}: only `starflow sample` takes a prompt; settings are --NAME=VALUE")
-    return written
+    return written if of_workdir(written) else [f"--config={DEFAULT_RECIPE}", *written]
 
 
 def _full_name(name: str, section: str, flags: Container[str]) -> tuple[str, bool]:
@@ -57,20 +57,34 @@ def _full_name(name: str, section: str, flags: Container[str]) -> tuple[str, boo
 
 def with_recipe(arguments: Sequence[str]) -> list[str]:
     """The arguments with --config (the last one given) first, because the settings after it override its own, and with
-    its file found: in the working directory, or else in the package.
+    its file found: in the working directory, or else in the package. Without one, that of a workdir with a model.
 
     Raises UserError, listing the files there are, where it is in neither. Recipes import one another as
     `configs.NAME`, wherever they are.
     """
+    others, given = _taken_out(arguments, "config")
+    given = of_workdir(others) if given is None else given
+    return others if given is None else [f"--config={_find_recipe(given)}", *others]
+
+
+def of_workdir(arguments: Sequence[str]) -> str | None:
+    """The file of settings that a --workdir alone stands for: its model's own; None where it holds none."""
+    workdir = _taken_out(arguments, "workdir")[1]
+    held = workdir and (Path(workdir) / "system" / "settings.json").is_file()
+    return f"configs/workdir.py:{workdir}" if held else None
+
+
+def _taken_out(arguments: Sequence[str], flag: str) -> tuple[list[str], str | None]:
+    """(the arguments without a flag, its value where it is given; the last one counts)."""
     others, given, remaining = [], None, iter(arguments)
     for argument in remaining:
-        if argument in ("--config", "-config"):
+        if argument in (f"--{flag}", f"-{flag}"):
             given = next(remaining, "")
-        elif re.match("--?config=", argument):
+        elif re.match(f"--?{flag}=", argument):
             given = argument.partition("=")[2]
         else:
             others.append(argument)
-    return others if given is None else [f"--config={_find_recipe(given)}", *others]
+    return others, given
 
 
 def load_recipe(given: str = DEFAULT_RECIPE, **changes: Mapping[str, Any]) -> Config:

@@ -44,6 +44,21 @@ def resize_crop(frames_THWC: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.stack([np.asarray(image) for image in resized])
 
 
+def resize_then_crop(frames_THWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """`resize_crop` as the release does it: bilinear, to whole pixels cut down, then the centre; one pixel that this
+    may leave missing is black."""
+    check_frames(frames_THWC)
+    _, rows, columns, _ = frames_THWC.shape
+    scale = max(height / rows, width / columns)
+    size = int(rows * scale), int(columns * scale)
+    resized = np.stack([np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BILINEAR))
+                        for frame in frames_THWC])
+    missing = [max(wanted - there, 0) for wanted, there in zip((height, width), size)]
+    padded = np.pad(resized, ((0, 0), *((one // 2, (one + 1) // 2) for one in missing), (0, 0)))
+    top, left = (int(round((there - wanted) / 2)) for there, wanted in zip(padded.shape[1:3], (height, width)))
+    return padded[:, top:top + height, left:left + width]
+
+
 def contact_sheet(
     path: str | os.PathLike[str],
     clips_BTHWC: np.ndarray,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.codec import patch
+from starflow_jax.codec import kl_vae, patch, wan_weights
 from starflow_jax.codec.interface import LatentCodec
-from starflow_jax.codec.wan_stream import load_codec
+from starflow_jax.codec.wan_stream import (
+    channel_statistics,
+    load_codec,
+    read_statistics,
+    statistics_beside,
+    wan_config,
+)
 from starflow_jax.config import Config, UserError
 from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.model.sources import data_source
@@ -37,11 +44,40 @@ def patch_shape(config: Config) -> patch.PatchShape:
 
 def make_codec(config: Config) -> LatentCodec:
     """The VAE of codec.weights, or a patch codec fitted to training clips. Raises UserError for an unreadable file."""
-    if config.codec.kind == "wan":
-        return load_codec(config.codec, config.model.channels)
+    if config.codec.kind != "patch":
+        return _load_vae(config)
     source = data_source(config, "train")
     frames = np.stack([source[i]["frames"] for i in range(min(FITTED_CLIPS, len(source)))])
     return patch.fit(frames[:, :pixel_frames(config)], patch_shape(config), config.model.channels)
+
+
+def _load_vae(config: Config) -> LatentCodec:
+    load = load_codec if config.codec.kind == "wan" else kl_vae.load_kl
+    return load(config.codec, config.model.channels)
+
+
+def sizes_of_codec(config: Config, tensors: Mapping[str, Any], source: Path) -> dict[str, int]:
+    """The settings of `codec` that a VAE's tensors, or the config.json beside them, say; {} where they don't."""
+    if config.codec.kind == "wan":
+        return wan_weights.widths_of(tensors)
+    said = kl_vae.read_settings(source) if config.codec.kind == "kl" else {}
+    return {name: said[name] for name in ("norm_groups",) if name in said}
+
+
+def released_codec(config: Config, tensors: Mapping[str, Any], source: Path, statistics: str) -> dict[str, Any]:
+    """The tensors of a published VAE, checked, with its channel statistics: those of the JSON file `statistics`, or
+    found beside it. Raises UserError for another VAE, and for statistics that are none, or nowhere."""
+    settings, channels = config.codec, config.model.channels
+    if settings.kind == "kl":
+        said = kl_vae.read_settings(source)
+        weights = kl_vae.with_present_names(tensors)
+        sizes = kl_vae.config_of(weights, said.get("norm_groups", settings.norm_groups), str(source))
+        kl_vae.check_released(weights, sizes, str(source))
+        return weights | kl_vae.statistics_of(settings, channels, tensors, said.get("scaling", kl_vae.SCALING))
+    wan_weights.check_released(tensors, wan_config(settings, channels), str(source))
+    file = Path(statistics) if statistics else statistics_beside(source)
+    given = read_statistics(file, channels) if file and (statistics or not settings.latent_mean) else {}
+    return {**tensors, **channel_statistics(settings, channels, {**tensors, **given})}
 
 
 def save_codec(codec: LatentCodec, folder: Path) -> None:
@@ -53,8 +89,8 @@ def save_codec(codec: LatentCodec, folder: Path) -> None:
 
 def read_codec(config: Config, folder: Path) -> LatentCodec:
     """The VAE of codec.weights, or the fitted codec in a folder. Raises UserError where it is another model's."""
-    if config.codec.kind == "wan":
-        return load_codec(config.codec, config.model.channels)
+    if config.codec.kind != "patch":
+        return _load_vae(config)
     shape = patch_shape(config)
     arrays = {name: jnp.asarray(value) for name, value in import_arrays(folder / FITTED_CODEC).items()}
     codec = patch.PatchCodec(**arrays, shape=shape)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from starflow_jax.config import Config
+from starflow_jax.config import Config, Model, Text
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.model.text import text_encoder
 from starflow_jax.nn.transformer import unstacked
@@ -22,6 +22,11 @@ def model_fingerprint(config: Config) -> dict[str, Any]:
         del model[name]
     text = dataclasses.asdict(config.text)
     del text["weights"]  # a path
+    # Models from before these settings, which hold nothing of them, are as their defaults say.
+    for section, name, default in ((model, "reference_noise", Model.reference_noise),
+                                   (text, "metadata", Text.metadata)):
+        if section[name] == default:
+            del section[name]
     codec = {name: getattr(config.codec, name) for name in ("kind", "stride", "time_stride", "later_frames_scale")}
     return json.loads(json.dumps({"model": model, "text": text, "codec": codec}))
 

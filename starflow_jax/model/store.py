@@ -1,5 +1,6 @@
 """Which model a mode works with: the workdir's newest or best checkpoint, or the pretrained one in the package."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from etils import epy
 
 from starflow_jax import sharding
-from starflow_jax.config import Config, UserError, from_dict
+from starflow_jax.config import Config, UserError, changed, from_dict
 from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.io.files import write_text
 from starflow_jax.model.parameters import Params, inference_params, init_params, model_fingerprint
@@ -44,10 +45,41 @@ def settings_of(workdir: Path) -> Config:
         if path.exists():
             try:
                 held = json.loads(path.read_text())
-                return from_dict(held if path.name == SETTINGS else {"name": workdir.name, **held})
+                return _placed(from_dict(held if path.name == SETTINGS else {"name": workdir.name, **held}), system)
             except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"{path}: can't be read as settings ({error})") from error
     raise UserError(f"{workdir}: holds no trained model; name a workdir that --mode=train or --mode=convert wrote")
+
+
+def _placed(config: Config, system: Path) -> Config:
+    """The settings with files that lie in the workdir itself named from here, so that a workdir may be moved."""
+    for section in ("text", "codec"):
+        weights = getattr(config, section).weights
+        if weights and (system / weights).exists():
+            config = changed(config, section, {"weights": str(system / weights)})
+    return config
+
+
+# Settings of a model's sections that may differ from run to run.
+FREE = {"model": ("dtype", "remat", "sequence_parallel", "unroll_layers"), "text": ("weights",),
+        "codec": ("weights", "dtype", "tile", "tile_overlap")}
+
+
+def own_settings(config: Config, workdir: Path) -> tuple[Config, str]:
+    """The settings with those of a workdir's model in place of what contradicts them, and a line that says so; "" where
+    nothing does, or where the workdir holds none. Files that the configuration does not name are the model's."""
+    if not (workdir / "system" / SETTINGS).exists():
+        return config, ""
+    own, passed_over = settings_of(workdir), []
+    for section, free in FREE.items():
+        asked, held = getattr(config, section), getattr(own, section)
+        values = {field.name: getattr(held, field.name) for field in dataclasses.fields(held)}
+        values |= {name: getattr(asked, name) for name in free if name != "weights" or asked.weights}
+        passed_over += [f"{section}.{name}={value} (not {getattr(asked, name)})" for name, value in values.items()
+                        if value != getattr(asked, name) and name != "weights"]
+        config = changed(config, section, values)
+    line = f"{workdir} holds a model with settings of its own, which count: {', '.join(passed_over)}"
+    return config, line if passed_over else ""
 
 
 def load_trained(config: Config, workdir: Path) -> tuple[System, Params, str] | None:

@@ -59,6 +59,11 @@ class System:
         return text_encoder(self.config)
 
     @property
+    def as_released(self) -> bool:
+        """Whether sampling follows the release's own program in its details (docs: released weights)."""
+        return self.config.sample.as_released
+
+    @property
     def pixel_frames(self) -> int:
         """Frames of a training clip."""
         return pixel_frames(self.config)
@@ -103,7 +108,7 @@ class System:
 
     def decode(self, latents_BNhwC: jax.Array) -> jax.Array:
         """Latents -> frames (B, T, H, W, 3) uint8."""
-        return decode_latents(self.codec, latents_BNhwC, self.config.codec.later_frames_scale)
+        return decode_latents(self.codec, latents_BNhwC, self.config.codec.later_frames_scale, self.as_released)
 
 
 @jax.jit
@@ -120,11 +125,16 @@ def make_system(config: Config) -> System:
     return System(config, make_tokenizer(config), make_codec(config))
 
 
+def save_settings(config: Config, folder: Path) -> None:
+    """Write all settings; model/store.py reads them."""
+    write_text(folder / SETTINGS, json.dumps(dataclasses.asdict(config), indent=1))
+
+
 def save_system(system: System, folder: Path) -> None:
     """Write the settings, the tokenizer, a fitted codec and the calibration; a VAE's weights stay in the file that
     codec.weights names."""
     save_codec(system.codec, folder)
-    write_text(folder / SETTINGS, json.dumps(dataclasses.asdict(system.config), indent=1))
+    save_settings(system.config, folder)
     with atomic_path(folder / "tokenizer.model") as path:
         path.write_bytes(system.tokenizer.model)
     if system.calibration.first_guess is not None:

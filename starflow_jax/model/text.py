@@ -19,9 +19,14 @@ TOKENIZED_CLIPS = 3_000  # training clips whose captions the tokenizer is traine
 
 
 def prompt_text(config: Config, caption: str, is_image: bool = False, fps: int = 0, aspect_ratio: str = "") -> str:
-    """A caption with its metadata, as the text encoder is given it; fps and aspect ratio are as trained by default."""
-    return format_prompt(caption, fps=0 if is_image else fps or config.text.fps,
-                         aspect_ratio=aspect_ratio or config.text.aspect_ratio)
+    """A caption with the metadata that text.metadata names, as the text encoder is given it; fps and aspect ratio are
+    as trained by default."""
+    text = config.text
+    return format_prompt(
+        caption,
+        fps=(0 if is_image else fps or text.fps) if text.states("fps") else None,
+        noise_std=config.model.noise_std if text.states("noise_level") else None,
+        aspect_ratio=(aspect_ratio or text.aspect_ratio) if text.states("aspect_ratio") else None)
 
 
 def text_encoder(config: Config) -> T5Encoder:
@@ -53,7 +58,7 @@ def frozen_encoder_params(config: Config) -> dict[str, Any]:
 def text_fingerprint(config: Config) -> dict[str, Any]:
     """What prepared text features depend on besides the encoder's weights; each is looked up by its whole prompt."""
     sizes = {name: value for name, value in dataclasses.asdict(config.text).items()
-             if name not in ("fps", "aspect_ratio", "weights")}
+             if name not in ("metadata", "fps", "aspect_ratio", "weights")}
     return {**sizes, "text_length": config.model.text_length}
 
 

@@ -18,6 +18,7 @@ MODES: dict[str, tuple[str, tuple[str, ...]]] = {
     "benchmark": ("time this machine", ("benchmark",)),
     "package": ("put the workdir's model into the package", ("sample",)),
 }
+OF_A_MODEL = ("sample", "evaluate", "calibrate", "package")  # of the workdir's, which knows its own settings
 
 
 def run(mode: str, config: Config, workdir: str | Path) -> None:
@@ -25,4 +26,8 @@ def run(mode: str, config: Config, workdir: str | Path) -> None:
     if mode not in MODES:
         raise UserError(f"{mode}: no such mode; there are {', '.join(MODES)}")
     module = importlib.import_module(f"{__name__}.{mode}")
+    if mode in OF_A_MODEL:
+        config, line = importlib.import_module("starflow_jax.model.store").own_settings(config, Path(workdir))
+        if line:
+            print(line)
     getattr(module, mode)(config, Path(workdir))

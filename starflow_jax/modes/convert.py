@@ -1,34 +1,45 @@
-"""--mode=convert: released weights and other workdirs -> checkpoints, and back to the release's names.
+"""--mode=convert: released weights and other workdirs -> workdirs, and back to the release's names.
 
-Array by array: no more than one of our parameters (all layers of a kind, stacked) is in memory. The only module
-that sees torch, which is optional.
+A workdir made of a release holds all that sampling needs: the flow as a checkpoint, every setting, the VAE and the text
+encoder or where it lies, and the licence. Array by array: no more than one of our parameters (all layers of a kind,
+stacked) is in memory.
 """
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from starflow_jax.checkpoints.growth import Change
+from starflow_jax.checkpoints.licences import KEPT, beside, keep_licence, licence_text
 from starflow_jax.checkpoints.parameters import save_params, stored_params
 from starflow_jax.checkpoints.released import flow_shapes, stack_released, unstack_to_released
 from starflow_jax.checkpoints.torch_files import open_weights
 from starflow_jax.checkpoints.training import Checkpoints
-from starflow_jax.codec.wan_stream import channel_statistics, read_statistics, wan_config
-from starflow_jax.codec.wan_weights import check_released
-from starflow_jax.config import Config, UserError
+from starflow_jax.codec.wan_weights import STATISTICS
+from starflow_jax.config import Config, Convert, UserError, changed
 from starflow_jax.io.files import atomic_path
+from starflow_jax.io.hub import on_disk
 from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.io.tensor_files import StoredArray, check_shapes, write_safetensors
+from starflow_jax.model.codec import released_codec, sizes_of_codec
 from starflow_jax.model.initialise import inherited_arrays, is_ours, whole_checkpoint
 from starflow_jax.model.parameters import model_fingerprint
+from starflow_jax.model.store import own_settings
+from starflow_jax.model.system import save_settings
+from starflow_jax.text.pretrained import encoder_channels
+
+VAE, TEXT_ENCODER = "vae.safetensors", "text_encoder"  # in WORKDIR/system
 
 
 def convert(config: Config, workdir: Path) -> None:
-    """config.convert.source -> a checkpoint in the workdir; the workdir's newest checkpoint -> config.convert.target;
-    config.convert.codec -> config.codec.weights.
+    """config.convert.source -> a workdir that samples, with the VAE of convert.codec and the encoder of convert.text;
+    the workdir's newest checkpoint -> config.convert.target.
 
     Raises UserError for a source or target that can't be, and for tensors that are not this configuration's.
     """
@@ -37,37 +48,73 @@ def convert(config: Config, workdir: Path) -> None:
         raise UserError("there is nothing to convert; name released weights with --config.convert.source=FILE_OR_DIR, "
                         "or a file to write them to with --config.convert.target=FILE.safetensors")
     if settings.target and not settings.target.endswith(".safetensors"):
-        raise UserError(f"convert.target={settings.target!r}: has to end in .safetensors")
-    if settings.codec:
-        write_codec(config)
-    if settings.source:
-        write_checkpoint(config, workdir)
+        raise UserError(f"convert.target={settings.target!r}: must end in .safetensors")
+    config = with_sizes_of_files(with_hub_files(config))
+    settings = config.convert
+    # Both are opened and checked before anything is written.
+    flow = read_flow(config) if settings.source else None
+    vae = read_vae(config, workdir) if settings.codec else None
+    if flow:
+        write_checkpoint(config, workdir, *flow)
+    if vae:
+        config = write_vae(config, *vae)
+    if flow:
+        write_system(config, workdir)
+        keep_licences(config, workdir)
     if settings.target:
-        write_released(config, workdir)
+        write_released(own_settings(config, workdir)[0], workdir)
 
 
-def write_checkpoint(config: Config, workdir: Path) -> None:
-    """The source's parameters as the workdir's checkpoint of step 0, which sampling and evaluation read and
-    training begins with (train.init_from)."""
+def with_hub_files(config: Config) -> Config:
+    """The settings with names on a model hub as the files that they are."""
+    names = ("source", "text", "codec", "statistics")
+    files = {name: on_disk(getattr(config.convert, name), f"convert.{name}") for name in names}
+    return changed(config, "convert", files)
+
+
+def with_sizes_of_files(config: Config) -> Config:
+    """The settings with the sizes that the given text encoder and VAE have."""
+    text, codec = config.convert.text or config.text.weights, config.convert.codec
+    if text and config.text.encoder == "frozen":
+        config = changed(config, "text", {"weights": str(Path(text).absolute())})
+        if config.convert.source:
+            config = changed(config, "model", {"text_dim": encoder_channels(Path(text))})
+    if codec:
+        tensors = open_weights(Path(codec), _vae_prefix(config))
+        config = changed(config, "codec", sizes_of_codec(config, tensors, Path(codec)))
+    return config
+
+
+def _vae_prefix(config: Config) -> str:
+    """convert.prefix is the flow's where both are converted."""
+    return "" if config.convert.source else config.convert.prefix
+
+
+def read_flow(config: Config) -> tuple[dict[str, Any], list[Change]]:
+    """(the source's parameters, each read when it is asked for, and what was changed of another workdir's)."""
     settings, source = config.convert, Path(config.convert.source)
-    changes: list[tuple[str, str, str, str]] = []
     if is_ours(source):
-        arrays, changes = inherited_arrays(config, source)
-    else:
-        found = stack_released(open_weights(source, settings.prefix), config.model, str(source))
-        arrays = {name if name.startswith("denoiser/") else f"flow/{name}": array for name, array in found.items()}
-        if config.text.encoder == "trained" and config.model.text_length:
-            raise UserError(f"{source}: released weights hold no text encoder; set --config.text.encoder=frozen and "
-                            "--config.text.weights=DIR")
-    arrays = {name: _cast(array, settings.dtype) for name, array in arrays.items()}
+        return inherited_arrays(config, source)
+    found = stack_released(open_weights(source, settings.prefix), config.model, str(source))
+    if config.text.encoder == "trained" and config.model.text_length:
+        raise UserError(f"{source}: released weights hold no text encoder; set --config.text.encoder=frozen and "
+                        "--config.text.weights=DIR")
+    return {name if name.startswith("denoiser/") else f"flow/{name}": array for name, array in found.items()}, []
+
+
+def write_checkpoint(config: Config, workdir: Path, arrays: dict[str, Any], changes: list[Change]) -> None:
+    """The parameters as the workdir's checkpoint of step 0, which sampling and evaluation read and training begins
+    with (train.init_from)."""
+    source = config.convert.source
+    arrays = {name: _cast(array, config.convert.dtype) for name, array in arrays.items()}
     _check_room(workdir, sum(array.nbytes for array in arrays.values()))
     directory = workdir / "checkpoints"
     # Refuses a folder of another model, and marks a new one as this model's.
     Checkpoints(directory, keep=config.train.keep_checkpoints, model_fingerprint=model_fingerprint(config)).close()
     with ProgressBar("convert", len(arrays), unit="array") as progress:
         save_params(directory, {name: _counted(array, progress) for name, array in arrays.items()},
-                    {"converted_from": str(source)})
-    facts = {"source": str(source), "parameters": sum(array.size for array in arrays.values()),
+                    {"converted_from": source})
+    facts = {"source": source, "parameters": sum(array.size for array in arrays.values()),
              "bytes": sum(array.nbytes for array in arrays.values()),
              "changes": [dict(zip(("setting", "from", "to", "effect"), change)) for change in changes]}
     with atomic_path(workdir / "converted.json") as path:
@@ -75,6 +122,68 @@ def write_checkpoint(config: Config, workdir: Path) -> None:
     if changes:
         print(table(changes, ("setting", "source", "here", "what it does")))
     print(f"{source} -> {directory / '0'}: {facts['parameters']:,} parameters, {facts['bytes'] / 1e9:.2f} GB")
+
+
+def read_vae(config: Config, workdir: Path) -> tuple[dict[str, Any], Path]:
+    """(the VAE's tensors under their own names with its channel statistics, the file to write: that of codec.weights
+    or, where it names none, one in the workdir)."""
+    source, settings = Path(config.convert.codec), config.convert
+    target = Path(config.codec.weights or workdir / "system" / VAE)
+    if config.codec.kind == "patch" or target.suffix != ".safetensors":
+        raise UserError(f"convert.codec: needs codec.kind=wan or kl (it is {config.codec.kind}) and the file to write, "
+                        f"--config.codec.weights=FILE.safetensors (it is {config.codec.weights!r})")
+    tensors = released_codec(config, open_weights(source, _vae_prefix(config)), source, settings.statistics)
+    return {name: tensor if name in STATISTICS else _cast(tensor, settings.dtype)
+            for name, tensor in tensors.items()}, target
+
+
+def write_vae(config: Config, tensors: dict[str, Any], target: Path) -> Config:
+    """Returns the settings that name the file."""
+    source = Path(config.convert.codec)
+    _write(target, tensors)
+    text, lines = licence_text({"the VAE": source})
+    if not config.convert.source:
+        print("\n".join(lines))
+    keep_licence(text, beside(target))
+    print(f"{source} -> {target}: {_size(tensors)}")
+    return changed(config, "codec", {"weights": str(target)})
+
+
+def write_system(config: Config, workdir: Path) -> None:
+    """Every setting, as WORKDIR/system/settings.json, with the text encoder and the VAE or their places; of another
+    workdir its tokenizer and fitted codec."""
+    folder, source = workdir / "system", Path(config.convert.source)
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_ours(source) and config.text.encoder == "trained":
+        theirs = (source if (source / "checkpoints").is_dir() else source.absolute().parent.parent) / "system"
+        for path in (theirs / name for name in ("tokenizer.model", "codec.safetensors")):
+            if path.exists():
+                shutil.copy2(path, folder)
+    if config.text.weights and config.convert.copy:
+        shutil.copytree(config.text.weights, folder / TEXT_ENCODER, dirs_exist_ok=True)
+        config = changed(config, "text", {"weights": TEXT_ENCODER})
+    vae = Path(config.codec.weights)
+    if config.codec.weights and vae.parent.absolute() != folder.absolute():
+        kept = shutil.copy2(vae, folder / VAE) if config.convert.copy else vae
+        config = changed(config, "codec", {"weights": VAE if config.convert.copy else str(Path(kept).absolute())})
+    elif config.codec.weights:
+        config = changed(config, "codec", {"weights": vae.name})
+    save_settings(dataclasses.replace(config, convert=Convert()), folder)
+    missing = [f"--config.{name}=..." for name, held in (
+        ("text.weights", config.text.weights or config.text.encoder != "frozen"),
+        ("codec.weights", config.codec.weights or config.codec.kind == "patch")) if not held]
+    print(f"settings -> {folder}" + (f"; sampling still needs {' and '.join(missing)}" if missing else
+                                     f"; sample with --mode=sample --workdir={workdir} --config.sample.prompt=..."))
+
+
+def keep_licences(config: Config, workdir: Path) -> None:
+    """The licences of all that the workdir was made of, shown and kept in it."""
+    asked = config.convert
+    given = {"the flow": asked.source, "the VAE": asked.codec, "the text encoder": asked.text or config.text.weights}
+    text, lines = licence_text({what: Path(source) for what, source in given.items() if source})
+    print("\n".join(lines))
+    keep_licence(text, workdir / KEPT)
+    print(f"kept in {workdir / KEPT}")
 
 
 def write_released(config: Config, workdir: Path) -> None:
@@ -85,30 +194,20 @@ def write_released(config: Config, workdir: Path) -> None:
     check_shapes(str(workdir), flow, flow_shapes(config.model))
     tensors = unstack_to_released({name: _cast(array, config.convert.dtype) for name, array in flow.items()},
                                   config.model)
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    _check_room(target.absolute().parent, size)
-    with ProgressBar("convert", len(tensors), unit="tensor") as progress:
-        write_safetensors(target, {name: _counted(tensor, progress) for name, tensor in tensors.items()})
-    print(f"{workdir} -> {target}: {len(tensors)} tensors, {size / 1e9:.2f} GB")
+    _write(target, tensors)
+    if (workdir / KEPT).exists():
+        keep_licence((workdir / KEPT).read_text(encoding="utf-8"), beside(target))
+    print(f"{workdir} -> {target}: {_size(tensors)}")
 
 
-def write_codec(config: Config) -> None:
-    """The Wan VAE's weights as config.codec.weights, one safetensors file under the release's names, with the channel
-    statistics of the settings beside them."""
-    source, target = Path(config.convert.codec), Path(config.codec.weights)
-    if config.codec.kind != "wan" or target.suffix != ".safetensors":
-        raise UserError(f"convert.codec: needs codec.kind=wan (it is {config.codec.kind}) and the file to write, "
-                        f"--config.codec.weights=FILE.safetensors (it is {config.codec.weights!r})")
-    tensors: dict[str, Any] = dict(open_weights(source, config.convert.prefix))
-    check_released(tensors, wan_config(config.codec, config.model.channels), str(source))
-    tensors = {name: _cast(tensor, config.convert.dtype) for name, tensor in tensors.items()}
-    given = read_statistics(Path(config.convert.statistics), config.model.channels) if config.convert.statistics else {}
-    tensors |= channel_statistics(config.codec, config.model.channels, tensors | given)
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    _check_room(target.absolute().parent, size)
+def _write(target: Path, tensors: Mapping[str, Any]) -> None:
+    _check_room(target.absolute().parent, sum(tensor.nbytes for tensor in tensors.values()))
     with ProgressBar("convert", len(tensors), unit="tensor") as progress:
         write_safetensors(target, {name: _counted(tensor, progress) for name, tensor in tensors.items()})
-    print(f"{source} -> {target}: {len(tensors)} tensors, {size / 1e9:.2f} GB")
+
+
+def _size(tensors: Mapping[str, Any]) -> str:
+    return f"{len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors.values()) / 1e9:.2f} GB"
 
 
 def _cast(array: Any, dtype: str) -> StoredArray:

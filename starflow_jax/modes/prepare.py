@@ -109,7 +109,7 @@ def write_text_features(config: Config, workdir: Path, folder: str) -> None:
 
 def _codec(config: Config, workdir: Path) -> LatentCodec:
     """A VAE; or the workdir's own codec, whose model may not be trained yet, or the package's."""
-    if config.codec.kind == "wan":
+    if config.codec.kind != "patch":
         return make_codec(config)
     if (workdir / "system" / FITTED_CODEC).exists():
         return read_codec(config, workdir / "system")

@@ -20,6 +20,7 @@ from starflow_jax.sampling.files import file_rate, shown_scale, write_video
 from starflow_jax.sampling.generate import log_likelihood
 from starflow_jax.sampling.given import given_frames
 from starflow_jax.sampling.requests import Request, read_requests, rewritten, unknown_word_lines, with_length
+from starflow_jax.sampling.sizes import at_asked_size, resized
 from starflow_jax.sampling.stream import stream_clips
 from starflow_jax.sampling.timeline import Timeline, draw_timeline
 
@@ -27,12 +28,14 @@ from starflow_jax.sampling.timeline import Timeline, draw_timeline
 def sample(config: Config, workdir: Path) -> None:
     """Make config.sample's videos with the workdir's model, or with the one in the package."""
     requests = read_requests(config)  # what can't be is found before anything is loaded
+    model_config, config = config, at_asked_size(config)
     known_THWC = given_frames(config)
     config = with_length(config, known_THWC, extends=bool(config.sample.video))
     requests = rewritten(config, requests)
     for line in unknown_word_lines(config, requests):
         print(f"warning: {line}")
-    system, params, source = load_model(config, workdir)
+    system, params, source = load_model(model_config, workdir)
+    system = resized(system, config)
     folder = Path(config.sample.output or workdir / "samples")
     print(f"model: {source}")
     make = _stream_all if config.sample.stream else _make_all

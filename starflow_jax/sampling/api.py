@@ -33,6 +33,7 @@ from starflow_jax.sampling.generate import log_likelihood
 from starflow_jax.sampling.given import fit_picture, fit_video, given_frames, read_given
 from starflow_jax.sampling.likelihood import frame_nats
 from starflow_jax.sampling.requests import Request, requests_for, rewritten, unknown_word_lines, with_length
+from starflow_jax.sampling.sizes import at_asked_size, resized
 from starflow_jax.sampling.stream import stream_clips
 
 # Settings of `sample` that belong to the command line: its files, and what the methods say in other ways.
@@ -140,7 +141,7 @@ class Model:
                 raise UserError(f"sample.{name}: is a setting of the command line, not an argument here")
         if isinstance(image, str | Path):
             settings = {**settings, "image": str(image)}
-        config = changed(self.config, "sample", {**settings, "stream": stream})
+        config = at_asked_size(changed(self.config, "sample", {**settings, "stream": stream}))
         if video is not None:
             known_THWC: np.ndarray | None = _frames(config, video, keep="end", fps=config.sample.fps)
         else:
@@ -150,7 +151,7 @@ class Model:
         requests = rewritten(config, requests)
         for line in unknown_word_lines(config, requests):
             warnings.warn(line, stacklevel=3)
-        return dataclasses.replace(self.system, config=config), requests, known_THWC
+        return resized(self.system, config), requests, known_THWC
 
     def _videos(self, prompt: str | Sequence[str], system: System, requests: list[Request],
                 known_THWC: np.ndarray | None) -> Any:
@@ -164,14 +165,15 @@ class Model:
         if keep:
             made = [made[index] for index in most_likely(made, nats, keep)]
         videos = [Video(video.frames_THWC, file_rate(system.config), video.request.prompt, video.request.seed,
-                        functools.partial(self._nats_of, video)) for video in made]
+                        functools.partial(_nats_of, system, self.params, video)) for video in made]
         return videos[0] if isinstance(prompt, str) and system.config.sample.count == 1 else videos
 
-    def _nats_of(self, made: Made) -> float:
-        clips, one = made.clips, slice(made.index, made.index + 1)
-        alone = dataclasses.replace(clips, noisy_BNhwC=clips.noisy_BNhwC[one],
-                                    text={at: features_BSD[one] for at, features_BSD in clips.text.items()})
-        return float(log_likelihood(self.system, self.params, alone)[0])
+
+def _nats_of(system: System, params: Params, made: Made) -> float:
+    clips, one = made.clips, slice(made.index, made.index + 1)
+    alone = dataclasses.replace(clips, noisy_BNhwC=clips.noisy_BNhwC[one],
+                                text={at: features_BSD[one] for at, features_BSD in clips.text.items()})
+    return float(log_likelihood(system, params, alone)[0])
 
 
 def _frames(config: Config, video: "Video | str | Path | ArrayLike", keep: str, fps: int = 0) -> np.ndarray:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow_jax.codec.interface import encode_drawn
 from starflow_jax.config import Config, Sample, UserError
 from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess
 from starflow_jax.flow.starflow import STARFlow, apply_flow
@@ -17,6 +18,7 @@ from starflow_jax.model.system import System
 from starflow_jax.sampling.solver import chosen_solver
 
 GIVEN_NOISE = 0x5EED  # turns a video's seed into that of the noise on its given frames
+POSTERIOR_NOISE = 0xC0DEC  # and into that of the codec's own
 
 Text = jax.Array | dict[int, jax.Array]  # features (B, S, D), or {latent frame from which on they hold: features}
 
@@ -42,6 +44,28 @@ class Conditions(flax.struct.PyTreeNode):
         return {at + self.given if at else 0: texts[0] for at, texts in self.texts.items()}
 
 
+class Draws(flax.struct.PyTreeNode):
+    """The random numbers of a batch of videos, standard normal, in the shape of latents (B, frames, h, w, C)."""
+
+    noise: jax.Array  # of all frames; that of given ones is not used
+    given: jax.Array | None = None  # what given frames are noised with
+    posterior: jax.Array | None = None  # and what their latents are drawn with, as released
+
+
+def draw(system: System, seeds: Sequence[int], total: int, given: int = 0) -> Draws:
+    """Every number of videos of `total` latent frames comes of their seeds."""
+    model, grid = system.config.model, (system.config.model.height, system.config.model.width)
+
+    def latents(seeds: Sequence[int], frames: int) -> jax.Array:
+        noise = noise_for(seeds, (frames, grid[0] * grid[1], model.channels))
+        return noise.reshape(len(seeds), frames, *grid, model.channels)
+
+    noise = noise_for(seeds, (total, model.tokens_per_frame, model.token_channels))
+    return Draws(system.flow.latents(noise, system.token_grid[0]),
+                 latents([seed ^ GIVEN_NOISE for seed in seeds], given) if given else None,
+                 latents([seed ^ POSTERIOR_NOISE for seed in seeds], given) if given and system.as_released else None)
+
+
 def make_conditions(
     system: System,
     params: Params,
@@ -49,16 +73,18 @@ def make_conditions(
     seeds: Sequence[int],
     settings: Sample,
     known_BTHWC: np.ndarray | None = None,
+    draws: Draws | None = None,
 ) -> Conditions:
-    """Captions, seeds and given frames, (B, T, H, W, 3) uint8, as the flow takes them.
+    """Captions, seeds and given frames, (B, T, H, W, 3) uint8, as the flow takes them. draws: instead of the seeds'.
 
     Raises UserError for a length that can't be, and where the given frames fill it or their prompt is changed.
     """
-    model, total = system.config.model, latent_frames(system.config, settings)
-    known, known_latents, given = None, None, 0
+    total = latent_frames(system.config, settings)
+    known, known_latents = None, None
+    given = 0 if known_BTHWC is None else 1 + (known_BTHWC.shape[1] - 1) // system.config.codec.time_stride
+    draws = draws or draw(system, seeds, total, given)
     if known_BTHWC is not None:
-        known_latents = noised(system, known_BTHWC, [seed ^ GIVEN_NOISE for seed in seeds])
-        given = known_latents.shape[1]
+        known_latents = noised_given(system, known_BTHWC, draws)
         if given >= total:
             raise UserError(f"sample.frames={settings.frames}: the {known_BTHWC.shape[1]} given frames fill it; "
                             f"ask for {known_BTHWC.shape[1] + system.config.codec.time_stride} or more")
@@ -68,7 +94,7 @@ def make_conditions(
         texts[frame - given] = guidance_texts(system, params, [prompt] * len(captions), settings, is_image=total == 1)
     if min(texts) < 0:
         raise UserError(f"sample.changes={settings.changes!r}: the prompt of given frames can't be changed")
-    noise = noise_for(seeds, (total, model.tokens_per_frame, model.token_channels))[:, given:]
+    noise = system.flow.tokens(draws.noise)[:, given:]
     fitted = system.calibration
     guess = None if fitted.first_guess is None or given else _first_frame(fitted.first_guess, texts[0])
     start = None
@@ -143,6 +169,19 @@ def _noise(seeds_B: jax.Array, shape_NSK: tuple[int, int, int]) -> jax.Array:
         return jax.vmap(lambda key: jax.random.normal(key, shape_NSK[1:]))(keys)
 
     return jax.vmap(of_clip)(seeds_B)
+
+
+def given_latents(system: System, frames_BTHWC: np.ndarray, draws: Draws) -> jax.Array:
+    """(B, N, h, w, C): given frames encoded."""
+    if draws.posterior is None:
+        return system.encode(frames_BTHWC)
+    return encode_drawn(system.codec, frames_BTHWC, draws.posterior, system.config.codec.later_frames_scale)
+
+
+def noised_given(system: System, frames_BTHWC: np.ndarray, draws: Draws) -> jax.Array:
+    """Given frames as the flow knows them: encoded, with the training noise added."""
+    assert draws.given is not None
+    return _with_noise(given_latents(system, frames_BTHWC, draws), draws.given, system.config.model.noise_std)
 
 
 def noised(system: System, frames_BTHWC: np.ndarray, seeds: Sequence[int]) -> jax.Array:

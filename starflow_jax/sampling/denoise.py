@@ -5,18 +5,32 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from starflow_jax.flow.likelihood import REFERENCE_NOISE
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, flow_variables
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Text, text_at
 from starflow_jax.sampling.likelihood import window_nats
-from starflow_jax.sampling.windows import windowed
+from starflow_jax.sampling.windows import denoising_windows
 
 
 def denoise(system: System, params: Params, noisy: jax.Array, text: Text, how: str) -> jax.Array:
     """Latents (B, N, h, w, C) of any length without the training noise. how: of sample.denoise."""
-    return windowed(system, noisy, lambda window, frame: denoise_window(system, params, window, frame, text, how))
+    clean = noisy[:, :0]
+    for start, stop, begin, end in denoising_windows(system.config, noisy.shape[1]):
+        window = window_input(system, noisy, clean, start, stop, begin)
+        out = denoise_window(system, params, window, begin, text, how)
+        clean = jnp.concatenate([clean, out[:, begin - start:end - start]], axis=1)
+    return clean
+
+
+def window_input(
+    system: System, noisy: jax.Array, clean: jax.Array, start: int, stop: int, begin: int
+) -> jax.Array:
+    """What a window's denoiser is given: noisy frames, as in training; as released, those before `begin` are already
+    denoised ones."""
+    if not system.as_released:
+        return noisy[:, start:stop]
+    return jnp.concatenate([clean[:, start:begin], noisy[:, begin:stop]], axis=1)
 
 
 def denoise_window(
@@ -31,8 +45,9 @@ def denoise_window(
 
 @partial(jax.jit, static_argnums=0)
 def _denoiser_step(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
-    """x~ - 0.3 s(x~)."""
-    return noisy - REFERENCE_NOISE * apply_flow(flow, flow_variables(params), STARFlow.score, noisy, text)
+    """x~ - 0.3 s(x~), or another step where the loss was weighted otherwise."""
+    score = apply_flow(flow, flow_variables(params), STARFlow.score, noisy, text)
+    return noisy - flow.config.denoising_step * score
 
 
 @partial(jax.jit, static_argnums=0)

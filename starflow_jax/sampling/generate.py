@@ -14,7 +14,7 @@ from starflow_jax.flow.inversion import Report
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, decoding_variables, flow_variables
 from starflow_jax.model.system import System
-from starflow_jax.sampling.conditions import Conditions, make_conditions
+from starflow_jax.sampling.conditions import Conditions, Draws, make_conditions
 from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.likelihood import frame_nats
 from starflow_jax.sampling.solver import chosen_solver, deep_solver, shallow_solver
@@ -43,13 +43,15 @@ def generate_clips(
     seeds: Sequence[int],
     settings: Sample,
     known_BTHWC: np.ndarray | None = None,
+    draws: Draws | None = None,
 ) -> Clips:
     """One clip per caption and seed. params: as `inference_params` gives them. known: uint8 first frames (one: TI2V,
-    more: extension), which are encoded, noised like training data and denoised with the rest.
+    more: extension), which are encoded, noised like training data and denoised with the rest. draws: random numbers
+    instead of those of the seeds.
 
     Raises UserError for a length that the codec or the window does not allow, and for a certificate that can't be.
     """
-    given = make_conditions(system, params, captions, seeds, settings, known_BTHWC)
+    given = make_conditions(system, params, captions, seeds, settings, known_BTHWC, draws)
     made, reports = zip(*deep_frames(system, params, given, settings))
     noisy, shallow = decode.invert_shallow(
         system.flow, decoding_variables(params), _joined(*made),

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from starflow_jax.config import Config, UserError
-from starflow_jax.io.pictures import read_image, resize_crop
+from starflow_jax.io.pictures import read_image, resize_crop, resize_then_crop
 from starflow_jax.io.video import at_rate, read_video
 from starflow_jax.model.codec import frame_size
 
@@ -36,7 +36,8 @@ def fit_video(config: Config, frames_THWC: np.ndarray, own_fps: float, *, fps: i
 
 def fit_picture(config: Config, picture_HWC: ArrayLike) -> np.ndarray:
     """A uint8 picture as one frame of the model's size, (1, H, W, 3) uint8."""
-    return resize_crop(np.asarray(picture_HWC)[None], *frame_size(config))
+    fit = resize_then_crop if config.sample.as_released else resize_crop
+    return fit(np.asarray(picture_HWC)[None], *frame_size(config))
 
 
 def given_frames(config: Config) -> np.ndarray | None:

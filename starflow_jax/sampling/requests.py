@@ -86,7 +86,7 @@ def read_requests(config: Config) -> list[Request]:
 
 def unknown_word_lines(config: Config, requests: Sequence[Request]) -> list[str]:
     """A line for each prompt with words that no training caption of moving digits has."""
-    if config.data.source != "digits":
+    if config.data.source != "digits" or config.text.encoder == "frozen":
         return []
     unknown = {request.prompt: unknown_words(request.prompt) for request in requests}
     return [f"{prompt!r}: no training caption has {', '.join(map(repr, words))}; this model knows only moving digits, "

@@ -33,7 +33,9 @@ def deep_solver(solver: Solver) -> inversion.Solver:
     if solver.kind == "sequential":
         return inversion.SEQUENTIAL
     updates = solver.updates if solver.kind == "wavefront" else 0
-    return inversion.Solver(solver.block_size, solver.tolerance, solver.max_steps, solver.frames_per_step, updates)
+    first_block = 0 if solver.kind == "wavefront" else solver.first_block_size
+    return inversion.Solver(solver.block_size, solver.tolerance, solver.max_steps, solver.frames_per_step, updates,
+                            first_block)
 
 
 def shallow_solver(solver: Solver) -> inversion.Solver:

@@ -17,15 +17,14 @@ from starflow_jax.codec.interface import decode_next
 from starflow_jax.config import Sample, UserError
 from starflow_jax.flow import decode
 from starflow_jax.flow.denoiser_stream import score_next
-from starflow_jax.flow.likelihood import REFERENCE_NOISE
 from starflow_jax.model.parameters import Params, decoding_variables
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Conditions, make_conditions, text_at
-from starflow_jax.sampling.denoise import denoise_window
+from starflow_jax.sampling.denoise import denoise_window, window_input
 from starflow_jax.sampling.generate import deep_frames
 from starflow_jax.sampling.solver import chosen_solver, shallow_solver
 from starflow_jax.sampling.timeline import Timeline
-from starflow_jax.sampling.windows import output_windows
+from starflow_jax.sampling.windows import denoising_windows
 
 
 def stream_devices(count: int) -> tuple[jax.Device, jax.Device]:
@@ -86,7 +85,8 @@ class _Finisher:
         # Frames that are not made yet are 0: nothing that is taken depends on them.
         noisy = jnp.zeros(shape) if known is None else jnp.zeros(shape).at[:, :self._ready].set(known)
         self._noisy = jax.device_put(noisy, device)
-        self._windows = output_windows(system.config, shape[1], model.denoiser_lookahead)
+        self._clean = self._noisy[:, :0]
+        self._windows = denoising_windows(system.config, shape[1])
 
     def __call__(self, u_BGSK: jax.Array) -> list[jax.Array]:
         """Take the next frames of u; returns the pixels that they complete."""
@@ -105,14 +105,17 @@ class _Finisher:
 
     def _pixels(self, frame: int) -> jax.Array:
         start, stop, begin, _ = next(w for w in self._windows if w[2] <= frame < w[3])
-        if self._settings.denoise == "denoiser" and self._system.config.model.denoiser == "first_layer":
+        cached = self._system.config.model.denoiser == "first_layer" and not self._system.as_released
+        if self._settings.denoise == "denoiser" and cached:
             latent = self._denoised(frame, start, stop, begin)
         else:
-            clean = denoise_window(self._system, self._params, self._noisy[:, start:stop], begin, self._text,
-                                   self._settings.denoise)
+            window = window_input(self._system, self._noisy, self._clean, start, stop, begin)
+            clean = denoise_window(self._system, self._params, window, begin, self._text, self._settings.denoise)
             latent = clean[:, frame - start:frame - start + 1]
+        if self._system.as_released:
+            self._clean = jnp.concatenate([self._clean, latent], axis=1)
         frames, self._cache = decode_next(self._codec, latent, self._cache,
-                                          self._system.config.codec.later_frames_scale)
+                                          self._system.config.codec.later_frames_scale, self._system.as_released)
         return frames
 
     def _denoised(self, frame: int, start: int, stop: int, begin: int) -> jax.Array:
@@ -126,7 +129,7 @@ class _Finisher:
                 text_at(self._text, begin) if model.text_length else None,
                 frames=min(1 + model.denoiser_lookahead, stop - self._next))
             self._next += 1
-        return self._noisy[:, frame:frame + 1] - REFERENCE_NOISE * score
+        return self._noisy[:, frame:frame + 1] - model.denoising_step * score
 
 
 def latency(system: System, settings: Sample) -> int:

@@ -39,6 +39,16 @@ def windowed(
                             for start, stop, begin, end in spans], axis=1)
 
 
+def denoising_windows(config: Config, total: int) -> list[tuple[int, int, int, int]]:
+    """The windows of `output_windows` that a clip is denoised in. As released, they overlap by the denoiser's window,
+    and all that follows the overlap is taken."""
+    if not config.sample.as_released:
+        return output_windows(config, total, config.model.denoiser_lookahead)
+    size = config.model.frames
+    overlap = min(config.model.denoiser_window, size - 1)
+    return [(start, stop, begin, stop) for start, stop, begin in windows(total, size, overlap)]
+
+
 def output_windows(config: Config, total: int, ahead: int) -> list[tuple[int, int, int, int]]:
     """(start, stop, begin, end) of the windows of the training length that cover a clip: frames start to stop go
     in, noisy ones before `begin` for context, and frames begin to end are taken from what comes out."""

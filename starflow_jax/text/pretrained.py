@@ -22,11 +22,20 @@ def encoder_config(folder: Path, text_dim: int) -> T5Config:
 
     Raises UserError where it is missing, of another kind of model, or its features have not `text_dim` channels.
     """
-    return _encoder_config(folder, text_dim)
+    config = _encoder_config(folder)
+    if config.d_model != text_dim:
+        raise UserError(f"{folder / 'config.json'}: its features have {config.d_model} channels, model.text_dim="
+                        f"{text_dim}; take the encoder that the model was trained with (flan-t5-xl: 2048)")
+    return config
+
+
+def encoder_channels(folder: Path) -> int:
+    """Channels of the encoder's features. Raises UserError as `encoder_config`."""
+    return _encoder_config(folder).d_model
 
 
 @functools.lru_cache  # asked for with every module that is built
-def _encoder_config(folder: Path, text_dim: int) -> T5Config:
+def _encoder_config(folder: Path) -> T5Config:
     path = _file_of(folder, "config.json")
     try:
         settings = json.loads(path.read_text())
@@ -37,9 +46,6 @@ def _encoder_config(folder: Path, text_dim: int) -> T5Config:
     if kind != ("gated-gelu", "t5"):
         raise UserError(f"{path}: is no T5 v1.1 (its model_type is {kind[1]!r}, its feed_forward_proj {kind[0]!r}, "
                         "not 'gated-gelu'); take flan-t5-xl")
-    if config.d_model != text_dim:
-        raise UserError(f"{path}: its features have {config.d_model} channels, model.text_dim={text_dim}; take the "
-                        "encoder that the model was trained with (flan-t5-xl: 2048)")
     return config
 
 

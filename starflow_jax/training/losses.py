@@ -15,9 +15,9 @@ from starflow_jax.model.parameters import Params, flow_variables
 from starflow_jax.model.text import encode_text, text_encoder
 
 
-def weighted_loss(loss: jax.Array, noise_std: float) -> jax.Array:
-    """sigma / 0.3 times the loss, as the noise level stands in the prompt."""
-    return loss * (noise_std / REFERENCE_NOISE)
+def weighted_loss(loss: jax.Array, noise_std: float, reference: float = REFERENCE_NOISE) -> jax.Array:
+    """sigma / 0.3 times the loss, as where the noise level stands in the prompt."""
+    return loss * (noise_std / reference)
 
 
 def to_bits(loss: jax.Array | float) -> jax.Array | float:
@@ -50,7 +50,7 @@ def gradients_from_features(
         text = features(trained)
         out = apply_flow(flow, flow_variables(trained), STARFlow.forward, x, text)
         nll = nll_mean(out)
-        return weighted_loss(nll.loss, config.noise_std), (nll.loss, text)
+        return weighted_loss(nll.loss, config.noise_std, config.denoising_step), (nll.loss, text)
 
     trained = {name: value for name, value in params.items() if name != "denoiser"}
     (_, (loss, text)), (grads, grad_x) = jax.value_and_grad(flow_loss, argnums=(0, 1), has_aux=True)(trained, noisy)

@@ -27,7 +27,7 @@ def denoiser_optimizer(settings: Train) -> optax.GradientTransformation:
     rate = lambda count: shape(count) * (settings.denoiser_learning_rate / peak)  # noqa: E731
     return optax.chain(
         optax.clip_by_global_norm(settings.clip),
-        optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=settings.weight_decay))
+        optax.adamw(rate, b1=0.9, b2=settings.denoiser_beta2, weight_decay=settings.weight_decay))
 
 
 def split(params: Params) -> tuple[Params, Params]:

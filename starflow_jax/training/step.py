@@ -51,6 +51,7 @@ def apply_gradients(state: TrainState, grads: Params, settings: Train) -> tuple[
     norm, denoiser_norm = (optax.tree.norm(part) for part in split(grads))
     accepted = state.step - state.skipped
     outlier = (accepted >= NORM_WARMUP) & (norm > settings.outlier_factor * state.norm_mean)
+    outlier |= settings.skip_over_clip & (norm > settings.clip)
     skip = outlier | ~jnp.isfinite(norm) | ~jnp.isfinite(denoiser_norm)
     updated = lax.cond(skip, lambda: state.replace(skipped=state.skipped + 1),
                        lambda: _update(state, grads, norm, settings))

@@ -48,6 +48,8 @@ for arguments in json.load(sys.stdin):
             if arguments[0] == "starflow":
                 main.run = lambda: None  # it has then written the short form out, into sys.argv
                 main.starflow()
+            if "--workdir=" in str(arguments) and "config=" not in str(arguments):
+                sys.argv.insert(1, "--config=configs/t2v.py")  # as the workdir, which is not there, says
             main.parse_flags(sys.argv)
             main.from_config_dict(main.CONFIG.value)
         except (main.UserError, SystemExit) as error:

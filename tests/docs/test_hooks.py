@@ -5,6 +5,7 @@ import importlib
 import pytest
 
 from starflow_jax.config import Config
+from starflow_jax.model.release import KEYS
 from starflow_jax.settings.listing import describe
 
 pytest.importorskip("latex2mathml")
@@ -24,3 +25,8 @@ def test_formulas_become_mathml() -> None:
 def test_every_setting_has_its_row() -> None:
     rows = [line.split(" | ")[0] for line in hooks.settings_page().splitlines() if line.startswith("| `")]
     assert sorted(rows) == sorted(f"| `{one.name}`" for one in describe(Config))
+
+
+def test_every_key_of_the_release_has_its_row() -> None:
+    rows = [line.split(" | ")[0] for line in hooks.release_keys_page().splitlines() if line.startswith("| `")]
+    assert rows == [f"| `{name}`" for name in KEYS]

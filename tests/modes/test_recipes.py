@@ -66,7 +66,7 @@ def shrunk(stage: str, folder: Path, **changes: Any) -> Config:
                                   decoder_width=2),
         data=dataclasses.replace(config.data, directory=str(data)),
         train=dataclasses.replace(config.train, **TRAIN | changes),
-        sample=changed(config.sample, block_size=4, prompt="a block moves", batch_size=2),
+        sample=changed(config.sample, block_size=4, prompt="a block moves", batch_size=2, side=0),
         evaluate=dataclasses.replace(config.evaluate, clips=4, batch_size=2, prompts=2),
         prepare=dataclasses.replace(
             config.prepare, input=str(folder / "in"), output=str(data), resolution=24, aspect_ratios="1:1", fps=8,

@@ -1,0 +1,30 @@
+"""The size of the frames that are asked for."""
+
+import dataclasses
+
+from starflow_jax.config import Config, changed
+from starflow_jax.model.calibration import Calibration
+from starflow_jax.model.system import System
+from starflow_jax.text.prompt import frame_size
+
+
+def at_asked_size(config: Config) -> Config:
+    """The configuration with model.height and model.width those of sample.side and sample.aspect_ratio; as trained
+    without a side. Positions keep their extent.
+
+    Raises UserError where the size is too small, or does not divide into tokens.
+    """
+    model, stride, asked = config.model, config.codec.stride, config.sample
+    if not asked.side:
+        return config
+    height, width = frame_size(asked.side // stride * stride, asked.aspect_ratio or config.text.aspect_ratio, stride)
+    size = {"height": height // stride, "width": width // stride}
+    if size == {"height": model.height, "width": model.width}:
+        return config
+    return changed(config, "model", {**size, "rope_extent": float(model.extent)})
+
+
+def resized(system: System, config: Config) -> System:
+    """The system with the settings of `at_asked_size`. What was calibrated holds for the size of training alone."""
+    same = (config.model.height, config.model.width) == (system.config.model.height, system.config.model.width)
+    return dataclasses.replace(system, config=config, calibration=system.calibration if same else Calibration())

@@ -1,0 +1,100 @@
+"""Files of torch.save read without torch: as torch reads them, where it is installed, and a file made by hand."""
+
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from starflow_jax.checkpoints.torch_zip import open_pth
+from starflow_jax.config import UserError
+
+PIPELINE = Path(__file__).parents[1] / "golden" / "pipeline"
+
+
+def test_as_torch_reads_it(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    whole = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)
+    tensors = {
+        "whole": whole, "transposed": whole.transpose(0, 2), "part": whole[1, 1:, ::2],
+        "expanded": whole[:, :1, :1].expand(2, 5, 1), "scalar": torch.tensor(7), "empty": torch.zeros(0, 3),
+        "parameter": torch.nn.Parameter(whole),
+        **{str(dtype): whole.to(dtype) for dtype in (
+            torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+            torch.uint8, torch.bool)}}
+    torch.save({"state": OrderedDict(tensors), "step": 3, "list": [torch.ones(2)]}, tmp_path / "a.pth")
+    found = open_pth(tmp_path / "a.pth")
+    assert set(found) == {*(f"state.{name}" for name in tensors), "list.0"}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        ours = np.asarray(found[f"state.{name}"])
+        if tensor.dtype == torch.bfloat16:
+            assert ours.dtype == jnp.bfloat16
+            tensor, ours = tensor.float(), ours.astype(np.float32)
+        np.testing.assert_array_equal(ours, tensor.numpy(), err_msg=name, strict=True)
+
+
+def test_what_is_no_number_of_numpy_is_one_line(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({"x": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="a.pth: x is of type ComplexFloatStorage, which can't be read"):
+        open_pth(tmp_path / "a.pth")
+
+
+class Named:
+    """Pickled as a name of a module that need not be there."""
+
+    def __init__(self, module: str, name: str, *arguments: Any):
+        self.module, self.name, self.arguments = module, name, arguments
+
+
+class Pickler(pickle._Pickler):  # type: ignore[name-defined]  # the one in Python, whose reducers can be set
+    def persistent_id(self, value: Any) -> Any:
+        return value.arguments if isinstance(value, Named) and value.name == "persistent" else None
+
+    def save(self, value: Any, save_persistent_id: bool = True) -> None:
+        if isinstance(value, Named) and value.name != "persistent":
+            self.write(pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode())
+            if value.arguments:
+                self.save(value.arguments)
+                self.write(pickle.REDUCE)
+            return
+        super().save(value, save_persistent_id)
+
+
+def write(path: Path, tree: Any, storages: dict[str, np.ndarray]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        with archive.open("a/data.pkl", "w") as file:
+            Pickler(file, protocol=2).dump(tree)
+        for key, values in storages.items():
+            archive.writestr(f"a/data/{key}", values.tobytes())
+
+
+def tensor(key: str, offset: int, shape: tuple, strides: tuple, storage: str = "FloatStorage") -> Named:
+    held = Named("", "persistent", "storage", Named("torch", storage), key, "cpu", 6)
+    return Named("torch._utils", "_rebuild_tensor_v2", held, offset, shape, strides, False, OrderedDict())
+
+
+def test_views_of_one_storage(tmp_path: Path) -> None:
+    values = np.arange(6, dtype=np.float32)
+    write(tmp_path / "a.pth", {"x": tensor("0", 0, (2, 3), (3, 1)), "y": tensor("0", 1, (2, 2), (1, 3))}, {"0": values})
+    found = open_pth(tmp_path / "a.pth")
+    np.testing.assert_array_equal(np.asarray(found["x"]), [[0, 1, 2], [3, 4, 5]])
+    np.testing.assert_array_equal(np.asarray(found["y"]), [[1, 4], [2, 5]])
+    assert found["y"].shape == (2, 2) and found["y"].dtype == np.float32
+
+
+def test_a_file_that_is_cut_off_or_asks_for_more(tmp_path: Path) -> None:
+    write(tmp_path / "a.pth", {"x": tensor("0", 0, (2, 4), (4, 1))}, {"0": np.arange(6, dtype=np.float32)})
+    with pytest.raises(UserError, match="a tensor's values are cut off"):
+        np.asarray(open_pth(tmp_path / "a.pth")["x"])
+    write(tmp_path / "a.pth", {"x": Named("builtins", "eval", "1 + 1")}, {})
+    with pytest.raises(UserError, match=r"weights only \(it asks for builtins.eval\)"):
+        open_pth(tmp_path / "a.pth")
+    write(tmp_path / "a.pth", {"x": Named("torch._utils", "_rebuild_tensor_v2", 1)}, {})
+    with pytest.raises(UserError, match="can't be read as weights only"):
+        open_pth(tmp_path / "a.pth")
