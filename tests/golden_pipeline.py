@@ -37,18 +37,18 @@ def converted(folder: Path, workdir: Path) -> Any:
     return sf.load(workdir)
 
 
-def asked_for(folder: Path, case: dict) -> dict[str, Any]:
+def asked_for(case: dict) -> dict[str, Any]:
     """The settings of `sample` of a case's command line; all else is as the conversion left it."""
     solver = Solver(kind="jacobi", block_size=4 * case["jacobi_block_size"], first_block_size=case["jacobi_block_size"],
                     tolerance=case["jacobi_th"], max_steps=case["jacobi_max_iter"])
-    image = str(folder / case["input_image"]) if case["input_image"] else ""
-    return dict(guidance=case["cfg"], frames=case["target_length"], fps=case["out_fps"], image=image, solver=solver,
+    return dict(guidance=case["cfg"], frames=case["target_length"], fps=case["out_fps"], solver=solver,
                 aspect_ratio=case["aspect_ratio"])
 
 
 def check_pipeline(folder: Path, case: dict, compare: Compare, workdir: Path) -> None:
     model = converted(folder, workdir)
-    system, _, known = model._begin(case["caption"], asked_for(folder, case))
+    image = str(folder / case["input_image"]) if case["input_image"] else ""
+    system, _, known = model._begin(case["caption"], asked_for(case), image=image)
     settings, params = system.config.sample, model.params
     tensors = load_file(folder / "tensors.safetensors")
     check_settings(case, system, settings)
