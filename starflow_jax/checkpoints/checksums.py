@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint's files: damage is found before anything is read."""
+"""Checksums of a checkpoint's files, so that damage is found before anything is restored."""
 
 import json
 import zlib
@@ -14,6 +14,7 @@ CHECKSUMS = "checksums"
 
 
 def first_line(error: Exception) -> str:
+    """Of its message, or its type where there is none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
@@ -35,14 +36,14 @@ def _checksums(folder: Path, names: Iterable[str]) -> dict[str, int | None]:
 
 
 def write_checksums(folder: Path) -> None:
-    """Into a checkpoint's folder, of all its files."""
+    """Write the checksums of a checkpoint's files into its folder."""
     # The files directly in the folder hold no data, and change with the commit.
     names = sorted(str(path.relative_to(folder)) for path in folder.glob("*/**/*") if path.is_file())
     (folder / CHECKSUMS).write_text(json.dumps(_checksums(folder, names)))
 
 
 def damage_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+    """What is wrong with a checkpoint's files; None where nothing is."""
     try:
         expected = json.loads((folder / CHECKSUMS).read_text())
         found = _checksums(folder, expected)

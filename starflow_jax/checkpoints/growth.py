@@ -1,7 +1,7 @@
 """One model's parameters as the start of a larger one's: a deeper and wider deep block, images to video.
 
-Deeper: each added layer is a copy of the one before it whose output projections are zero, so that it adds
-nothing to the residual stream and learns at once.
+Deeper: each added layer is a copy of the one before it with its output projections set to zero, so that it adds
+nothing to the residual stream at first and learns from the first step on.
 
 Wider, from D to W = D + K channels, with s = sqrt(W / D). Whatever is written to the residual stream goes through
 the linear map P, where m is the mean of the D channels:
@@ -43,7 +43,7 @@ CHANGED = {  # settings that are no part of any parameter's shape
 
 
 def changes(source: Model, target: Model) -> list[Change]:
-    """What `grow` will have changed. Raises UserError naming every setting that it can't change."""
+    """What `grow` changes between two models. Raises UserError naming every setting that it can't change."""
     refused = [f"model.{name}={getattr(target, name)} (source: {getattr(source, name)})"
                for name in FIXED if getattr(source, name) != getattr(target, name)]
     refused += [f"model.{name}={getattr(target, name)} (source: {getattr(source, name)}, more)"
@@ -71,7 +71,7 @@ def grow(
     arrays: Mapping[str, Any], source: Model, target: Model, fresh_denoiser: Callable[[], Mapping[str, Any]],
     seed: int = 0
 ) -> dict[str, Any]:
-    """Parameters {"flow/deep/...": array} of `source` as those of `target`, each made when it is read.
+    """Parameters {"flow/deep/...": array} of `source` as those of `target`, each computed when it is read.
 
     fresh_denoiser: {"denoiser/...": array} at the start of training, called where the source has none.
     Raises UserError as `changes` does.

@@ -1,7 +1,7 @@
 """Parameters alone in orbax checkpoints: written array by array, read without the optimizer's state.
 
-A converted model is a checkpoint of step 0 whose state is {"ema": parameters}; in a training checkpoint the
-averaged parameters lie under the same name, so that both are read in the same way.
+A converted model is a checkpoint of step 0 whose state is {"ema": parameters}; a training checkpoint has its
+averaged parameters under the same name, so that both are read in the same way.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from starflow_jax.config import UserError
 from starflow_jax.io.files import atomic_path
 from starflow_jax.io.tensor_files import StoredArray, check_shapes
 
-CHUNK_BYTES = 64 << 20  # of an array on disk: what reading and compressing hold at a time
+CHUNK_BYTES = 64 << 20  # of an array on disk: what reading and compressing hold in memory at a time
 
 
 class _OneByOne(ocp.type_handlers.NumpyHandler):
@@ -37,7 +37,7 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
 
 
 def save_params(directory: Path, arrays: Mapping[str, Any], data: dict[str, Any]) -> None:
-    """Write {"a/b": array} as the checkpoint of step 0 of a folder that has none; it appears when all is on disk.
+    """Write {"a/b": array} as the checkpoint of step 0 of a folder that has none; it appears once all is on disk.
 
     data: what goes with it, as JSON. Raises UserError where the folder has checkpoints.
     """
@@ -58,7 +58,7 @@ def save_params(directory: Path, arrays: Mapping[str, Any], data: dict[str, Any]
 
 
 def newest_first(directory: Path) -> list[int]:
-    """The steps of a folder of checkpoints. Reads names alone: another process may be writing there."""
+    """The steps of a folder of checkpoints, the newest first. Reads only names: another process may be writing."""
     return sorted((int(path.name) for path in directory.glob("*") if path.name.isdigit()), reverse=True)
 
 
@@ -83,8 +83,8 @@ def _read_array(path: Path, name: str) -> np.ndarray:
 def restore_params(folder: Path, abstract_params: Any) -> Any:
     """The averaged parameters of one checkpoint, in the dtypes and shardings of a pytree of ShapeDtypeStruct.
 
-    Without a sharding they go to this process's first device. Parameters that are not asked for are left where
-    they are. Raises UserError listing every one that is missing or of another shape.
+    Without a sharding they go to this process's first device. Parameters that are not asked for are not read. Raises
+    UserError listing every one that is missing or of another shape.
     """
     wanted = traverse_util.flatten_dict(abstract_params, sep="/")
     found = {name: array for name, array in stored_params(folder).items() if name in wanted}

@@ -20,7 +20,7 @@ BEST = "validation_bits_per_dim"  # the smaller the better
 
 
 class Checkpoints:
-    """The checkpoints of one model in one folder: the newest `keep`, and the best by validation besides.
+    """The checkpoints of one model in one folder: the newest `keep`, and also the best by validation.
 
     Raises UserError where the folder holds another model's.
     """
@@ -40,10 +40,10 @@ class Checkpoints:
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums)))
 
     def save(self, step: int, state: Any, data_state: dict[str, Any], metrics: dict[str, float] | None) -> None:
-        """Begin to write a checkpoint; the folder gets its final name when all of it is on disk.
+        """Start writing a checkpoint; the folder gets its final name once all of it is on disk.
 
         metrics[BEST], where given and finite, ranks it. A damaged checkpoint that `restore` passed over is
-        deleted now: its step comes again.
+        deleted now, since its step will come again.
         """
         self.wait()
         while self._damaged:
@@ -54,7 +54,7 @@ class Checkpoints:
             metrics=metrics if ranked else None, force=True)
 
     def wait(self) -> None:
-        """Until all that was begun is on disk."""
+        """Wait until all that was started is on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -62,16 +62,16 @@ class Checkpoints:
         self._manager.close()
 
     def latest_step(self) -> int | None:
-        """The newest checkpoint not found damaged."""
+        """The newest checkpoint that was not found damaged; None where there is none."""
         return max(set(self._manager.all_steps()) - set(self._damaged), default=None)
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
-        """(state, data position, step) of the newest whole checkpoint, or None where there is none at all.
+        """(state, data position, step) of the newest undamaged checkpoint, or None where there is none at all.
 
         abstract_state: a pytree of jax.ShapeDtypeStruct, restored to their shardings, or to this process's
-        first device where they have none: whatever devices wrote it.
-        A damaged checkpoint is reported and the one before it is taken; raises UserError where all are
-        damaged, and where a whole one holds other arrays than abstract_state.
+        first device where they have none, whatever devices wrote it.
+        A damaged checkpoint is reported and the one before it is used; raises UserError where all are
+        damaged, and where an undamaged one holds other arrays than abstract_state.
         """
         steps = self.steps()
         step = first_whole(self.directory, steps)
@@ -87,12 +87,12 @@ class Checkpoints:
         return found["state"], found["data"], step
 
     def steps(self, best: bool = False) -> list[int]:
-        """All steps, the newest first; best: before them the best by validation."""
+        """All steps, the newest first; best: the best by validation before all others."""
         first = self._manager.best_step() if best else None
         return sorted(self._manager.all_steps(), key=lambda step: (step == first, step), reverse=True)
 
     def _write_checksums(self) -> None:
-        """Called by orbax when a checkpoint is complete under its temporary name, just before its commit."""
+        """Called by orbax when a checkpoint is complete under its temporary name, just before it is renamed."""
         for folder in self.directory.glob("*.orbax-checkpoint-tmp"):
             if not (folder / CHECKSUMS).exists():
                 write_checksums(folder)

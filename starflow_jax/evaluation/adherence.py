@@ -1,4 +1,4 @@
-"""How often samples of fixed prompts show what the prompt asks for."""
+"""How often samples from fixed prompts show what the prompt asks for."""
 
 import dataclasses
 import itertools

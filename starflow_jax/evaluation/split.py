@@ -1,4 +1,4 @@
-"""Likelihood, adherence and denoising on a data set's test split, beside two baselines."""
+"""Likelihood, adherence and denoising on a data set's test split, against two baselines."""
 
 import dataclasses
 import itertools
@@ -70,7 +70,7 @@ def real_clips(system: System, count: int) -> tuple[np.ndarray | None, np.ndarra
 
 
 def split_likelihood(system: System, params: Params) -> dict[str, Any]:
-    """Bits per dimension of the sigma-noised test latents, constants included, beside two baselines."""
+    """Bits per dimension of the sigma-noised test latents, constants included, and those of two baselines."""
     clips = system.config.evaluate.clips
     bits = bits_per_frame(system, params, likelihood_batches(system, "test", clips))
     train = _noisy_latents(system, "train", BASELINE_CLIPS)
@@ -87,7 +87,7 @@ def split_likelihood(system: System, params: Params) -> dict[str, Any]:
 
 
 def _noisy_latents(system: System, split: str, limit: int) -> list[np.ndarray]:
-    """The first clips' noised latents, fewer of large ones."""
+    """The first clips' noised latents (N, h, w, C), fewer where they are large."""
     model = system.config.model
     clip_bytes = 4 * model.frames * model.height * model.width * model.channels
     batches = likelihood_batches(system, split, min(limit, max(2, BASELINE_BYTES // clip_bytes)))

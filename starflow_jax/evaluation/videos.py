@@ -14,7 +14,7 @@ SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
 
 @dataclasses.dataclass(frozen=True)
 class Videos:
-    """A set of videos by name, the file's without its ending; `read` gives (T, H, W, 3) uint8 or raises UserError."""
+    """Videos by name, the file's without its extension; `read` gives (T, H, W, 3) uint8 or raises UserError."""
 
     name: str
     files: dict[str, Path]

@@ -55,10 +55,10 @@ class Denoiser(nn.Module):
     def next_frame(
         self, x_BSC: jax.Array, tokens: int, rope_2SE: jax.Array, text_BTD: jax.Array | None, cache: KVCache | None
     ) -> tuple[jax.Array, KeyValue]:
-        """s of the first `tokens` of x, float32; the others are of the frames that the first layer looks ahead to.
+        """s of the first `tokens` of x, float32; the others belong to the frames that the first layer looks ahead to.
 
-        Everything in the cache is seen: the text and the frames of the window; text: where it is not in there yet.
-        Returns also the keys and values, (L, B, ..., H, D) each, of the text, where given, and of those tokens.
+        Everything in the cache is seen: the text and the frames of the window. text: given while the cache lacks it.
+        Also returns the keys and values, (L, B, ..., H, D) each, of the text, where given, and of those tokens.
         """
         hidden, prefix = self._behind_text(x_BSC, text_BTD)
         hidden, kv = self.transformer(hidden, Full(), rope_2SE, cache, kept=prefix + tokens)

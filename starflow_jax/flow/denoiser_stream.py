@@ -1,4 +1,4 @@
-"""The denoiser a frame at a time, with a cache for each layer: the results of the whole-clip pass (DESIGN: losses).
+"""The denoiser a frame at a time, with a cache per layer: the same results as the whole-clip pass (DESIGN: losses).
 
 Only the first layer looks ahead, so it is run on the frame and those ahead of it, the others on the frame alone. Past
 frames' keys and values lie in a ring of window - 1 frames behind the text's: attention does not depend on their order.
@@ -56,7 +56,7 @@ def score_next(
 
 
 def _written(model: STARFlow, state: DenoiserState | None, kv: Any, text_length: int) -> DenoiserState:
-    """The state with a frame's keys and values, at first the text's too, in the oldest one's place."""
+    """The state with a frame's keys and values, at first the text's too, in place of the oldest one's."""
     ring, tokens = model.config.denoiser_window - 1, model.config.tokens_per_frame
     slots = text_length + ring * tokens
     if state is None:

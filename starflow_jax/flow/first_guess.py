@@ -1,7 +1,7 @@
 """Where the solver starts, fitted by least squares: fewer Jacobi passes, the same result.
 
-A first guess of the first frame from its text: later frames start from the one before; the first has none, and from
-zero its digit, face or horizon takes the solver most of its passes to find. Or a guess of every token from its own
+Either a guess of the first frame from its text: later frames start from the one before, the first has none, and from
+zero the solver needs most of its passes to find its digit, face or horizon. Or a guess of every token from its own
 noise, for frames that do not wait for one another.
 """
 
@@ -14,7 +14,7 @@ RIDGE = 1e-3  # of the features' scale, against fitting noise
 
 
 class FirstGuess(flax.struct.PyTreeNode):
-    """u_0 ~ mean + (features - their mean) project @ basis, of rank R; features: the text's mean over its slots."""
+    """u_0 ~ mean + (features - their mean) @ project @ basis, of rank R; features: the text's mean over its slots."""
 
     text_D: jax.Array
     mean_SK: jax.Array
@@ -28,13 +28,13 @@ class FirstGuess(flax.struct.PyTreeNode):
 
 
 class NoiseGuess(flax.struct.PyTreeNode):
-    """u ~ mean + z weights, the same for every token."""
+    """u ~ mean + z @ weights, the same for every token."""
 
     mean_K: jax.Array
     weights_KK: jax.Array
 
     def __call__(self, z: jax.Array) -> jax.Array:
-        """(..., K) tokens of u from theirs of z."""
+        """(..., K) tokens of u from those of z."""
         return self.mean_K + z @ self.weights_KK
 
 

@@ -84,14 +84,14 @@ def solve(
     solver: Solver,
     branches: int = 1,
 ) -> Inverse:
-    """The S tokens behind the known ones, block after block or by a wavefront, from `start` on."""
+    """The S tokens after the known ones, block by block or by a wavefront, starting at `start` (B, S, C)."""
     if solver.updates:
         return _wavefront(predict, z_BSC, start_BSC, known, rope_2SE, solver)
     return _block_jacobi(predict, _Tokens(z_BSC, start_BSC, rope_2SE), known, solver, branches)
 
 
 class _Tokens(flax.struct.PyTreeNode):
-    """A run of tokens to solve for; as what a scan runs over, blocks of them."""
+    """A run of tokens to solve for; `blocks` makes it what a scan runs over."""
 
     z_BNC: jax.Array
     start_BNC: jax.Array
@@ -106,7 +106,7 @@ class _Tokens(flax.struct.PyTreeNode):
 
 
 class _Solved(flax.struct.PyTreeNode):
-    """A block of tokens, solved; stacked by a scan, several."""
+    """A solved block of tokens; several of them, stacked by a scan."""
 
     x_BNC: jax.Array
     logdet_BNC: jax.Array
@@ -206,7 +206,7 @@ def _wavefront(predict: Predict, z_BSC, start_BSC, known: Known, rope_2SE, solve
             front, rest = lax.scan(lambda front, low: update(front, low, updates * stride, stride), front, lows)
             residuals += [change[None], rest]
     residual = jnp.concatenate(residuals)
-    converged = (residual < solver.tolerance) | (stride == 1)  # one by one, all in front of a token is final
+    converged = (residual < solver.tolerance) | (stride == 1)  # one by one, all before a token is final
     report = Report(jnp.full(residual.shape, updates, jnp.int32), residual, converged)
     known = front.known.replace(cache=front.known.cache.append(front.finished))
     return Inverse(front.x_BSC, front.logdet_BSC, known, report)

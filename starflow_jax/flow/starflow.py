@@ -36,7 +36,7 @@ class STARFlow(nn.Module):
         c = self.config
         dtype = jnp.dtype(c.dtype)
         common: dict[str, Any] = dict(channels=c.token_channels, head_dim=c.head_dim, dtype=dtype, remat=c.remat,
-                      sequence_parallel=c.sequence_parallel, unroll=c.unroll_layers)
+                                      sequence_parallel=c.sequence_parallel, unroll=c.unroll_layers)
         self.shallow = [FlowBlock(width=c.shallow_width, layers=layers, **common) for layers in c.shallow_layers]
         self.deep = FlowBlock(width=c.deep_width, layers=c.deep_layers, text=c.text_length > 0, **common)
         if c.denoiser != "none":
@@ -102,6 +102,7 @@ class STARFlow(nn.Module):
         return block_rope(grid, self.config.extent, text_length, self.config.head_dim)
 
     def shallow_rope(self, grid: tuple[int, int, int]) -> jax.Array:
+        """RoPE of a shallow block's sequence: one frame, or all of them with global shallow blocks."""
         frames = 1 if self.config.local_shallow else grid[0]
         return block_rope((frames, *grid[1:]), self.config.extent, 0, self.config.head_dim)
 

@@ -18,8 +18,8 @@ from starflow_jax.io.progress import table
 
 
 def benchmark(config: Config, workdir: Path) -> None:
-    """Time what config.benchmark.parts names (attention where there is a GPU); write WORKDIR/benchmark.json, and
-    benchmark_decoding.png of decoding."""
+    """Time what config.benchmark.parts names (attention only on a GPU); write WORKDIR/benchmark.json and, for decoding,
+    benchmark_decoding.png."""
     parts = config.benchmark.named
     results: dict[str, Any] = {}
     if "start" in parts:  # before this process takes the accelerator

@@ -1,4 +1,4 @@
-"""--mode=calibrate: first guesses are fitted, solvers measured, and the fastest is kept beside the model."""
+"""--mode=calibrate: fit first guesses, measure solvers, and keep the fastest beside the model."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,10 @@ from starflow_jax.sampling.calibration import ERROR, Measured, fit_guess, fit_no
 
 
 def calibrate(config: Config, workdir: Path) -> None:
-    """Fit the guesses, measure the candidates and keep the fastest; written beside the model."""
+    """Fit the guesses, measure the candidates and write the fastest beside the model.
+
+    Raises UserError where none comes near enough to sequential decoding.
+    """
     system, params, source = load_model(config, workdir)
     print(f"model: {source}")
     folder = workdir / "system" if (workdir / "system").exists() else PRETRAINED

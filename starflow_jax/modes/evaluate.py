@@ -11,8 +11,7 @@ import numpy as np
 from starflow_jax.config import Config, UserError
 from starflow_jax.data.digits import reader
 from starflow_jax.data.digits.captions import ATTRIBUTES
-from starflow_jax.evaluation import classify, quality
-from starflow_jax.evaluation import likelihood as of_video
+from starflow_jax.evaluation import classify, likelihood, quality
 from starflow_jax.evaluation.frechet import features, frechet_distance
 from starflow_jax.evaluation.measures import psnr
 from starflow_jax.evaluation.networks import I3D, LPIPS
@@ -30,7 +29,7 @@ SHOWN_PIXELS = 96  # small models' frames are enlarged to about this height
 
 
 def evaluate(config: Config, workdir: Path) -> None:
-    """Measure what config.evaluate.task names; files in the workdir and a table."""
+    """Measure what config.evaluate.task names: files in the workdir and a table."""
     {"test_set": evaluate_test_set, "video": evaluate_video, "classify": classify_by_likelihood,
      "quality": evaluate_quality}[config.evaluate.task](config, workdir)
 
@@ -42,13 +41,13 @@ def evaluate_test_set(config: Config, workdir: Path) -> None:
     print(f"model: {source}")
     captions = fixed_captions(config, "test", config.evaluate.prompts)
     labels = reader.labels_of(captions) if config.data.source == "digits" else None
-    likelihood = split_likelihood(system, params)
+    bits = split_likelihood(system, params)
     choices, shown = generate_and_read(system, params, captions, labels)
     contact_sheet(workdir / "evaluate_samples.png", shown, captions[:SHOWN], scale=3)
     write_gif(workdir / "evaluate_samples.gif", shown, captions[:SHOWN], config.text.fps or 1, columns=3, scale=8)
     results = {
         "model": source,
-        **likelihood,
+        **bits,
         "adherence": {key: value for key, value in choices[config.sample.denoise].items() if key in ATTRIBUTES},
         "temporal_flickering": choices[config.sample.denoise].get("temporal_flickering"),
         "denoising": choices,
@@ -75,35 +74,35 @@ def evaluate_video(config: Config, workdir: Path) -> None:
     frames_THWC, left_out = read_given(config, settings.video)
     other_THWC = read_given(config, settings.other)[0] if settings.other else None
     if other_THWC is not None:
-        of_video.check_pair(config, frames_THWC, other_THWC)
+        likelihood.check_pair(config, frames_THWC, other_THWC)
     system, params, source = load_model(config, workdir)
     print(f"model: {source}")
     with ProgressBar("inspect", 3 if settings.other else 2, unit="part", compiles=True) as progress:
-        found = of_video.likelihood(system, params, frames_THWC, settings.caption, settings.draws)
+        found = likelihood.likelihood(system, params, frames_THWC, settings.caption, settings.draws)
         progress.update()
-        trip = of_video.round_trip(system, params, frames_THWC, settings.caption)
+        trip = likelihood.round_trip(system, params, frames_THWC, settings.caption)
         progress.update()
         if other_THWC is not None:
             other_caption = settings.other_caption or settings.caption
-            between = of_video.interpolate(system, params, (frames_THWC, other_THWC),
-                                           (settings.caption, other_caption), settings.steps)
+            between = likelihood.interpolate(system, params, (frames_THWC, other_THWC),
+                                             (settings.caption, other_caption), settings.steps)
             progress.update()
     path = workdir / "inspected" / Path(settings.video).stem
-    of_video.draw_surprise(path.with_name(f"{path.name}_surprise.png"), system, frames_THWC, found, settings.caption)
+    likelihood.draw_surprise(path.with_name(f"{path.name}_surprise.png"), system, frames_THWC, found, settings.caption)
     scale = max(1, SHOWN_PIXELS // frames_THWC.shape[1])
     shown = frames_THWC[:len(trip.frames_THWC)]
     contact_sheet(path.with_name(f"{path.name}_round_trip.png"),
                   np.stack([shown, trip.codec_THWC, trip.frames_THWC]),
                   ["given", "codec there and back", "through z and back, denoised"], scale=scale)
     facts = {"model": source, "video": settings.video, "caption": settings.caption, "frames": len(frames_THWC),
-             "frames_left_out": left_out, **of_video.facts_of(found, config),
+             "frames_left_out": left_out, **likelihood.facts_of(found, config),
              "round_trip": {"latents_relative_error": trip.latents_error, "z_mean_square": trip.z_mean_square,
                             "psnr": psnr(shown, trip.frames_THWC),
                             "psnr_of_codec_alone": psnr(shown, trip.codec_THWC)}}
     if other_THWC is not None:
         facts["interpolation"] = {"other": settings.other, "other_caption": other_caption, "steps": settings.steps}
-        of_video.write_interpolation(path.with_name(f"{path.name}_to_{Path(settings.other).stem}.mp4"), config, between,
-                                     scale)
+        likelihood.write_interpolation(path.with_name(f"{path.name}_to_{Path(settings.other).stem}.mp4"), config,
+                                       between, scale)
     facts["seconds"] = round(time.perf_counter() - began, 1)
     write_text(path.with_suffix(".json"), json.dumps(facts, indent=1))
     _print_video(facts, path)

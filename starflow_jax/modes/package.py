@@ -1,4 +1,4 @@
-"""Put a trained small model into the package, as the model that an empty workdir samples with."""
+"""--mode=package: put a trained small model into the package, where it serves workdirs without a model."""
 
 from pathlib import Path
 
@@ -9,7 +9,10 @@ LARGEST = 15 * 2**20  # bytes that the package may carry
 
 
 def package(config: Config, workdir: Path) -> None:
-    """Write the workdir's averaged parameters, tokenizer, codec and configuration into the package."""
+    """Write the workdir's averaged parameters, tokenizer, codec and configuration into the package.
+
+    Raises UserError where the workdir holds no checkpoint, and where the package grows too large.
+    """
     trained = load_trained(config, workdir)
     if trained is None:
         raise UserError(f"{workdir} holds no checkpoint to put into the package; train one first")

@@ -15,7 +15,10 @@ from starflow_jax.planning.topology import topology
 
 
 def plan(config: Config, workdir: Path) -> None:
-    """Write WORKDIR/plan.json and print the table; with plan.search, of every mesh and rematerialisation tried."""
+    """Write WORKDIR/plan.json and print its table; with plan.search, also those of all that was tried.
+
+    Raises UserError for a topology that is unknown, and for what does not divide over its devices.
+    """
     devices = topology(config.plan.topology)
     if config.plan.step == "codec":
         devices = devices[:1]  # each chip has videos of its own
@@ -65,7 +68,7 @@ def _cells(plan: StepPlan, keys: tuple[str, ...]) -> list[str]:
 
 
 def _table(plan: StepPlan) -> str:
-    """Every figure of a plan, a line each."""
+    """Every figure of a plan, one per line."""
     rows: list[tuple[str, str]] = []
     for key, value in plan.to_json().items():
         if key not in ("memory", "programs"):

@@ -1,4 +1,4 @@
-"""--mode=prepare: raw videos and pictures to clips, and, where asked for, their latents and text features."""
+"""--mode=prepare: raw videos and pictures -> clips and, where asked for, their latents and text features."""
 
 import math
 from functools import partial
@@ -42,7 +42,7 @@ def prepare(config: Config, workdir: Path) -> None:
     folder = settings.output or str(workdir / "prepared")
     beam = None if settings.beam == "none" else settings.beam
     if jax.process_index() == 0 and (epath.Path(folder) / PREPARED).exists():
-        print(f"{folder}: its clips are complete and are kept; files that were added to the input since need another "
+        print(f"{folder}: its clips are complete and are kept; files added to the input since then need another "
               "prepare.output")
     done = sharding.on_every_process(partial(prepare_clips, processes=settings.processes, beam=beam),
                                      job_of(config, folder))
@@ -55,7 +55,7 @@ def prepare(config: Config, workdir: Path) -> None:
 
 
 def job_of(config: Config, folder: str) -> Job:
-    """The settings with what follows from the model. Raises UserError for sizes that can't be."""
+    """The settings with what follows from the model. Raises UserError for impossible sizes."""
     later = config.codec.time_stride if config.model.frames > 1 else 0
     frames = config.prepare.frames or pixel_frames(config) + later
     return Job(config.prepare, folder, buckets=buckets_of(config), frames=frames)
@@ -87,7 +87,7 @@ def write_latents(config: Config, workdir: Path, folder: str) -> None:
 
 
 def write_text_features(config: Config, workdir: Path, folder: str) -> None:
-    """Encode all prompts that the clips may be trained with by the frozen text encoder, or the workdir's own."""
+    """Encode every prompt that the clips may be trained with, by the frozen text encoder or the workdir's own."""
     tokenizer, params = _text_encoder(config, workdir)
     mesh, batch_size = _over_devices(config.prepare.batch_size)
     made_by = text_fingerprint(config)
@@ -125,12 +125,12 @@ def _text_encoder(config: Config, workdir: Path) -> tuple[Tokenizer, Any]:
     if config.text.encoder == "frozen":
         return make_tokenizer(config), frozen_encoder_params(config)["text"]
     system, params, source = load_model(config, workdir)
-    print(f"text encoder: of {source}")
+    print(f"text encoder: that of {source}")
     return system.tokenizer, params["text"]
 
 
 def _over_devices(batch_size: int) -> tuple[jax.sharding.Mesh, int]:
-    """(this process's devices side by side, the batch size rounded up so that all have as many clips)."""
+    """(this process's devices as one data-parallel mesh, the batch size rounded up to a multiple of them)."""
     devices = jax.local_devices()
     return sharding.make_mesh(Mesh(), devices), -(-batch_size // len(devices)) * len(devices)
 

@@ -1,4 +1,4 @@
-"""--mode=sample: prompts -> videos, an MP4, a contact sheet and a JSON for each."""
+"""--mode=sample: prompts -> videos; an MP4, a contact sheet and a JSON file for each."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ Table = tuple[list[tuple[object, ...]], tuple[str, ...]]  # rows and headers
 
 def _make_all(folder: Path, system: System, params: Params, requests: list[Request], known_THWC: np.ndarray | None
               ) -> Table:
-    """Whole clips, written batch by batch, or when the most likely of each prompt's are known. Returns the table."""
+    """Whole clips, written batch by batch, or once the most likely of each prompt are known."""
     keep = system.config.sample.keep
     made: list[Made] = []
     nats: list[float] = []
@@ -69,7 +69,7 @@ def _make_all(folder: Path, system: System, params: Params, requests: list[Reque
 
 def _stream_all(folder: Path, system: System, params: Params, requests: list[Request], known_THWC: np.ndarray | None
                 ) -> Table:
-    """Each batch's videos grow on disk while they are made; the pipeline's times are drawn beside them."""
+    """Each batch's videos grow on disk while they are made; a timeline of the pipeline is drawn beside them."""
     settings = system.config.sample
     rows: list[tuple[object, ...]] = []
     for batch in in_batches(requests, settings.batch_size):

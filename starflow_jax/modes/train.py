@@ -1,4 +1,4 @@
-"""--mode=train: train, or resume training, and say how it began and what comes next."""
+"""--mode=train: train, or resume training, and say how the run starts and what comes next."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from starflow_jax.training.validation import DIGITS_SHEET
 
 
 def train(config: Config, workdir: Path) -> None:
-    """Train to config.train.steps, resuming from the workdir's newest whole checkpoint."""
+    """Train to config.train.steps, resuming from the workdir's newest undamaged checkpoint."""
     refuse_converted(workdir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_model(config.model, mesh)
@@ -23,17 +23,17 @@ def train(config: Config, workdir: Path) -> None:
     with jax.set_mesh(mesh):
         run = open_run(mesh, config, workdir)
         if first:
-            _say_how_it_begins(config, run)
+            _say_how_it_starts(config, run)
         step = train_to_end(run, workdir)
     if first:
         _say_what_next(config, workdir, step)
 
 
-def _say_how_it_begins(config: Config, run: Run) -> None:
+def _say_how_it_starts(config: Config, run: Run) -> None:
     if run.resumed:
         print(f"resuming from step {int(run.state.step)}")
     elif config.train.init_from:
-        print(f"beginning with {config.train.init_from}" + (":" if run.changes else ""))
+        print(f"starting from {config.train.init_from}" + (":" if run.changes else ""))
         for name, old, now, effect in run.changes:
             print(f"  {name} {old} -> {now}: {effect}")
 

@@ -12,6 +12,7 @@ BLOCK = 1024
 
 
 def rounded_slots(slots: int) -> int:
+    """Slots that a cache for `slots` has: more than a BLOCK are rounded up to whole ones."""
     return slots if slots <= BLOCK else -(-slots // BLOCK) * BLOCK
 
 
@@ -28,7 +29,7 @@ class KVCache(flax.struct.PyTreeNode):
     @classmethod
     def empty(cls, layers: int, batch: int, slots: int, heads: int, head_dim: int, dtype, unstacked: bool = False
               ) -> "KVCache":
-        """At least `slots`. Many are rounded up, so that the TPU kernel reads them where they are."""
+        """With room for at least `slots`; many are rounded up, so that the TPU kernel reads them in place."""
         zeros = constrain(jnp.zeros((layers, batch, rounded_slots(slots), heads, head_dim), dtype), *AXES)
         kept = tuple(zeros) if unstacked else zeros
         return cls(kept, kept, jnp.int32(0))

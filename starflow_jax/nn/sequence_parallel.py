@@ -2,7 +2,7 @@
 
     ulysses     all-to-all: each device gets whole sequences of some heads, and returns its tokens' share of the results
     all_gather  keys and values of all devices: each device answers its own queries of all its heads
-    ring        the same, with keys and values going round, one device's shard at a time, and their softmaxes merged
+    ring        the same, with keys and values passed round, one device's shard at a time, and their softmaxes merged
 
 Ulysses sends 4 (n-1)/n of a device's queries' bytes among n devices, the others 2 (n-1) of its keys' and values' and 2
 of its queries'; but ulysses needs a number of heads that divides over the devices.
@@ -29,7 +29,7 @@ AXIS, = TABLE["tokens"]
 
 
 def by_tokens(choice: str, past: Any) -> bool:
-    """Whether each device answers its own tokens' queries. Those that have a cache are sharded by heads."""
+    """Whether each device answers its own tokens' queries. With a cache, attention is sharded by heads."""
     return choice != "ulysses" and past is None and tokens_sharded()
 
 
@@ -116,7 +116,7 @@ def _rotate(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring(masks: tuple[core.Masks, ...], q_BSHD, k_BSHD, v_BSHD, which: tuple[jax.Array, ...]):
-    """softmax(q k^T) v over all devices' keys. masks, which: of each step, whose keys are those of that many devices
+    """softmax(q k^T) v over all devices' keys. masks, which: one per step; step i has the keys of the device i places
     back."""
     return _ring_forward(masks, q_BSHD, k_BSHD, v_BSHD, which)[0]
 

@@ -53,7 +53,7 @@ class Layer(nn.Module):
         return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)(x_BSD).astype(self.dtype)
 
     def _masks(self, is_first) -> tuple[tuple[Mask, ...], jax.Array | None]:
-        """The masks that may apply, and which of them does where only the running program knows."""
+        """The masks that may apply, and the index of the one that does, where only the running program knows it."""
         if self.first_mask is None:
             return (self.mask,), None
         if isinstance(is_first, bool):
@@ -112,8 +112,8 @@ class Transformer(nn.Module):
         k and v are tuples of L arrays.
 
         first_mask: the first layer's own mask (the denoiser's look-ahead).
-        kept: slots that go on to the second layer, the first of the S; the others are only looked at by the first
-        layer. None: all.
+        kept: how many of the S slots, from the first on, later layers get; the others are seen by the first layer
+        alone. None: all.
         """
         layer = Layer(self.head_dim, self.dtype, mask, first_mask, self.sequence_parallel, parent=None)
         x_BSD, kv = _shard_tokens(x_BSD.astype(self.dtype)), None
@@ -192,7 +192,7 @@ def run_behind_prefix(
     """What the head makes of each slot behind the prefix, and the keys and values of all slots.
 
     options: of the Transformer. While it runs, padding lets the sequence divide over a mesh that shards tokens; such a
-    sequence is cut only behind the head, whose outputs are small.
+    sequence is cut only after the head, whose outputs are small.
     """
     slots = whole = hidden_BSD.shape[1]
     hidden_BSD = constrain(hidden_BSD, "batch", None, None)

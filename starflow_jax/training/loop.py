@@ -19,7 +19,7 @@ from starflow_jax.training.validation import validate
 
 
 def train_to_end(run: Run, workdir: Path) -> int:
-    """Train to train.steps, or until SIGTERM, and save; close the run; return the step that was reached.
+    """Train to train.steps, or until SIGTERM, and save; close the run; return the step reached.
 
     Raises UserError where another process of the run is lost.
     """
@@ -36,7 +36,7 @@ def train_to_end(run: Run, workdir: Path) -> int:
     finally:
         run.batches.close()
         writer.close()
-        if not lost:  # or it waits for the lost one
+        if not lost:  # else it would wait for the lost one
             run.checkpoints.close()
 
 
@@ -70,7 +70,7 @@ def _steps(run: Run, writer: MetricWriter) -> int:
 
 
 def _save(run: Run, step: int, metrics: dict[str, float] | None) -> None:
-    # A copy, which the asynchronous writer can read while the next step reuses the donated buffers.
+    # A copy, which the asynchronous writer reads while the next step reuses the donated buffers.
     run.checkpoints.save(step, jax.tree.map(jnp.copy, run.state), run.batches.get_state(), metrics)
 
 

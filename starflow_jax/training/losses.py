@@ -20,16 +20,18 @@ def weighted_loss(loss: jax.Array, noise_std: float, reference: float = REFERENC
     return loss * (noise_std / reference)
 
 
-def to_bits(loss: jax.Array | float) -> jax.Array | float:
+def to_bits(loss: jax.Array) -> jax.Array:
     """Bits per dimension of the noised latents, constants included, from the mean loss in nats."""
     return (loss + 0.5 * math.log(2 * math.pi)) / math.log(2)
 
 
-def gradients(config: Config, params: Params, noisy: jax.Array, text: jax.Array) -> tuple[Params, dict]:
-    """Gradients of every parameter, and the losses, from noised latents.
+def gradients(config: Config, params: Params, noisy: jax.Array, text: jax.Array
+              ) -> tuple[Params, dict[str, jax.Array]]:
+    """Gradients of every parameter, and the losses (scalars, per dimension), from noised latents (B, N, h, w, C).
 
-    text: ids (B, S), and the text encoder is trained along; or a frozen one's features (B, S, D).
+    text: ids (B, S), with which the text encoder is trained too; or a frozen encoder's features (B, S, D).
     """
+
     def features(trained: Params) -> jax.Array:
         return text if text.ndim == 3 else encode_text(text_encoder(config), trained["text"], text)
 
@@ -38,8 +40,8 @@ def gradients(config: Config, params: Params, noisy: jax.Array, text: jax.Array)
 
 def gradients_from_features(
     flow: STARFlow, params: Params, noisy: jax.Array, features: Callable[[Params], jax.Array]
-) -> tuple[Params, dict]:
-    """The same for any source of text features: a function of the parameters.
+) -> tuple[Params, dict[str, jax.Array]]:
+    """The same for any source of text features, a function of the parameters.
 
     Flow-score matching: the backward pass of the flow also gives dL/dx~, whose sigma * numel multiple is
     the denoiser's regression target.
@@ -67,12 +69,13 @@ def gradients_from_features(
     return {**grads, "denoiser": denoiser_grads}, {"loss": loss, "denoiser_loss": regression}
 
 
-def accumulated_gradients(config: Config, params: Params, noisy: jax.Array, text: jax.Array) -> tuple[Params, dict]:
+def accumulated_gradients(config: Config, params: Params, noisy: jax.Array, text: jax.Array
+                          ) -> tuple[Params, dict[str, jax.Array]]:
     """Mean gradients and losses over train.accumulate microbatches, one after the other."""
     parts = config.train.accumulate
     if parts == 1:
         return gradients(config, params, noisy, text)
-    # Every parts-th clip: each microbatch has some of the clips that a device holds already.
+    # Every parts-th clip, so that each microbatch has some of the clips that a device already holds.
     micro = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), (noisy, text))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
                         jax.eval_shape(lambda: gradients(config, params, noisy[:1], text[:1])))

@@ -19,9 +19,9 @@ class MetricWriter:
     """Writes scalars to `workdir/metrics.jsonl` and scalars and pictures to `workdir/tensorboard`.
 
     `resume_step` is the step of the checkpoint that the run resumes from (0: it starts). Lines of later
-    steps, left by a run that was killed, are dropped first, and so is a last line cut in the middle: the
-    file ends up the one of a run that was never killed. TensorBoard hides the same steps by itself.
-    `writes`: False on all but one of several processes, where nothing is written.
+    steps, left by a run that was killed, are dropped first, and so is a last line that was cut off: the
+    file becomes that of a run that was never killed. TensorBoard hides the same steps by itself.
+    `writes`: False on all but one of several processes; those write nothing.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], resume_step: int = 0, writes: bool = True):

@@ -1,4 +1,4 @@
-"""A training run made ready: the system, the data and the state, of the newest checkpoint or at the start."""
+"""A training run made ready: its system, data and state, from the newest checkpoint or from the start."""
 
 import dataclasses
 from functools import partial
@@ -37,13 +37,13 @@ class Run:
 
 
 def open_run(mesh: Mesh, config: Config, workdir: Path) -> Run:
-    """The run of a workdir. Raises UserError where the workdir, the data or train.init_from does not fit."""
+    """The run of a workdir. Raises UserError where the workdir, the data or train.init_from does not fit it."""
     stop = StopOnTerm(mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
                               model_fingerprint=model_fingerprint(config))
     system = sharding.on_every_process(open_system, config, workdir)
     batches = open_batches(system, mesh)
-    training_source(system, "validation")  # or a run would end at its first evaluation
+    training_source(system, "validation")  # fails now rather than at the first validation
     abstract = sharding.abstract(abstract_state(config), mesh)
     restored = checkpoints.restore(abstract)
     if restored is not None:
@@ -55,7 +55,7 @@ def open_run(mesh: Mesh, config: Config, workdir: Path) -> Run:
 
 
 def open_system(config: Config, workdir: Path) -> System:
-    """The workdir's tokenizer and codec, made from the training data at first."""
+    """The workdir's tokenizer and codec; at first those of train.init_from, or made from the training data."""
     folder = workdir / "system"
     if (folder / "tokenizer.model").exists():
         return load_system(config, folder)

@@ -1,4 +1,4 @@
-"""The training state: everything that a step changes, and all that a checkpoint holds besides the data position."""
+"""The training state: all that a checkpoint holds besides the data position."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from starflow_jax.training.optimizer import denoiser_optimizer, flow_optimizer, 
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Checkpoints store the arrays under these names."""
+    """All that a step changes. Checkpoints store the arrays under these names."""
 
     step: jax.Array  # int32
     params: Params
-    ema: Params
+    ema: Params  # the averaged parameters
     flow_optimizer: Any  # of flow and text encoder
     denoiser_optimizer: Any
     norm_mean: jax.Array  # running mean of accepted gradient norms

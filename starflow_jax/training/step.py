@@ -19,7 +19,7 @@ NORM_MEMORY = 0.98  # of the running mean of gradient norms
 NORM_WARMUP = 50  # accepted steps before a norm can count as an outlier
 
 
-def make_train_step(config: Config, mesh: Mesh | None = None):
+def make_train_step(config: Config, mesh: Mesh | None = None) -> jax.stages.Wrapped:
     """(state, batch as `encoded` makes it) -> (state, scalars on the device); jitted, the state donated.
 
     On a mesh the state keeps its layout over it (sharding.parameter_shardings); the noise is the same on any.
@@ -74,8 +74,8 @@ def _update(state: TrainState, grads: Params, norm: jax.Array, settings: Train) 
 
 
 def encoded(system: System, batch: Batch, frozen: Params) -> Batch:
-    """The batch as the step takes it, in latents as trained on; features of a frozen text encoder, too. A codec's and a
-    frozen encoder's weights are no part of the step's program. frozen: the text encoder's, or {}."""
+    """The batch as the step takes it: latents as trained on and, with a frozen text encoder, features. So the weights
+    of a codec or a frozen encoder are no part of the step's program. frozen: {"text": its parameters}, or {}."""
     batch = batch.replace(latents_BNhwC=system.latents_of(batch), frames_BTHWC=None, drop_first_B=None)
     if frozen and batch.features_BSD is None:
         batch = batch.replace(features_BSD=system.features(frozen, batch.text_B), text_ids_BS=None)

@@ -1,4 +1,4 @@
-"""SIGTERM as a wish to stop, on which all processes agree."""
+"""SIGTERM as a request to stop, on which all processes agree."""
 
 import signal
 from collections import deque
@@ -13,10 +13,10 @@ from starflow_jax import sharding
 
 
 class StopOnTerm:
-    """Turns SIGTERM into a wish to stop, so that the step under way ends and is saved.
+    """Turns SIGTERM into a request to stop, so that the step under way ends and is saved.
 
-    It is enough that one of several processes is sent it: all stop at the same step, which they must save together.
-    JAX has a handler of its own from jax.distributed.initialize on, which this one replaces.
+    It is enough to send it to one of several processes: all stop at the same step, which they must save together.
+    This handler replaces the one that jax.distributed.initialize installs.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -32,11 +32,11 @@ class StopOnTerm:
     def agreed(self) -> bool:
         """Whether to stop now, the same on all processes; each must call it before each step.
 
-        From the second call on the answer is that to the call before, so that nobody waits for the step under way.
+        From the second call on, the answer is that of the call before, so that no process waits for the step under way.
         """
         if jax.process_count() == 1:
             return self._asked
-        wishes = jax.make_array_from_callback(
+        requests = jax.make_array_from_callback(
             (self._by_device.mesh.size,), self._by_device, lambda _: np.array([self._asked], np.int32))
-        self._answers.append(self._anyone(wishes))
+        self._answers.append(self._anyone(requests))
         return bool(self._answers[0])

@@ -1,4 +1,4 @@
-"""What a training run looks at from time to time: validation likelihood, adherence, and a sheet of samples."""
+"""What a training run measures at intervals: validation likelihood, adherence, and a sheet of samples."""
 
 import numpy as np
 
@@ -26,7 +26,7 @@ DIGITS_SHEET = (
 
 
 def validate(system: System, params: Params, step: int, writer: MetricWriter) -> dict[str, float]:
-    """Write the metrics of these parameters, which are returned, and the sheet."""
+    """Write the metrics of these parameters, and the sheet; returns the metrics."""
     settings, params = system.config.train, inference_params(system.config, params)
     bits = bits_per_frame(system, params, likelihood_batches(system, "validation", settings.validation_clips))
     metrics = {BEST: float(bits.mean())}
@@ -40,7 +40,7 @@ def validate(system: System, params: Params, step: int, writer: MetricWriter) ->
 
 
 def _sheet(system: System, params: Params, step: int, writer: MetricWriter) -> None:
-    """Samples of fixed captions as a picture."""
+    """Samples from fixed captions as a picture."""
     count, size = system.config.train.sheet_clips, system.config.sample.batch_size
     digits = system.config.data.source == "digits"
     # Clips of one video share its caption.

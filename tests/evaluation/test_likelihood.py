@@ -117,7 +117,7 @@ def test_slerp_keeps_the_norm_and_the_ends() -> None:
 
 
 def test_pairs_that_have_nothing_between_them_are_refused() -> None:
-    with pytest.raises(UserError, match="13 frames .*evaluate.video 9"):
+    with pytest.raises(UserError, match="13 frames .*evaluate.video has 9"):
         check_pair(CONFIG, video(9), video(13))
     with pytest.raises(UserError, match="longer than the window of 9"):
         check_pair(CONFIG, video(13), video(13))

@@ -101,7 +101,7 @@ def test_every_stage_begins_with_the_last_ones_checkpoint(folder: Path, capsys: 
             prepare(config, folder / "unused")
         train(config, folder / stage)
         said = capsys.readouterr().out
-        assert ("beginning with" in said) == bool(before)
+        assert ("starting from" in said) == bool(before)
         if stage == "7b":
             assert "deep_width 64 -> 128: same function" in said
         last = {name: value for row in read_metrics(folder / stage) for name, value in row.items()}

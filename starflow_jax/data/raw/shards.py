@@ -2,7 +2,7 @@
 
     FOLDER/KIND/BUCKET/1.0.0/KIND-SPLIT.array_record-00000-of-00012
 
-KIND is `clips` (media, captions) or what is computed from them: `latents`, `features` (derived.py), whose
+KIND is `clips` (media, captions) or what is computed from them: `latents`, `features` (latents.py), whose
 shards have the same examples in the same order. BUCKET is HEIGHTxWIDTH_FRAMESf, frames 1 of pictures. Each
 bucket is a TFDS data set: `tfds.builder_from_directory(...)`, or `tfds.load("clips/480x848_85f", data_dir=FOLDER)`.
 
