@@ -1,6 +1,7 @@
 """Run by test_sharding.py with eight simulated devices: a training step and samples on several meshes.
 
-python -m tests.sharded_run FOLDER: writes results.json with the largest relative differences from one device.
+python -m tests.sharded_run FOLDER NAME ...: of meshes (2x2x2x1) and ways to shard tokens (ring). Writes results.json
+with the largest relative differences from one device.
 """
 
 import dataclasses
@@ -23,14 +24,14 @@ from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.model.parameters import flow_variables, init_params
 from starflow_jax.training.state import create_state
 from starflow_jax.training.step import make_train_step
-from tests.helpers import randomised, tiny_model
+from tests.helpers import random_params, tiny_model
 from tests.training.test_losses import config_of
 
 ONE = (1, 1, 1, 1)
-MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2))
 BY_TOKENS = {"all_gather": (1, 1, 1, 8), "ring": (1, 2, 1, 4)}  # of the model's four heads too few for eight devices
 # Odd numbers of tokens (2 x 9, and 3 of text before them), which no axis divides.
-MODEL = tiny_model(height=3, width=3, deep_width=80, shallow_width=80, denoiser="first_layer", denoiser_layers=1)
+MODEL = tiny_model(height=3, width=3, shallow_layers=(1,), deep_width=80, shallow_width=80, denoiser="first_layer",
+                   denoiser_layers=1)
 CONFIG = config_of(MODEL)
 BATCH = 8
 
@@ -48,9 +49,7 @@ def abstract_state() -> Any:
 
 def fresh_state() -> Any:
     """On one device, with parameters in which nothing is zero."""
-    state = jax.jit(lambda: create_state(init_params(CONFIG, jax.random.key(0)), CONFIG.train))()
-    params = randomised(jax.tree.map(np.asarray, state.params))
-    return jax.tree.map(np.asarray, state.replace(params=params, ema=params))
+    return jax.tree.map(np.asarray, jax.jit(lambda params: create_state(params, CONFIG.train))(random_params(CONFIG)))
 
 
 def trained(mesh: Any, state: Any, config: Config = CONFIG) -> Any:
@@ -83,10 +82,11 @@ def difference(ours: Any, reference: Any) -> float:
     return max(jax.tree.leaves(jax.tree.map(of, ours, reference)))
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     results, expected, reference_folder = {}, None, folder / "one"
+    meshes = [tuple(map(int, name.split("x"))) for name in names if name not in BY_TOKENS]
     start = fresh_state()
-    for shape in (ONE, *MESHES):
+    for shape in (ONE, *meshes):
         count = int(np.prod(shape))
         mesh = sharding.make_mesh(settings_of.Mesh(*shape), jax.devices()[:count])
         with jax.set_mesh(mesh):
@@ -116,7 +116,7 @@ def main(folder: Path) -> None:
                 name: difference(found[name], expected[name]) for name in found} | {
                 "restored": difference(restored[0], expected["state"]), "laid_out": laid_out,
                 "kernel_part": kernel.addressable_shards[0].data.size / kernel.size}
-    for choice, shape in BY_TOKENS.items():
+    for choice, shape in ((name, BY_TOKENS[name]) for name in names if name in BY_TOKENS):
         by_tokens, mesh = config_of(dataclasses.replace(MODEL, sequence_parallel=choice)), sharding.make_mesh(
             settings_of.Mesh(*shape))
         sharding.check_model(by_tokens.model, mesh)
@@ -128,7 +128,7 @@ def main(folder: Path) -> None:
                 found["single"] = sampled(state.params, 1, by_tokens)
         results[choice] = {name: difference(found[name], expected[name]) for name in found}
     one = sharding.make_mesh(settings_of.Mesh(1, 1, 1, 1), jax.devices()[:1])
-    for shape in MESHES:
+    for shape in meshes:
         held = Checkpoints(folder / "_".join(map(str, shape)), keep=1, model_fingerprint={})
         back = held.restore(sharding.abstract(abstract_state(), one))
         held.close()
@@ -138,4 +138,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

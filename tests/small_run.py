@@ -1,9 +1,12 @@
 """The command line on a model that is small enough to train within a test."""
 
+import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -39,12 +42,13 @@ def run(workdir: Path, data: Path, *arguments: str) -> subprocess.CompletedProce
                           capture_output=True, text=True, timeout=600)
 
 
-def run_here(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of starflow_jax.main, run in this process: no second for starting another one."""
+def run_here(arguments: Sequence[str]) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of starflow_jax.main, run in this process: no seconds for starting another one."""
+    out, err, on_term = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
     for name in [name for name in flags.FLAGS if name.startswith("config.")]:
         delattr(flags.FLAGS, name)  # overrides of an earlier call
     flags.FLAGS.unparse_flags()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["starflow_jax.main", *arguments])
         patch.chdir(ROOT)
         try:
@@ -52,5 +56,6 @@ def run_here(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tu
             code = 0
         except SystemExit as ended:
             code = int(ended.code or 0)
-    shown = capsys.readouterr()
-    return code, shown.out, shown.err
+        finally:
+            signal.signal(signal.SIGTERM, on_term)  # training has one of its own
+    return code, out.getvalue(), err.getvalue()

@@ -40,9 +40,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_line_and_exit_code_2(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_line_and_exit_code_2(name: str, tmp_path: Path) -> None:
     arguments, named = CASES[name]
-    code, out, err = run_here([argument.replace("{tmp}", str(tmp_path)) for argument in arguments], capsys)
+    code, out, err = run_here([argument.replace("{tmp}", str(tmp_path)) for argument in arguments])
     assert code == 2 and out == "", (out, err)
     assert len(err.splitlines()) == 1 and err.startswith("starflow_jax: ") and named in err, err
 
@@ -61,8 +61,8 @@ def test_every_mode_is_a_function_of_its_name() -> None:
         assert set(listed) <= tops
 
 
-def test_help_lists_every_setting_mode_and_option(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run_here(["--help"], capsys)
+def test_help_lists_every_setting_mode_and_option() -> None:
+    code, out, err = run_here(["--help"])
     assert (code, err) == (0, "")
     names = {line.split("=")[0].strip() for line in out.splitlines() if line.startswith("  ") and "=" in line}
     assert {one.name.rpartition(".")[2] for one in describe(Config)} <= names
@@ -70,14 +70,14 @@ def test_help_lists_every_setting_mode_and_option(capsys: pytest.CaptureFixture[
     assert all(f"\n  --{option} " in out for option in ("config", "workdir", "mode", "distributed"))
 
 
-def test_help_of_a_mode_shows_its_sections_with_the_values_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    _, defaults, _ = run_here(["--mode=sample", "--help"], capsys)
+def test_help_of_a_mode_shows_its_sections_with_the_values_of_the_recipe() -> None:
+    _, defaults, _ = run_here(["--mode=sample", "--help"])
     assert "\nsample: " in defaults and "\ntrain: " not in defaults and "\n  guidance=2.5 " in defaults
-    _, same, _ = run_here(["--help=sample"], capsys)
+    _, same, _ = run_here(["--help=sample"])
     assert same == defaults
-    _, paper, _ = run_here([T2V + ":7b", "--mode=sample", "--help"], capsys)
+    _, paper, _ = run_here([T2V + ":7b", "--mode=sample", "--help"])
     assert "\n  guidance=3.5 " in paper and "the values of 7b" in paper
-    _, mesh, _ = run_here(["--help=mesh"], capsys)
+    _, mesh, _ = run_here(["--help=mesh"])
     assert "\nmesh: " in mesh and "\nsample: " not in mesh
 
 

@@ -105,10 +105,9 @@ def test_recipes_anywhere_can_build_on_those_of_the_package(tmp_path: Path, monk
     ("Config(nam='x')", "nam: no such setting; "),
     ("Sample() + 1", "--config: the file of settings can't be used: TypeError: unsupported operand"),
 ])
-def test_a_file_of_settings_with_a_mistake(built: str, words: str, tmp_path: Path,
-                                           capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_settings_with_a_mistake(built: str, words: str, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.py"
     recipe.write_text(f"from starflow_jax.config import *\ndef get_config():\n    return {built}\n")
-    code, _, err = run_here([f"--config={recipe}"], capsys)
+    code, _, err = run_here([f"--config={recipe}"])
     assert code == 2 and len(err.splitlines()) == 1
     assert err.startswith(f"starflow_jax: {words}"), err

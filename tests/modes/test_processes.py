@@ -43,8 +43,8 @@ def wait_for(checkpoint: Path, pair: list[subprocess.Popen]) -> None:
 
 
 def test_two_processes_train_as_one_and_one_that_dies_stops_the_other(tmp_path: Path) -> None:
-    """Same losses as one process with two devices. After a kill the other ends, after SIGTERM to one both save the same
-    step, and both times they go on from the checkpoint."""
+    """Same losses as one process with two devices. After a kill the other ends, and both resume from the checkpoint;
+    after SIGTERM to one both save the same step."""
     data, one, two = tmp_path / "data", tmp_path / "one", tmp_path / "two"
     data.mkdir()
     longer = ("--config.train.steps=40", "--config.train.checkpoint_every=8", "--config.train.log_every=4",
@@ -65,9 +65,8 @@ def test_two_processes_train_as_one_and_one_that_dies_stops_the_other(tmp_path: 
     assert [process.returncode for process in pair] == [0, 0], outputs
     stopped = int(re.search(r"stopped at step (\d+) of 40, saved", outputs[0])[1])  # type: ignore[index]
     assert 24 <= stopped < 40 and (two / "checkpoints" / str(stopped)).exists()
-    pair = start_two(two, data, *longer)
-    outputs = [process.communicate(timeout=600)[0] for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], outputs
-    assert f"resuming from step {stopped}\n" in outputs[0]
-    assert [step for step, _ in losses(two)] == [step for step, _ in losses(one)]
-    np.testing.assert_allclose([x for _, x in losses(two)], [x for _, x in losses(one)], rtol=1e-5, atol=1e-5)
+    resumed = int(re.search(r"resuming from step (\d+)\n", outputs[0])[1])  # type: ignore[index]
+    assert 8 <= resumed < 24
+    expected = [(step, loss) for step, loss in losses(one) if step <= stopped]
+    assert [step for step, _ in losses(two)] == [step for step, _ in expected]
+    np.testing.assert_allclose([x for _, x in losses(two)], [x for _, x in expected], rtol=1e-5, atol=1e-5)

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import starflow_jax as sf
-from tests.small_run import ROOT, command, environment, run
+from tests.small_run import ROOT, command, environment, run_here
 
 TIMES = ("seconds", "tokens_per_second")
 
@@ -40,18 +40,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("uninterrupted")
-    result = run(workdir, data)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "bits per dimension" in result.stdout and "next: " in result.stdout
+    said = succeeds(workdir, data)
+    assert "bits per dimension" in said and "next: " in said
     return workdir
 
 
+def succeeds(workdir: Path, data: Path, *arguments: str) -> str:
+    """What a run in this process prints."""
+    code, out, err = run_here(command(workdir, data, *arguments)[3:])
+    assert code == 0, err[-2000:]
+    return out
+
+
 def interrupt(workdir: Path, data: Path, how: signal.Signals, after_step: int) -> int:
-    """Start a run and send it a signal once it has logged a step; returns its exit status."""
+    """Start a run and send it a signal once it has logged a step and saved one; returns its exit status."""
     process = subprocess.Popen(command(workdir, data), cwd=ROOT, env=environment(),
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    metrics = workdir / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and f'"step": {after_step}' in metrics.read_text()):
+    metrics, saved = workdir / "metrics.jsonl", workdir / "checkpoints" / "3"
+    while process.poll() is None and not (saved.exists() and f'"step": {after_step}' in metrics.read_text()):
         time.sleep(0.02)
     process.send_signal(how)
     return process.wait()
@@ -78,8 +84,7 @@ def test_metrics_have_every_key(uninterrupted: Path) -> None:
 
 def test_killed_and_restarted_equals_uninterrupted(uninterrupted: Path, data: Path, tmp_path: Path) -> None:
     assert interrupt(tmp_path, data, signal.SIGKILL, after_step=5) == -signal.SIGKILL
-    result = run(tmp_path, data)
-    assert result.returncode == 0, result.stderr[-2000:]
+    assert "resuming from step" in succeeds(tmp_path, data)
     assert losses(tmp_path) == losses(uninterrupted)
     for ours, expected in zip(final_arrays(tmp_path), final_arrays(uninterrupted), strict=True):
         np.testing.assert_array_equal(ours, expected)
@@ -89,36 +94,34 @@ def test_sigterm_saves_first(uninterrupted: Path, data: Path, tmp_path: Path) ->
     assert interrupt(tmp_path, data, signal.SIGTERM, after_step=4) == 0
     saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
     assert saved >= 4 and saved == max(losses(tmp_path))
-    assert run(tmp_path, data).returncode == 0
+    assert f"resuming from step {saved}\n" in succeeds(tmp_path, data)
     assert losses(tmp_path) == losses(uninterrupted)
 
 
 def test_a_short_run_is_all_warm_up(data: Path, tmp_path: Path) -> None:
     """As with --config.train.steps=3 alone: the recipe's warm-up of 50 steps follows."""
-    result = run(tmp_path, data, "--config.train.warmup_steps=50", "--config.train.steps=3")
-    assert result.returncode == 0 and "trained 3 steps" in result.stdout, result.stderr[-2000:]
+    said = succeeds(tmp_path, data, "--config.train.warmup_steps=50", "--config.train.steps=3")
+    assert "trained 3 steps" in said
     rates = [row["learning_rate"] for _, row in sorted(losses(tmp_path).items())]
     np.testing.assert_allclose(rates, [0, 0.5e-3, 1e-3], rtol=1e-6)  # of 1.5e-3
 
 
 def test_workdir_of_another_model_is_refused(uninterrupted: Path, data: Path) -> None:
-    result = run(uninterrupted, data, "--config.model.denoiser_window=3")
-    assert result.returncode == 2
-    assert "denoiser_window" in result.stderr and "Traceback" not in result.stderr
+    code, _, err = run_here(command(uninterrupted, data, "--config.model.denoiser_window=3")[3:])
+    assert code == 2
+    assert "denoiser_window" in err and "Traceback" not in err
 
 
 def test_sample_and_evaluate_the_trained_model(uninterrupted: Path, data: Path) -> None:
-    result = run(uninterrupted, data, "--mode=sample", "--config.sample.prompt=a blue three moves right",
-                 "--config.sample.solver.block_size=12")
-    assert result.returncode == 0, result.stderr[-2000:]
+    succeeds(uninterrupted, data, "--mode=sample", "--config.sample.prompt=a blue three moves right",
+             "--config.sample.solver.block_size=12")
     made = uninterrupted / "samples" / "a_blue_three_moves_right_seed0"
     facts = json.loads(made.with_suffix(".json").read_text())
     assert facts["frames"] == 13 and facts["converged"]
     assert len(facts["deep_steps_per_block"]) == len(facts["deep_residual_per_block"]) == 4 * 3
     assert np.isfinite(facts["log_likelihood_nats"])
     assert made.with_suffix(".mp4").exists() and made.with_suffix(".png").exists()
-    result = run(uninterrupted, data, "--mode=evaluate")
-    assert result.returncode == 0, result.stderr[-2000:]
+    succeeds(uninterrupted, data, "--mode=evaluate")
     found = json.loads((uninterrupted / "evaluate.json").read_text())
     assert set(found["adherence"]) == {"digit", "colour", "direction"}
     assert all(0 <= value <= 1 for value in found["adherence"].values())
