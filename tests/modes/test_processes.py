@@ -48,7 +48,7 @@ def test_two_processes_train_as_one_and_one_that_dies_stops_the_other(tmp_path: 
     data, one, two = tmp_path / "data", tmp_path / "one", tmp_path / "two"
     data.mkdir()
     longer = ("--config.train.steps=40", "--config.train.checkpoint_every=8", "--config.train.log_every=4",
-              "--config.model.denoiser=none", "--config.sample.denoise=none")
+              "--config.model.denoiser=none", "--config.sample.denoise=none", "--config.train.sheet_clips=0")
     alone = start(one, data, *longer, devices=2)
     assert alone.wait(600) == 0, alone.stdout.read()  # type: ignore[union-attr]
     pair = start_two(two, data, *longer)
