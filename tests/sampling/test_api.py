@@ -118,7 +118,8 @@ def test_a_saved_video_and_a_shown_one_play(model: sf.Model, video: sf.Video, tm
         video.save(tmp_path / "three.gif")
 
 
-def test_calls_compile_once_and_leave_nothing_behind(model: sf.Model) -> None:
+@pytest.mark.parametrize("calls", [6, pytest.param(50, marks=pytest.mark.slow)])
+def test_calls_compile_once_and_leave_nothing_behind(model: sf.Model, calls: int) -> None:
     compiled: list[str] = []
 
     def note(event: str, _: float, **__: object) -> None:
@@ -134,7 +135,7 @@ def test_calls_compile_once_and_leave_nothing_behind(model: sf.Model) -> None:
     call(0)
     gc.collect()
     alive, compiled_at_first = len(jax.live_arrays()), len(compiled)
-    for seed in range(1, 50):
+    for seed in range(1, calls):
         call(seed)
     gc.collect()
     assert len(compiled) == compiled_at_first

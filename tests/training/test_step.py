@@ -60,7 +60,7 @@ def test_rematerialisation_changes_work_and_no_gradient(monkeypatch) -> None:
     monkeypatch.setattr(core, "SHORT", 0)  # the way of long sequences, whose backward pass wants the results alone
     flops, found = {}, {}
     for remat in REMAT:
-        whole = config_of(tiny_model(remat=remat))
+        whole = config_of(tiny_model(shallow_layers=(1,), remat=remat))
         params = random_params(whole)
         x = latents(whole.model, batch=2)
         compiled = jax.jit(lambda p, whole=whole, x=x: gradients(whole, p, x, IDS)).lower(params).compile()
