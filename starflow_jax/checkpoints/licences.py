@@ -55,6 +55,13 @@ def _first_words(found: Mapping[str, str]) -> str:
     return f"{', '.join(found)} ({first[0].strip() if first else 'empty'})"
 
 
+def carry_licence(source: Path, workdir: Path) -> None:
+    """Keep in a workdir what is kept in the one, or beside the checkpoint of one, that its model begins with."""
+    held = (source if (source / "checkpoints").is_dir() else source.absolute().parent.parent) / KEPT
+    if held.exists():
+        keep_licence(held.read_text(encoding="utf-8"), workdir / KEPT)
+
+
 def beside(target: Path) -> Path:
     """Where the licence of a single file is kept."""
     return target.with_name(f"{target.stem}.{KEPT}")

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 
 from starflow_jax import sharding
+from starflow_jax.checkpoints.licences import carry_licence
 from starflow_jax.checkpoints.training import BEST
 from starflow_jax.config import Config
 from starflow_jax.model.initialise import refuse_converted
@@ -24,6 +25,8 @@ def train(config: Config, workdir: Path) -> None:
         run = open_run(mesh, config, workdir)
         if first:
             _say_how_it_starts(config, run)
+            if config.train.init_from:
+                carry_licence(Path(config.train.init_from), workdir)
         step = train_to_end(run, workdir)
     if first:
         _say_what_next(config, workdir, step)

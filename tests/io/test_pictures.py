@@ -86,3 +86,17 @@ def test_gif_moves_and_is_small(tmp_path):
     shown_HWC = last_HWC[top : top + 64 : 2, 0:96:2].astype(int)
     assert np.abs(shown_HWC - clips_BTHWC[4, 15]).max() <= 12
     assert path.stat().st_size < 60_000
+
+
+def test_a_picture_is_fitted_as_the_release_does_it() -> None:
+    """Bilinear to whole pixels cut down, then the centre: 720 rows to 832 give 831, and the last one is black."""
+    random = np.random.default_rng(0)
+    picture = random.integers(1, 256, (1, 720, 1280, 3), np.uint8)
+    fitted = pictures.resize_then_crop(picture, 832, 832)
+    resized = np.asarray(Image.fromarray(picture[0]).resize((1479, 831), Image.Resampling.BILINEAR))
+    assert fitted.shape == (1, 832, 832, 3)
+    np.testing.assert_array_equal(fitted[0, :831], resized[:, 324:324 + 832])  # (1479 - 832) / 2, rounded to even
+    assert fitted[0, 831].max() == 0 < fitted[0, 830].min()
+    whole = pictures.resize_then_crop(picture[:, :32, :48], 16, 16)
+    resized = np.asarray(Image.fromarray(picture[0, :32, :48]).resize((24, 16), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(whole[0], resized[:, 4:20])

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import starflow_jax as sf
 from starflow_jax import modes
-from starflow_jax.checkpoints.licences import KEPT, find_licences
+from starflow_jax.checkpoints.licences import KEPT, carry_licence, find_licences
 from starflow_jax.checkpoints.torch_files import open_weights
 from starflow_jax.codec.kl_vae import KLConfig
 from starflow_jax.config import changed
@@ -88,6 +88,9 @@ def test_licences_go_along(workdir: Path, tmp_path: Path) -> None:
     modes.run("convert", load_recipe(f"configs/workdir.py:{workdir}", convert={"target": str(target)}), workdir)
     assert "A Model License" in (tmp_path / f"back.{KEPT}").read_text()
     assert find_licences(workdir) == {KEPT: kept}
+    for source in (workdir, workdir / "checkpoints" / "0"):  # of train.init_from
+        carry_licence(source, tmp_path / source.name)
+        assert (tmp_path / source.name / KEPT).read_text() == kept
     back, held = load_file(target), open_weights(CASE / "model.pth")
     for name, value in back.items():
         np.testing.assert_array_equal(value, np.asarray(held[name]))
