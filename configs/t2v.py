@@ -3,7 +3,7 @@
 tiny      moving digits, 13 frames of 24x24 pixels: trains on two CPU cores, nothing is downloaded
 tiny_gpu  the same model, trained for longer with larger batches, on a GPU: what the package carries
 
-The paper's curriculum, 81 frames in Wan2.2 latents, text by flan-t5-xl; each stage is begun with the one before it by
+The paper's curriculum, 81 frames in Wan2.2 latents, text by flan-t5-xl; each stage starts from the one before it, by
 --config.train.init_from=WORKDIR. The paper's page gives the order and the last stage's batch; steps are ours.
 
 (configs/t2i.py:3b)  images

@@ -1,4 +1,4 @@
-"""The settings of a workdir's model: --config=configs/workdir.py:WORKDIR, which a --workdir alone stands for, too."""
+"""The settings of a workdir's model: --config=configs/workdir.py:WORKDIR, which is also what --workdir alone stands for."""
 
 from pathlib import Path
 

@@ -26,6 +26,8 @@ def written_out(arguments: Sequence[str], modes: Mapping[str, str], flags: Conta
     """
     if not arguments or arguments[0] in HELP:
         return ["--help"]
+    if arguments[0].startswith("--help="):
+        return [arguments[0]]
     mode, *rest = arguments
     if mode not in modes:
         raise UserError(f"{mode}: no such mode; there are {', '.join(modes)}")

@@ -37,6 +37,7 @@ def test_short_names_are_written_out(given: list[str], written: list[str]) -> No
 
 def test_without_a_mode_there_is_help() -> None:
     assert written_out([], MODES, FLAGS) == written_out(["--help"], MODES, FLAGS) == ["--help"]
+    assert written_out(["--help=sample"], MODES, FLAGS) == ["--help=sample"]
 
 
 @pytest.mark.parametrize("given, words", [
