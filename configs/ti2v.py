@@ -1,6 +1,6 @@
 """A picture and a text to video: python -m starflow_jax.main --config=configs/ti2v.py[:VARIANT]
 
-The flow fills its cache with a given first frame by its own forward pass, so every text-to-video model can do this as it
+The flow fills its cache with a given first frame by its own forward pass, so any text-to-video model can do this as it
 is: --mode=sample --workdir=WORKDIR_OF_T2V --config.sample.image=FILE. These variants of configs/t2v.py train a model
 further (--config.train.init_from=WORKDIR_OF_T2V) for this task alone: clips with their first frame, no single images.
 """

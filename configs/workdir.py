@@ -1,4 +1,4 @@
-"""The settings of a workdir's model: --config=configs/workdir.py:WORKDIR, which is also what --workdir alone stands for."""
+"""The settings of a workdir's model: --config=configs/workdir.py:WORKDIR (or --workdir=WORKDIR alone)."""
 
 from pathlib import Path
 
