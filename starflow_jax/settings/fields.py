@@ -41,6 +41,9 @@ def names(listed: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in listed.split(","))
 
 
+DTYPES = one_of("float32", "bfloat16")
+
+
 def setting(default: Any, description: str, allowed: Allowed | None = None) -> Any:
     """A field with what --help says about it."""
     return dataclasses.field(default=default, metadata={"description": description, "allowed": allowed})

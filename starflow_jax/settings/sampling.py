@@ -1,0 +1,126 @@
+"""Sampling, the solver, and evaluation."""
+
+import dataclasses
+from typing import ClassVar
+
+from starflow_jax.settings.fields import POSITIVE, Allowed, Settings, at_least, one_of, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver(Settings):
+    """How the flow is inverted. What is left unset is as calibrated for the model, or one frame at a time."""
+
+    path: ClassVar[str] = "sample.solver"
+
+    kind: str = setting("", "empty: as calibrated, or jacobi", one_of("", "jacobi", "wavefront", "sequential"))
+    block_size: int = setting(0, "tokens solved for at once; 0: as calibrated, or those of a step's frames",
+                              at_least(0, "as calibrated"))
+    frames_per_step: int = setting(0, "frames solved for at once; 0: as calibrated, or one",
+                                   at_least(0, "as calibrated"))
+    updates: int = setting(3, "updates of each token by the wavefront, whatever the tolerance", POSITIVE)
+    start: str = setting("", "where the solver starts: the previous frame, or the noise; empty: as calibrated, or "
+                         "previous", one_of("", "previous", "noise"))
+    tolerance: float = setting(1e-3, "largest relative change at which a block is solved; 0: exact",
+                               at_least(0, "exact"))
+    max_steps: int = setting(0, "updates of a block; 0: the block size, which is exact",
+                             at_least(0, "the block size"))
+    first_block_size: int = setting(0, "tokens solved for at once in a video's first frame; 0: block_size",
+                                    at_least(0, "block_size"))
+
+    def check(self) -> None:
+        self.require("kind", self.kind != "wavefront" or self.tolerance > 0,
+                     "is not exact, which sample.solver.tolerance=0 asks for; use jacobi or sequential")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample(Settings):
+    """Generation."""
+
+    prompt: str = setting("", "what the video shows")
+    prompts_file: str = setting("", "a text file with a prompt on each line")
+    rewrite: str = setting("", 'lengthens prompts: a command (prompt in, longer prompt out), or "module:function"')
+    vbench: str = setting("", 'VBench\'s prompt list, a file or "installed": its prompts, files named as it expects')
+    negative_prompt: str = setting("", "what guidance steers away from; empty: the empty caption")
+    changes: str = setting("", 'other prompts from later frames on: "25: a red seven moves left; 49: ..."')
+    image: str = setting("", "a picture file: the video's first frame")
+    video: str = setting("", "a video file to extend")
+    count: int = setting(1, "videos per prompt", POSITIVE)
+    keep: int = setting(0, "how many of these to keep, the most likely ones; 0: all", at_least(0, "all"))
+    seed: int = setting(0, "seed of the first video; each further one takes the next")
+    guidance: float = setting(2.5, "weight of classifier-free guidance", at_least(0, "none"))
+    frames: int = setting(0, "pixel frames, given ones included; 0: the training length, after a given video",
+                          at_least(0, "the training length"))
+    fps: int = setting(0, "frame rate of the prompt and of the file; 0: as trained", at_least(0, "as trained"))
+    aspect_ratio: str = setting("", "aspect ratio of the frames, where `side` is given, and in the prompt; empty: as "
+                                "trained")
+    side: int = setting(0, "pixels of a 1:1 frame's side; frames of another aspect ratio keep its area; 0: always the "
+                        "training size", at_least(0, "the training size"))
+    batch_size: int = setting(32, "videos made together", POSITIVE)
+    stream: bool = setting(False, "write each video while it is being made")
+    devices: int = setting(1, "of a stream; with 2 or more the deep block is on the first, the rest on the second",
+                           POSITIVE)
+    solver: Solver = setting(Solver(), "how the flow is inverted")
+    certify: bool = setting(False, "encode the sample again and report the distance to the noise it was made from")
+    context_frames: int = setting(0, "latent frames re-encoded when the window moves on; 0: three quarters of it",
+                                  at_least(0, "three quarters"))
+    denoise: str = setting("denoiser", "what removes the noise that training added",
+                           one_of("denoiser", "score", "none"))
+    as_released: bool = setting(False, "follow the release's own sampling program in details where ours differs")
+    checkpoint: str = setting("newest", "the newest, or the best by validation; also for evaluation and packaging",
+                              one_of("newest", "best"))
+    output: str = setting("", "folder of the videos; empty: WORKDIR/samples")
+
+    def check(self) -> None:
+        self.require("keep", self.keep <= self.count, f"must be at most count={self.count}")
+        for field in ("keep", "certify", "vbench"):
+            self.require(field, not (self.stream and getattr(self, field)),
+                         "needs whole clips; leave it out, or set sample.stream=false")
+        self.require("keep", not (self.vbench and self.keep), "sample.vbench needs every video; leave one of them out")
+
+
+EVALUATIONS = ("test_set", "video", "classify", "quality")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate(Settings):
+    """What is measured: likelihood and adherence on the test split, one video, captions chosen by likelihood, or
+    folders of any system's videos."""
+
+    task: str = setting("test_set", "what is measured", one_of(*EVALUATIONS))
+    clips: int = setting(1_000, "test clips whose likelihood is measured, or whose caption is chosen by it (classify)",
+                         POSITIVE)
+    batch_size: int = setting(64, "clips at once", POSITIVE)
+    prompts: int = setting(500, "test prompts whose samples are read (test_set)", POSITIVE)
+    video: str = setting("", "a video file: its exact likelihood given `caption`, and its way to z and back (video)")
+    caption: str = setting("", "caption of that video")
+    other: str = setting("", "another video file: interpolation in z from `video` to it")
+    other_caption: str = setting("", "caption of that other video; empty: the same one")
+    steps: int = setting(7, "videos of an interpolation, both ends included",
+                         Allowed("2 or more: both ends are included", lambda value: value >= 2))
+    draws: int = setting(8, "draws of the training noise over which a video's likelihood is averaged", POSITIVE)
+    every_caption: bool = setting(False, "score all captions, not only those that the search visits (classify)")
+    folder: str = setting("", "comma-separated folders of videos of any system (quality)")
+    reference: str = setting("", "a folder of real videos; without `folder`: how well the codec reconstructs them "
+                             "(quality)")
+    vbench: str = setting("", 'VBench\'s prompt list, a file or "installed", that names the videos (quality)')
+    frames: int = setting(16, "first frames of each video that Frechet video distance compares",
+                          Allowed("9 or more: fewer vanish in I3D's strides", lambda value: value >= 9))
+    fps: int = setting(0, "frame rate at which folders are compared; 0: their own", at_least(0, "the videos' own"))
+
+    def check(self) -> None:
+        for task, fields in {"video": ("video", "caption", "other", "other_caption"), "classify": ("every_caption",),
+                             "quality": ("folder", "reference", "vbench")}.items():
+            for field in fields:
+                self.require(field, self.task == task or not getattr(self, field),
+                             f"belongs to evaluate.task={task}; set that too")
+        if self.task == "video":
+            self.require("video", bool(self.video), "must name the video file that evaluate.task=video measures")
+            self.require("caption", bool(self.caption.strip()),
+                         "evaluate.video needs a caption, such as 'a red seven moves left'")
+        self.require("other_caption", bool(self.other) or not self.other_caption,
+                     "belongs to evaluate.other; give that too")
+        if self.task == "quality":
+            self.require("folder", bool(self.folder or self.reference),
+                         "must name folders of videos, or evaluate.reference a folder for the codec to reconstruct")
+        self.require("vbench", bool(self.folder) or not self.vbench, "belongs to evaluate.folder; give that too")
+

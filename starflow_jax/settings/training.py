@@ -1,0 +1,76 @@
+"""Training, plans of it, and benchmarks."""
+
+import dataclasses
+
+from starflow_jax.settings.fields import POSITIVE, Allowed, Settings, at_least, names, one_of, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Settings):
+    """The training loop."""
+
+    steps: int = setting(100_000, "optimizer steps", POSITIVE)
+    batch_size: int = setting(192, "clips per step", POSITIVE)
+    image_batch_size: int = setting(0, "images per step; 0: as many as a batch of clips has frames",
+                                    at_least(0, "as many as frames"))
+    accumulate: int = setting(1, "microbatches per step", POSITIVE)
+    learning_rate: float = setting(5e-5, "after warm-up", POSITIVE)
+    final_learning_rate: float = setting(1e-6, "at the end of the cosine decay", POSITIVE)
+    warmup_steps: int = setting(1_000, "steps of linear warm-up; a run of fewer steps is all warm-up",
+                                at_least(0, "none"))
+    weight_decay: float = setting(1e-4, "of AdamW", at_least(0))
+    clip: float = setting(1.0, "largest gradient norm; a larger one is scaled down", POSITIVE)
+    outlier_factor: float = setting(8.0, "a step whose gradient norm is this many times its running mean is skipped",
+                                    Allowed("greater than 1", lambda value: value > 1))
+    skip_over_clip: bool = setting(False, "a step whose gradient norm is over `clip` is skipped, too")
+    denoiser_learning_rate: float = setting(1e-4, "of the denoiser's own optimizer", POSITIVE)
+    denoiser_beta2: float = setting(0.95, "decay of the squared gradients in it",
+                                    Allowed("at least 0 and below 1", lambda value: 0 <= value < 1))
+    ema: float = setting(0.9999, "decay of the averaged parameters",
+                         Allowed("at least 0 and below 1", lambda value: 0 <= value < 1))
+    seed: int = setting(0, "of parameters, data order and noise")
+    init_from: str = setting("", "a workdir, or one of its checkpoints, whose model training starts from; empty: "
+                             "random parameters")
+    log_every: int = setting(20, "steps between lines of metrics", POSITIVE)
+    checkpoint_every: int = setting(500, "steps between checkpoints", POSITIVE)
+    evaluate_every: int = setting(1_000, "steps between validations", POSITIVE)
+    keep_checkpoints: int = setting(3, "newest checkpoints to keep, besides the best", POSITIVE)
+    validation_clips: int = setting(128, "clips whose likelihood each validation measures", POSITIVE)
+    adherence_prompts: int = setting(0, "validation captions whose samples are read at each validation; 0: none",
+                                     at_least(0, "none"))
+    sheet_clips: int = setting(8, "samples drawn at each validation; 0: none", at_least(0, "none"))
+
+    def check(self) -> None:
+        for field in ("batch_size", "image_batch_size"):
+            self.require(field, getattr(self, field) % self.accumulate == 0,
+                         f"must be a multiple of accumulate={self.accumulate}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Settings):
+    """What --mode=plan compiles, and for which pod."""
+
+    topology: str = setting("v5p:4x4x4", "kind and shape of the pod; kinds are v4, v5e, v5p, v6e and tpu7x")
+    step: str = setting("train", "a training step; all programs that make videos of the training length; or the Wan "
+                        "VAE's on one chip", one_of("train", "sample", "codec"))
+    videos: int = setting(1, "videos sampled, or coded, together", POSITIVE)
+    updates: int = setting(8, "updates of the solver per block of tokens, assumed in the bound on sampling",
+                           POSITIVE)
+    search: bool = setting(False, "try meshes and rematerialisations, and rank what fits")
+
+
+BENCHMARKS = ("start", "data", "attention", "decoding", "training")
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark(Settings):
+    """What --mode=benchmark times."""
+
+    parts: str = setting(",".join(BENCHMARKS), "what to time",
+                         Allowed(f"comma-separated parts of {', '.join(BENCHMARKS)}",
+                                 lambda value: set(names(value)) <= set(BENCHMARKS)))
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        return names(self.parts)
+
