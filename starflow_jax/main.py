@@ -53,8 +53,8 @@ def join(distributed: str) -> None:
     try:
         jax.distributed.initialize(**given)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"--distributed={distributed}: the processes did not meet ({str(error).splitlines()[0]}); "
-                        "start all of them with the same HOST:PORT and COUNT") from error
+        raise UserError(f"--distributed={distributed}: can't connect to the other processes "
+                        f"({str(error).splitlines()[0]}); start all of them with the same HOST:PORT and COUNT") from error
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -7,11 +7,11 @@ from starflow_jax.settings.fields import UserError
 
 PREFIX = "hub:"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.pth", "*.pt", "*.distcp", ".metadata")
-BESIDE = ("*.json", "*.yaml", "spiece.model", "README.md", "LICEN[SC]E*", "NOTICE*")  # small, and told of the weights
+BESIDE = ("*.json", "*.yaml", "spiece.model", "README.md", "LICEN[SC]E*", "NOTICE*")  # small files about the weights
 
 
 def on_disk(name: str, setting: str) -> str:
-    """A path as it is; of a name on the hub the file or folder in the hub's own cache, downloaded if it is not there.
+    """A path as it is; for a name on the hub, the file or folder in the hub's own cache, downloaded if it is not there.
 
     Raises UserError where huggingface_hub is not installed, and for what the hub does not have.
     """
@@ -29,21 +29,21 @@ def on_disk(name: str, setting: str) -> str:
     try:
         folder = Path(huggingface_hub.snapshot_download(
             repository, revision=revision, allow_patterns=[file or "", *(() if file else WEIGHTS), *BESIDE]))
-    except (OSError, ValueError) as error:  # what its own errors are, all of them
+    except (OSError, ValueError) as error:  # the base classes of all its own errors
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{setting}={name!r}: can't be had from the hub ({reason})") from error
+        raise UserError(f"{setting}={name!r}: can't be downloaded from the hub ({reason})") from error
     return str(_file_in(folder, file, f"{setting}={name!r}"))
 
 
-def _file_in(folder: Path, file: str | None, told: str) -> Path:
+def _file_in(folder: Path, file: str | None, asked: str) -> Path:
     """The file that is named; else the folder or, where the only weights in it are one PyTorch file, that."""
     if file:
         if not (folder / file).exists():
-            raise UserError(f"{told}: the hub has no such file there")
+            raise UserError(f"{asked}: the hub has no such file there")
         return folder / file
     files = sorted(path for kind in ("*.pth", "*.pt") for path in folder.glob(kind))
     if any(folder.glob("*.safetensors")) or (folder / ".metadata").exists() or not files:
         return folder
     if len(files) > 1:
-        raise UserError(f"{told}: holds {', '.join(path.name for path in files)}; name one of them after a colon")
+        raise UserError(f"{asked}: holds {', '.join(path.name for path in files)}; name one of them after a colon")
     return files[0]

@@ -57,7 +57,7 @@ def _load_vae(config: Config) -> LatentCodec:
 
 
 def sizes_of_codec(config: Config, tensors: Mapping[str, Any], source: Path) -> dict[str, int]:
-    """The settings of `codec` that a VAE's tensors, or the config.json beside them, say; {} where they don't."""
+    """The settings of `codec` that a VAE's tensors, or the config.json beside them, state; {} where they don't."""
     if config.codec.kind == "wan":
         return wan_weights.widths_of(tensors)
     said = kl_vae.read_settings(source) if config.codec.kind == "kl" else {}
@@ -66,7 +66,7 @@ def sizes_of_codec(config: Config, tensors: Mapping[str, Any], source: Path) -> 
 
 def released_codec(config: Config, tensors: Mapping[str, Any], source: Path, statistics: str) -> dict[str, Any]:
     """The tensors of a published VAE, checked, with its channel statistics: those of the JSON file `statistics`, or
-    found beside it. Raises UserError for another VAE, and for statistics that are none, or nowhere."""
+    found beside it. Raises UserError for another VAE, and for statistics that are missing or can't be read."""
     settings, channels = config.codec, config.model.channels
     if settings.kind == "kl":
         said = kl_vae.read_settings(source)

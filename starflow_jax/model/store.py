@@ -52,7 +52,7 @@ def settings_of(workdir: Path) -> Config:
 
 
 def _placed(config: Config, system: Path) -> Config:
-    """The settings with files that lie in the workdir itself named from here, so that a workdir may be moved."""
+    """The settings with files inside the workdir named by their present paths, so that a workdir may be moved."""
     for section in ("text", "codec"):
         weights = getattr(config, section).weights
         if weights and (system / weights).exists():
@@ -60,14 +60,14 @@ def _placed(config: Config, system: Path) -> Config:
     return config
 
 
-# Settings of a model's sections that may differ from run to run.
+# Settings of a model's sections that may differ between runs.
 FREE = {"model": ("dtype", "remat", "sequence_parallel", "unroll_layers"), "text": ("weights",),
         "codec": ("weights", "dtype", "tile", "tile_overlap")}
 
 
 def own_settings(config: Config, workdir: Path) -> tuple[Config, str]:
-    """The settings with those of a workdir's model in place of what contradicts them, and a line that says so; "" where
-    nothing does, or where the workdir holds none. Files that the configuration does not name are the model's."""
+    """The settings with those of a workdir's model in place of what contradicts them, and a line that says so, "" where
+    nothing does or the workdir holds no model. Files that the configuration does not name are the model's."""
     if not (workdir / "system" / SETTINGS).exists():
         return config, ""
     own, passed_over = settings_of(workdir), []
@@ -78,7 +78,7 @@ def own_settings(config: Config, workdir: Path) -> tuple[Config, str]:
         passed_over += [f"{section}.{name}={value} (not {getattr(asked, name)})" for name, value in values.items()
                         if value != getattr(asked, name) and name != "weights"]
         config = changed(config, section, values)
-    line = f"{workdir} holds a model with settings of its own, which count: {', '.join(passed_over)}"
+    line = f"{workdir} holds a model with settings of its own, which are used: {', '.join(passed_over)}"
     return config, line if passed_over else ""
 
 

@@ -18,7 +18,7 @@ MODES: dict[str, tuple[str, tuple[str, ...]]] = {
     "benchmark": ("time this machine", ("benchmark",)),
     "package": ("put the workdir's model into the package", ("sample",)),
 }
-OF_A_MODEL = ("sample", "evaluate", "calibrate", "package")  # of the workdir's, which knows its own settings
+OF_A_MODEL = ("sample", "evaluate", "calibrate", "package")  # use the workdir's model, with its own settings
 
 
 def run(mode: str, config: Config, workdir: str | Path) -> None:

@@ -53,7 +53,7 @@ class Draws(flax.struct.PyTreeNode):
 
 
 def draw(system: System, seeds: Sequence[int], total: int, given: int = 0) -> Draws:
-    """Every number of videos of `total` latent frames comes of their seeds."""
+    """The random numbers of videos of `total` latent frames, `given` of which are given, all from their seeds."""
     model, grid = system.config.model, (system.config.model.height, system.config.model.width)
 
     def latents(seeds: Sequence[int], frames: int) -> jax.Array:
@@ -75,7 +75,7 @@ def make_conditions(
     known_BTHWC: np.ndarray | None = None,
     draws: Draws | None = None,
 ) -> Conditions:
-    """Captions, seeds and given frames, (B, T, H, W, 3) uint8, as the flow takes them. draws: instead of the seeds'.
+    """Captions, seeds and given frames, (B, T, H, W, 3) uint8, as the flow takes them. draws: in place of the seeds'.
 
     Raises UserError for a length that can't be, and where the given frames fill it or their prompt is changed.
     """
@@ -172,14 +172,14 @@ def _noise(seeds_B: jax.Array, shape_NSK: tuple[int, int, int]) -> jax.Array:
 
 
 def given_latents(system: System, frames_BTHWC: np.ndarray, draws: Draws) -> jax.Array:
-    """(B, N, h, w, C): given frames encoded."""
+    """(B, N, h, w, C): latents of given frames, uint8; as released, drawn from the codec's posterior."""
     if draws.posterior is None:
         return system.encode(frames_BTHWC)
     return encode_drawn(system.codec, frames_BTHWC, draws.posterior, system.config.codec.later_frames_scale)
 
 
 def noised_given(system: System, frames_BTHWC: np.ndarray, draws: Draws) -> jax.Array:
-    """Given frames as the flow knows them: encoded, with the training noise added."""
+    """(B, N, h, w, C): given frames as the flow sees them: encoded, with the training noise added."""
     assert draws.given is not None
     return _with_noise(given_latents(system, frames_BTHWC, draws), draws.given, system.config.model.noise_std)
 

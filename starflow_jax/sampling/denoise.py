@@ -26,8 +26,8 @@ def denoise(system: System, params: Params, noisy: jax.Array, text: Text, how: s
 def window_input(
     system: System, noisy: jax.Array, clean: jax.Array, start: int, stop: int, begin: int
 ) -> jax.Array:
-    """What a window's denoiser is given: noisy frames, as in training; as released, those before `begin` are already
-    denoised ones."""
+    """What the denoiser is given for a window: noisy frames, as in training; as released, those before `begin` are
+    already denoised."""
     if not system.as_released:
         return noisy[:, start:stop]
     return jnp.concatenate([clean[:, start:begin], noisy[:, begin:stop]], axis=1)
@@ -45,7 +45,7 @@ def denoise_window(
 
 @partial(jax.jit, static_argnums=0)
 def _denoiser_step(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
-    """x~ - 0.3 s(x~), or another step where the loss was weighted otherwise."""
+    """x~ - 0.3 s(x~), or another step where the loss was weighted differently."""
     score = apply_flow(flow, flow_variables(params), STARFlow.score, noisy, text)
     return noisy - flow.config.denoising_step * score
 

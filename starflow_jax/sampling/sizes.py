@@ -1,4 +1,4 @@
-"""The size of the frames that are asked for."""
+"""Frames of another size than in training."""
 
 import dataclasses
 
@@ -9,8 +9,8 @@ from starflow_jax.text.prompt import frame_size
 
 
 def at_asked_size(config: Config) -> Config:
-    """The configuration with model.height and model.width those of sample.side and sample.aspect_ratio; as trained
-    without a side. Positions keep their extent.
+    """The configuration with model.height and model.width set by sample.side and sample.aspect_ratio; without a side
+    they are as trained. Positions keep their extent.
 
     Raises UserError where the size is too small, or does not divide into tokens.
     """
@@ -25,6 +25,6 @@ def at_asked_size(config: Config) -> Config:
 
 
 def resized(system: System, config: Config) -> System:
-    """The system with the settings of `at_asked_size`. What was calibrated holds for the size of training alone."""
+    """The system with the settings of `at_asked_size`. Its calibration holds only for the training size."""
     same = (config.model.height, config.model.width) == (system.config.model.height, system.config.model.width)
     return dataclasses.replace(system, config=config, calibration=system.calibration if same else Calibration())

@@ -87,6 +87,7 @@ class _Finisher:
         self._noisy = jax.device_put(noisy, device)
         self._clean = self._noisy[:, :0]
         self._windows = denoising_windows(system.config, shape[1])
+        self._latency = latency(system, settings)
 
     def __call__(self, u_BGSK: jax.Array) -> list[jax.Array]:
         """Take the next frames of u; returns the pixels that they complete."""
@@ -96,7 +97,7 @@ class _Finisher:
         self._noisy = _place(self._noisy, noisy, self._ready)
         self._ready += u_BGSK.shape[1]
         total = self._noisy.shape[1]
-        done = total if self._ready == total else self._ready - latency(self._system, self._settings)
+        done = total if self._ready == total else self._ready - self._latency
         out = []
         while self._emitted < done:
             out.append(self._pixels(self._emitted))

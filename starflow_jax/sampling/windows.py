@@ -40,8 +40,8 @@ def windowed(
 
 
 def denoising_windows(config: Config, total: int) -> list[tuple[int, int, int, int]]:
-    """The windows of `output_windows` that a clip is denoised in. As released, they overlap by the denoiser's window,
-    and all that follows the overlap is taken."""
+    """The windows, as `output_windows` gives them, in which a clip is denoised. As released, they overlap by the
+    denoiser's window, and all frames after the overlap are taken."""
     if not config.sample.as_released:
         return output_windows(config, total, config.model.denoiser_lookahead)
     size = config.model.frames

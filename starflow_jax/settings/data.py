@@ -52,10 +52,10 @@ class Convert(Settings):
     prefix: str = setting("", 'prefix of the names of the flow\'s tensors in the source, such as "model."')
     dtype: str = setting("stored", "dtype of what is written; stored: the source's",
                          one_of("stored", "float32", "bfloat16"))
-    codec: str = setting("", "the VAE's .pth or safetensors, to be written to codec.weights; empty: that is there")
+    codec: str = setting("", "the VAE's .pth or safetensors, to be written to codec.weights; empty: that file as it is")
     statistics: str = setting("", "a JSON file with its latents' channel means and deviations; empty: one beside it, "
                               "or codec.latent_mean and codec.latent_std")
-    copy: bool = setting(False, "copy the text encoder's folder into the workdir; else its place is kept")
+    copy: bool = setting(False, "copy the text encoder's folder into the workdir; else its path is stored")
 
 
 _SHARE = Allowed("0 or more and below 1", lambda value: 0 <= value < 1)

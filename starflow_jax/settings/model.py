@@ -51,8 +51,8 @@ class Model(Settings):
     denoiser_window: int = setting(10, "latent frames that a frame attends to, its own included", POSITIVE)
     denoiser_lookahead: int = setting(1, "latent frames that it attends to after its own", at_least(0))
     noise_std: float = setting(0.5, "standard deviation of the noise that training adds to the latents", POSITIVE)
-    reference_noise: float = setting(0.3, "the loss is weighted noise_std / this, and the denoiser's output is taken "
-                                     "times this; 0: noise_std, which is no weight", at_least(0, "noise_std"))
+    reference_noise: float = setting(0.3, "the loss is weighted by noise_std / this, and the denoiser's output is "
+                                     "multiplied by this; 0: noise_std, which is no weight", at_least(0, "noise_std"))
     dtype: str = setting("float32", "dtype in which the layers compute", DTYPES)
     remat: str = setting("none", "what is kept for the backward pass: everything, a layer's input, that and the output "
                          "of its attention, or the same in the host's memory", one_of(*REMAT))
@@ -70,7 +70,7 @@ class Model(Settings):
 
     @property
     def denoising_step(self) -> float:
-        """What the denoiser's output is multiplied by; the loss whose gradient it learns is weighted noise_std / it."""
+        """What the denoiser's output is multiplied by; the loss that it learns from is weighted by noise_std / this."""
         return self.reference_noise or self.noise_std
 
     @property
@@ -86,7 +86,7 @@ class Model(Settings):
         return self.height * self.width // self.patch_size**2
 
 
-METADATA = ("noise_level", "fps", "aspect_ratio")  # what a prompt may state beside its caption
+METADATA = ("noise_level", "fps", "aspect_ratio")  # what a prompt may state besides its caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Text(Settings):
     d_kv: int = setting(32, "channels of an attention head", POSITIVE)
     d_ff: int = setting(256, "channels of the feed-forward layers", POSITIVE)
     heads: int = setting(4, "attention heads", POSITIVE)
-    metadata: str = setting("fps,aspect_ratio", "what the prompt states beside the caption, comma-separated; empty: "
-                            "nothing", Allowed(f"of {', '.join(METADATA)}, comma-separated",
+    metadata: str = setting("fps,aspect_ratio", "what the prompt states besides the caption, comma-separated; empty: "
+                            "nothing", Allowed(f"comma-separated parts of {', '.join(METADATA)}",
                                                lambda value: not value or set(names(value)) <= set(METADATA)))
     fps: int = setting(8, "frame rate of training, which the prompt states", at_least(0, "an image model"))
     aspect_ratio: str = setting("1:1", "aspect ratio of training, which the prompt states")

@@ -22,9 +22,9 @@ class Train(Settings):
     clip: float = setting(1.0, "largest gradient norm; a larger one is scaled down", POSITIVE)
     outlier_factor: float = setting(8.0, "a step whose gradient norm is this many times its running mean is skipped",
                                     Allowed("greater than 1", lambda value: value > 1))
-    skip_over_clip: bool = setting(False, "a step whose gradient norm is over `clip` is skipped, too")
+    skip_over_clip: bool = setting(False, "also skip a step whose gradient norm is over `clip`")
     denoiser_learning_rate: float = setting(1e-4, "of the denoiser's own optimizer", POSITIVE)
-    denoiser_beta2: float = setting(0.95, "decay of the squared gradients in it",
+    denoiser_beta2: float = setting(0.95, "decay of the squared gradients in that optimizer",
                                     Allowed("at least 0 and below 1", lambda value: 0 <= value < 1))
     ema: float = setting(0.9999, "decay of the averaged parameters",
                          Allowed("at least 0 and below 1", lambda value: 0 <= value < 1))

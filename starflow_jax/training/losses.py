@@ -16,7 +16,7 @@ from starflow_jax.model.text import encode_text, text_encoder
 
 
 def weighted_loss(loss: jax.Array, noise_std: float, reference: float = REFERENCE_NOISE) -> jax.Array:
-    """sigma / 0.3 times the loss, as where the noise level stands in the prompt."""
+    """sigma / 0.3 times the loss, the weight where the prompt states the noise level."""
     return loss * (noise_std / reference)
 
 

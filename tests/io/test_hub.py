@@ -43,7 +43,7 @@ def test_a_folder(asked: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name, words", [
-    ("hub:someone", "must be hub:OWNER/NAME"), ("hub:someone/none", "can't be had from the hub"),
+    ("hub:someone", "must be hub:OWNER/NAME"), ("hub:someone/none", "can't be downloaded from the hub"),
     ("hub:someone/two", "holds a.pth, b.pth; name one of them after a colon"),
     ("hub:someone/flow:none.pth", "the hub has no such file there"),
 ])

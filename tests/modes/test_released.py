@@ -61,7 +61,7 @@ def test_the_models_settings_win_in_one_line(workdir: Path, capsys: pytest.Captu
          "--config.model.dtype=float32", "--config.sample.frames=1", "--config.sample.side=32",
          f"--config.sample.output={workdir / 'other'}"], capsys)
     line = said.splitlines()[0]
-    assert code == 0 and line.startswith(f"{workdir} holds a model with settings of its own, which count: ")
+    assert code == 0 and line.startswith(f"{workdir} holds a model with settings of its own, which are used: ")
     assert "model.denoiser=every_layer (not first_layer)" in line and "dtype" not in line and "weights" not in line
     assert (workdir / "other" / "a_corgi_seed0.mp4").exists()
 
