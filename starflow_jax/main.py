@@ -54,7 +54,7 @@ def join(distributed: str) -> None:
         jax.distributed.initialize(**given)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--distributed={distributed}: can't connect to the other processes "
-                        f"({str(error).splitlines()[0]}); start all of them with the same HOST:PORT and COUNT") from error
+                        f"({str(error).splitlines()[0]}); start all with the same HOST:PORT and COUNT") from error
 
 
 def parse_flags(argv: list[str]) -> list[str]:
