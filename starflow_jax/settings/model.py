@@ -1,4 +1,4 @@
-"""The model: flow and denoiser, text encoder, codec, and the mesh that they lie on."""
+"""The model: flow and denoiser, text encoder, codec, and the mesh that they are sharded over."""
 
 import dataclasses
 import math

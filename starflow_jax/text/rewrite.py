@@ -25,7 +25,7 @@ def rewriter(hook: str) -> Callable[[str], str]:
     def checked(prompt: str) -> str:
         longer = rewrite(prompt)
         if not isinstance(longer, str) or not longer.split():
-            raise UserError(f"sample.rewrite={hook!r}: gave {longer!r} for the prompt {prompt!r}; it has to give text")
+            raise UserError(f"sample.rewrite={hook!r}: gave {longer!r} for the prompt {prompt!r}; it must give text")
         return " ".join(longer.split())
 
     return checked

@@ -36,7 +36,7 @@ def test_a_function_and_a_command_give_one_line() -> None:
     ("no_such_command --long", "can't be run"),
     ('unclosed "quote', "can't be read as a command"),
     (f'{PYTHON} "import sys; sys.exit(\'out of memory\')"', r"ended with code 1 .*\(out of memory\)"),
-    (f'{PYTHON} "print()"', "has to give text"),
+    (f'{PYTHON} "print()"', "must give text"),
 ])
 def test_failures_are_one_line(hook: str, told: str) -> None:
     with pytest.raises(UserError, match=told) as error:
