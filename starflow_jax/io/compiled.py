@@ -1,6 +1,8 @@
 """Compiled programs, kept on disk for the next process that needs the same ones."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -9,6 +11,17 @@ import jax
 def cache_folder() -> Path:
     """The folder of this user's caches."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "starflow_jax"
+
+
+@contextlib.contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Without JAX's cache on disk: a program for devices that are not here can be written there, but not be read."""
+    kept = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
 
 
 def keep_compiled_programs() -> None:

@@ -13,6 +13,7 @@ import jax
 
 from starflow_jax import sharding
 from starflow_jax.config import Config
+from starflow_jax.io.compiled import nothing_kept
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.planning import program_cost, roofline
 from starflow_jax.planning.programs import Program, abstract_params_of, compile_step
@@ -113,7 +114,7 @@ def plan_of(config: Config, devices: list[Any]) -> StepPlan:
     flops = None if codec else roofline.model_flops(model, videos, training=train, branches=branches)
     began, cost = time.perf_counter(), None
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), nothing_kept():
             programs = compile_step(config, mesh)
     except jax.errors.JaxRuntimeError as error:
         needed = bytes_needed(str(error))

@@ -11,6 +11,8 @@ from starflow_jax.config import UserError
 def topology(name: str) -> list[Any]:
     """Devices to compile for, of a name such as v5p:4x4x4. Raises UserError where libtpu is missing or declines."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Compiling takes no chip, so that several processes may do it at once.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     kind, _, shape = name.partition(":")
