@@ -43,10 +43,10 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "moved"
 
 
-def test_it_samples_with_nothing_but_a_prompt(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_samples_with_nothing_but_a_prompt(workdir: Path) -> None:
     code, said, complained = run_here(
         ["--mode=sample", f"--workdir={workdir}", "--config.sample.prompt=a corgi", "--config.sample.frames=5",
-         "--config.sample.aspect_ratio=9:16"], capsys)
+         "--config.sample.aspect_ratio=9:16"])
     assert code == 0, complained
     assert "warning" not in said and "of its own" not in said
     frames, rate = read_video(workdir / "samples" / "a_corgi_seed0.mp4")
@@ -55,11 +55,11 @@ def test_it_samples_with_nothing_but_a_prompt(workdir: Path, capsys: pytest.Capt
     assert told["settings"]["guidance"] == 3.5 and told["settings"]["solver"]["first_block_size"] == 32
 
 
-def test_the_models_settings_win_in_one_line(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_models_settings_win_in_one_line(workdir: Path) -> None:
     code, said, _ = run_here(
         ["--config=configs/t2v.py:7b", "--mode=sample", f"--workdir={workdir}", "--config.sample.prompt=a corgi",
          "--config.model.dtype=float32", "--config.sample.frames=1", "--config.sample.side=32",
-         f"--config.sample.output={workdir / 'other'}"], capsys)
+         f"--config.sample.output={workdir / 'other'}"])
     line = said.splitlines()[0]
     assert code == 0 and line.startswith(f"{workdir} holds a model with settings of its own, which are used: ")
     assert "model.denoiser=every_layer (not first_layer)" in line and "dtype" not in line and "weights" not in line
@@ -105,7 +105,7 @@ def test_what_is_known_is_said_where_no_licence_is_found(tmp_path: Path, capsys:
     np.testing.assert_allclose(load_file(tmp_path / "vae.safetensors")["std"][:2], [0.4765, 1.0364])
 
 
-def test_the_image_model_samples_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_image_model_samples_pictures(tmp_path: Path) -> None:
     """configs/t2i.py:released, narrow: random weights under the published names of the flow and of its VAE."""
     whole = load_recipe("configs/t2i.py:released", sample={"side": 32}, model=dict(
         height=4, width=4, shallow_layers=(1, 1), shallow_width=64, deep_layers=1, deep_width=64, text_length=8,
@@ -125,7 +125,7 @@ def test_the_image_model_samples_pictures(tmp_path: Path, capsys: pytest.Capture
     assert picture.frames.shape == (1, 32, 32, 3) and picture.frames.std() > 1
     assert not np.array_equal(picture.frames, model.generate("a train").frames)
     code, said, complained = run_here(["--mode=sample", f"--workdir={tmp_path / 'work'}",
-                                       "--config.sample.prompt=a boat"], capsys)
+                                       "--config.sample.prompt=a boat"])
     assert code == 0, complained
     assert (tmp_path / "work" / "samples" / "a_boat_seed0.png").exists()
 
