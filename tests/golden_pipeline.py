@@ -55,7 +55,7 @@ def check_pipeline(folder: Path, case: dict, compare: Compare, workdir: Path) ->
     check_text(case, system, params, settings, compare)
 
     known_BTHWC = None if known is None else known[None]
-    draws = Draws(_frames_last(tensors["in/noise"]), *(
+    draws = Draws(system.flow.tokens(_frames_last(tensors["in/noise"])), *(
         None if known is None else _frames_last(tensors[f"in/{name}"][:, None])
         for name in ("image_noise", "image_posterior_noise")))
     given = make_conditions(system, params, [case["caption"]], [0], settings, known_BTHWC, draws)

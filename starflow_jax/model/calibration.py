@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from starflow_jax.config import Solver
+from starflow_jax.config import Solver, UserError
 from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess
 from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.io.files import write_text
@@ -36,16 +36,20 @@ def save_calibration(calibration: Calibration, folder: Path) -> None:
 
 
 def read_calibration(folder: Path) -> Calibration:
-    """What `save_calibration` wrote; Calibration() where there is nothing."""
+    """What `save_calibration` wrote; Calibration() where there is nothing. Raises UserError for a damaged file."""
     if not (folder / SOLVER).exists():
         return Calibration()
-    found = json.loads((folder / SOLVER).read_text())
-    if "kind" not in found:  # a file that names a wavefront by its updates alone
-        found["kind"] = "wavefront" if found.get("updates") else "jacobi"
-        found["updates"] = found.get("updates") or Solver.updates
-    noise = folder / NOISE_GUESS
-    return Calibration(Solver(**found), FirstGuess(**import_arrays(folder / FIRST_GUESS)),
-                       NoiseGuess(**import_arrays(noise)) if noise.exists() else None)
+    try:
+        found = json.loads((folder / SOLVER).read_text())
+        if "kind" not in found:  # a file that names a wavefront by its updates alone
+            found["kind"] = "wavefront" if found.get("updates") else "jacobi"
+            found["updates"] = found.get("updates") or Solver.updates
+        solver, noise = Solver(**found), folder / NOISE_GUESS
+        return Calibration(solver, FirstGuess(**import_arrays(folder / FIRST_GUESS)),
+                           NoiseGuess(**import_arrays(noise)) if noise.exists() else None)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / SOLVER}: can't be read as a calibration ({error}); make it anew with "
+                        "--mode=calibrate, or delete it") from error
 
 
 def remove_calibration(folder: Path) -> None:

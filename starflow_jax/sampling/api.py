@@ -29,7 +29,7 @@ from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import Made, for_each, generate, most_likely
 from starflow_jax.sampling.conditions import noised
 from starflow_jax.sampling.files import file_rate, shown_scale
-from starflow_jax.sampling.generate import log_likelihood
+from starflow_jax.sampling.generate import Clips, log_likelihood
 from starflow_jax.sampling.given import fit_picture, fit_video, given_frames, read_given
 from starflow_jax.sampling.likelihood import frame_nats
 from starflow_jax.sampling.requests import Request, requests_for, rewritten, unknown_word_lines, with_length
@@ -165,15 +165,21 @@ class Model:
         if keep:
             made = [made[index] for index in most_likely(made, nats, keep)]
         videos = [Video(video.frames_THWC, file_rate(system.config), video.request.prompt, video.request.seed,
-                        functools.partial(_nats_of, system, self.params, video)) for video in made]
+                        functools.partial(_nats_of, system, self.params, _alone(video))) for video in made]
         return videos[0] if isinstance(prompt, str) and system.config.sample.count == 1 else videos
 
 
-def _nats_of(system: System, params: Params, made: Made) -> float:
+def _alone(made: Made) -> Clips:
+    """The one clip, so that a video does not keep the others of its batch."""
     clips, one = made.clips, slice(made.index, made.index + 1)
-    alone = dataclasses.replace(clips, noisy_BNhwC=clips.noisy_BNhwC[one],
-                                text={at: features_BSD[one] for at, features_BSD in clips.text.items()})
-    return float(log_likelihood(system, params, alone)[0])
+    if len(clips.frames_BTHWC) == 1:
+        return clips
+    return dataclasses.replace(clips, frames_BTHWC=clips.frames_BTHWC[one], noisy_BNhwC=clips.noisy_BNhwC[one].copy(),
+                               text={at: features_BSD[one] for at, features_BSD in clips.text.items()})
+
+
+def _nats_of(system: System, params: Params, clips: Clips) -> float:
+    return float(log_likelihood(system, params, clips)[0])
 
 
 def _frames(config: Config, video: "Video | str | Path | ArrayLike", keep: str, fps: int = 0) -> np.ndarray:

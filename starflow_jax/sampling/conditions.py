@@ -45,11 +45,11 @@ class Conditions(flax.struct.PyTreeNode):
 
 
 class Draws(flax.struct.PyTreeNode):
-    """The random numbers of a batch of videos, standard normal, in the shape of latents (B, frames, h, w, C)."""
+    """The random numbers of a batch of videos, standard normal."""
 
-    noise: jax.Array  # of all frames; that of given ones is not used
-    given: jax.Array | None = None  # what given frames are noised with
-    posterior: jax.Array | None = None  # and what their latents are drawn with, as released
+    noise_BNSK: jax.Array  # of all frames' tokens; that of given ones is not used
+    given_BThwC: jax.Array | None = None  # what given frames are noised with
+    posterior_BThwC: jax.Array | None = None  # and what their latents are drawn with, as released
 
 
 def draw(system: System, seeds: Sequence[int], total: int, given: int = 0) -> Draws:
@@ -60,8 +60,7 @@ def draw(system: System, seeds: Sequence[int], total: int, given: int = 0) -> Dr
         noise = noise_for(seeds, (frames, grid[0] * grid[1], model.channels))
         return noise.reshape(len(seeds), frames, *grid, model.channels)
 
-    noise = noise_for(seeds, (total, model.tokens_per_frame, model.token_channels))
-    return Draws(system.flow.latents(noise, system.token_grid[0]),
+    return Draws(noise_for(seeds, (total, model.tokens_per_frame, model.token_channels)),
                  latents([seed ^ GIVEN_NOISE for seed in seeds], given) if given else None,
                  latents([seed ^ POSTERIOR_NOISE for seed in seeds], given) if given and system.as_released else None)
 
@@ -94,7 +93,7 @@ def make_conditions(
         texts[frame - given] = guidance_texts(system, params, [prompt] * len(captions), settings, is_image=total == 1)
     if min(texts) < 0:
         raise UserError(f"sample.changes={settings.changes!r}: the prompt of given frames can't be changed")
-    noise = system.flow.tokens(draws.noise)[:, given:]
+    noise = draws.noise_BNSK[:, given:] if given else draws.noise_BNSK
     fitted = system.calibration
     guess = None if fitted.first_guess is None or given else _first_frame(fitted.first_guess, texts[0])
     start = None
@@ -173,15 +172,15 @@ def _noise(seeds_B: jax.Array, shape_NSK: tuple[int, int, int]) -> jax.Array:
 
 def given_latents(system: System, frames_BTHWC: np.ndarray, draws: Draws) -> jax.Array:
     """(B, N, h, w, C): latents of given frames, uint8; as released, drawn from the codec's posterior."""
-    if draws.posterior is None:
+    if draws.posterior_BThwC is None:
         return system.encode(frames_BTHWC)
-    return encode_drawn(system.codec, frames_BTHWC, draws.posterior, system.config.codec.later_frames_scale)
+    return encode_drawn(system.codec, frames_BTHWC, draws.posterior_BThwC, system.config.codec.later_frames_scale)
 
 
 def noised_given(system: System, frames_BTHWC: np.ndarray, draws: Draws) -> jax.Array:
     """(B, N, h, w, C): given frames as the flow sees them: encoded, with the training noise added."""
-    assert draws.given is not None
-    return _with_noise(given_latents(system, frames_BTHWC, draws), draws.given, system.config.model.noise_std)
+    assert draws.given_BThwC is not None
+    return _with_noise(given_latents(system, frames_BTHWC, draws), draws.given_BThwC, system.config.model.noise_std)
 
 
 def noised(system: System, frames_BTHWC: np.ndarray, seeds: Sequence[int]) -> jax.Array:

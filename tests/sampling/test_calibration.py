@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from starflow_jax.config import Sample, Solver
+from starflow_jax.config import Sample, Solver, UserError
 from starflow_jax.flow import decode
 from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess, fit_noise
 from starflow_jax.model.calibration import Calibration
@@ -81,6 +81,14 @@ def test_a_file_that_names_a_wavefront_by_its_updates_alone_is_read(system: Syst
         (tmp_path / "decoding.json").write_text(json.dumps(
             {"block_size": 36, "frames_per_step": 1, "updates": updates, "start": "previous"}))
         assert load_system(CONFIG, tmp_path).calibration.solver == solver
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"block_size": -5}', '{"tolerence": 1}'])
+def test_a_damaged_file_is_named(system: System, tmp_path: Path, text: str) -> None:
+    save_system(with_guess(system, 0.5), tmp_path)
+    (tmp_path / "decoding.json").write_text(text)
+    with pytest.raises(UserError, match="decoding.json|block_size=-5"):
+        load_system(CONFIG, tmp_path)
 
 
 def test_a_calibrated_wavefront_serves_whole_videos_within_a_tolerance(system: System, params) -> None:
