@@ -463,6 +463,6 @@ def test_preempted_machine_is_replaced_and_the_job_goes_on(tmp_path) -> None:
     assert result.returncode == 0, result.stderr
     assert (work / "steps").read_text() == "step\nstep\n"
     assert len((tools.folder / "created").read_text().splitlines()) == 2
-    assert "at step 1" in result.stdout and "at step 2" in result.stdout
+    assert "at step 2" in result.stdout  # the first machine may be gone before its step was shown
     assert "interruption 1 (flow is PREEMPTED" in result.stderr
     assert (tmp_path / "results/steps").exists()

@@ -59,6 +59,7 @@ def test_parameters_come_back_as_float32(tmp_path: Path) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow  # sampling/test_api.py reads one video
 def test_it_shows_what_the_prompt_asks_for(tmp_path: Path) -> None:
     config = dataclasses.replace(tiny(), sample=dataclasses.replace(tiny().sample, batch_size=16))
     system, params, _ = load_model(config, tmp_path)

@@ -98,6 +98,7 @@ def test_sigterm_saves_first(uninterrupted: Path, data: Path, tmp_path: Path) ->
     assert losses(tmp_path) == losses(uninterrupted)
 
 
+@pytest.mark.slow  # its sibling in training/test_optimizer.py is quick
 def test_a_short_run_is_all_warm_up(data: Path, tmp_path: Path) -> None:
     """As with --config.train.steps=3 alone: the recipe's warm-up of 50 steps follows."""
     said = succeeds(tmp_path, data, "--config.train.warmup_steps=50", "--config.train.steps=3")
