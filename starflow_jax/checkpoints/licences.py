@@ -8,9 +8,9 @@ from starflow_jax.io.files import write_text
 
 KEPT = "WEIGHTS_LICENSE.txt"  # in a workdir; beside a single file NAME.safetensors: NAME.WEIGHTS_LICENSE.txt
 NAMES = re.compile(r"(license|licence|notice|copying)", re.IGNORECASE)
-NONE_FOUND = ("no licence file lies beside these weights. Their publisher's licence holds all the same, also for what "
-              "is made of them: read it where they were published. Apple publishes STARFlow's weights under a model "
-              "licence of its own, which is not that of its code.")
+NONE_FOUND = ("no licence file was found beside these weights. Their publisher's licence applies all the same, also "
+              "to what is made of them: read it where they were published. Apple publishes STARFlow's weights under a "
+              "model licence of its own, which is not that of its code.")
 
 
 def find_licences(source: Path) -> dict[str, str]:

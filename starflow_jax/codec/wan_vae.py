@@ -37,7 +37,7 @@ class WanConfig:
 
     def __post_init__(self) -> None:
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
-            raise UserError(f"wan.temporal_downsample={self.temporal_downsample!r}: has to have one flag for each "
+            raise UserError(f"wan.temporal_downsample={self.temporal_downsample!r}: must have one flag for each "
                             f"stage of dim_mult={self.dim_mult} but the last")
         for field in ("dim", "dec_dim", "z_dim", "num_res_blocks", "patch_size"):
             if getattr(self, field) < 1:

@@ -80,7 +80,7 @@ KEYS: dict[str, Key] = {
     "use_qk_norm": _fixed(0, _NEVER),
     "use_post_norm": _fixed(0, _NEVER),
     "use_mm_attn": _fixed(0, _NEVER),
-    "noise_embed_denoiser": _fixed(0, "the denoiser is never told the noise"),
+    "noise_embed_denoiser": _fixed(0, "the denoiser is not conditioned on the noise level"),
     "num_heads": _fixed(None, "heads are the width / head_dim"),
     "num_kv_heads": _fixed(None, "as many as there are heads"),
     "use_pretrained_lm": _fixed(None, _NEVER),

@@ -10,7 +10,7 @@ import numpy as np
 
 from starflow_jax.config import Config, Sample, Solver, UserError, changed
 from starflow_jax.data.evaluation import evaluation_batches
-from starflow_jax.data.examples import ClipLength, TextInput
+from starflow_jax.data.examples import ClipLength, TextInput, parts_of
 from starflow_jax.flow import first_guess, inversion
 from starflow_jax.io.progress import ProgressBar
 from starflow_jax.io.timing import timed
@@ -21,6 +21,7 @@ from starflow_jax.sampling.batches import in_batches
 from starflow_jax.sampling.conditions import make_conditions, noise_for, shallow_tokens
 from starflow_jax.sampling.generate import deep_frames
 from starflow_jax.sampling.solver import chosen_solver, deep_solver
+from starflow_jax.sharding import fetch
 
 FITTED_CLIPS = 4_096
 PROMPTS = 8
@@ -46,18 +47,18 @@ def fit_guess(system: System, params: Params) -> first_guess.FirstGuess:
     """
     texts, frames = [], []
     text = TextInput(lambda caption, _, **metadata: system.prompt(caption, **metadata), system.text_ids)
-    batches = evaluation_batches(data_source(system.config, "train"), ClipLength(1), text, batch_size=64,
-                                 limit=FITTED_CLIPS)
-    with ProgressBar("first guess", FITTED_CLIPS // 64, unit="batch", compiles=True) as progress:
+    source = data_source(system.config, "train")
+    batches = evaluation_batches(source, ClipLength(1), text, batch_size=64, limit=FITTED_CLIPS)
+    clips = min(FITTED_CLIPS, sum(map(len, parts_of(source, "images"))))
+    with ProgressBar("first guess", clips, unit="clip", compiles=True) as progress:
         for index, batch in enumerate(batches):
             latents = system.latents_of(batch)
-            if latents.shape[2:4] != (system.config.model.height, system.config.model.width):
-                continue  # prepared data has other sizes, too
-            noise = jax.random.normal(jax.random.key(index), latents.shape)
-            noisy = latents + system.config.model.noise_std * noise
-            frames.append(np.asarray(shallow_tokens(system.flow, params, noisy))[:, 0])
-            texts.append(np.asarray(system.features(params, batch.text_B)))
-            progress.update()
+            if latents.shape[2:4] == (system.config.model.height, system.config.model.width):  # prepared: others, too
+                noise = jax.random.normal(jax.random.key(index), latents.shape)
+                noisy = latents + system.config.model.noise_std * noise
+                frames.append(np.asarray(shallow_tokens(system.flow, params, noisy))[:, 0])
+                texts.append(np.asarray(system.features(params, batch.text_B)))
+            progress.update(int(np.sum(fetch(batch.valid_B))))
     if not frames:
         raise UserError(f"calibration needs training clips of the size that is sampled, {system.config.model.height}x"
                         f"{system.config.model.width} latents; the prepared data holds none")

@@ -81,12 +81,12 @@ def make_conditions(
     total = latent_frames(system.config, settings)
     known, known_latents = None, None
     given = 0 if known_BTHWC is None else 1 + (known_BTHWC.shape[1] - 1) // system.config.codec.time_stride
+    if known_BTHWC is not None and given >= total:
+        raise UserError(f"sample.frames={settings.frames}: the {known_BTHWC.shape[1]} given frames fill it; "
+                        f"ask for {known_BTHWC.shape[1] + system.config.codec.time_stride} or more")
     draws = draws or draw(system, seeds, total, given)
     if known_BTHWC is not None:
         known_latents = noised_given(system, known_BTHWC, draws)
-        if given >= total:
-            raise UserError(f"sample.frames={settings.frames}: the {known_BTHWC.shape[1]} given frames fill it; "
-                            f"ask for {known_BTHWC.shape[1] + system.config.codec.time_stride} or more")
         known = shallow_tokens(system.flow, params, known_latents)
     texts = {0: guidance_texts(system, params, captions, settings, is_image=total == 1)}
     for frame, prompt in prompt_changes(system.config, settings).items():

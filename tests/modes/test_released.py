@@ -100,7 +100,7 @@ def test_what_is_known_is_said_where_no_licence_is_found(tmp_path: Path, capsys:
     config = load_recipe(f"configs/released.py:{CASE / 'starflow-v.yaml'}", convert=dict(
         codec=str(CASE / "Wan2.2_VAE.pth")), codec={"weights": str(tmp_path / "vae.safetensors")})
     modes.run("convert", config, tmp_path / "none")
-    assert "licence of the VAE: no licence file lies beside these weights" in capsys.readouterr().out
+    assert "licence of the VAE: no licence file was found beside these weights" in capsys.readouterr().out
     assert "read it where they were published" in (tmp_path / f"vae.{KEPT}").read_text()
     np.testing.assert_allclose(load_file(tmp_path / "vae.safetensors")["std"][:2], [0.4765, 1.0364])
 

@@ -24,7 +24,7 @@ import tqdm
 from absl import logging
 from PIL import Image
 
-from starflow_jax.config import UserError
+from starflow_jax.config import Data, UserError
 from starflow_jax.data.digits.captions import COLOURS, DIRECTIONS, caption
 
 SPLITS = ("train", "validation", "test")
@@ -46,12 +46,12 @@ class MovingDigitsConfig:
     frames: recorded frames per clip. seed: of everything drawn at random but the split of the scans.
     """
 
-    size: int = 24
-    digit_size: int = 15
+    size: int = Data.size
+    digit_size: int = Data.digit_size
     frames: int = 17
-    train_clips: int = 40_000
-    validation_clips: int = 500
-    test_clips: int = 1_000
+    train_clips: int = Data.train_clips
+    validation_clips: int = Data.validation_clips
+    test_clips: int = Data.test_clips
     seed: int = 0
 
     def __post_init__(self) -> None:
