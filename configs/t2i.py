@@ -22,7 +22,7 @@ def tiny() -> Config:
         train=dataclasses.replace(video.train, image_batch_size=0, batch_size=48))
 
 
-def recipe_3b() -> Config:
+def images_3b() -> Config:
     """Images alone: no denoiser, no frame rate; the video model takes it over by train.init_from."""
     video = at_resolution(paper("t2i_3b", deep_layers=24, deep_width=3072), 384)
     return dataclasses.replace(
@@ -36,5 +36,5 @@ def recipe_3b() -> Config:
 
 
 def get_config(variant: str = "tiny"):
-    variants = {"tiny": tiny, "3b": recipe_3b, "released": lambda: released_image("t2i_released")}
+    variants = {"tiny": tiny, "3b": images_3b, "released": lambda: released_image("t2i_released")}
     return to_config_dict(choose_variant("configs/t2i.py", variants, variant))

@@ -56,7 +56,7 @@ TINY_GPU_TRAIN = dict(
 
 
 def paper(name: str, deep_layers: int, deep_width: int) -> Config:
-    """The release's numbers, with what our recipe does otherwise (docs: released weights)."""
+    """The release's numbers, and where our config differs (docs: released weights)."""
     base = video_7b(name)
     return dataclasses.replace(
         base,

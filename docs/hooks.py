@@ -33,9 +33,9 @@ def on_page_content(content: str, page, config, files) -> str:
 def settings_page() -> str:
     """Markdown of every setting with its type, default and what is allowed."""
     lines = ["# Settings", "", "Every setting, as `--config.NAME=VALUE` on the command line; those of `sample` are the "
-             "keyword arguments of the Python API, too. A configuration (`configs/*.py`) overrides these defaults."]
+             "keyword arguments of the Python API, too. A config (`configs/*.py`) overrides these defaults."]
     for section, kind in [("", Config), *sections(Config)]:
-        lines += ["", f"## {section or 'the configuration'}", "", kind.__doc__.splitlines()[0], "",
+        lines += ["", f"## {section or 'Config'}", "", kind.__doc__.splitlines()[0], "",
                   "| setting | default | | allowed |", "| --- | --- | --- | --- |"]
         lines += [_row(one) for one in describe(Config) if one.name.rpartition(".")[0] == section]
     return "\n".join(lines)

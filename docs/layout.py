@@ -13,7 +13,7 @@ BANDS = {
     "what modes do": {"benchmarks": "timed runs", "planning": "a pod, before it is rented",
                       "training": "step, loop, optimizer", "evaluation": "likelihood, quality",
                       "sampling": "generate, stream"},
-    "one system": {"model": "codec + text + flow of a configuration", "checkpoints": "save, resume, release, grow",
+    "one system": {"model": "codec + text + flow of a config", "checkpoints": "save, resume, release, grow",
                    "data": "digits, raw videos, pipeline"},
     "mathematics": {"flow": "blocks, their inverse, the denoiser", "codec": "pixels to latents",
                     "text": "prompt, tokenizer, T5"},

@@ -7,7 +7,7 @@
 
 The modes of the command line run in this process too:
 
-    sf.run("train", sf.load_recipe("configs/t2v.py", train={"steps": 60}), "runs/short")
+    sf.run("train", sf.load_config("configs/t2v.py", train={"steps": 60}), "runs/short")
     sf.load("runs/short").generate("a red seven moves left")
 """
 
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from starflow_jax.config import Solver, UserError
-    from starflow_jax.io.command_line import load_recipe
+    from starflow_jax.io.command_line import load_config
     from starflow_jax.modes import run
     from starflow_jax.sampling.api import Model, Video, load
 
-__all__ = ["Model", "Solver", "UserError", "Video", "load", "load_recipe", "run"]
+__all__ = ["Model", "Solver", "UserError", "Video", "load", "load_config", "run"]
 
-_WHERE = {"Solver": "config", "UserError": "config", "load_recipe": "io.command_line", "run": "modes"}
+_WHERE = {"Solver": "config", "UserError": "config", "load_config": "io.command_line", "run": "modes"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,9 @@
 """Settings: frozen dataclasses, checked when they are made; an error names field, value and what is allowed.
 
-`Config` holds all of them. A recipe in configs/ builds one and hands it to `to_config_dict`, whose result
-ml_collections makes overridable from the command line; `from_config_dict` checks it again. Nothing else in
-the package sees a ConfigDict. Each field carries its description and its allowed values (settings/fields.py).
+`Config` holds all of them. A file in configs/ builds one, of the variant after the colon, and hands it to
+`to_config_dict`, whose result ml_collections makes overridable from the command line; `from_config_dict` checks it
+again. Nothing else in the package sees a ConfigDict. Each field carries its description and its allowed values
+(settings/fields.py).
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ class Config(Settings):
 
     path: ClassVar[str] = "config"
 
-    name: str = required("what the recipe is called; its workdir is runs/NAME by default")
+    name: str = required("what the config is called; the workdir is runs/NAME by default")
     model: Model = required("")
     text: Text = Text()
     codec: Codec = Codec()
@@ -67,7 +68,7 @@ def unknown_setting(name: str) -> UserError:
 
 
 def choose_variant(file: str, variants: Mapping[str, Callable[[], Config]], variant: str) -> Config:
-    """A variant of a recipe, by its name. Raises UserError, listing those there are, for another name."""
+    """A variant of a config, by its name. Raises UserError, listing those there are, for another name."""
     if variant in variants:
         return variants[variant]()
     if RENAMED_VARIANTS.get(variant) in variants:

@@ -17,7 +17,7 @@ from starflow_jax.io import command_line
 from starflow_jax.modes import MODES
 from starflow_jax.settings.help import entry, settings_text
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "File of settings and, after a colon, its variant.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "A config (configs/t2v.py) and, after a colon, its variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and results; default: runs/NAME.")
 DISTRIBUTED = flags.DEFINE_string(
     "distributed", "", "This is one of several processes of a run: true (TPU pods, Slurm and Kubernetes are detected), "
@@ -60,7 +60,7 @@ def join(distributed: str) -> None:
 def parse_flags(argv: list[str]) -> list[str]:
     """Read the command line, or print --help and exit. Raises UserError naming what is wrong with it."""
     asked = [argument for argument in argv[1:] if argument == "-h" or argument.startswith("--help")]
-    arguments = command_line.with_recipe([argument for argument in argv[1:] if argument not in asked])
+    arguments = command_line.with_config([argument for argument in argv[1:] if argument not in asked])
     command_line.check_names(arguments)
     try:
         rest = flags.FLAGS([argv[0], *arguments])
@@ -71,12 +71,12 @@ def parse_flags(argv: list[str]) -> list[str]:
         _show(help_text(topic))
         sys.exit(0)
     if CONFIG.value is None:
-        raise UserError(f"--config is missing; try --config={command_line.DEFAULT_RECIPE}")
+        raise UserError(f"--config is missing; try --config={command_line.DEFAULT_CONFIG}")
     return rest
 
 
 def help_text(topic: str = "") -> str:
-    """What --help prints: the settings of a mode or a section, or everything; with --config that recipe's values.
+    """What --help prints: the settings of a mode or a section, or everything; with --config the values of that config.
 
     Raises UserError for a topic that is neither a mode nor a section.
     """

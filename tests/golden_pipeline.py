@@ -15,7 +15,7 @@ from starflow_jax import modes
 from starflow_jax.codec.interface import decode_pixels, to_float
 from starflow_jax.config import Sample, Solver
 from starflow_jax.flow import decode
-from starflow_jax.io.command_line import load_recipe
+from starflow_jax.io.command_line import load_config
 from starflow_jax.model.codec import frame_size
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Conditions, Draws, given_latents, guidance_texts, make_conditions
@@ -30,7 +30,7 @@ def converted(folder: Path, workdir: Path) -> Any:
     """The model of a workdir that --mode=convert made of a case's files, with nothing said of them but their places."""
     flow, vae = (next(path for path in (folder / f"{name}.pth", folder / f"{name}.safetensors") if path.exists())
                  for name in ("model", "Wan2.2_VAE"))
-    config = load_recipe(
+    config = load_config(
         f"configs/released.py:{folder / 'starflow-v.yaml'}", model={"dtype": "float32"},
         convert={"source": str(flow), "codec": str(vae), "text": str(folder / "t5")})
     modes.run("convert", config, workdir)

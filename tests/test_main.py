@@ -70,7 +70,7 @@ def test_help_lists_every_setting_mode_and_option() -> None:
     assert all(f"\n  --{option} " in out for option in ("config", "workdir", "mode", "distributed"))
 
 
-def test_help_of_a_mode_shows_its_sections_with_the_values_of_the_recipe() -> None:
+def test_help_of_a_mode_shows_its_sections_with_the_values_of_the_config() -> None:
     _, defaults, _ = run_here(["--mode=sample", "--help"])
     assert "\nsample: " in defaults and "\ntrain: " not in defaults and "\n  guidance=2.5 " in defaults
     _, same, _ = run_here(["--help=sample"])

@@ -2,11 +2,11 @@
 
 import configparser
 
-from starflow_jax.io.command_line import RECIPES
+from starflow_jax.io.command_line import CONFIGS
 from tests.small_run import ROOT
 
 
-def test_setup_cfg_names_every_package_and_the_recipes() -> None:
+def test_setup_cfg_names_every_package_and_the_configs() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     folders = [path.parent.relative_to(ROOT) for path in (ROOT / "starflow_jax").rglob("__init__.py")]
@@ -16,6 +16,6 @@ def test_setup_cfg_names_every_package_and_the_recipes() -> None:
     assert setup["options.entry_points"]["console_scripts"].split("=")[1].strip() == "starflow_jax.main:starflow"
 
 
-def test_recipes_lie_beside_the_package_in_a_checkout() -> None:
-    assert RECIPES == ROOT / "configs"
+def test_configs_lie_beside_the_package_in_a_checkout() -> None:
+    assert CONFIGS == ROOT / "configs"
     assert not (ROOT / "starflow_jax" / "configs").exists()  # there, in the wheel, they would be found first

@@ -95,11 +95,11 @@ def test_one_table_and_no_collisions() -> None:
         sharding.spec(("batch", "width"))
 
 
-@pytest.mark.parametrize(("recipe", "variant"), [
+@pytest.mark.parametrize(("config", "variant"), [
     (t2v, "tiny"), (t2v, "3b"), (t2v, "7b"), (t2i, "tiny"), (t2i, "released")])
-def test_every_models_state_has_its_shardings(recipe: ModuleType, variant: str) -> None:
+def test_every_models_state_has_its_shardings(config: ModuleType, variant: str) -> None:
     """On 8 x 4 devices of which only shapes are needed; of the large models, nothing large is left whole."""
-    state = abstract_state(from_config_dict(recipe.get_config(variant)))
+    state = abstract_state(from_config_dict(config.get_config(variant)))
     leaves, _ = jax.tree.flatten_with_path(state)
     shardings = jax.tree.leaves(sharding.parameter_shardings(state, shape_of(1, 8, 4, 1)))
     kept = {}

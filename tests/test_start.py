@@ -23,7 +23,7 @@ def imported(code: str, names: tuple[str, ...]) -> list[str]:
 @pytest.mark.parametrize("code", [
     "import starflow_jax",
     "import starflow_jax.main",
-    "from configs import t2i, t2v, ti2v\n[recipe.get_config() for recipe in (t2i, t2v, ti2v)]",
+    "from configs import t2i, t2v, ti2v\n[config.get_config() for config in (t2i, t2v, ti2v)]",
 ])
 def test_settings_are_checked_before_anything_heavy_is_imported(code: str) -> None:
     assert imported(code, HEAVY) == []

@@ -82,7 +82,7 @@ class Checkpoints:
             found = self._manager.restore(step, args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(jax.tree.map(_placed, abstract_state)), data=ocp.args.JsonRestore()))
         except Exception as error:  # whatever orbax and tensorstore raise
-            raise UserError(f"{self.directory / str(step)} is whole but does not fit this configuration "
+            raise UserError(f"{self.directory / str(step)} is whole but does not fit this config "
                             f"({first_line(error)}); use the one it was trained with, or another --workdir") from error
         return found["state"], found["data"], step
 
@@ -131,4 +131,4 @@ def _check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
     for name in (*asked, *held):
         if held.get(name) != asked.get(name):
             raise UserError(f"{path.parent} holds another model: its {name} is {held.get(name)!r}, the "
-                            f"configuration's is {asked.get(name)!r}; use its configuration or another --workdir")
+                            f"config's is {asked.get(name)!r}; use its config or another --workdir")

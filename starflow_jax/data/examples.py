@@ -143,7 +143,7 @@ def features_of(record: dict[str, Any], prompt: str) -> np.ndarray | None:
     if "text" not in record:
         return None
     if prompt not in record["text"]:
-        raise UserError(f"no prepared text features of {prompt!r}; make them again with this configuration")
+        raise UserError(f"no prepared text features of {prompt!r}; make them again with this config")
     return record["text"][prompt]
 
 

@@ -29,7 +29,7 @@ def generate_and_read(
     system: System, params: Params, captions: list[str], labels_B3: np.ndarray | None
 ) -> tuple[dict[str, dict[str, float]], np.ndarray]:
     """One clip per caption, seeds 0, 1, 2, ..., denoised in every way: {way: what `read` finds in its clips}, and the
-    first clips' frames (SHOWN, T, H, W, 3) uint8, denoised as the configuration says.
+    first clips' frames (SHOWN, T, H, W, 3) uint8, denoised as the config says.
 
     One batch after another, of which only the figures and those first frames are kept.
     """

@@ -1,4 +1,4 @@
-"""The command line before its flags are read: `starflow`'s short form, recipes, names of settings that do not exist."""
+"""The command line before its flags are read: `starflow`'s short form, the config's file, names of settings."""
 
 import re
 import runpy
@@ -13,8 +13,8 @@ from starflow_jax.settings.listing import describe, sections
 
 # An installed package has configs/ inside it, a checkout beside it.
 PACKAGE = Path(__file__).parents[1]
-RECIPES = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
-DEFAULT_RECIPE = "configs/t2v.py"
+CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+DEFAULT_CONFIG = "configs/t2v.py"
 HELP = ("--help", "-h")
 
 
@@ -43,7 +43,7 @@ def written_out(arguments: Sequence[str], modes: Mapping[str, str], flags: Conta
             written.append(f"--config.sample.prompt={argument}")
         else:
             raise UserError(f"{argument}: only `starflow sample` takes a prompt; settings are --NAME=VALUE")
-    return written if of_workdir(written) else [f"--config={DEFAULT_RECIPE}", *written]
+    return written if of_workdir(written) else [f"--config={DEFAULT_CONFIG}", *written]
 
 
 def _full_name(name: str, section: str, flags: Container[str]) -> tuple[str, bool]:
@@ -57,7 +57,7 @@ def _full_name(name: str, section: str, flags: Container[str]) -> tuple[str, boo
     raise unknown_setting(name.removeprefix("config.") if "." in name else f"{section}.{name}")
 
 
-def with_recipe(arguments: Sequence[str]) -> list[str]:
+def with_config(arguments: Sequence[str]) -> list[str]:
     """The arguments with --config (the last one given) first, because the settings after it override its own, and with
     its file found: in the working directory, or else in the package. Without one, that of a workdir with a model.
 
@@ -66,11 +66,11 @@ def with_recipe(arguments: Sequence[str]) -> list[str]:
     """
     others, given = _taken_out(arguments, "config")
     given = of_workdir(others) if given is None else given
-    return others if given is None else [f"--config={_find_recipe(given)}", *others]
+    return others if given is None else [f"--config={_find_config(given)}", *others]
 
 
 def of_workdir(arguments: Sequence[str]) -> str | None:
-    """The file of settings that a --workdir alone stands for: its model's own; None where it holds none."""
+    """The config that a --workdir alone stands for: its model's own; None where it holds none."""
     workdir = _taken_out(arguments, "workdir")[1]
     held = workdir and (Path(workdir) / "system" / "settings.json").is_file()
     return f"configs/workdir.py:{workdir}" if held else None
@@ -89,12 +89,12 @@ def _taken_out(arguments: Sequence[str], flag: str) -> tuple[list[str], str | No
     return others, given
 
 
-def load_recipe(given: str = DEFAULT_RECIPE, **changes: Mapping[str, Any]) -> Config:
+def load_config(given: str = DEFAULT_CONFIG, **changes: Mapping[str, Any]) -> Config:
     """The settings of configs/FILE.py[:VARIANT], with some of each named section changed: train={"steps": 60}.
 
     Raises UserError for an unknown file, variant or setting, and for a bad value.
     """
-    file, _, variant = _find_recipe(given).partition(":")
+    file, _, variant = _find_config(given).partition(":")
     make = runpy.run_path(file)["get_config"]
     config = from_config_dict(make(variant) if variant else make())
     for section, of_section in changes.items():
@@ -102,30 +102,30 @@ def load_recipe(given: str = DEFAULT_RECIPE, **changes: Mapping[str, Any]) -> Co
     return config
 
 
-def _find_recipe(given: str) -> str:
+def _find_config(given: str) -> str:
     file, colon, variant = given.partition(":")
     path = Path(file)
     if not path.is_file() and path.parent == Path("configs"):
-        path = RECIPES / path.name
+        path = CONFIGS / path.name
     if not path.is_file():
-        there = ", ".join(f"configs/{recipe.name}" for recipe in sorted(RECIPES.glob("*.py")))
+        there = ", ".join(f"configs/{config.name}" for config in sorted(CONFIGS.glob("*.py")))
         raise UserError(f"--config={given}: there is no file {file} here, nor in the package, which has {there}")
     if "configs" not in sys.modules:
         package = types.ModuleType("configs")
-        package.__path__ = [str(path.absolute().parent), str(RECIPES)]
+        package.__path__ = [str(path.absolute().parent), str(CONFIGS)]
         sys.modules["configs"] = package
     return f"{path}{colon}{variant}"
 
 
 def in_words(error: Exception) -> UserError:
-    """absl's error about a flag, or Python's about a recipe, as one line about the setting."""
+    """absl's error about a flag, or Python's about a config, as one line about the setting."""
     line = " ".join(str(error).split())
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", line)
     names = {section.__name__: f"{name}." for name, section in sections(Config)} | {Config.__name__: ""}
     if unknown and unknown[1] in names:
         return unknown_setting(names[unknown[1]] + unknown[2])
     if "Error whilst parsing config file" in line:
-        return UserError(f"--config: the file of settings can't be used: {str(error).strip().splitlines()[-1]}")
+        return UserError(f"--config: the config can't be used: {str(error).strip().splitlines()[-1]}")
     found = re.match(r"flag --config\.([\w.]+)=(.*?): ", line)
     kinds = [one.type for one in describe(Config) if found and one.name == found[1]]
     return UserError(f"{found[1]}={found[2]}: must be {kinds[0]}" if found and kinds else line)

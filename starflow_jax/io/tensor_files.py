@@ -136,4 +136,4 @@ def report_misfits(source: str, *, missing: list[str], unexpected: list[str], mi
     lists = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     if any(lists.values()):
         listed = "; ".join(f"{what} {len(names)}: {', '.join(names)}" for what, names in lists.items() if names)
-        raise UserError(f"{source} is not of this configuration's model: {listed}")
+        raise UserError(f"{source} is not of this config's model: {listed}")

@@ -1,4 +1,4 @@
-"""The codec of a configuration: the VAE that codec.weights names, or a patch codec fitted to training clips."""
+"""The codec of a config: the VAE that codec.weights names, or a patch codec fitted to training clips."""
 
 import dataclasses
 import hashlib
@@ -96,8 +96,8 @@ def read_codec(config: Config, folder: Path) -> LatentCodec:
     codec = patch.PatchCodec(**arrays, shape=shape)
     expected = (shape.pixels, config.model.channels)
     if codec.basis_PC.shape != expected:
-        raise UserError(f"{folder / FITTED_CODEC}: its projection is {codec.basis_PC.shape}, this configuration's is "
-                        f"{expected}; use the configuration that made it")
+        raise UserError(f"{folder / FITTED_CODEC}: its projection is {codec.basis_PC.shape}, this config's is "
+                        f"{expected}; use the config that made it")
     return codec
 
 

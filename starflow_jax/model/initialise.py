@@ -56,7 +56,7 @@ def _placed(array: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 def inherited_arrays(config: Config, source: Path) -> tuple[dict[str, Any], list[Change]]:
     """({"flow/deep/...": array}, what was changed): the averaged parameters of a workdir or checkpoint as this
-    configuration's; each array is read and grown when it is used. Raises UserError where that can't be."""
+    config's; each array is read and grown when it is used. Raises UserError where that can't be."""
     folder = whole_checkpoint(source)
     model = model_of(folder)
     arrays = stored_params(folder)

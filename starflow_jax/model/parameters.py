@@ -1,4 +1,4 @@
-"""Parameters of a configuration: fresh ones, their shapes, and the views that the flow's methods take."""
+"""Parameters of a config: fresh ones, their shapes, and the views that the flow's methods take."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def decoding_variables(params: Params) -> dict[str, Any]:
 
 
 def inference_params(config: Config, params: Params) -> Params:
-    """Parameters as sampling uses them: the flow's layers one by one where the configuration unrolls them, since on a
+    """Parameters as sampling uses them: the flow's layers one by one where the config unrolls them, since on a
     CPU XLA copies a layer's weights out of a stack at each use."""
     return {**params, "flow": _unstacked(params["flow"])} if config.model.unroll_layers else params
 

@@ -1,4 +1,4 @@
-"""The examples that a configuration reads."""
+"""The examples that a config reads."""
 
 from collections.abc import Sequence
 from typing import Any

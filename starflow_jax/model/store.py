@@ -28,7 +28,7 @@ def load_model(config: Config, workdir: Path) -> tuple[System, Params, str]:
     """(system, parameters as `inference_params` gives them, where they come from): the workdir's model, or the
     package's where the workdir holds none.
 
-    Raises UserError where the workdir holds another model, or none and the package has none of this configuration.
+    Raises UserError where the workdir holds another model, or none and the package has none of this config.
     """
     system, params, source = load_trained(config, workdir) or load_pretrained(config, workdir)
     return system, inference_params(config, params), source
@@ -67,7 +67,7 @@ FREE = {"model": ("dtype", "remat", "sequence_parallel", "unroll_layers"), "text
 
 def own_settings(config: Config, workdir: Path) -> tuple[Config, str]:
     """The settings with those of a workdir's model in place of what contradicts them, and a line that says so, "" where
-    nothing does or the workdir holds no model. Files that the configuration does not name are the model's."""
+    nothing does or the workdir holds no model. Files that the config does not name are the model's."""
     if not (workdir / "system" / SETTINGS).exists():
         return config, ""
     own, passed_over = settings_of(workdir), []
@@ -104,7 +104,7 @@ def load_trained(config: Config, workdir: Path) -> tuple[System, Params, str] | 
 
 
 def load_pretrained(config: Config, workdir: Path) -> tuple[System, Params, str]:
-    """The same of the pretrained model in the package. Raises UserError where that is another configuration's."""
+    """The same of the pretrained model in the package. Raises UserError where that is another config's."""
     description = PRETRAINED / "model.json"
     if not description.exists() or json.loads(description.read_text())["fingerprint"] != model_fingerprint(config):
         raise UserError(f"{workdir} holds no checkpoint, and the package carries none of {config.name}; "

@@ -1,4 +1,4 @@
-"""The whole system of a configuration: tokenizer, codec and calibration beside the flow and the text encoder.
+"""The whole system of a config: tokenizer, codec and calibration beside the flow and the text encoder.
 
 A `System` never enters a jitted function: those take arrays and the modules `flow` and `text_encoder`, which for equal
 settings compare and hash equal. So a system can be made again, or replaced, without compiling anything again.
@@ -43,7 +43,7 @@ SETTINGS = "settings.json"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class System:
-    """A configuration with its tokenizer, its codec and what calibration found; parameters come as arguments."""
+    """A config with its tokenizer, its codec and what calibration found; parameters come as arguments."""
 
     config: Config
     tokenizer: Tokenizer

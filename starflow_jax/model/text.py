@@ -1,4 +1,4 @@
-"""Text of a configuration: what a prompt says, its tokens, its features."""
+"""Text of a config: what a prompt says, its tokens, its features."""
 
 import dataclasses
 from functools import partial

@@ -41,7 +41,7 @@ def convert(config: Config, workdir: Path) -> None:
     """config.convert.source -> a workdir that samples, with the VAE of convert.codec and the encoder of convert.text;
     the workdir's newest checkpoint -> config.convert.target.
 
-    Raises UserError for a source or target that can't be, and for tensors that are not this configuration's.
+    Raises UserError for a source or target that can't be, and for tensors that are not this config's.
     """
     settings = config.convert
     if not (settings.source or settings.target or settings.codec):

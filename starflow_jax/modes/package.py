@@ -9,7 +9,7 @@ LARGEST = 15 * 2**20  # bytes that the package may carry
 
 
 def package(config: Config, workdir: Path) -> None:
-    """Write the workdir's averaged parameters, tokenizer, codec and configuration into the package.
+    """Write the workdir's averaged parameters, tokenizer, codec and config into the package.
 
     Raises UserError where the workdir holds no checkpoint, and where the package grows too large.
     """

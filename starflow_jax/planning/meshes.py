@@ -13,7 +13,7 @@ from starflow_jax.config import REMAT, Config, UserError
 
 
 def chosen(config: Config, devices: int) -> Config:
-    """The configuration on its own mesh where that fits the devices, else on the one that suits its step."""
+    """The config on its own mesh where that fits the devices, else on the one that suits its step."""
     sizes = [getattr(config.mesh, axis) for axis in sharding.AXES]
     explicit = config.mesh != settings_of.Mesh() and devices % math.prod(size for size in sizes if size) == 0
     return config if explicit else dataclasses.replace(config, mesh=suited(config, devices))

@@ -66,7 +66,7 @@ def fit_guess(system: System, params: Params) -> first_guess.FirstGuess:
 
 
 def fit_noise_guess(system: System, params: Params) -> first_guess.NoiseGuess:
-    """Tokens of u from their noise; fitted to sampled videos, guided as the configuration says."""
+    """Tokens of u from their noise; fitted to sampled videos, guided as the config says."""
     model, captions = system.config.model, fixed_captions(system.config, "train", SAMPLED_CLIPS)
     settings = whole_clips(system.config, start="previous")
     shape, pairs = (model.frames, model.tokens_per_frame, model.token_channels), []
@@ -80,7 +80,7 @@ def fit_noise_guess(system: System, params: Params) -> first_guess.NoiseGuess:
 
 
 def whole_clips(config: Config, **solver: object) -> Sample:
-    """The configuration's settings for whole videos of the training length, with these of the solver's changed."""
+    """The config's settings for whole videos of the training length, with these of the solver's changed."""
     return changed(config, "sample", {"frames": 0, "stream": False, "solver": solver}).sample
 
 

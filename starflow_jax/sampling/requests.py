@@ -34,7 +34,7 @@ class Request:
 
 
 def with_length(config: Config, known_THWC: np.ndarray | None, *, extends: bool) -> Config:
-    """The configuration with the length of the videos set.
+    """The config with the length of the videos set.
 
     extends: the given frames are a video to extend. Raises UserError for a length, or for changes of the prompt, that
     can't be.
@@ -59,7 +59,7 @@ def requests_for(prompts: Sequence[str], settings: Sample) -> list[Request]:
 
 
 def read_requests(config: Config) -> list[Request]:
-    """The configuration's prompts, sample.count seeds of each. Raises UserError where there is none."""
+    """The config's prompts, sample.count seeds of each. Raises UserError where there is none."""
     settings = config.sample
     if settings.vbench and (settings.prompt or settings.prompts_file):
         raise UserError("sample.vbench is a list of prompts; leave out sample.prompt and sample.prompts_file")

@@ -9,7 +9,7 @@ from starflow_jax.text.prompt import frame_size
 
 
 def at_asked_size(config: Config) -> Config:
-    """The configuration with model.height and model.width set by sample.side and sample.aspect_ratio; without a side
+    """The config with model.height and model.width set by sample.side and sample.aspect_ratio; without a side
     they are as trained. Positions keep their extent.
 
     Raises UserError where the size is too small, or does not divide into tokens.

@@ -185,7 +185,7 @@ def load_t5(tensors: Mapping[str, Array], config: T5Config) -> dict[str, Any]:
 
     Other tensors (a decoder's) are ignored. Returns the tree for
     `T5Encoder(config).apply({"params": tree}, ids)`. Raises UserError for a tensor that is missing
-    or has another shape than the configuration's.
+    or has another shape than the config's.
     """
     c = config
     inner = c.num_heads * c.d_kv
@@ -196,7 +196,7 @@ def load_t5(tensors: Mapping[str, Array], config: T5Config) -> dict[str, Any]:
             raise UserError(f"T5 weights have no tensor {name}; give an encoder of T5 v1.1 (flan-t5)")
         if tuple(tensors[name].shape) != shape:
             raise UserError(
-                f"T5 tensor {name} has shape {tensors[name].shape}, the configuration needs {shape}"
+                f"T5 tensor {name} has shape {tensors[name].shape}, the config needs {shape}"
             )
         return np.asarray(tensors[name], np.float32)
 

@@ -8,7 +8,7 @@ import pytest
 
 from starflow_jax.config import UserError
 from starflow_jax.io import command_line
-from starflow_jax.io.command_line import check_names, with_recipe, written_out
+from starflow_jax.io.command_line import check_names, with_config, written_out
 from tests.small_run import run_here
 
 MODES = {"sample": "sample", "train": "train", "package": "sample"}
@@ -67,30 +67,30 @@ def test_unknown_names_do_not(argument: str, words: str) -> None:
         check_names([argument])
 
 
-def test_a_recipe_is_found_here_or_in_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_is_found_here_or_in_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    packaged = str(command_line.RECIPES / "t2v.py")
-    assert with_recipe(["--mode=plan", "--config=configs/t2v.py:3b"]) == [f"--config={packaged}:3b", "--mode=plan"]
-    assert with_recipe(["--mode=plan"]) == ["--mode=plan"]
+    packaged = str(command_line.CONFIGS / "t2v.py")
+    assert with_config(["--mode=plan", "--config=configs/t2v.py:3b"]) == [f"--config={packaged}:3b", "--mode=plan"]
+    assert with_config(["--mode=plan"]) == ["--mode=plan"]
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "t2v.py").write_text("")
-    assert with_recipe(["--config", "configs/t2v.py"]) == ["--config=configs/t2v.py"]
-    assert with_recipe(["--config=none.py", "--config=configs/t2v.py"]) == ["--config=configs/t2v.py"]  # the last one
+    assert with_config(["--config", "configs/t2v.py"]) == ["--config=configs/t2v.py"]
+    assert with_config(["--config=none.py", "--config=configs/t2v.py"]) == ["--config=configs/t2v.py"]  # the last one
     for missing in ("configs/none.py", "none.py", "elsewhere/t2v.py"):
         with pytest.raises(UserError) as error:
-            with_recipe([f"--config={missing}"])
+            with_config([f"--config={missing}"])
         assert f"no file {missing}" in str(error.value)
         assert "configs/t2i.py, configs/t2v.py, configs/ti2v.py" in str(error.value)
 
 
-def test_recipes_anywhere_can_build_on_those_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configs_anywhere_can_build_on_those_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "configs").is_dir()])
     (tmp_path / "mine.py").write_text("")
     (tmp_path / "beside.py").write_text("number = 3")
-    with_recipe(["--config=mine.py"])
+    with_config(["--config=mine.py"])
     scope: dict[str, types.ModuleType] = {}
     exec("from configs import beside, t2v", scope)
     assert scope["beside"].number == 3
@@ -104,11 +104,11 @@ def test_recipes_anywhere_can_build_on_those_of_the_package(tmp_path: Path, monk
     ("Model(parted_attention='ring')", "model.parted_attention: this setting has another name now: "),
     ("Solver(kinds='jacobi')", "sample.solver.kinds: no such setting; did you mean sample.solver.kind?"),
     ("Config(nam='x')", "nam: no such setting; "),
-    ("Sample() + 1", "--config: the file of settings can't be used: TypeError: unsupported operand"),
+    ("Sample() + 1", "--config: the config can't be used: TypeError: unsupported operand"),
 ])
 def test_a_file_of_settings_with_a_mistake(built: str, words: str, tmp_path: Path) -> None:
-    recipe = tmp_path / "mine.py"
-    recipe.write_text(f"from starflow_jax.config import *\ndef get_config():\n    return {built}\n")
-    code, _, err = run_here([f"--config={recipe}"])
+    config = tmp_path / "mine.py"
+    config.write_text(f"from starflow_jax.config import *\ndef get_config():\n    return {built}\n")
+    code, _, err = run_here([f"--config={config}"])
     assert code == 2 and len(err.splitlines()) == 1
     assert err.startswith(f"starflow_jax: {words}"), err

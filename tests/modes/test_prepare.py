@@ -27,7 +27,7 @@ PREPARE = dict(resolution=18, aspect_ratios="1:1,3:2", fps=0, frames=9, min_moti
 
 @pytest.fixture
 def config(tmp_path):
-    """The tiny configuration on prepared data of 9 frames, which trains on 5."""
+    """The tiny config on prepared data of 9 frames, which trains on 5."""
     from configs.t2v import tiny
 
     write_inputs(tmp_path / "in")

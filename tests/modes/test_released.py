@@ -16,7 +16,7 @@ from starflow_jax.checkpoints.licences import KEPT, carry_licence, find_licences
 from starflow_jax.checkpoints.torch_files import open_weights
 from starflow_jax.codec.kl_vae import KLConfig
 from starflow_jax.config import changed
-from starflow_jax.io.command_line import load_recipe
+from starflow_jax.io.command_line import load_config
 from starflow_jax.io.video import read_video
 from tests.codec.test_kl_vae import random_tensors
 from tests.hub_server import serving
@@ -33,7 +33,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(CASE, folder / "files")
     (folder / "files" / "LICENSE_MODEL").write_text("A Model License\nfor research")
     (folder / "files" / "t5" / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# T5\n")
-    config = load_recipe(
+    config = load_config(
         f"configs/released.py:{folder / 'files' / 'starflow-v.yaml'}", model={"dtype": "float32"},
         convert=dict(source=str(folder / "files" / "model.pth"), codec=str(folder / "files" / "Wan2.2_VAE.pth"),
                      text=str(folder / "files" / "t5"), copy=True))
@@ -85,7 +85,7 @@ def test_licences_go_along(workdir: Path, tmp_path: Path) -> None:
     assert "--- README.md\nlicense: apache-2.0" in kept
     assert "A Model License" in (workdir / "system" / f"vae.{KEPT}").read_text()
     target = tmp_path / "back.safetensors"
-    modes.run("convert", load_recipe(f"configs/workdir.py:{workdir}", convert={"target": str(target)}), workdir)
+    modes.run("convert", load_config(f"configs/workdir.py:{workdir}", convert={"target": str(target)}), workdir)
     assert "A Model License" in (tmp_path / f"back.{KEPT}").read_text()
     assert find_licences(workdir) == {KEPT: kept}
     for source in (workdir, workdir / "checkpoints" / "0"):  # of train.init_from
@@ -97,7 +97,7 @@ def test_licences_go_along(workdir: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_known_is_said_where_no_licence_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = load_recipe(f"configs/released.py:{CASE / 'starflow-v.yaml'}", convert=dict(
+    config = load_config(f"configs/released.py:{CASE / 'starflow-v.yaml'}", convert=dict(
         codec=str(CASE / "Wan2.2_VAE.pth")), codec={"weights": str(tmp_path / "vae.safetensors")})
     modes.run("convert", config, tmp_path / "none")
     assert "licence of the VAE: no licence file was found beside these weights" in capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_what_is_known_is_said_where_no_licence_is_found(tmp_path: Path, capsys:
 
 def test_the_image_model_samples_pictures(tmp_path: Path) -> None:
     """configs/t2i.py:released, narrow: random weights under the published names of the flow and of its VAE."""
-    whole = load_recipe("configs/t2i.py:released", sample={"side": 32}, model=dict(
+    whole = load_config("configs/t2i.py:released", sample={"side": 32}, model=dict(
         height=4, width=4, shallow_layers=(1, 1), shallow_width=64, deep_layers=1, deep_width=64, text_length=8,
         text_dim=24, dtype="float32"))
     save_file({name: np.ascontiguousarray(np.asarray(value))

@@ -100,7 +100,7 @@ def test_sigterm_saves_first(uninterrupted: Path, data: Path, tmp_path: Path) ->
 
 @pytest.mark.slow  # its sibling in training/test_optimizer.py is quick
 def test_a_short_run_is_all_warm_up(data: Path, tmp_path: Path) -> None:
-    """As with --config.train.steps=3 alone: the recipe's warm-up of 50 steps follows."""
+    """As with --config.train.steps=3 alone: the config's warm-up of 50 steps follows."""
     said = succeeds(tmp_path, data, "--config.train.warmup_steps=50", "--config.train.steps=3")
     assert "trained 3 steps" in said
     rates = [row["learning_rate"] for _, row in sorted(losses(tmp_path).items())]

@@ -26,7 +26,7 @@ def encode(params: Any, ids_BS: jax.Array, dtype: jnp.dtype = jnp.float32) -> An
 
 
 def golden_config(case: Mapping[str, Any]) -> T5Config:
-    """The configuration of a golden case of kind t5_encoder."""
+    """The config of a golden case of kind t5_encoder."""
     names = {field.name for field in dataclasses.fields(T5Config)}
     return T5Config(**{name: value for name, value in case["config"].items() if name in names})
 

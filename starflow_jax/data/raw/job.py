@@ -49,7 +49,7 @@ class Job:
 
 
 def by_setting(described: dict[str, Any]) -> dict[str, Any]:
-    """What `Job.described` gave, also as it was written when the recipe and the captions' fields were nested."""
+    """What `Job.described` gave, also as older data sets hold it, with some fields nested."""
     if "recipe" not in described:
         return described
     old = {**described, **described["recipe"]}

@@ -51,7 +51,7 @@ def write_text_encoder(folder: Path) -> None:
 
 
 def shrunk(stage: str, folder: Path, **changes: Any) -> Config:
-    """A recipe with everything that says what it is, but small: one bucket, two latent frames, narrow layers."""
+    """A config with everything that says what it is, but small: one bucket, two latent frames, narrow layers."""
     module, variant = STAGES[stage]
     config = from_config_dict(module.get_config(variant))
     frames, deep_width = min(config.model.frames, 2), config.model.deep_width // 32
