@@ -36,19 +36,19 @@ SHOWN_FRAMES = 12  # latent frames at most in the surprise map
 class Likelihood:
     """-log p in nats of D noised copies of a video, constants included; N latent frames of S tokens."""
 
-    nats_DNS: np.ndarray  # given the caption
-    null_DNS: np.ndarray  # given the empty caption
+    nll_DNS: np.ndarray  # given the caption
+    null_nll_DNS: np.ndarray  # given the empty caption
     dims: int  # dimensions of a token
 
     @property
     def caption_fit_NS(self) -> np.ndarray:
         """log p(x | caption) - log p(x | no caption) of each token, in nats: above 0 the caption explains the video."""
-        return (self.null_DNS - self.nats_DNS).mean(axis=0)
+        return (self.null_nll_DNS - self.nll_DNS).mean(axis=0)
 
     @property
     def bits_NS(self) -> np.ndarray:
         """Bits per dimension of each token."""
-        return self.nats_DNS.mean(axis=0) / self.dims / np.log(2)
+        return self.nll_DNS.mean(axis=0) / self.dims / np.log(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,9 @@ def check_pair(config: Config, frames_THWC: np.ndarray, other_THWC: np.ndarray) 
                         f"{pixel_frames(config)} in which z is defined; cut them to that")
 
 
-def token_nats(flow: STARFlow, out: FlowOutput) -> jax.Array:
-    """(B, T, S) exact -log p of each token in raster order, constants included; its sum over S is `nats`.
+def nll_per_token(flow: STARFlow, out: FlowOutput) -> jax.Array:
+    """(B, T, S) exact -log p, in nats, of each token in raster order, constants included; its sum over S is
+    `nll_per_frame`.
 
     A token's share is that of its noise and of every block's scale at its place.
     """
@@ -85,8 +86,8 @@ def token_nats(flow: STARFlow, out: FlowOutput) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def _window_token_nats(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
-    return token_nats(flow, apply_flow(flow, flow_variables(params), STARFlow.forward, noisy, text))
+def _window_nll_per_token(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
+    return nll_per_token(flow, apply_flow(flow, flow_variables(params), STARFlow.forward, noisy, text))
 
 
 def likelihood(system: System, params: Params, frames_THWC: np.ndarray, caption: str, draws: int) -> Likelihood:
@@ -96,13 +97,13 @@ def likelihood(system: System, params: Params, frames_THWC: np.ndarray, caption:
     """
     noisy = noised(system, frames_THWC[None], range(draws))
 
-    def nats_DNS(caption: str) -> np.ndarray:
+    def nll_DNS(caption: str) -> np.ndarray:
         text = system.caption_features(params, [caption], is_image=noisy.shape[1] == 1)
         text = jnp.broadcast_to(text, (draws, *text.shape[1:]))
-        return np.asarray(windowed(system, noisy, lambda window, _: _window_token_nats(
+        return np.asarray(windowed(system, noisy, lambda window, _: _window_nll_per_token(
             system.flow, params, window, text), lookahead=0))
 
-    return Likelihood(nats_DNS(caption), nats_DNS(""), system.config.model.token_channels)
+    return Likelihood(nll_DNS(caption), nll_DNS(""), system.config.model.token_channels)
 
 
 def decode_z(system: System, params: Params, z_BNSK: jax.Array, text: jax.Array) -> jax.Array:
@@ -182,7 +183,7 @@ def draw_surprise(path: Path, system: System, frames_THWC: np.ndarray, found: Li
         axis.set_yticks([])
     for row, (*_, label) in enumerate(maps, start=1):
         figure.colorbar(axes[row, 0].images[1], ax=list(axes[row]), shrink=0.8, label=label)
-    figure.suptitle(f'"{caption}": {-found.nats_DNS.sum(axis=(1, 2)).mean():.0f} nats, caption fit {fit.sum():+.0f}',
+    figure.suptitle(f'"{caption}": {-found.nll_DNS.sum(axis=(1, 2)).mean():.0f} nats, caption fit {fit.sum():+.0f}',
                     fontsize=9)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
@@ -197,8 +198,8 @@ def write_interpolation(path: Path, config: Config, videos_KTHWC: np.ndarray, sc
 
 def facts_of(found: Likelihood, config: Config) -> dict[str, Any]:
     """The likelihood as JSON."""
-    total_D, mean_NS = -found.nats_DNS.sum(axis=(1, 2)), -found.nats_DNS.mean(axis=0)
-    fit_D = (found.null_DNS - found.nats_DNS).sum(axis=(1, 2))
+    total_D, mean_NS = -found.nll_DNS.sum(axis=(1, 2)), -found.nll_DNS.mean(axis=0)
+    fit_D = (found.null_nll_DNS - found.nll_DNS).sum(axis=(1, 2))
     return {
         "log_likelihood_of": f"latents with noise {config.model.noise_std}, mean over {len(total_D)} draws of it",
         "log_likelihood_nats": float(total_D.mean()),

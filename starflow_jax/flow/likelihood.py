@@ -26,8 +26,8 @@ def nll_mean(out: FlowOutput) -> NLL:
     return NLL(loss_z + loss_logdet, loss_z, loss_logdet)
 
 
-def nats(out: FlowOutput) -> jax.Array:
-    """(B, T) exact -log p of each frame of noised latents, constants included, given the frames before it."""
+def nll_per_frame(out: FlowOutput) -> jax.Array:
+    """(B, T) exact -log p, in nats, of each frame of noised latents, constants included, given the frames before it."""
     batch, frames = out.z_BTSK.shape[:2]
     total = 0.5 * jnp.sum(out.z_BTSK**2 + math.log(2 * math.pi), axis=(2, 3))
     return total - sum(jnp.sum(logdet.reshape(batch, frames, -1), axis=-1) for logdet in out.logdets)

@@ -112,7 +112,7 @@ def _print_video(facts: dict[str, Any], path: Path) -> None:
     trip, per_frame = facts["round_trip"], facts["log_likelihood_nats_per_frame"]
     rows = [("log-likelihood, nats", f"{facts['log_likelihood_nats']:.1f}"),
             ("bits per dimension", f"{facts['bits_per_dim']:.4f}"),
-            ("log-likelihood of each latent frame", " ".join(f"{nats:.0f}" for nats in per_frame)),
+            ("log-likelihood of each latent frame", " ".join(f"{value:.0f}" for value in per_frame)),
             ("what the caption adds, nats", f"{facts['caption_fit_nats']:+.1f}"),
             ("to z and back: relative error of latents", f"{trip['latents_relative_error']:.1e}"),
             ("to z and back, denoised: PSNR of frames", f"{trip['psnr']:.1f} dB"),

@@ -53,17 +53,18 @@ def _make_all(folder: Path, system: System, params: Params, requests: list[Reque
     """Whole clips, written batch by batch, or once the most likely of each prompt are known."""
     keep = system.config.sample.keep
     made: list[Made] = []
-    nats: list[float] = []
+    log_likelihoods: list[float] = []
     rows: list[tuple[object, ...]] = []
     with ProgressBar("samples", len(requests), unit="video", compiles=True) as progress:
         for batch in generate(system, params, requests, known_THWC):
             of_batch = log_likelihood(system, params, batch[0].clips).tolist()
             if keep:
-                made, nats = [*made, *batch], [*nats, *of_batch]
+                made, log_likelihoods = [*made, *batch], [*log_likelihoods, *of_batch]
             else:
                 rows += [write_video(folder, system.config, *video) for video in zip(batch, of_batch)]
             progress.update(len(batch))
-    rows += [write_video(folder, system.config, made[index], nats[index]) for index in most_likely(made, nats, keep)]
+    rows += [write_video(folder, system.config, made[index], log_likelihoods[index])
+             for index in most_likely(made, log_likelihoods, keep)]
     return rows, ("video", "bits/dim", "Jacobi steps", "seconds")
 
 

@@ -31,7 +31,7 @@ from starflow_jax.sampling.conditions import noised
 from starflow_jax.sampling.files import file_rate, shown_scale
 from starflow_jax.sampling.generate import Clips, log_likelihood
 from starflow_jax.sampling.given import fit_picture, fit_video, given_frames, read_given
-from starflow_jax.sampling.likelihood import frame_nats
+from starflow_jax.sampling.likelihood import frame_nll
 from starflow_jax.sampling.requests import Request, requests_for, rewritten, unknown_word_lines, with_length
 from starflow_jax.sampling.sizes import at_asked_size, resized
 from starflow_jax.sampling.stream import stream_clips
@@ -48,15 +48,15 @@ class Video:
     fps: float
     prompt: str = ""
     seed: int = 0
-    _nats: Callable[[], float] | None = None  # of a generated video
+    _log_likelihood: Callable[[], float] | None = None  # of a generated video
 
     @functools.cached_property
     def log_likelihood(self) -> float:
         """Exact log p of a generated video's latents (with the training noise) given its prompt, in nats; computed on
         first access. Raises UserError for a video that was not generated here."""
-        if self._nats is None:
+        if self._log_likelihood is None:
             raise UserError("these frames were not generated here; use model.log_likelihood(video, prompt)")
-        return self._nats()
+        return self._log_likelihood()
 
     def save(self, path: str | Path) -> Path:
         """Write an MP4 (H.264). Raises UserError for another ending."""
@@ -129,8 +129,8 @@ class Model:
         draws = changed(config, "evaluate", {"draws": draws}).evaluate.draws if draws else config.evaluate.draws
         noisy = noised(self.system, frames_THWC[None], range(draws))
         text = self.system.caption_features(self.params, [prompt], is_image=noisy.shape[1] == 1)
-        nats_BN = frame_nats(self.system, self.params, noisy, jnp.broadcast_to(text, (draws, *text.shape[1:])))
-        return -float(nats_BN.sum(axis=1).mean())
+        nll_BN = frame_nll(self.system, self.params, noisy, jnp.broadcast_to(text, (draws, *text.shape[1:])))
+        return -float(nll_BN.sum(axis=1).mean())
 
     def _begin(self, prompt: str | Sequence[str], settings: dict[str, Any], *, image: str | Path | ArrayLike = "",
                video: "Video | str | Path | ArrayLike | None" = None, stream: bool = False,
@@ -157,15 +157,15 @@ class Model:
                 known_THWC: np.ndarray | None) -> Any:
         keep = system.config.sample.keep
         made: list[Made] = []
-        nats: list[float] = []
+        log_likelihoods: list[float] = []
         for batch in generate(system, self.params, requests, known_THWC):
             made += batch
             if keep:
-                nats += log_likelihood(system, self.params, batch[0].clips).tolist()
+                log_likelihoods += log_likelihood(system, self.params, batch[0].clips).tolist()
         if keep:
-            made = [made[index] for index in most_likely(made, nats, keep)]
+            made = [made[index] for index in most_likely(made, log_likelihoods, keep)]
         videos = [Video(video.frames_THWC, file_rate(system.config), video.request.prompt, video.request.seed,
-                        functools.partial(_nats_of, system, self.params, _alone(video))) for video in made]
+                        functools.partial(_log_likelihood_of, system, self.params, _alone(video))) for video in made]
         return videos[0] if isinstance(prompt, str) and system.config.sample.count == 1 else videos
 
 
@@ -178,7 +178,7 @@ def _alone(made: Made) -> Clips:
                                text={at: features_BSD[one] for at, features_BSD in clips.text.items()})
 
 
-def _nats_of(system: System, params: Params, clips: Clips) -> float:
+def _log_likelihood_of(system: System, params: Params, clips: Clips) -> float:
     return float(log_likelihood(system, params, clips)[0])
 
 

@@ -62,10 +62,10 @@ def for_each(known_THWC: np.ndarray | None, count: int) -> np.ndarray | None:
     return None if known_THWC is None else np.broadcast_to(known_THWC, (count, *known_THWC.shape))
 
 
-def most_likely(made: Sequence[Made], nats: Sequence[float], keep: int) -> list[int]:
+def most_likely(made: Sequence[Made], log_likelihoods: Sequence[float], keep: int) -> list[int]:
     """Which `keep` videos of each prompt have the greatest log-likelihood, the best first; prompts in their order."""
     by_prompt: dict[str, list[int]] = {}
     for index, video in enumerate(made):
         by_prompt.setdefault(video.request.prompt, []).append(index)
     return [index for indices in by_prompt.values()
-            for index in sorted(indices, key=lambda index: -nats[index])[:keep]]
+            for index in sorted(indices, key=lambda index: -log_likelihoods[index])[:keep]]

@@ -9,7 +9,7 @@ from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, flow_variables
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Text, text_at
-from starflow_jax.sampling.likelihood import window_nats
+from starflow_jax.sampling.likelihood import window_nll
 from starflow_jax.sampling.windows import denoising_windows
 
 
@@ -54,7 +54,7 @@ def _denoiser_step(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.A
 def _score_step(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
     """x~ + sigma^2 d log p / dx~, Tweedie's formula with the gradient taken through the flow."""
 
-    def total_nats(x: jax.Array) -> jax.Array:
-        return jnp.sum(window_nats(flow, params, x, text))
+    def total_nll(x: jax.Array) -> jax.Array:
+        return jnp.sum(window_nll(flow, params, x, text))
 
-    return noisy - flow.config.noise_std**2 * jax.grad(total_nats)(noisy)
+    return noisy - flow.config.noise_std**2 * jax.grad(total_nll)(noisy)

@@ -27,8 +27,8 @@ def file_rate(config: Config) -> int:
     return config.sample.fps or config.text.fps or 1
 
 
-def write_video(folder: Path, config: Config, made: Made, nats: float) -> tuple[str, str, int, str]:
-    """Write the files of one video of log-likelihood `nats`; returns its row of the table: path, bits per dimension,
+def write_video(folder: Path, config: Config, made: Made, log_likelihood: float) -> tuple[str, str, int, str]:
+    """Write the files of one video, `log_likelihood` in nats; returns its row of the table: path, bits per dimension,
     Jacobi steps, seconds."""
     frames, scale = made.frames_THWC, shown_scale(made.frames_THWC.shape[1])
     path = folder / f"{made.request.name}.mp4"
@@ -36,12 +36,12 @@ def write_video(folder: Path, config: Config, made: Made, nats: float) -> tuple[
     # VBench takes the extension of any one file for that of all in the folder, which must hold only videos.
     details = folder.with_name(f"{folder.name}_details") / path.name if config.sample.vbench else path
     contact_sheet(details.with_suffix(".png"), frames[None], [made.request.prompt], scale=max(1, scale // 2))
-    write_text(details.with_suffix(".json"), json.dumps(describe(config, made, nats), indent=1))
-    bits = -nats / made.clips.noisy_BNhwC[made.index].size / np.log(2)
+    write_text(details.with_suffix(".json"), json.dumps(describe(config, made, log_likelihood), indent=1))
+    bits = -log_likelihood / made.clips.noisy_BNhwC[made.index].size / np.log(2)
     return str(path), f"{bits:.3f}", int(made.clips.deep_steps_BK[made.index].sum()), f"{made.seconds:.1f}"
 
 
-def describe(config: Config, made: Made, nats: float) -> dict[str, Any]:
+def describe(config: Config, made: Made, log_likelihood: float) -> dict[str, Any]:
     """What the JSON beside a video says."""
     request, clips, index = made.request, made.clips, made.index
     return {
@@ -50,7 +50,7 @@ def describe(config: Config, made: Made, nats: float) -> dict[str, Any]:
         "seed": request.seed,
         "frames": int(clips.frames_BTHWC.shape[1]),
         "settings": dataclasses.asdict(config.sample),
-        "log_likelihood_nats": nats,
+        "log_likelihood_nats": log_likelihood,
         "log_likelihood_of": f"the sampled latents with noise {config.model.noise_std}, given the prompt",
         "deep_steps_per_block": clips.deep_steps_BK[index].tolist(),
         "deep_residual_per_block": [float(f"{r:.3g}") for r in clips.deep_residual_BK[index]],

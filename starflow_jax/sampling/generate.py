@@ -16,7 +16,7 @@ from starflow_jax.model.parameters import Params, decoding_variables, flow_varia
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Conditions, Draws, make_conditions
 from starflow_jax.sampling.denoise import denoise
-from starflow_jax.sampling.likelihood import frame_nats
+from starflow_jax.sampling.likelihood import frame_nll
 from starflow_jax.sampling.solver import chosen_solver, deep_solver, shallow_solver
 from starflow_jax.sampling.windows import context_frames
 from starflow_jax.sharding import fetch
@@ -78,7 +78,7 @@ def deep_frames(
 
 def log_likelihood(system: System, params: Params, clips: Clips) -> np.ndarray:
     """(B,) exact log p of the clips' noised latents given their prompts, in nats."""
-    return -fetch(frame_nats(system, params, jnp.asarray(clips.noisy_BNhwC), clips.text)).sum(axis=1)
+    return -fetch(frame_nll(system, params, jnp.asarray(clips.noisy_BNhwC), clips.text)).sum(axis=1)
 
 
 def certificate(system: System, params: Params, clips: Clips, given: Conditions) -> np.ndarray:

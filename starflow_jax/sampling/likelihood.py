@@ -9,7 +9,7 @@ import numpy as np
 from starflow_jax.data.batch import Batch
 from starflow_jax.data.evaluation import evaluation_batches
 from starflow_jax.data.examples import ClipLength, TextInput
-from starflow_jax.flow.likelihood import nats
+from starflow_jax.flow.likelihood import nll_per_frame
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, flow_variables
 from starflow_jax.model.system import System, training_source
@@ -18,19 +18,19 @@ from starflow_jax.sampling.windows import windowed
 from starflow_jax.sharding import fetch, lay_out
 
 
-def frame_nats(system: System, params: Params, noisy: jax.Array, text: Text) -> jax.Array:
+def frame_nll(system: System, params: Params, noisy: jax.Array, text: Text) -> jax.Array:
     """(B, N) exact -log p(x~_n | earlier frames of its window, text) in nats, constants included.
 
     noisy: (B, N, h, w, C) noised latents of any length.
     """
-    return windowed(system, noisy, lambda window, frame: window_nats(
+    return windowed(system, noisy, lambda window, frame: window_nll(
         system.flow, params, window, text_at(text, frame)), lookahead=0)
 
 
 @partial(jax.jit, static_argnums=0)
-def window_nats(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
+def window_nll(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
     """The same of at most one window, (B, T)."""
-    return nats(apply_flow(flow, flow_variables(params), STARFlow.forward, noisy, text))
+    return nll_per_frame(apply_flow(flow, flow_variables(params), STARFlow.forward, noisy, text))
 
 
 def likelihood_batches(system: System, split: str, limit: int) -> Iterator[Batch]:
@@ -53,6 +53,6 @@ def bits_per_frame(system: System, params: Params, batches: Iterator[Batch], see
     rows = []
     for index, batch in enumerate(batches):
         noisy = noised_latents(system, batch, seed + index)
-        nats_BN = frame_nats(system, params, noisy, system.text_of(params, batch.text_B))
-        rows.append(fetch(nats_BN)[fetch(batch.valid_B)] / np.prod(noisy.shape[2:]) / np.log(2))
+        nll_BN = frame_nll(system, params, noisy, system.text_of(params, batch.text_B))
+        rows.append(fetch(nll_BN)[fetch(batch.valid_B)] / np.prod(noisy.shape[2:]) / np.log(2))
     return np.concatenate(rows)

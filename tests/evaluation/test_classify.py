@@ -20,7 +20,7 @@ from starflow_jax.evaluation.classify import (
 )
 from starflow_jax.model.store import load_pretrained
 from starflow_jax.sampling.conditions import noise_for
-from starflow_jax.sampling.likelihood import frame_nats
+from starflow_jax.sampling.likelihood import frame_nll
 
 
 def test_captions_are_all_labels_in_order() -> None:
@@ -80,7 +80,7 @@ def test_the_pretrained_model_reads_clips(tmp_path: Path) -> None:
     noise = noise_for([0], (4, 36, 48)).reshape(noisy.shape)
     noisy = jnp.broadcast_to(noisy + system.config.model.noise_std * noise, (len(scored), *noisy.shape[1:]))
     features = system.features(params, jnp.asarray(system.text_ids([system.prompt(text) for text in texts])))
-    nats = np.asarray(frame_nats(system, params, noisy, features).sum(axis=1))
-    assert len(scored) == 3 and np.ptp(nats) > 1
+    nll = np.asarray(frame_nll(system, params, noisy, features).sum(axis=1))
+    assert len(scored) == 3 and np.ptp(nll) > 1
     ours = scores[0, scored, colour, direction]
-    np.testing.assert_allclose(ours - ours[0], nats[0] - nats, atol=0.05)
+    np.testing.assert_allclose(ours - ours[0], nll[0] - nll, atol=0.05)

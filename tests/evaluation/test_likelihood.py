@@ -18,9 +18,9 @@ from starflow_jax.evaluation.likelihood import (
     draw_surprise,
     interpolate,
     likelihood,
+    nll_per_token,
     round_trip,
     slerp,
-    token_nats,
 )
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.io.pictures import read_image
@@ -30,7 +30,7 @@ from starflow_jax.model.system import System
 from starflow_jax.modes.evaluate import evaluate
 from starflow_jax.sampling.conditions import noised
 from starflow_jax.sampling.generate import encode_z
-from starflow_jax.sampling.likelihood import frame_nats
+from starflow_jax.sampling.likelihood import frame_nll
 from tests.helpers import latents, random_flow, random_params, tiny_model
 from tests.small_model import CAPTIONS, small_system
 
@@ -61,7 +61,7 @@ def test_tokens_add_up_to_frames(local: bool) -> None:
     model = tiny_model(local_shallow=local, deep_layers=1, text_length=0)
     flow, variables = random_flow(model)
     out = jax.jit(lambda x: apply_flow(flow, variables, STARFlow.forward, x))(latents(model, batch=2))
-    tokens = token_nats(flow, out)
+    tokens = nll_per_token(flow, out)
     assert tokens.shape == (2, 2, 6)
     z, logdets = np.asarray(out.z_BTSK, np.float64), [np.asarray(a, np.float64) for a in out.logdets]
     noise = 0.5 * (z**2 + np.log(2 * np.pi))
@@ -74,13 +74,13 @@ def test_tokens_add_up_to_frames(local: bool) -> None:
 
 
 @pytest.mark.parametrize("frames", [9, 25])
-def test_likelihood_equals_frame_nats(system: System, params, frames: int) -> None:
+def test_likelihood_equals_frame_nll(system: System, params, frames: int) -> None:
     found = likelihood(system, params, video(frames), CAPTION, draws=2)
     noisy, features = noised(system, video(frames)[None], range(2)), system.caption_features(params, [CAPTION])
-    expected = frame_nats(system, params, noisy, jnp.broadcast_to(features, (2, *features.shape[1:])))
-    np.testing.assert_allclose(found.nats_DNS.sum(axis=2), expected, rtol=1e-5)
-    assert found.nats_DNS.shape == (2, 1 + (frames - 1) // 4, 6)
-    np.testing.assert_allclose(found.bits_NS.sum() * 4 * np.log(2), found.nats_DNS.sum(axis=(1, 2)).mean(), rtol=1e-6)
+    expected = frame_nll(system, params, noisy, jnp.broadcast_to(features, (2, *features.shape[1:])))
+    np.testing.assert_allclose(found.nll_DNS.sum(axis=2), expected, rtol=1e-5)
+    assert found.nll_DNS.shape == (2, 1 + (frames - 1) // 4, 6)
+    np.testing.assert_allclose(found.bits_NS.sum() * 4 * np.log(2), found.nll_DNS.sum(axis=(1, 2)).mean(), rtol=1e-6)
 
 
 def test_to_z_and_back(system: System, params) -> None:
@@ -166,9 +166,9 @@ def test_the_caption_that_fits_is_told_from_one_that_does_not(pretrained_config,
 def test_surprise_is_drawn_where_it_is(tmp_path: Path, system: System) -> None:
     """A black video in which one token surprises: where the colour of the most surprise lies in the picture."""
     def place(frame: int, token: int) -> np.ndarray:
-        nats_DNS = np.zeros((1, 3, 6))
-        nats_DNS[0, frame, token] = 1.0
-        found = Likelihood(nats_DNS, nats_DNS, dims=4)
+        nll_DNS = np.zeros((1, 3, 6))
+        nll_DNS[0, frame, token] = 1.0
+        found = Likelihood(nll_DNS, nll_DNS, dims=4)
         draw_surprise(tmp_path / "surprise.png", system, np.zeros((9, 8, 12, 3), np.uint8), found, CAPTION)
         most = 0.75 * np.array([252, 255, 164])  # inferno's last colour, over black
         picture = read_image(tmp_path / "surprise.png").astype(float)

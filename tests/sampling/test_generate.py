@@ -13,7 +13,7 @@ from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import noise_for
 from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.generate import Clips, generate_clips, log_likelihood
-from starflow_jax.sampling.likelihood import frame_nats
+from starflow_jax.sampling.likelihood import frame_nll
 from starflow_jax.sampling.windows import windows
 from tests.helpers import changed
 from tests.small_model import CAPTIONS, CONFIG, SETTINGS
@@ -27,8 +27,8 @@ def clips(system: System, params) -> Clips:
 def test_a_seed_gives_the_same_video_alone_and_in_a_batch(system: System, params, clips: Clips) -> None:
     alone = generate_clips(system, params, CAPTIONS[1:2], [6], SETTINGS)
     np.testing.assert_allclose(alone.noisy_BNhwC[0], clips.noisy_BNhwC[1], atol=1e-4)
-    nats_of = partial(log_likelihood, system, params)
-    np.testing.assert_allclose(nats_of(alone)[0], nats_of(clips)[1], rtol=1e-4)
+    log_likelihood_of = partial(log_likelihood, system, params)
+    np.testing.assert_allclose(log_likelihood_of(alone)[0], log_likelihood_of(clips)[1], rtol=1e-4)
     assert np.abs(clips.noisy_BNhwC[0] - clips.noisy_BNhwC[1]).max() > 0.1
 
 
@@ -41,8 +41,8 @@ def test_sample_encodes_back_to_its_noise(system: System, params, clips: Clips) 
     text = system.features(params, jnp.asarray(system.text_ids([system.prompt(c) for c in CAPTIONS])))
     out = system.flow.apply(flow_variables(params), jnp.asarray(unguided.noisy_BNhwC), text, method="forward")
     np.testing.assert_allclose(out.z_BTSK, noise_for([5, 6, 7], out.z_BTSK.shape[1:]), atol=2e-3)
-    nats = frame_nats(system, params, jnp.asarray(unguided.noisy_BNhwC), text)
-    np.testing.assert_allclose(nats.sum(axis=1), -log_likelihood(system, params, unguided), rtol=1e-5)
+    nll = frame_nll(system, params, jnp.asarray(unguided.noisy_BNhwC), text)
+    np.testing.assert_allclose(nll.sum(axis=1), -log_likelihood(system, params, unguided), rtol=1e-5)
 
 
 def test_sequential_equals_jacobi(system: System, params, clips: Clips) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Config, Model, Text
-from starflow_jax.flow.likelihood import nats, nll_mean
+from starflow_jax.flow.likelihood import nll_mean, nll_per_frame
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.model.parameters import flow_variables
 from starflow_jax.model.text import encode_text, text_encoder
@@ -29,24 +29,24 @@ def forward(flow: STARFlow, variables: Any, x: jax.Array, features: jax.Array | 
     return flow.apply(variables, x, features, method=STARFlow.forward)
 
 
-def test_nats_of_an_identity_flow_are_the_standard_normals() -> None:
+def test_nll_of_an_identity_flow_is_the_standard_normals() -> None:
     model = tiny_model()
     flow, variables = fresh(model)
     x = np.asarray(latents(model, batch=2), np.float64)
     out = forward(flow, variables, jnp.asarray(x, jnp.float32), text(model, 2))
     density = np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
     expected = -np.log(density).sum(axis=(2, 3, 4))
-    np.testing.assert_allclose(nats(out), expected, rtol=1e-5)
+    np.testing.assert_allclose(nll_per_frame(out), expected, rtol=1e-5)
     bits = -np.log2(density).mean()
     np.testing.assert_allclose(to_bits(nll_mean(out).loss), bits, rtol=1e-5)
 
 
-def test_nats_bits_and_mean_loss_agree() -> None:
+def test_nll_bits_and_mean_loss_agree() -> None:
     model = tiny_model()
     flow, variables = random_flow(model)
     x = latents(model, batch=2)
     out = forward(flow, variables, x, text(model, 2))
-    total = nats(out)
+    total = nll_per_frame(out)
     assert total.shape == (2, 2)
     loss = nll_mean(out)
     assert abs(float(loss.loss_logdet)) > 0.05
@@ -54,11 +54,11 @@ def test_nats_bits_and_mean_loss_agree() -> None:
     np.testing.assert_allclose(to_bits(loss.loss), total.sum() / x.size / np.log(2), rtol=1e-5)
 
 
-def test_nats_of_a_frame_are_given_the_frames_before_it() -> None:
+def test_nll_of_a_frame_is_given_the_frames_before_it() -> None:
     model = tiny_model()
     flow, variables = random_flow(model)
     x, features = latents(model), text(model)
-    whole, first = (nats(forward(flow, variables, of, features)) for of in (x, x[:, :1]))
+    whole, first = (nll_per_frame(forward(flow, variables, of, features)) for of in (x, x[:, :1]))
     np.testing.assert_allclose(whole[:, :1], first, rtol=1e-5)
 
 
@@ -92,7 +92,7 @@ def test_denoiser_regresses_the_scaled_score() -> None:
     @jax.jit
     @jax.value_and_grad
     def negative_log_p(x: jax.Array) -> jax.Array:
-        return nats(forward(STARFlow(whole.model), flow_variables(params), x, features)).sum()
+        return nll_per_frame(forward(STARFlow(whole.model), flow_variables(params), x, features)).sum()
 
     value, gradient = negative_log_p(x)
     target = 0.5**2 / 0.3 * gradient
