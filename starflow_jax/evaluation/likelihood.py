@@ -7,7 +7,6 @@ The flow is a density of latents with the training noise (standard deviation noi
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,9 +16,7 @@ import numpy as np
 from starflow_jax.config import Config, Solver, UserError
 from starflow_jax.flow import decode
 from starflow_jax.flow.starflow import FlowOutput, STARFlow, apply_flow
-from starflow_jax.io.files import atomic_path
-from starflow_jax.io.pictures import contact_sheet
-from starflow_jax.io.video import write_mp4
+from starflow_jax.io.pictures import HeatMap
 from starflow_jax.model.codec import pixel_frames
 from starflow_jax.model.parameters import Params, decoding_variables, flow_variables
 from starflow_jax.model.system import System
@@ -28,8 +25,6 @@ from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.generate import encode_z
 from starflow_jax.sampling.solver import complete, deep_solver, shallow_solver
 from starflow_jax.sampling.windows import windowed
-
-SHOWN_FRAMES = 12  # latent frames at most in the surprise map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,43 +152,18 @@ def slerp(start: jax.Array, end: jax.Array, shares: np.ndarray) -> jax.Array:
     return (jnp.sin((1 - t) * angle) * start + jnp.sin(t * angle) * end) / jnp.sin(angle)
 
 
-def draw_surprise(path: Path, system: System, frames_THWC: np.ndarray, found: Likelihood, caption: str) -> None:
-    """A PNG of three rows: the frames, each token's bits per dimension over them, and what the caption adds."""
-    count, grid = found.bits_NS.shape[0], system.token_grid
-    chosen = np.unique(np.linspace(0, count - 1, min(count, SHOWN_FRAMES)).round().astype(int))
-    from matplotlib.figure import Figure  # takes a third of a second to import
-
-    figure = Figure(figsize=(1.3 * len(chosen) + 1.8, 4.6), layout="constrained")
-    axes = figure.subplots(3, len(chosen), squeeze=False)
-    fit = found.caption_fit_NS
+def surprise_maps(found: Likelihood, token_grid: tuple[int, int]) -> list[HeatMap]:
+    """Each token's bits per dimension, and what the caption adds to its likelihood."""
+    bits, fit = (values_NS.reshape(-1, *token_grid) for values_NS in (found.bits_NS, found.caption_fit_NS))
     limit = max(float(np.abs(fit).max()), 1e-6)
-    maps = ((found.bits_NS, "inferno", float(found.bits_NS.min()), float(found.bits_NS.max()), "surprise\n(bits/dim)"),
-            (fit, "RdBu", -limit, limit, "caption fit\n(nats)"))
-    for column, frame in enumerate(chosen):
-        pixel = int(frame) * system.config.codec.time_stride
-        picture, extent = frames_THWC[pixel], (0, frames_THWC.shape[2], frames_THWC.shape[1], 0)
-        axes[0, column].imshow(picture, extent=extent)
-        axes[0, column].set_title(f"frame {pixel}", fontsize=8)
-        for row, (values, colours, low, high, _) in enumerate(maps, start=1):
-            axes[row, column].imshow(picture.mean(axis=-1), cmap="gray", extent=extent)
-            axes[row, column].imshow(values[frame].reshape(grid), cmap=colours, vmin=low, vmax=high, extent=extent,
-                                     alpha=0.75)
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    for row, (*_, label) in enumerate(maps, start=1):
-        figure.colorbar(axes[row, 0].images[1], ax=list(axes[row]), shrink=0.8, label=label)
-    figure.suptitle(f'"{caption}": {-found.nll_DNS.sum(axis=(1, 2)).mean():.0f} nats, caption fit {fit.sum():+.0f}',
-                    fontsize=9)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    return [HeatMap(bits, "inferno", float(bits.min()), float(bits.max()), "surprise\n(bits/dim)"),
+            HeatMap(fit, "RdBu", -limit, limit, "caption fit\n(nats)")]
 
 
-def write_interpolation(path: Path, config: Config, videos_KTHWC: np.ndarray, scale: int) -> None:
-    """An MP4 of the videos side by side and a contact sheet."""
-    labels = [f"{share:.2f}" for share in np.linspace(0, 1, len(videos_KTHWC))]
-    write_mp4(path, np.concatenate(list(videos_KTHWC), axis=2), config.text.fps or 1, scale)
-    contact_sheet(path.with_suffix(".png"), videos_KTHWC, labels, scale=max(1, scale // 2))
+def headline(found: Likelihood, caption: str) -> str:
+    """The caption, the video's log-likelihood given it, and what it adds."""
+    return (f'"{caption}": {-found.nll_DNS.sum(axis=(1, 2)).mean():.0f} nats, caption fit '
+            f"{found.caption_fit_NS.sum():+.0f}")
 
 
 def facts_of(found: Likelihood, config: Config) -> dict[str, Any]:

@@ -8,13 +8,14 @@
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from starflow_jax.config import UserError
+from starflow_jax.evaluation.frechet import features, frechet_distance
 from starflow_jax.evaluation.measures import psnr, temporal_flickering
 from starflow_jax.evaluation.networks import I3D, LPIPS, MissingPackage
 from starflow_jax.evaluation.videos import Videos
@@ -47,6 +48,30 @@ def codec_pair(system: System, source: str, reference: Videos) -> tuple[Videos, 
 
     return (dataclasses.replace(reference, read=given),
             dataclasses.replace(reference, name=f"codec of {source}", read=coded))
+
+
+def compare(
+    sets: Sequence[Videos], reference: Videos | None, prompts: dict[str, frozenset[str]], frames: int
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """(what `measure` finds of each set and of the reference, by name, with the sets' Frechet video distance to it;
+    a line for each network that is not installed). frames: of each video, that this distance compares.
+
+    Raises UserError where none of a set's videos can be read.
+    """
+    missing: list[str] = []
+    lpips = None if reference is None else if_installed(LPIPS, missing)
+    i3d = None if reference is None else if_installed(I3D, missing)
+    results = {videos.name: measure(videos, reference, lpips, prompts) for videos in sets}
+    if reference is not None:
+        results[f"{reference.name} (reference)"] = measure(reference, None, None, {})
+    if reference is not None and i3d is not None:
+        real_ND = features(reference, i3d, frames)
+        for videos in sets:
+            made_ND = features(videos, i3d, frames)
+            enough = min(len(real_ND), len(made_ND)) > 1
+            results[videos.name] |= {"fvd": frechet_distance(real_ND, made_ND) if enough else None,
+                                     "fvd_videos": [len(made_ND), len(real_ND)]}
+    return results, missing
 
 
 def measure(

@@ -12,16 +12,16 @@ from starflow_jax.config import Config, UserError
 from starflow_jax.data.digits import reader
 from starflow_jax.data.digits.captions import ATTRIBUTES
 from starflow_jax.evaluation import classify, likelihood, quality
-from starflow_jax.evaluation.frechet import features, frechet_distance
 from starflow_jax.evaluation.measures import psnr
-from starflow_jax.evaluation.networks import I3D, LPIPS
 from starflow_jax.evaluation.split import SHOWN, generate_and_read, read, real_clips, split_likelihood
 from starflow_jax.evaluation.videos import folder_of_videos
 from starflow_jax.io.files import write_text
-from starflow_jax.io.pictures import contact_sheet, write_gif
+from starflow_jax.io.pictures import contact_sheet, draw_heat_maps, write_gif
 from starflow_jax.io.progress import ProgressBar, table
+from starflow_jax.io.video import write_mp4
 from starflow_jax.model.sources import fixed_captions
 from starflow_jax.model.store import load_model
+from starflow_jax.model.system import System
 from starflow_jax.sampling import vbench
 from starflow_jax.sampling.given import read_given
 
@@ -88,7 +88,7 @@ def evaluate_video(config: Config, workdir: Path) -> None:
                                              (settings.caption, other_caption), settings.steps)
             progress.update()
     path = workdir / "inspected" / Path(settings.video).stem
-    likelihood.draw_surprise(path.with_name(f"{path.name}_surprise.png"), system, frames_THWC, found, settings.caption)
+    draw_surprise(path.with_name(f"{path.name}_surprise.png"), system, frames_THWC, found, settings.caption)
     scale = max(1, SHOWN_PIXELS // frames_THWC.shape[1])
     shown = frames_THWC[:len(trip.frames_THWC)]
     contact_sheet(path.with_name(f"{path.name}_round_trip.png"),
@@ -101,11 +101,27 @@ def evaluate_video(config: Config, workdir: Path) -> None:
                             "psnr_of_codec_alone": psnr(shown, trip.codec_THWC)}}
     if other_THWC is not None:
         facts["interpolation"] = {"other": settings.other, "other_caption": other_caption, "steps": settings.steps}
-        likelihood.write_interpolation(path.with_name(f"{path.name}_to_{Path(settings.other).stem}.mp4"), config,
-                                       between, scale)
+        _write_interpolation(path.with_name(f"{path.name}_to_{Path(settings.other).stem}.mp4"), config, between, scale)
     facts["seconds"] = round(time.perf_counter() - began, 1)
     write_text(path.with_suffix(".json"), json.dumps(facts, indent=1))
     _print_video(facts, path)
+
+
+def draw_surprise(
+    path: Path, system: System, frames_THWC: np.ndarray, found: likelihood.Likelihood, caption: str
+) -> None:
+    """A PNG of three rows: the frames, each token's bits per dimension over them, and what the caption adds."""
+    stride = system.config.codec.time_stride
+    titles = [f"frame {index}" for index in range(0, len(frames_THWC), stride)]
+    draw_heat_maps(path, frames_THWC[::stride], titles, likelihood.surprise_maps(found, system.token_grid),
+                   likelihood.headline(found, caption))
+
+
+def _write_interpolation(path: Path, config: Config, videos_KTHWC: np.ndarray, scale: int) -> None:
+    """An MP4 of the videos side by side and a contact sheet."""
+    labels = [f"{share:.2f}" for share in np.linspace(0, 1, len(videos_KTHWC))]
+    write_mp4(path, np.concatenate(list(videos_KTHWC), axis=2), config.text.fps or 1, scale)
+    contact_sheet(path.with_suffix(".png"), videos_KTHWC, labels, scale=max(1, scale // 2))
 
 
 def _print_video(facts: dict[str, Any], path: Path) -> None:
@@ -154,19 +170,7 @@ def evaluate_quality(config: Config, workdir: Path) -> None:
         reference, coded = quality.codec_pair(system, source, reference)
         sets = [coded]
     prompts = vbench.read_prompts(settings.vbench) if settings.vbench else {}
-    missing: list[str] = []
-    lpips = None if reference is None else quality.if_installed(LPIPS, missing)
-    i3d = None if reference is None else quality.if_installed(I3D, missing)
-    results = {videos.name: quality.measure(videos, reference, lpips, prompts) for videos in sets}
-    if reference is not None:
-        results[f"{reference.name} (reference)"] = quality.measure(reference, None, None, {})
-    if reference is not None and i3d is not None:
-        real_ND = features(reference, i3d, settings.frames)
-        for videos in sets:
-            made_ND = features(videos, i3d, settings.frames)
-            enough = min(len(real_ND), len(made_ND)) > 1
-            results[videos.name] |= {"fvd": frechet_distance(real_ND, made_ND) if enough else None,
-                                     "fvd_videos": [len(made_ND), len(real_ND)]}
+    results, missing = quality.compare(sets, reference, prompts, settings.frames)
     facts = {"sets": results, "fvd_frames": settings.frames, "fps": settings.fps or "the videos' own",
              "reference": settings.reference, "missing": missing}
     write_text(workdir / "quality.json", json.dumps(facts, indent=1))

@@ -15,7 +15,6 @@ from starflow_jax.evaluation.likelihood import (
     Likelihood,
     check_pair,
     decode_z,
-    draw_surprise,
     interpolate,
     likelihood,
     nll_per_token,
@@ -27,7 +26,7 @@ from starflow_jax.io.pictures import read_image
 from starflow_jax.io.video import write_mp4
 from starflow_jax.model.store import load_pretrained
 from starflow_jax.model.system import System
-from starflow_jax.modes.evaluate import evaluate
+from starflow_jax.modes.evaluate import draw_surprise, evaluate
 from starflow_jax.sampling.conditions import noised
 from starflow_jax.sampling.generate import encode_z
 from starflow_jax.sampling.likelihood import frame_nll

