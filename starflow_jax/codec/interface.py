@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow_jax.config import UserError
+
 
 class LatentCodec(Protocol):
     """Pixels (B, T, H, W, 3) in [-1, 1] <-> latents (B, N, h, w, C), float32; pure functions, causal in time."""
@@ -26,6 +28,18 @@ class LatentCodec(Protocol):
 
     def decode_next(self, latents_BNhwC: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """The pixels of a video's next latent frames, and the cache for the next call; None where it begins."""
+
+
+def check_frame_size(pixels_BTHWC: jax.Array, multiple: int) -> None:
+    """Raises UserError for frames whose sides are not multiples of so many pixels."""
+    height, width = pixels_BTHWC.shape[2:4]
+    if height % multiple or width % multiple:
+        raise UserError(f"frames of {height}x{width}: this codec takes multiples of {multiple} pixels")
+
+
+def deviation(log_variance: jax.Array) -> jax.Array:
+    """The standard deviation of a VAE's posterior, from what its encoder gives."""
+    return jnp.exp(jnp.clip(log_variance, -30, 20) / 2)
 
 
 def to_float(frames: np.ndarray | jax.Array):

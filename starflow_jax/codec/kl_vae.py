@@ -19,6 +19,7 @@ import numpy as np
 from flax import traverse_util
 from jax import lax
 
+from starflow_jax.codec.interface import check_frame_size, deviation
 from starflow_jax.config import Codec, UserError
 from starflow_jax.io.tensor_files import Array, check_shapes, open_safetensors
 
@@ -199,11 +200,9 @@ class KLCodec(flax.struct.PyTreeNode):
 
     def posterior(self, pixels_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(normalised mean, deviation, which is not normalised)."""
-        batch, frames, height, width, _ = pixels_BTHWC.shape
-        if height % self.config.stride or width % self.config.stride:
-            raise UserError(f"frames of {height}x{width}: this codec takes multiples of {self.config.stride} pixels")
+        check_frame_size(pixels_BTHWC, self.config.stride)
         mean, log_variance = self._apply(AutoencoderKL.moments, pixels_BTHWC)
-        return (mean - self.mean_C) / self.std_C, jnp.exp(jnp.clip(log_variance, -30, 20) / 2)
+        return (mean - self.mean_C) / self.std_C, deviation(log_variance)
 
     def decode(self, latents_BNhwC: jax.Array) -> jax.Array:
         """Normalised latents -> pixels (B, N, H, W, 3), not clamped."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.codec.interface import to_float
+from starflow_jax.codec.interface import check_frame_size, to_float
 from starflow_jax.config import UserError
 
 FITTED_PATCHES = 200_000
@@ -92,8 +92,7 @@ def _to_patches(pixels_BTHWC: jax.Array, shape: PatchShape) -> jax.Array:
     chex.assert_shape(pixels_BTHWC, (None, None, None, None, 3))
     batch, frames, height, width, _ = pixels_BTHWC.shape
     latent_frames, size, time = shape.latent_frames(frames), shape.space, shape.time
-    if height % size or width % size:
-        raise UserError(f"frames of {height}x{width}: this codec takes multiples of {size} pixels")
+    check_frame_size(pixels_BTHWC, size)
     first = jnp.repeat(pixels_BTHWC[:, :1], time, axis=1)
     pixels = jnp.concatenate([first, pixels_BTHWC[:, 1:]], axis=1)
     pixels = pixels.reshape(batch, latent_frames, time, height // size, size, width // size, size, 3)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from starflow_jax.codec.interface import check_frame_size, deviation
 from starflow_jax.codec.wan_vae import Cache, Past, WanConfig, WanVAE
 from starflow_jax.codec.wan_weights import STATISTICS, from_released
 from starflow_jax.config import Codec, UserError
@@ -84,7 +85,7 @@ class WanCodec(flax.struct.PyTreeNode):
         frames, stride = pixels_BTHWC.shape[1], self.config.time_stride
         if frames % stride != 1 % stride or not frames:
             raise UserError(f"a clip of {frames} frames: this codec takes 1 + a multiple of {stride} frames")
-        self._check_size(pixels_BTHWC)
+        check_frame_size(pixels_BTHWC, self.config.stride)
         features, _ = self._tiled(self._whole(WanVAE.encode_high, stride), pixels_BTHWC, None, self.config.stride, 1)
         (mean, log_variance), _ = self._whole(WanVAE.encode_low, 1)(features, None)
         return (mean - self.mean_C) / self.std_C, log_variance
@@ -92,16 +93,7 @@ class WanCodec(flax.struct.PyTreeNode):
     def posterior(self, pixels_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(normalised mean, deviation, which is not normalised)."""
         mean, log_variance = self.moments(pixels_BTHWC)
-        return mean, jnp.exp(jnp.clip(log_variance, -30, 20) / 2)
-
-    def encode_next(self, pixels_BTHWC: jax.Array, cache: Cache | None) -> tuple[tuple[jax.Array, jax.Array], Cache]:
-        """The moments of a video's next frames: without a cache of its first (and a multiple of the time stride
-        more), then of a multiple of the time stride. Returns the cache for the next call, too."""
-        self._check_size(pixels_BTHWC)
-        before = cache or Cache(None, None)
-        features, high = self._tiled(self._part(WanVAE.encode_high), pixels_BTHWC, before.high, self.config.stride, 1)
-        (mean, log_variance), low = self._part(WanVAE.encode_low)(features, before.low)
-        return ((mean - self.mean_C) / self.std_C, log_variance), Cache(low, high)
+        return mean, deviation(log_variance)
 
     def decode(self, latents_BNhwC: jax.Array) -> jax.Array:
         """Normalised latents -> pixels (B, 1 + (N-1) * time stride, H, W, 3) float32, not clamped."""
@@ -115,11 +107,6 @@ class WanCodec(flax.struct.PyTreeNode):
         features, low = self._part(WanVAE.decode_low)(latents_BNhwC * self.std_C + self.mean_C, before.low)
         pixels, high = self._tiled(self._part(WanVAE.decode_high), features, before.high, 1, self.config.stride)
         return pixels, Cache(low, high)
-
-    def _check_size(self, pixels_BTHWC: jax.Array) -> None:
-        height, width = pixels_BTHWC.shape[2:4]
-        if height % self.config.stride or width % self.config.stride:
-            raise UserError(f"frames of {height}x{width}: this codec takes multiples of {self.config.stride} pixels")
 
     def _part(self, method: Callable) -> Step:
         """A step of the VAE on a video's next frames."""
