@@ -162,14 +162,18 @@ def _dividing(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Abstra
 
 
 def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for every array of parameters, of a training state or of anything with the same names.
+    """A NamedSharding for every array of parameters, of a training state or of anything with the same names. The scale
+    of a quantized kernel, NAME/scale beside NAME/q, has the kernel's axes but for its input.
 
     Raises ValueError for an array of more than LARGEST_UNNAMED bytes that PARAMETERS says nothing of.
     """
     def of(path: Any, leaf: Any) -> NamedSharding:
         name = parameter_name(path)
+        quantized = re.fullmatch(r"(.*/kernel)/(q|scale)", name)
+        whole, part = quantized.groups() if quantized else (name, "")
         for pattern, axes in PARAMETERS.items():
-            if re.search(f"(^|/){pattern}$", name):
+            if re.search(f"(^|/){pattern}$", whole):
+                axes = axes[1:] if part == "scale" else axes
                 return NamedSharding(mesh, PartitionSpec(*[None] * (len(leaf.shape) - len(axes)), *spec(axes)))
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
         if size > LARGEST_UNNAMED:

@@ -4,7 +4,7 @@ A converted model is a checkpoint of step 0 whose state is {"ema": parameters}; 
 averaged parameters under the same name, so that both are read in the same way.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,9 +80,10 @@ def _read_array(path: Path, name: str) -> np.ndarray:
     return jax.tree.leaves(found)[0]
 
 
-def restore_params(folder: Path, abstract_params: Any) -> Any:
+def restore_params(folder: Path, abstract_params: Any, convert: Callable[[str, jax.Array], Any] | None = None) -> Any:
     """The averaged parameters of one checkpoint, in the dtypes and shardings of a pytree of ShapeDtypeStruct.
 
+    convert: (name, array) -> what is kept of it; arrays are then read one by one, and no two are held unconverted.
     Without a sharding they go to this process's first device. Parameters that are not asked for are not read. Raises
     UserError listing every one that is missing or of another shape.
     """
@@ -90,8 +91,17 @@ def restore_params(folder: Path, abstract_params: Any) -> Any:
     found = {name: array for name, array in stored_params(folder).items() if name in wanted}
     check_shapes(str(folder), found, {name: leaf.shape for name, leaf in wanted.items()})
     here = SingleDeviceSharding(jax.local_devices()[0])
-    placed = {"ema": jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=leaf.sharding or here), abstract_params)}
+    placed = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
+              for name, leaf in wanted.items()}
+
+    def read(part: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        tree = {"ema": traverse_util.unflatten_dict(part, sep="/")}
+        restored = checkpointer.restore(Path(folder).absolute() / "state", args=ocp.args.PyTreeRestore(
+            tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True))["ema"]
+        return traverse_util.flatten_dict(restored, sep="/")
+
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(Path(folder).absolute() / "state", args=ocp.args.PyTreeRestore(
-            placed, ocp.checkpoint_utils.construct_restore_args(placed), partial_restore=True))["ema"]
+        if convert is None:
+            return traverse_util.unflatten_dict(read(placed), sep="/")
+        return traverse_util.unflatten_dict(
+            {name: convert(name, read({name: leaf})[name]) for name, leaf in placed.items()}, sep="/")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from starflow_jax.config import Config, UserError, changed, from_dict
 from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.io.files import write_text
 from starflow_jax.model.parameters import Params, inference_params, init_params, model_fingerprint
+from starflow_jax.model.quantize import quantize_param, quantize_params
 from starflow_jax.model.system import SETTINGS, System, load_system, save_system
 from starflow_jax.model.text import frozen_encoder_params
 
@@ -30,8 +32,10 @@ def load_model(config: Config, workdir: Path) -> tuple[System, Params, str]:
 
     Raises UserError where the workdir holds another model, or none and the package has none of this config.
     """
-    system, params, source = load_trained(config, workdir) or load_pretrained(config, workdir)
-    return system, inference_params(config, params), source
+    int8 = config.sample.weights == "int8"
+    system, params, source = (load_trained(config, workdir, quantize_param if int8 else None)
+                              or load_pretrained(config, workdir))
+    return system, inference_params(config, quantize_params(params) if int8 else params), source
 
 
 def settings_of(workdir: Path) -> Config:
@@ -82,9 +86,11 @@ def own_settings(config: Config, workdir: Path) -> tuple[Config, str]:
     return config, line if passed_over else ""
 
 
-def load_trained(config: Config, workdir: Path) -> tuple[System, Params, str] | None:
+def load_trained(config: Config, workdir: Path, convert: Callable[[str, jax.Array], Any] | None = None
+                 ) -> tuple[System, Params, str] | None:
     """(system, averaged parameters, where they come from) of a workdir's newest or best checkpoint; None where there is
-    none. Raises UserError where they are another model's, and where all checkpoints are damaged."""
+    none. convert: see `restore_params`. Raises UserError where they are another model's, and where all checkpoints are
+    damaged."""
     if not (workdir / "checkpoints").exists():
         return None
     checkpoints = training.Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
@@ -98,7 +104,7 @@ def load_trained(config: Config, workdir: Path) -> tuple[System, Params, str] | 
     if not (mesh := jax.sharding.get_mesh()).empty:
         abstract = sharding.abstract(abstract, mesh)
     abstract = sharding.layers_as(abstract, jnp.dtype(config.model.dtype))
-    params = parameters.restore_params(checkpoints.directory / str(step), abstract)
+    params = parameters.restore_params(checkpoints.directory / str(step), abstract, convert)
     params = {**params, **frozen_encoder_params(config)}
     return load_system(config, workdir / "system"), params, f"{workdir}, step {step}"
 

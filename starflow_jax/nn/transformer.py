@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from starflow_jax.kernels.attention import ATTENTION_RESULTS
 from starflow_jax.kernels.mask import Mask
 from starflow_jax.nn.cache import KVCache
+from starflow_jax.nn.quantized import Dense, DenseGeneral
 from starflow_jax.nn.rope import apply_rope
 from starflow_jax.nn.sequence_parallel import by_tokens, sequence_parallel_attention
 from starflow_jax.sharding import constrain, token_padding, tokens_sharded
@@ -68,7 +69,7 @@ class Layer(nn.Module):
         """
         width = x_BSD.shape[-1]
         heads = width // self.head_dim
-        qkv = nn.DenseGeneral((3, width), dtype=self.dtype, name="qkv")(self._norm(x_BSD, "attention_norm"))
+        qkv = DenseGeneral((3, width), dtype=self.dtype, name="qkv")(self._norm(x_BSD, "attention_norm"))
         q, k, v = (qkv[..., i, :].reshape(*x_BSD.shape[:-1], heads, self.head_dim) for i in range(3))
         q, k = apply_rope(q, rope_2SE), apply_rope(k, rope_2SE)
         axes = ("tokens", "hidden") if by_tokens(self.sequence_parallel, past) else (None, "heads")
@@ -77,10 +78,10 @@ class Layer(nn.Module):
         masks, which = self._masks(is_first)
         out = sequence_parallel_attention(self.sequence_parallel, q, k, v, masks, which, seen)
         out = constrain(out.reshape(x_BSD.shape), "batch", "tokens", "hidden")
-        x_BSD = _shard_tokens(x_BSD + nn.Dense(width, dtype=self.dtype, name="proj")(out))
-        hidden = nn.Dense(4 * width, dtype=self.dtype, name="mlp_in")(self._norm(x_BSD, "mlp_norm"))
+        x_BSD = _shard_tokens(x_BSD + Dense(width, dtype=self.dtype, name="proj")(out))
+        hidden = Dense(4 * width, dtype=self.dtype, name="mlp_in")(self._norm(x_BSD, "mlp_norm"))
         hidden = nn.gelu(constrain(hidden, "batch", "tokens", "hidden"), approximate=False)
-        return _shard_tokens(x_BSD + nn.Dense(width, dtype=self.dtype, name="mlp_out")(hidden)), (k, v)
+        return _shard_tokens(x_BSD + Dense(width, dtype=self.dtype, name="mlp_out")(hidden)), (k, v)
 
 
 def _shard_tokens(x_BSD: jax.Array) -> jax.Array:

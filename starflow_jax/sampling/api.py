@@ -139,6 +139,8 @@ class Model:
         for name in settings:
             if name in OF_THE_COMMAND_LINE:
                 raise UserError(f"sample.{name}: is a setting of the command line, not an argument here")
+            if name == "weights":
+                raise UserError("sample.weights: is chosen when a model is loaded, as in sf.load(weights='int8')")
         if isinstance(image, str | Path):
             settings = {**settings, "image": str(image)}
         config = at_asked_size(changed(self.config, "sample", {**settings, "stream": stream}))
@@ -189,13 +191,15 @@ def _frames(config: Config, video: "Video | str | Path | ArrayLike", keep: str, 
     return fit_video(config, frames_THWC, own_fps, fps=fps, keep=keep)[0]
 
 
-def load(source: str | Path = "") -> Model:
+def load(source: str | Path = "", weights: str = "") -> Model:
     """The model in the package; or that of a workdir, which --mode=train or --mode=convert wrote.
 
+    weights: what the layers' matrices are kept as, "int8" or, by default, as the model's own settings say.
     Programs are compiled once and kept on disk for the next process, in the user's cache folder unless
     jax_compilation_cache_dir names another. Raises UserError where there is no model.
     """
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         keep_compiled_programs()
     workdir = Path(source) if str(source) else PRETRAINED
-    return Model(*load_model(settings_of(workdir), workdir))
+    config = settings_of(workdir)
+    return Model(*load_model(changed(config, "sample", {"weights": weights}) if weights else config, workdir))

@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from starflow_jax.config import UserError
 from starflow_jax.io.tensor_files import Array
+from starflow_jax.nn.quantized import Dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +81,9 @@ class RMSNorm(nn.Module):
         return (x_BSD * jax.lax.rsqrt(mean_square_BS1 + self.epsilon) * weight_D).astype(self.dtype)
 
 
-def _dense(features: int, stddev: float, dtype: jnp.dtype, name: str) -> nn.Dense:
+def _dense(features: int, stddev: float, dtype: jnp.dtype, name: str) -> Dense:
     initializer = nn.initializers.normal(stddev)
-    return nn.Dense(features, use_bias=False, kernel_init=initializer, dtype=dtype, name=name)
+    return Dense(features, use_bias=False, kernel_init=initializer, dtype=dtype, name=name)
 
 
 class Attention(nn.Module):

@@ -1,0 +1,35 @@
+"""int8 weights (sample.weights): the matrices of all Transformer layers, each output channel with a scale of its own.
+
+They are nearly all of a model's bytes. What stays in its own dtype: norms and biases, the projections into and out of
+the width, and the embedding of text.
+"""
+
+import re
+from functools import partial
+from typing import Any
+
+import jax
+
+from starflow_jax import sharding
+from starflow_jax.model.parameters import Params
+from starflow_jax.nn.quantized import Quantized, quantize
+
+MATRICES = re.compile(r"(^|/)layers/\w+/\w+/kernel$")  # of stacked layers: (L, in, ...)
+_quantize_stack = jax.jit(partial(quantize, axis=1))
+
+
+def quantize_params(params: Params) -> Params:
+    """Parameters, of stacked layers, with their matrices Quantized, one after the other; what is quantized already
+    stays. With jax.eval_shape: the shapes of such parameters without their memory."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: quantize_param(sharding.parameter_name(path), leaf), params)
+
+
+def quantize_param(name: str, param: Any) -> Any:
+    """The parameter of that name ("flow/deep/...") as `quantize_params` gives it, laid out over the current mesh."""
+    if not MATRICES.search(name):
+        return param
+    quantized: Quantized = _quantize_stack(param)
+    if isinstance(quantized.q, jax.core.Tracer) or (mesh := jax.sharding.get_mesh()).empty:
+        return quantized
+    return jax.device_put(quantized, sharding.parameter_shardings({name: quantized}, mesh)[name])

@@ -1,0 +1,61 @@
+"""Arrays in int8 with a float scale for each of their channels, and dense layers that take such a kernel.
+
+Nothing is scaled back as a whole: a product takes the int8 values, which XLA converts to its dtype on their way in, and
+its result is multiplied by the scale of each output channel.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+LARGEST = 127  # as far below zero as above it: without -128
+
+
+class Quantized(flax.struct.PyTreeNode):
+    """q * scale along the axis that scale lacks."""
+
+    q: jax.Array  # int8
+    scale: jax.Array  # float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.q.shape
+
+
+def quantize(x: jax.Array, axis: int) -> Quantized:
+    """x rounded to int8, with one scale for all that lies along `axis`; zeros stay zeros."""
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+    scale = jnp.where(largest == 0, 1, largest / LARGEST)
+    return Quantized(jnp.round(x / scale).astype(jnp.int8), scale.squeeze(axis))
+
+
+class Dense(nn.Dense):
+    """nn.Dense whose kernel may be Quantized along its input axis."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return _product(self, inputs) if _is_quantized(self) else super().__call__(inputs)
+
+
+class DenseGeneral(nn.DenseGeneral):
+    """nn.DenseGeneral over the last axis, whose kernel may be Quantized along its input axis."""
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return _product(self, inputs) if _is_quantized(self) else super().__call__(inputs)
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    return isinstance(layer.get_variable("params", "kernel"), Quantized)
+
+
+def _product(layer: Dense | DenseGeneral, inputs: jax.Array) -> jax.Array:
+    """(..., *features) in the layer's dtype; summed, scaled and shifted in float32 at least."""
+    kernel: Any = layer.get_variable("params", "kernel")
+    dtype = jnp.dtype(layer.dtype)
+    out = lax.dot_general(inputs.astype(dtype), kernel.q.astype(dtype), (((inputs.ndim - 1,), (0,)), ((), ())),
+                          preferred_element_type=jnp.promote_types(dtype, jnp.float32)) * kernel.scale
+    return (out + layer.get_variable("params", "bias") if layer.use_bias else out).astype(dtype)

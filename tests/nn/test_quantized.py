@@ -1,0 +1,54 @@
+"""int8 arrays with scales: their rounding, and dense layers that multiply by them."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from starflow_jax.nn.quantized import Dense, DenseGeneral, Quantized, quantize
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
+
+
+def test_each_channel_is_rounded_to_a_scale_of_its_own() -> None:
+    x = normal(3, 50, 7) * jnp.asarray([1.0, 1e-4, 1e3, 1, 1, 1, 0])
+    found = quantize(x, axis=1)
+    assert found.q.dtype == jnp.int8 and found.scale.dtype == jnp.float32
+    assert found.shape == x.shape and found.scale.shape == (3, 7)
+    error = np.abs(found.q * found.scale[:, None] - x)
+    assert (error <= found.scale[:, None] * 0.501).all()
+    np.testing.assert_array_equal(np.abs(found.q[..., :6]).max(axis=1), 127)
+    assert not error[..., 6].any() and np.isfinite(found.scale).all()  # what is zero stays zero
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("layer", [Dense(5), DenseGeneral((3, 5)), Dense(5, use_bias=False)])
+def test_a_layer_multiplies_by_its_quantized_kernel(layer: nn.Module, dtype) -> None:
+    layer, x = layer.clone(dtype=dtype), normal(2, 4, 8)
+    params = jax.tree.map(lambda leaf: normal(*leaf.shape), layer.init(jax.random.key(0), x)["params"])
+    quantized = quantize(params["kernel"], axis=0)
+    found = layer.apply({"params": {**params, "kernel": quantized}}, x)
+    scaled_back = {**params, "kernel": quantized.q * quantized.scale}
+    expected = layer.apply({"params": scaled_back}, x)
+    assert found.dtype == expected.dtype == dtype and found.shape == expected.shape
+    np.testing.assert_allclose(found.astype(jnp.float32), expected.astype(jnp.float32),
+                               atol=1e-5 if dtype == jnp.float32 else 0.1)
+    whole = layer.apply({"params": params}, x)
+    assert 0 < np.abs(whole.astype(jnp.float32) - found.astype(jnp.float32)).max() < 0.2
+
+
+def test_a_layer_with_a_float_kernel_is_linens() -> None:
+    x = normal(2, 8)
+    for ours, linens in ((Dense(5), nn.Dense(5)), (DenseGeneral((3, 5)), nn.DenseGeneral((3, 5)))):
+        params = ours.init(jax.random.key(0), x)
+        jax.tree.map(np.testing.assert_array_equal, params, linens.init(jax.random.key(0), x))
+        ours_text, linens_text = (jax.jit(layer.apply).lower(params, x).as_text() for layer in (ours, linens))
+        assert ours_text == linens_text
+
+
+def test_it_is_a_pytree_of_both_arrays() -> None:
+    leaves = jax.tree.leaves(Quantized(jnp.zeros(2, jnp.int8), jnp.ones(())))
+    assert [leaf.dtype for leaf in leaves] == [jnp.int8, jnp.float32]
