@@ -70,7 +70,6 @@ class Inverse(flax.struct.PyTreeNode):
     """The tokens of some noise, and what is known when they are."""
 
     x_BSC: jax.Array
-    logdet_BSC: jax.Array  # of z -> x, elementwise
     known: Known
     report: Report
 
@@ -109,15 +108,7 @@ class _Solved(flax.struct.PyTreeNode):
     """A solved block of tokens; several of them, stacked by a scan."""
 
     x_BNC: jax.Array
-    logdet_BNC: jax.Array
     report: Report
-
-
-class _Update(flax.struct.PyTreeNode):
-    """What an update gives beside its tokens; or the axis at which each of these has the samples."""
-
-    kv: Any
-    logdet_BNC: Any
 
 
 def _block_jacobi(predict: Predict, tokens: _Tokens, known: Known, solver: Solver, branches: int) -> Inverse:
@@ -125,29 +116,26 @@ def _block_jacobi(predict: Predict, tokens: _Tokens, known: Known, solver: Solve
     size = min(solver.block_size, count)
 
     def solve_block(known: Known, block: _Tokens) -> tuple[Known, _Solved]:
-        def update(x: jax.Array) -> tuple[jax.Array, _Update]:
+        def update(x: jax.Array) -> tuple[jax.Array, Any]:
             inputs = jnp.concatenate([known.last_B1C, x[:, :-1]], axis=1)
             affine, kv = predict(inputs, block.rope_2NE, known.cache)
-            x, logdet = affine.inverse(block.z_BNC)
-            return x, _Update(_split_branches(kv, branches), logdet)
+            return affine.inverse(block.z_BNC), _split_branches(kv, branches)
 
         found = jacobi.solve(update, block.start_BNC, tolerance=solver.tolerance,
                              max_steps=min(solver.max_steps or size, block.z_BNC.shape[1]),
-                             aux_batch_axis=_Update(kv=-4, logdet_BNC=0))
-        known = Known(known.cache.append(_join_branches(found.aux.kv)), found.x[:, -1:])
-        return known, _Solved(found.x, found.aux.logdet_BNC, Report(found.steps, found.residual, found.converged))
+                             aux_batch_axis=-4)
+        known = Known(known.cache.append(_join_branches(found.aux)), found.x[:, -1:])
+        return known, _Solved(found.x, Report(found.steps, found.residual, found.converged))
 
     whole = count // size * size
     known, solved = lax.scan(solve_block, known, tokens.cut(0, whole).blocks(size))
-    x_BSC, logdet_BSC = (jnp.moveaxis(part, 0, 1).reshape(batch, whole, channels)
-                         for part in (solved.x_BNC, solved.logdet_BNC))
+    x_BSC = jnp.moveaxis(solved.x_BNC, 0, 1).reshape(batch, whole, channels)
     report = solved.report
     if whole < count:
         known, rest = solve_block(known, tokens.cut(whole, count))
         x_BSC = jnp.concatenate([x_BSC, rest.x_BNC], axis=1)
-        logdet_BSC = jnp.concatenate([logdet_BSC, rest.logdet_BNC], axis=1)
         report = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), report, rest.report)
-    return Inverse(x_BSC, logdet_BSC, known, report)
+    return Inverse(x_BSC, known, report)
 
 
 def _split_branches(kv, branches: int):
@@ -163,7 +151,6 @@ class _Front(flax.struct.PyTreeNode):
     """A wavefront between two passes."""
 
     x_BSC: jax.Array
-    logdet_BSC: jax.Array
     known: Known
     finished: Any  # keys and values of the tokens that the last pass finished, which the cache does not have yet
 
@@ -182,15 +169,14 @@ def _wavefront(predict: Predict, z_BSC, start_BSC, known: Known, rope_2SE, solve
         known = known if finished is None else known.replace(cache=known.cache.append(finished))
         old, z, rope = (lax.dynamic_slice_in_dim(a, low, width, axis=1) for a in (front.x_BSC, z_BSC, rope_2SE))
         affine, kv = predict(jnp.concatenate([known.last_B1C, old[:, :-1]], axis=1), rope, known.cache)
-        new, logdet = affine.inverse(z)
-        x_BSC, logdet_BSC = (lax.dynamic_update_slice_in_dim(whole, part, low, axis=1)
-                             for whole, part in ((front.x_BSC, new), (front.logdet_BSC, logdet)))
+        new = affine.inverse(z)
+        x_BSC = lax.dynamic_update_slice_in_dim(front.x_BSC, new, low, axis=1)
         if final:
             finished = jax.tree.map(lambda part: part[..., :final, :, :], kv)
             known = known.replace(last_B1C=new[:, final - 1:final])
-        return _Front(x_BSC, logdet_BSC, known, finished), jacobi.residual(new[:, :final], old[:, :final])
+        return _Front(x_BSC, known, finished), jacobi.residual(new[:, :final], old[:, :final])
 
-    front = _Front(start_BSC, jnp.zeros_like(start_BSC), known, None)
+    front = _Front(start_BSC, known, None)
     residuals, whole = [], tokens // stride
     passes = list(range(-(-tokens // stride) + updates - 1))
     alike = [p for p in passes if updates - 1 <= p < whole]  # full windows
@@ -209,4 +195,4 @@ def _wavefront(predict: Predict, z_BSC, start_BSC, known: Known, rope_2SE, solve
     converged = (residual < solver.tolerance) | (stride == 1)  # one by one, all before a token is final
     report = Report(jnp.full(residual.shape, updates, jnp.int32), residual, converged)
     known = front.known.replace(cache=front.known.cache.append(front.finished))
-    return Inverse(front.x_BSC, front.logdet_BSC, known, report)
+    return Inverse(front.x_BSC, known, report)

@@ -44,12 +44,12 @@ def solve(
     *,
     tolerance: float | jax.Array,
     max_steps: int,
-    aux_batch_axis: Any = 0,
+    aux_batch_axis: int = 0,
 ) -> Solution:
     """Iterate x <- update(x) until each sample's residual is below `tolerance`, at most `max_steps` times.
 
     update: (B, N, C) -> ((B, N, C), aux); entry n may depend only on entries before n, so that N steps are
-        exact. aux is any pytree whose leaves have the batch at `aux_batch_axis`, an int or a prefix of that tree.
+        exact. aux is any pytree whose leaves have the batch at `aux_batch_axis`.
     Raises ValueError for max_steps < 1.
     """
     if max_steps < 1:
@@ -75,7 +75,7 @@ def solve(
     return solution.replace(converged=solution.converged | (exact & (solution.steps >= max_steps)))
 
 
-def _keep_finished(old: Solution, new: Solution, aux_batch_axis: Any) -> Solution:
+def _keep_finished(old: Solution, new: Solution, aux_batch_axis: int) -> Solution:
     """`new`, but with what `old` has of the samples that had converged."""
     done_B = old.converged
 
@@ -87,5 +87,5 @@ def _keep_finished(old: Solution, new: Solution, aux_batch_axis: Any) -> Solutio
 
         return jax.tree.map(choose, was, now)
 
-    aux = jax.tree.map(keep, aux_batch_axis, old.aux, new.aux)
+    aux = keep(aux_batch_axis, old.aux, new.aux)
     return keep(0, old.replace(aux=None), new.replace(aux=None)).replace(aux=aux)

@@ -87,14 +87,13 @@ def test_jacobian_is_triangular_in_the_blocks_order() -> None:
 @pytest.mark.parametrize("solver", [SEQUENTIAL, Solver(3, tolerance=0.0), Solver(16, updates=8)],
                          ids=["sequential", "blocks", "wavefront"])
 @pytest.mark.parametrize("with_text", [False, True])
-def test_inverse_undoes_forward_and_its_log_determinant(with_text: bool, solver: Solver) -> None:
+def test_inverse_undoes_forward(with_text: bool, solver: Solver) -> None:
     """Blocks of three leave a block of two; a wavefront of as many updates as tokens is exact."""
     case = Case(with_text)
     z, logdet = case.forward(case.x_BSC)
     assert np.abs(z - case.x_BSC).max() > 0.1 and np.abs(logdet).max() > 0.1
     found = case.inverse(z, case.begin(z[:, :0]), solver)
     np.testing.assert_allclose(found.x_BSC, case.x_BSC, atol=1e-9)
-    np.testing.assert_allclose(found.logdet_BSC, -logdet, atol=1e-9)
     np.testing.assert_array_equal(found.known.last_B1C, found.x_BSC[:, -1:])
     assert int(found.known.cache.length) == case.text_length + TOKENS
     steps = {SEQUENTIAL: [1] * TOKENS, Solver(3, tolerance=0.0): [3, 3, 2]}.get(solver, [8] * 4)
@@ -106,7 +105,7 @@ def test_inverse_undoes_forward_and_its_log_determinant(with_text: bool, solver:
 def test_given_tokens_are_those_that_the_inverse_found(with_text: bool) -> None:
     """`begin` with some tokens knows what `inverse` knows behind them, and the rest follows from there."""
     case = Case(with_text)
-    z, logdet = case.forward(case.x_BSC)
+    z, _ = case.forward(case.x_BSC)
     given = case.begin(case.x_BSC[:, :5])
     found = case.inverse(z, case.begin(z[:, :0]), SEQUENTIAL).known.cache
     assert int(given.cache.length) == case.text_length + 5
@@ -116,7 +115,6 @@ def test_given_tokens_are_those_that_the_inverse_found(with_text: bool) -> None:
         np.testing.assert_allclose(ours[:, :, slots], expected[:, :, slots], atol=1e-9)
     rest = case.inverse(z[:, 5:], given, SEQUENTIAL)
     np.testing.assert_allclose(rest.x_BSC, case.x_BSC[:, 5:], atol=1e-9)
-    np.testing.assert_allclose(rest.logdet_BSC, -logdet[:, 5:], atol=1e-9)
 
 
 def test_a_fresh_block_changes_nothing() -> None:
