@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 # All of this is set before JAX is imported, and inherited by pytest-xdist's workers and by the programs that tests run.
-# The tests' models are tiny: they spend their time in XLA's compiler, not in what it compiles.
-FAST_COMPILATION = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+# The tests' models are tiny: they spend their time in XLA's compiler, not in what it compiles. Parts of a program for
+# several cores cost more in all.
+FAST_COMPILATION = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true",
+                    "--xla_cpu_parallel_codegen_split_count=1"]
 if version("jaxlib").startswith("0.10."):  # XLA ends the process at a flag that it does not know
     FAST_COMPILATION.append("--xla_cpu_use_fusion_emitters=false")
 DEVICES = "--xla_force_host_platform_device_count=4"
@@ -38,6 +40,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden-dir", default=str(Path(__file__).parent / "golden"),
                      help="folder of golden cases (tests/golden/README.md)")
     parser.addoption("--usage", action="store_true", help="print CPU seconds and memory of each module of tests")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the garbage collector needn't look at it again, nor as often as tracing makes it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def memory() -> int:
