@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"{argv[1]}: not an option; settings are given as --config.sample.guidance=2.5")
     config = from_config_dict(CONFIG.value)
+    modes.check(MODE.value, config)
     workdir = Path(WORKDIR.value or f"runs/{config.name}")
     # Imported after the settings are checked: JAX takes longer than everything above.
     from starflow_jax.io.compiled import keep_compiled_programs

@@ -23,6 +23,8 @@ def imported(code: str, names: tuple[str, ...]) -> list[str]:
 @pytest.mark.parametrize("code", [
     "import starflow_jax",
     "import starflow_jax.main",
+    "import starflow_jax as sf\ntry:\n sf.run('sample', sf.load_config(), 'nowhere')\n"
+    "except sf.UserError as error:\n assert 'there is no prompt' in str(error)\nelse:\n assert False",
     "from configs import t2i, t2v, ti2v\n[config.get_config() for config in (t2i, t2v, ti2v)]",
 ])
 def test_settings_are_checked_before_anything_heavy_is_imported(code: str) -> None:

@@ -21,10 +21,17 @@ MODES: dict[str, tuple[str, tuple[str, ...]]] = {
 OF_A_MODEL = ("sample", "evaluate", "calibrate", "package")  # use the workdir's model, with its own settings
 
 
+def check(mode: str, config: Config) -> None:
+    """Raises UserError where a mode lacks a setting; without importing JAX, which takes a second."""
+    if mode == "sample":
+        config.sample.check_prompts()
+
+
 def run(mode: str, config: Config, workdir: str | Path) -> None:
     """What `--mode=MODE --workdir=WORKDIR` does, in this process. Raises UserError for what can't be."""
     if mode not in MODES:
         raise UserError(f"{mode}: no such mode; there are {', '.join(MODES)}")
+    check(mode, config)
     module = importlib.import_module(f"{__name__}.{mode}")
     if mode in OF_A_MODEL:
         config, line = importlib.import_module("starflow_jax.model.store").own_settings(config, Path(workdir))

@@ -61,13 +61,11 @@ def requests_for(prompts: Sequence[str], settings: Sample) -> list[Request]:
 def read_requests(config: Config) -> list[Request]:
     """The config's prompts, sample.count seeds of each. Raises UserError where there is none."""
     settings = config.sample
-    if settings.vbench and (settings.prompt or settings.prompts_file):
-        raise UserError("sample.vbench is a list of prompts; leave out sample.prompt and sample.prompts_file")
+    settings.check_prompts()
     if settings.vbench:
         return [Request(prompt, settings.seed + index, given_name=vbench.stem(prompt, index))
                 for prompt in vbench.read_prompts(settings.vbench) for index in range(settings.count)]
-    if settings.prompt and settings.prompts_file:
-        raise UserError("sample.prompt and sample.prompts_file are both given; leave one out")
+    prompts = [settings.prompt]
     if settings.prompts_file:
         try:
             lines = Path(settings.prompts_file).read_text(encoding="utf-8").splitlines()
@@ -76,11 +74,6 @@ def read_requests(config: Config) -> list[Request]:
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise UserError(f"sample.prompts_file={settings.prompts_file}: holds no prompt; write one per line")
-    elif settings.prompt:
-        prompts = [settings.prompt]
-    else:
-        raise UserError('there is no prompt; give one with --config.sample.prompt="a blue three moves right" '
-                        "or a file of them, one per line, with --config.sample.prompts_file=FILE")
     return requests_for(prompts, settings)
 
 

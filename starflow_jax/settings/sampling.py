@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from starflow_jax.settings.fields import POSITIVE, Allowed, Settings, at_least, one_of, setting
+from starflow_jax.settings.fields import POSITIVE, Allowed, Settings, UserError, at_least, one_of, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,16 @@ class Sample(Settings):
             self.require(field, not (self.stream and getattr(self, field)),
                          "needs whole clips; leave it out, or set sample.stream=false")
         self.require("keep", not (self.vbench and self.keep), "sample.vbench needs every video; leave one of them out")
+
+    def check_prompts(self) -> None:
+        """Raises UserError unless prompts are given in one way. Not a part of `check`: the API takes them otherwise."""
+        if self.vbench and (self.prompt or self.prompts_file):
+            raise UserError("sample.vbench is a list of prompts; leave out sample.prompt and sample.prompts_file")
+        if self.prompt and self.prompts_file:
+            raise UserError("sample.prompt and sample.prompts_file are both given; leave one out")
+        if not (self.vbench or self.prompt or self.prompts_file):
+            raise UserError('there is no prompt; give one with --config.sample.prompt="a blue three moves right" '
+                            "or a file of them, one per line, with --config.sample.prompts_file=FILE")
 
 
 EVALUATIONS = ("test_set", "video", "classify", "quality")
