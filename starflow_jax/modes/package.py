@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from starflow_jax.checkpoints.licences import KEPT, carry_licence
 from starflow_jax.config import Config, UserError
 from starflow_jax.model.store import PRETRAINED, load_trained, save_pretrained
 
@@ -9,7 +10,8 @@ LARGEST = 15 * 2**20  # bytes that the package may carry
 
 
 def package(config: Config, workdir: Path) -> None:
-    """Write the workdir's averaged parameters, tokenizer, codec and config into the package.
+    """Write the workdir's averaged parameters, tokenizer, codec, config and the licence of its weights into the
+    package.
 
     Raises UserError where the workdir holds no checkpoint, and where the package grows too large.
     """
@@ -18,6 +20,8 @@ def package(config: Config, workdir: Path) -> None:
         raise UserError(f"{workdir} holds no checkpoint to put into the package; train one first")
     system, params, source = trained
     save_pretrained(config, system, params, {"source": f"{config.name}: {source.rsplit(', ', 1)[-1]}"})
+    (PRETRAINED / KEPT).unlink(missing_ok=True)  # of the model that was there before
+    carry_licence(workdir, PRETRAINED)
     size = sum(path.stat().st_size for path in PRETRAINED.iterdir())
     if size > LARGEST:
         raise UserError(f"{PRETRAINED} is now {size / 2**20:.1f} MiB, more than the {LARGEST / 2**20:.0f} MiB allowed; "
