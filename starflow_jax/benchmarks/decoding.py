@@ -31,6 +31,8 @@ PROMPTS = 8
 ROUNDS = 3
 LENGTHS = (1, 4, 32)  # times the training length
 
+Guess = Callable[[jax.Array], jax.Array]  # a video's noise -> where its solver starts
+
 
 def trained_model(config: Config, workdir: Path) -> list[dict[str, Any]]:
     """The pretrained model, guided: each scheme's passes, error against sequential decoding and time, one video
@@ -93,7 +95,7 @@ def random_model(model: Model, guidance: float = 2.0) -> list[dict[str, Any]]:
         return zip(*decode.generate(flow, layers, z, texts, guidance=guidance, solver=deep_solver(solver),
                                     token_grid=grid, start_BTSK=start))
 
-    def video(solver: Solver, guess: Callable[[jax.Array], jax.Array] | None) -> tuple[jax.Array, float]:
+    def video(solver: Solver, guess: Guess | None) -> tuple[jax.Array, float]:
         made, reports = deep(z, solver, None if guess is None else guess(z))
         out, _ = decode.invert_shallow(flow, layers, jnp.concatenate(made, axis=1), solver=shallow_solver(solver),
                                        token_grid=grid)
@@ -101,18 +103,10 @@ def random_model(model: Model, guidance: float = 2.0) -> list[dict[str, Any]]:
 
     def fitted() -> NoiseGuess:
         other = jax.random.normal(keys[0], z.shape)  # another video's noise than the one that is timed
-        made = np.concatenate(list(deep(other, frame_by_frame, other))[0], axis=1)
+        made = np.concatenate(list(deep(other, Solver("jacobi", tokens, 1), other))[0], axis=1)
         return fit_noise(*(np.asarray(a).reshape(-1, model.channels) for a in (other, made)))
 
-    frames, frame_by_frame = model.frames, Solver("jacobi", tokens, 1)
-    guess = fitted()
-    schemes: dict[str, tuple[Solver, Callable[[jax.Array], jax.Array] | None]] = {
-        "sequential": (Solver("sequential", 1, 1), None),
-        "base line": (frame_by_frame, None),
-        "from the noise": (frame_by_frame, lambda z: z),
-        "guess from the noise": (frame_by_frame, guess),
-        "the same, all frames": (Solver("jacobi", tokens * frames, frames), guess),
-        "the same, wavefront of 3 updates": (Solver("wavefront", 3 * tokens, frames, updates=3), guess)}
+    schemes = _schemes(tokens, model.frames, fitted())
     runs: dict[str, Callable[[], Any]] = {"forward": lambda: jax.block_until_ready(forward(params))}
     runs |= {name: partial(video, *scheme) for name, scheme in schemes.items()}
     found: dict[str, tuple[Any, float]] = timed("random weights", runs, ROUNDS)
@@ -120,6 +114,18 @@ def random_model(model: Model, guidance: float = 2.0) -> list[dict[str, Any]]:
     exact = np.asarray(found["sequential"][0][0])
     return [{"scheme": name, "passes": passes, "error": relative_error(np.asarray(out), exact), "seconds": seconds,
              "guided_forward_passes": seconds / pass_seconds} for name, ((out, passes), seconds) in found.items()]
+
+
+def _schemes(tokens: int, frames: int, guess: NoiseGuess) -> dict[str, tuple[Solver, Guess | None]]:
+    """The solvers, and what each starts from; None: every frame from the one before."""
+    frame_by_frame = Solver("jacobi", tokens, 1)
+    return {
+        "sequential": (Solver("sequential", 1, 1), None),
+        "base line": (frame_by_frame, None),
+        "from the noise": (frame_by_frame, lambda z: z),
+        "guess from the noise": (frame_by_frame, guess),
+        "the same, all frames": (Solver("jacobi", tokens * frames, frames), guess),
+        "the same, wavefront of 3 updates": (Solver("wavefront", 3 * tokens, frames, updates=3), guess)}
 
 
 def _random_weights(params: Any, key: jax.Array) -> Any:

@@ -17,14 +17,12 @@ start at random too, and the rows that read them at zero. The whole is the same 
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from starflow_jax.config import Model, UserError
 from starflow_jax.io.tensor_files import StoredArray
-
-Change = tuple[str, str, str, str]  # setting, its value in the source, its value here, what that does
 
 FIXED = ("channels", "patch_size", "shallow_layers", "shallow_width", "head_dim", "text_dim")
 RESHAPING = ("deep_layers", "deep_width", "denoiser")  # settings whose change makes other parameters
@@ -40,6 +38,15 @@ CHANGED = {  # settings that are no part of any parameter's shape
     "denoiser_window": "CHANGES the denoiser: frames that it sees",
     "denoiser_lookahead": "CHANGES the denoiser: frames that it sees",
 }
+
+
+class Change(NamedTuple):
+    """One setting in which a grown model differs from its source."""
+
+    setting: str
+    before: str
+    after: str
+    effect: str
 
 
 def changes(source: Model, target: Model) -> list[Change]:
@@ -63,7 +70,7 @@ def changes(source: Model, target: Model) -> list[Change]:
     else:
         found.append(("denoiser", "CHANGES the denoiser: layers that look ahead" if both_denoise
                       else "starts from scratch: its first output is 0, which removes nothing"))
-    return [(name, str(getattr(source, name)), str(getattr(target, name)), effect)
+    return [Change(name, str(getattr(source, name)), str(getattr(target, name)), effect)
             for name, effect in found if getattr(source, name) != getattr(target, name)]
 
 

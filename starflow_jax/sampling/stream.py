@@ -105,7 +105,7 @@ class _Finisher:
         return out
 
     def _pixels(self, frame: int) -> jax.Array:
-        start, stop, begin, _ = next(w for w in self._windows if w[2] <= frame < w[3])
+        start, stop, begin, _ = next(window for window in self._windows if window.begin <= frame < window.end)
         cached = self._system.config.model.denoiser == "first_layer" and not self._system.as_released
         if self._settings.denoise == "denoiser" and cached:
             latent = self._denoised(frame, start, stop, begin)

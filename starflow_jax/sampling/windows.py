@@ -1,12 +1,23 @@
 """Windows of the training length that cover a video of any length."""
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from starflow_jax.config import Config, Sample, UserError
 from starflow_jax.model.system import System
+
+
+class Window(NamedTuple):
+    """A window of a video: frames start to stop go in, those before `begin` for context, and frames begin to end are
+    taken from what comes out."""
+
+    start: int
+    stop: int
+    begin: int
+    end: int
 
 
 def context_frames(system: System, settings: Sample) -> int:
@@ -18,14 +29,14 @@ def context_frames(system: System, settings: Sample) -> int:
     return context
 
 
-def windows(total: int, size: int, context: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, first frame that is taken from it) of the windows that cover `total` frames."""
-    yield 0, min(size, total), 0
+def windows(total: int, size: int, context: int) -> Iterator[Window]:
+    """Windows of `size` frames that cover `total`, each with the `context` frames before those taken from it."""
     done = min(size, total)
+    yield Window(0, done, 0, done)
     while done < total:
         start = done - context
         stop = min(start + size, total)
-        yield start, stop, done
+        yield Window(start, stop, done, stop)
         done = stop
 
 
@@ -39,23 +50,22 @@ def windowed(
                             for start, stop, begin, end in spans], axis=1)
 
 
-def denoising_windows(config: Config, total: int) -> list[tuple[int, int, int, int]]:
-    """The windows, as `output_windows` gives them, in which a clip is denoised. As released, they overlap by the
-    denoiser's window, and all frames after the overlap are taken."""
+def denoising_windows(config: Config, total: int) -> list[Window]:
+    """The windows in which a clip is denoised. As released, they overlap by the denoiser's window, and all frames after
+    the overlap are taken."""
     if not config.sample.as_released:
         return output_windows(config, total, config.model.denoiser_lookahead)
     size = config.model.frames
     overlap = min(config.model.denoiser_window, size - 1)
-    return [(start, stop, begin, stop) for start, stop, begin in windows(total, size, overlap)]
+    return list(windows(total, size, overlap))
 
 
-def output_windows(config: Config, total: int, ahead: int) -> list[tuple[int, int, int, int]]:
-    """(start, stop, begin, end) of the windows of the training length that cover a clip: frames start to stop go
-    in, noisy ones before `begin` for context, and frames begin to end are taken from what comes out."""
+def output_windows(config: Config, total: int, ahead: int) -> list[Window]:
+    """Windows of the training length that cover a clip, each frame taken from one with the `ahead` frames after it."""
     size = config.model.frames
     if total <= size:
-        return [(0, total, 0, total)]
+        return [Window(0, total, 0, total)]
     context = max(1, min(config.model.denoiser_window, size * 3 // 4) - ahead)
     # A window's last `ahead` frames lack their look-ahead, so the next window makes them again.
-    return [(start, stop, max(first - ahead, 0), stop if stop == total else stop - ahead)
-            for start, stop, first in windows(total, size, context + ahead)]
+    return [Window(start, stop, max(begin - ahead, 0), stop if stop == total else stop - ahead)
+            for start, stop, begin, _ in windows(total, size, context + ahead)]

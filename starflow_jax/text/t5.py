@@ -6,6 +6,7 @@ K as keys), D model width, H heads, L layers.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -188,18 +189,9 @@ def load_t5(tensors: Mapping[str, Array], config: T5Config) -> dict[str, Any]:
     `T5Encoder(config).apply({"params": tree}, ids)`. Raises UserError for a tensor that is missing
     or has another shape than the config's.
     """
-    c = config
+    c, read = config, functools.partial(_read, tensors)
     inner = c.num_heads * c.d_kv
-    first = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-
-    def read(name: str, *shape: int) -> np.ndarray:
-        if name not in tensors:
-            raise UserError(f"T5 weights have no tensor {name}; give an encoder of T5 v1.1 (flan-t5)")
-        if tuple(tensors[name].shape) != shape:
-            raise UserError(
-                f"T5 tensor {name} has shape {tensors[name].shape}, the config needs {shape}"
-            )
-        return np.asarray(tensors[name], np.float32)
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
     def norms(name: str) -> dict[str, np.ndarray]:
         rows = [read(f"encoder.block.{i}.{name}.weight", c.d_model) for i in range(c.num_layers)]
@@ -213,7 +205,7 @@ def load_t5(tensors: Mapping[str, Array], config: T5Config) -> dict[str, Any]:
     attention, feed_forward = "layer.0.SelfAttention", "layer.1.DenseReluDense"
     return {
         "embed": {"embedding": read("shared.weight", c.vocab_size, c.d_model)},
-        "position_bias": read(first, c.relative_attention_num_buckets, c.num_heads),
+        "position_bias": read(bias, c.relative_attention_num_buckets, c.num_heads),
         "layers": {
             "attention_norm": norms("layer.0.layer_norm"),
             "attention": {
@@ -229,3 +221,11 @@ def load_t5(tensors: Mapping[str, Array], config: T5Config) -> dict[str, Any]:
         },
         "final_norm": {"weight": read("encoder.final_layer_norm.weight", c.d_model)},
     }
+
+
+def _read(tensors: Mapping[str, Array], name: str, *shape: int) -> np.ndarray:
+    if name not in tensors:
+        raise UserError(f"T5 weights have no tensor {name}; give an encoder of T5 v1.1 (flan-t5)")
+    if tuple(tensors[name].shape) != shape:
+        raise UserError(f"T5 tensor {name} has shape {tensors[name].shape}, the config needs {shape}")
+    return np.asarray(tensors[name], np.float32)

@@ -81,9 +81,8 @@ def test_long_videos_pass_the_window(system: System, params, clips: Clips) -> No
 def test_windows_cover_every_frame_once() -> None:
     for total in range(1, 12):
         spans = list(windows(total, 4, 2))
-        covered = [n for start, stop, first in spans for n in range(first, stop)]
-        assert covered == list(range(total))
-        assert all(stop - start <= 4 for start, stop, _ in spans)
+        assert [n for span in spans for n in range(span.begin, span.end)] == list(range(total))
+        assert all(span.stop - span.start <= 4 and span.end == span.stop for span in spans)
 
 
 def test_denoising_of_a_clip_of_the_training_length_and_longer(system: System, params) -> None:
@@ -102,6 +101,9 @@ def test_lengths_that_cannot_be_are_refused(system: System, params) -> None:
         generate_clips(system, params, CAPTIONS, [0, 1, 2], changed(SETTINGS, frames=12))
     with pytest.raises(UserError, match="context_frames=3"):
         generate_clips(system, params, CAPTIONS, [0, 1, 2], changed(SETTINGS, frames=25, context_frames=3))
+    of_no_size = np.zeros((3, 9, 7, 7, 3), np.uint8)  # which the codec refuses: it isn't asked
+    with pytest.raises(UserError, match="sample.frames=9: the 9 given frames fill it; ask for 13"):
+        generate_clips(system, params, CAPTIONS, [0, 1, 2], changed(SETTINGS, frames=9), known_BTHWC=of_no_size)
 
 
 def test_certificate_of_an_unguided_sample(system: System, params) -> None:
