@@ -109,16 +109,19 @@ def prefetch(fetch, steps, stages: int, free_barriers, computing: int) -> None:
 
 
 def take_registers(computing: int) -> None:
+    """What a computing warpgroup begins with: the registers that the copying one gave up."""
     if computing in REGISTERS:
         plgpu.set_max_registers(REGISTERS[computing][0], action="increase")
 
 
 def pad(*arrays_BSHD: jax.Array) -> list[jax.Array]:
-    # Only to whole tiles of the swizzle: the copy engine reads zeros, and writes nothing, beyond the end.
+    """Zeros behind each sequence, to whole tiles of the swizzle and no more: beyond the end the copy engine reads zeros
+    and writes nothing."""
     return [jnp.pad(x, ((0, 0), (0, -x.shape[1] % SWIZZLED[0].tiling[0]), (0, 0), (0, 0))) for x in arrays_BSHD]
 
 
 def launcher(entry, out_type, name: str, computing: int, **grid: int):
+    """The function that runs `entry` over the grid, in `computing` + 1 warpgroups a program."""
     # Not plgpu.kernel, which takes no mutable array (dq).
     mesh = plgpu.Mesh(grid=tuple(grid.values()), grid_names=tuple(grid), num_threads=computing + 1,
                       thread_name="warpgroup")
@@ -137,6 +140,7 @@ def load_row(ref) -> jax.Array:
 
 
 def filled(shape: tuple[int, ...], value: float) -> jax.Array:
+    """float32 in registers, as wgmma accumulates: a tile, or a number for each of its rows."""
     layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
@@ -154,4 +158,5 @@ def hide(scores, mask: Mask, q_start, k_start, keys: int, length, q_axis: int) -
 
 
 def lengths(length_B, batch: int, keys: int) -> jax.Array:
+    """How many keys of each sample count, int32; length_B=None: all."""
     return jnp.full(batch, keys, jnp.int32) if length_B is None else length_B.astype(jnp.int32)

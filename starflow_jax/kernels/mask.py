@@ -120,7 +120,7 @@ def bounds(mask: Mask, queries: int, keys: int, q_block: int = 1) -> Bounds:
     Raises ValueError where the mask needs as many queries as keys (the same slots) and they differ.
     """
     if queries != keys and not isinstance(mask, Full | Piece):
-        raise ValueError(f"{mask} joins as many queries as keys, not {queries} and {keys}")
+        raise ValueError(f"{mask} needs as many queries as keys, not {queries} and {keys}")
     query = np.minimum(np.arange(-(-queries // q_block) * q_block), queries - 1)
     low, high = (np.broadcast_to(x, query.shape).astype(np.int32) for x in mask.interval(query, keys))
     return Bounds(mask.prefix, low, high)
@@ -134,8 +134,8 @@ def visible_blocks(mask: Mask, queries: int, keys: int, q_block: int, k_block: i
     stop = start + k_block
     sees = (low < high).any(1, keepdims=True)  # padding sees nothing but the prefix
     some = (start < prefix) | (sees & (stop > low.min(1, keepdims=True)) & (start < high.max(1, keepdims=True)))
-    joined = (np.maximum(start, prefix) >= low.max(1, keepdims=True)) & (stop <= high.min(1, keepdims=True))
-    return np.where((stop <= prefix) | joined, WHOLLY, np.where(some, PARTLY, HIDDEN))
+    all_ = (np.maximum(start, prefix) >= low.max(1, keepdims=True)) & (stop <= high.min(1, keepdims=True))
+    return np.where((stop <= prefix) | all_, WHOLLY, np.where(some, PARTLY, HIDDEN))
 
 
 def block_runs(visible: np.ndarray, in_front: int = 0) -> np.ndarray:

@@ -4,12 +4,9 @@ Some warpgroups compute, the last one only copies blocks into shared memory ahea
 float32 and base 2. Blocks that the mask rules out are neither copied nor computed. Those that it cuts come first, in
 a loop of their own, so that the one over whole blocks compares nothing and keeps all it has in registers.
 
-Forward: a program has 64 queries per computing warpgroup and walks over the keys; the softmax of one block runs
+Forward, here: a program has 64 queries per computing warpgroup and walks over the keys; the softmax of one block runs
 beside the product of the last one's weights and values. Where that makes fewer programs than the GPU has
-multiprocessors (decoding), the keys are split among several.
-Backward: a program has 128 keys and walks over the queries. All five products are taken once; dq, to which
-every program contributes, is summed in float32 by the copy engine's add (so its last bits depend on the order of
-the programs).
+multiprocessors (decoding), the keys are split among several. Backward: hopper_backward.py.
 
 Programs that run at the same time work on the same head: its keys, values and the sum of dq then stay in the L2
 cache. (With 64 heads at once the sums take twice the time of all else, for they go to device memory and back.)

@@ -52,7 +52,7 @@ def test_tiles_of_keys_meet_the_queries_that_see_them_once(mask: Mask, length: i
 
 
 @pytest.mark.parametrize("queries, batch, dim, parts", [(64, 1, 64, 2), (64, 2, 128, 1), (256, 1, 128, 1)])
-def test_few_queries_part_the_keys(queries: int, batch: int, dim: int, parts: int) -> None:
+def test_few_queries_split_the_keys(queries: int, batch: int, dim: int, parts: int) -> None:
     """So that all multiprocessors have work; 64 heads, a long cache."""
     q = jax.ShapeDtypeStruct((batch, queries, 64, dim), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((batch, 33_648, 64, dim), jnp.bfloat16)

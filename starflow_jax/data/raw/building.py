@@ -82,14 +82,13 @@ def cut_unit(job: Job, unit: Unit) -> None:
     part = _part(job, unit.index)
     if (part / SUMMARY).exists():
         return
-    counts: collections.Counter[str] = collections.Counter()
-    rejected: list[Rejected] = []
+    items, rejected = 0, list[Rejected]()
     with atomic_path(part, keep=True) as local, contextlib.ExitStack() as stack:
         local.mkdir()
         writers: dict[str, shards.RecordWriter] = {}
         skipped = _crashing(job, unit)
         for item in read_unit(unit, job.settings):
-            counts["items"] += 1
+            items += 1
             if isinstance(item, Rejected):
                 rejected.append(item)
                 continue
@@ -109,7 +108,7 @@ def cut_unit(job: Job, unit: Unit) -> None:
                     "caption_short": item.caption_short, "key": item.key, "fps": made.fps, "start": made.start}))
         stack.close()
         written = {name: writer.count for name, writer in sorted(writers.items())}
-        summary = {"items": counts["items"], "clips": written, "rejected": [_as_json(entry) for entry in rejected]}
+        summary = {"items": items, "clips": written, "rejected": [_as_json(entry) for entry in rejected]}
         (local / SUMMARY).write_text(json.dumps(summary))
 
 
@@ -246,7 +245,7 @@ def _skip_what_crashes(job: Job, unit: Unit) -> None:
             raise UserError(f"cut: the process ends at part {unit.index} ({unit.where}) of the input, "
                             "before or after an item; is there enough memory?")
         write_text(_marks(job, unit, "crashing"), json.dumps([*crashing, key]))
-        tasks.survives(partial(cut_unit, job), unit)
+        tasks.attempt(partial(cut_unit, job), unit)
 
 
 def _crashing(job: Job, unit: Unit) -> list[str]:

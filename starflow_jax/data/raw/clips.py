@@ -22,7 +22,7 @@ from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from starflow_jax.data.raw.job import Bucket, Job
-from starflow_jax.data.raw.sources import Item, Rejected
+from starflow_jax.data.raw.sources import Item, Rejected, Unusable
 from starflow_jax.io.video import Mp4Writer, tag_colours, to_rgb
 
 MAX_GAP = 0.5  # seconds without a frame: what follows is another shot
@@ -48,8 +48,9 @@ class Clip:
     start: float
 
 
-class _Unusable(Exception):
-    """Why an item is rejected."""
+class _Damaged(Exception):
+    """A packet that the container itself calls corrupt."""
+
 
 def cut(item: Item, job: Job) -> Iterator[Clip | Rejected]:
     """The clips of an item in order, and what of it is left out. Never raises for what is in the file."""
@@ -57,7 +58,7 @@ def cut(item: Item, job: Job) -> Iterator[Clip | Rejected]:
         yield from [_picture(item, job)] if item.is_image else _video_clips(item, job)
     except UnidentifiedImageError:  # says nothing but the name of the file
         yield Rejected(item.key, "unreadable: not a picture of a known kind")
-    except (_Unusable, Image.DecompressionBombError) as error:
+    except (Unusable, Image.DecompressionBombError) as error:
         yield Rejected(item.key, str(error))
     except Exception as error:  # a damaged file can make a decoder fail in any way
         yield Rejected(item.key, f"unreadable: {getattr(error, 'strerror', '') or error or type(error).__name__}")
@@ -75,7 +76,7 @@ def _picture(item: Item, job: Job) -> Clip:
     _check_size(bucket, image.height, image.width, job)
     frame = np.asarray(ImageOps.fit(image, (bucket.width, bucket.height), Image.Resampling.LANCZOS))
     if frame.mean() < job.settings.min_brightness:
-        raise _Unusable(f"too dark: brightness {frame.mean():.1f} of 255")
+        raise Unusable(f"too dark: brightness {frame.mean():.1f} of 255")
     return Clip(frame[None], bucket, 0, 0.0)
 
 
@@ -86,7 +87,7 @@ def _file(media: str | bytes):
 def _check_size(bucket: Bucket, height: float, width: float, job: Job) -> None:
     upscale = max(bucket.height / height, bucket.width / width)
     if upscale > job.settings.max_upscale:
-        raise _Unusable(f"too small: {width:.0f}x{height:.0f} would be enlarged {upscale:.2f} times")
+        raise Unusable(f"too small: {width:.0f}x{height:.0f} would be enlarged {upscale:.2f} times")
 
 
 def _video_clips(item: Item, job: Job) -> Iterator[Clip | Rejected]:
@@ -94,16 +95,16 @@ def _video_clips(item: Item, job: Job) -> Iterator[Clip | Rejected]:
     local = isinstance(item.media, str) and "://" not in item.media
     with av.open(item.media if local else _file(item.media), "r") as container:
         if not container.streams.video:
-            raise _Unusable("no video track")
+            raise Unusable("no video track")
         stream = container.streams.video[0]
         stream.thread_count = 1  # there is a process per core
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         if not rate:
-            raise _Unusable("frame rate unknown")
+            raise Unusable("frame rate unknown")
         if rate < SLOWEST * job.settings.fps:
-            raise _Unusable(f"frame rate {rate:.4g} is below {job.settings.fps}")
+            raise Unusable(f"frame rate {rate:.4g} is below {job.settings.fps}")
         if not (job.settings.fps or 1 <= round(rate) <= FASTEST):
-            raise _Unusable(f"frame rate {rate:.4g} is not from 1 to {FASTEST}")
+            raise Unusable(f"frame rate {rate:.4g} is not from 1 to {FASTEST}")
         cutter = _Cutter(item, job, job.settings.fps or round(rate), float(stream.sample_aspect_ratio or 1))
         decoded = _decode(container, stream, item.start, item.end)
         try:
@@ -116,13 +117,9 @@ def _video_clips(item: Item, job: Job) -> Iterator[Clip | Rejected]:
             yield Rejected(item.key, f"damaged: {getattr(error, 'strerror', '') or error}", round(cutter.time, 3))
             return
         if not cutter.clips:
-            raise _Unusable("no frames" if not cutter.frames else
+            raise Unusable("no frames" if not cutter.frames else
                             f"too short: {cutter.frames} frames at {job.settings.fps or round(rate)} fps, "
                             f"a clip has {job.frames}")
-
-
-class _Damaged(Exception):
-    """A packet that the container itself calls corrupt."""
 
 
 def _decode(container: av.container.InputContainer, stream: av.VideoStream, start: float, end: float
@@ -251,7 +248,7 @@ class _Cutter:
             self._bucket = nearest_bucket(self._job.buckets, height, width)
             _check_size(self._bucket, height, width, self._job)
         if (frame.width, frame.height) != self._size:
-            raise _Unusable("frames change size")
+            raise Unusable("frames change size")
         assert self._bucket is not None
         return fit_frame(frame, self._bucket.height, self._bucket.width, self._pixel_aspect)
 

@@ -127,12 +127,11 @@ class RecordWriter:
         # One record a group, as TFDS does: each is read by itself, in any order. No compression: the media
         # is compressed already, and latents are noise to a compressor.
         self._writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
-        self.count, self.bytes = 0, 0
+        self.count = 0
 
     def write(self, record: bytes) -> None:
         self._writer.write(record)
         self.count += 1
-        self.bytes += len(record)
 
     def __enter__(self) -> "RecordWriter":
         return self

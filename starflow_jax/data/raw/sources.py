@@ -64,15 +64,16 @@ class Rejected:
     end: float | None = None
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """Why an item is rejected."""
+
 
 def list_units(source: str, items_per_unit: int) -> list[Unit]:
     """The units of an input, in order. Raises UserError where it is missing, empty or of no known kind."""
     if not source:
         raise UserError("prepare.input is empty; name a folder, a .csv, .jsonl or .parquet list, or tars")
     path = epath.Path(source)
-    if source.endswith(".tar") or source.endswith((".tar.gz", ".tgz")):
+    if source.endswith((".tar", ".tar.gz", ".tgz")):
         units = [Unit(index, "tar", str(tar)) for index, tar in enumerate(_glob(path))]
     elif path.is_dir():
         units = _grouped("folder", path, _media_below(path), items_per_unit)
@@ -134,7 +135,7 @@ def _from_folder(folder: epath.Path, name: str, settings: Prepare) -> Item | Rej
     try:
         fields = _fields({suffix: file.read_bytes() for suffix, file in beside.items() if file.exists()})
         long, short = _captions(fields, settings)
-    except (_Unusable, OSError) as error:
+    except (Unusable, OSError) as error:
         return Rejected(key, _said(error))
     return Item(key, str(path), _is_image(name), long, short)
 
@@ -146,9 +147,9 @@ def _fields(files: Mapping[str, bytes]) -> dict[str, Any]:
         try:
             values = json.loads(_decoded(files["json"], "JSON"))
         except ValueError as error:
-            raise _Unusable(f"unreadable JSON: {error}") from error
+            raise Unusable(f"unreadable JSON: {error}") from error
         if not isinstance(values, dict):
-            raise _Unusable("unreadable JSON: not an object of named fields")
+            raise Unusable("unreadable JSON: not an object of named fields")
         fields.update(values)
     if TXT in files:
         fields[TXT] = _decoded(files[TXT], "caption")
@@ -159,14 +160,14 @@ def _decoded(text: bytes, what: str) -> str:
     try:
         return text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _Unusable(f"wrong encoding: the {what} is not UTF-8 (byte {error.start})") from error
+        raise Unusable(f"wrong encoding: the {what} is not UTF-8 (byte {error.start})") from error
 
 
 def _captions(fields: Mapping[str, Any], settings: Prepare) -> tuple[str, str]:
-    """(long, short), one for both where there is only one; raises _Unusable where there is neither."""
+    """(long, short), one for both where there is only one; raises Unusable where there is neither."""
     long, short = _first_text(fields, settings.long_names), _first_text(fields, settings.short_names)
     if not (long or short):
-        raise _Unusable("no caption")
+        raise Unusable("no caption")
     return long or short, short or long
 
 
@@ -179,7 +180,7 @@ def _first_text(fields: Mapping[str, Any], names: Sequence[str]) -> str:
             try:
                 value.encode()
             except UnicodeEncodeError as error:
-                raise _Unusable(f'wrong encoding: the caption in "{name}" is not UTF-8') from error
+                raise Unusable(f'wrong encoding: the caption in "{name}" is not UTF-8') from error
             return " ".join(value.split())
     return ""
 
@@ -194,7 +195,7 @@ def _is_image(name: str) -> bool:
 
 
 def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, _Unusable) else f"unreadable: {getattr(error, 'strerror', '') or error}"
+    return str(error) if isinstance(error, Unusable) else f"unreadable: {getattr(error, 'strerror', '') or error}"
 
 
 def _rows(path: epath.Path) -> Iterator[Any]:
@@ -240,23 +241,23 @@ def _from_row(folder: epath.Path, number: int, row: Any, settings: Prepare) -> I
     key = f"row {number}"
     try:
         if isinstance(row, str):
-            raise _Unusable(row)
+            raise Unusable(row)
         name = row.get("path") if isinstance(row, dict) else None
         if not isinstance(name, str) or not name:
-            raise _Unusable("no path")
+            raise Unusable("no path")
         key = f"{_printable(name)}#{number}"
         if name.startswith(("http://", "https://")):
-            raise _Unusable("not a file but an address: download it first, for example with video2dataset")
+            raise Unusable("not a file but an address: download it first, for example with video2dataset")
         if not name.lower().endswith(VIDEO_SUFFIXES + IMAGE_SUFFIXES):
-            raise _Unusable("not a video or picture by its name's ending")
+            raise Unusable("not a video or picture by its name's ending")
         if not (folder / name).exists():
-            raise _Unusable("file not found")
+            raise Unusable("file not found")
         long, short = _captions(row, settings)
         start, end = _seconds(row, "start", 0.0), _seconds(row, "end", math.inf)
         if not 0 <= start < end:
-            raise _Unusable(f"start {start} and end {end} are no stretch of time")
+            raise Unusable(f"start {start} and end {end} are no stretch of time")
         return Item(key, str(folder / name), _is_image(name), long, short, start, end)
-    except (_Unusable, OSError, ValueError) as error:
+    except (Unusable, OSError, ValueError) as error:
         return Rejected(key, _said(error))
 
 
@@ -267,7 +268,7 @@ def _seconds(row: Mapping[str, Any], name: str, default: float) -> float:
     try:
         return float(value)
     except (TypeError, ValueError) as error:
-        raise _Unusable(f"{name} is {value!r}, not a number of seconds") from error
+        raise Unusable(f"{name} is {value!r}, not a number of seconds") from error
 
 
 def _read_tar(path: str, settings: Prepare) -> Iterator[Item | Rejected]:
@@ -303,8 +304,8 @@ def _from_sample(key: str, files: Mapping[str, bytes], settings: Prepare) -> Ite
         fields = _fields(files)
         if not media:
             said = fields.get("error_message")
-            raise _Unusable("no video or picture in the sample" + (f": {said}" if said else ""))
+            raise Unusable("no video or picture in the sample" + (f": {said}" if said else ""))
         long, short = _captions(fields, settings)
-    except _Unusable as error:
+    except Unusable as error:
         return Rejected(key, str(error))
     return Item(key, files[media[0]], _is_image(f".{media[0]}"), long, short)

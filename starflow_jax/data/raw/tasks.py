@@ -37,7 +37,7 @@ def run(function: Callable[[T], None], tasks: Sequence[T], *, what: str, process
         return
     if beam is not None:
         _on_beam(function, tasks, beam)
-    elif processes == 1 or len(tasks) <= 1 and not crashed:
+    elif processes == 1 or (len(tasks) == 1 and crashed is None):
         with ProgressBar(what, len(tasks), unit="task") as progress:
             for task in tasks:
                 function(task)
@@ -46,10 +46,10 @@ def run(function: Callable[[T], None], tasks: Sequence[T], *, what: str, process
         _on_cores(function, tasks, what, processes or cores(), crashed)
 
 
-def survives(function: Callable[[T], None], task: T) -> bool:
-    """Run one task in a process of its own; whether that process lived to do it."""
+def attempt(function: Callable[[T], None], task: T) -> None:
+    """Run one task in a process of its own, which it may end."""
     with ProgressBar("once more", 1, unit="task") as progress:
-        return not _in_pool(function, [task], 1, progress)
+        _in_pool(function, [task], 1, progress)
 
 
 def _on_cores(function: Callable[[T], None], tasks: Sequence[T], what: str, processes: int,
@@ -69,7 +69,7 @@ def _in_pool(function: Callable[[T], None], tasks: Sequence[T], processes: int, 
     """Run tasks; returns those not done because a process ended. A task's own exception is raised."""
     # spawn: a forked copy of a process with threads (JAX has some) can hang.
     context = multiprocessing.get_context("spawn")
-    undone = []
+    undone = set()
     with concurrent.futures.ProcessPoolExecutor(min(processes, len(tasks)), context, _end_with_parent,
                                                 (os.getpid(),)) as pool:
         futures = {pool.submit(function, task): task for task in tasks}
@@ -79,12 +79,11 @@ def _in_pool(function: Callable[[T], None], tasks: Sequence[T], processes: int, 
                     future.result()
                     progress.update()
                 except BrokenProcessPool:
-                    undone.append(futures[future])
+                    undone.add(future)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    order = {id(task): index for index, task in enumerate(tasks)}
-    return sorted(undone, key=lambda task: order[id(task)])
+    return [task for future, task in futures.items() if future in undone]
 
 
 def _end_with_parent(parent: int) -> None:
