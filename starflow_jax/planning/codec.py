@@ -9,6 +9,7 @@ from starflow_jax.codec.interface import decode_latents, decode_next, encode_fra
 from starflow_jax.codec.wan_stream import Tiles, WanCodec, wan_config
 from starflow_jax.codec.wan_weights import abstract_params
 from starflow_jax.config import Config, UserError
+from starflow_jax.planning.program import Program
 
 # At the compiler's usual effort the search for each convolution's best loops takes hours on two cores; memory is
 # decided before it.
@@ -26,9 +27,9 @@ def abstract_codec(config: Config) -> WanCodec:
                     dtype=settings.dtype, tiles=Tiles(settings.tile, settings.tile_overlap))
 
 
-def compile_codec(config: Config, placed: jax.sharding.Sharding) -> list[tuple[str, Any, float]]:
-    """(name, compiled program, runs in a step) for plan.videos videos of the training length; a step encodes and
-    decodes them. A stream's next frame is listed for its memory alone: its work is a part of decoding's."""
+def compile_codec(config: Config, placed: jax.sharding.Sharding) -> list[Program]:
+    """For plan.videos videos of the training length: a step encodes and decodes them. A stream's next frame is listed
+    for its memory alone: its work is a part of decoding's."""
     codec, model, videos = abstract_codec(config), config.model, config.plan.videos
     stride = codec.config.stride
     frames = jax.ShapeDtypeStruct((videos, 1 + (model.frames - 1) * codec.config.time_stride, model.height * stride,
@@ -42,6 +43,6 @@ def compile_codec(config: Config, placed: jax.sharding.Sharding) -> list[tuple[s
         on_chip = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), arguments)
         return run.lower(*on_chip).compile(compiler_options=LEAST_EFFORT)
 
-    return [("encode, a video", compiled(encode_frames, codec, frames, scale), 1),
-            ("decode, a video", compiled(decode_latents, codec, latents, scale), 1),
-            ("decode, a stream's next frame", compiled(decode_next, codec, one, cache, scale), 0)]
+    return [Program("encode, a video", compiled(encode_frames, codec, frames, scale)),
+            Program("decode, a video", compiled(decode_latents, codec, latents, scale)),
+            Program("decode, a stream's next frame", compiled(decode_next, codec, one, cache, scale), times=0)]

@@ -16,7 +16,8 @@ from starflow_jax.config import Config
 from starflow_jax.io.compiled import nothing_kept
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.planning import program_cost, roofline
-from starflow_jax.planning.programs import Program, abstract_params_of, compile_step
+from starflow_jax.planning.program import Program
+from starflow_jax.planning.programs import abstract_params_of, compile_step
 from starflow_jax.planning.roofline import GIB
 
 

@@ -1,6 +1,5 @@
 """The programs of a training or sampling step, compiled from shapes alone."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -17,19 +16,10 @@ from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import flow_variables, init_params
 from starflow_jax.nn.cache import KVCache, rounded_slots
 from starflow_jax.planning import codec as plan_codec
+from starflow_jax.planning.program import Program
 from starflow_jax.sampling.solver import complete, shallow_solver
 from starflow_jax.training.state import abstract_state
 from starflow_jax.training.step import make_train_step
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled program and how often it runs in a step."""
-
-    name: str
-    compiled: Any
-    times: float = 1
-    unknown_trips: float = 1  # of the solver's loops
 
 
 def abstract_params_of(config: Config) -> Any:
@@ -41,7 +31,7 @@ def compile_step(config: Config, mesh: Mesh) -> list[Program]:
         return [Program("train", _compile_train(config, mesh))]
     if config.plan.step == "sample":
         return _compile_sample(config, mesh)
-    return [Program(*program) for program in plan_codec.compile_codec(config, sharding.replicated(mesh))]
+    return plan_codec.compile_codec(config, sharding.replicated(mesh))
 
 
 def _compile_train(config: Config, mesh: Mesh) -> Any:

@@ -1,0 +1,14 @@
+"""A compiled program of a step."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program and how often it runs in a step."""
+
+    name: str
+    compiled: Any
+    times: float = 1
+    unknown_trips: float = 1  # of the solver's loops
