@@ -53,8 +53,9 @@ def fit(text_MTD: np.ndarray, u_MSK: np.ndarray, rank: int = 64) -> FirstGuess:
     text, mean = features.mean(axis=0), frames.mean(axis=0)
     features, frames = features - text, frames - mean
     weights = _ridge(features, frames)
-    # The strongest directions of what is predicted, not of the weights.
-    _, _, directions = np.linalg.svd(features @ weights, full_matrices=False)
+    # The strongest directions of what is predicted, not of the weights. With features = Q R they are those of
+    # R @ weights, which has a row for each feature and not one for each clip.
+    _, _, directions = np.linalg.svd(np.linalg.qr(features, mode="r") @ weights, full_matrices=False)
     basis = directions[:rank]
     shape = u_MSK.shape[1:]
     return FirstGuess(*(jnp.asarray(a, jnp.float32) for a in (
