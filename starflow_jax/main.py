@@ -17,6 +17,7 @@ from starflow_jax.io import command_line
 from starflow_jax.modes import MODES
 from starflow_jax.settings.help import entry, settings_text
 
+LOST_AFTER = 20  # seconds without a sign of life, after which a process that works alone is not waited for
 CONFIG = config_flags.DEFINE_config_file("config", None, "A config (configs/t2v.py) and, after a colon, its variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and results; default: runs/NAME.")
 DISTRIBUTED = flags.DEFINE_string(
@@ -35,22 +36,27 @@ def main(argv: list[str]) -> None:
     from starflow_jax.io.compiled import keep_compiled_programs
 
     keep_compiled_programs()
-    join(DISTRIBUTED.value)
+    join(DISTRIBUTED.value, alone=MODE.value == "sample")
     modes.run(MODE.value, config, workdir)
 
 
-def join(distributed: str) -> None:
-    """Connect to the other processes of this run. Raises UserError for what can't be read or reached."""
+def join(distributed: str, alone: bool = False) -> None:
+    """Connect to the other processes of this run. alone: go on, should one of them be lost.
+
+    Raises UserError for what can't be read or reached.
+    """
     if distributed in ("", "false"):
         return
     import jax
 
-    given: dict[str, Any] = {}
+    jax.config.update("jax_enable_recoverability", alone)
+
+    given: dict[str, Any] = {"heartbeat_timeout_seconds": LOST_AFTER} if alone else {}
     if distributed != "true":
         address, *numbers = distributed.split(",")
         if len(numbers) != 2 or not all(number.isdigit() for number in numbers) or ":" not in address:
             raise UserError(f"--distributed={distributed}: must be true or HOST:PORT,COUNT,INDEX")
-        given = dict(coordinator_address=address, num_processes=int(numbers[0]), process_id=int(numbers[1]))
+        given |= dict(coordinator_address=address, num_processes=int(numbers[0]), process_id=int(numbers[1]))
     try:
         jax.distributed.initialize(**given)
     except (ValueError, RuntimeError) as error:

@@ -93,6 +93,12 @@ def check_batch(field: str, size: int, mesh: Mesh | AbstractMesh) -> None:
         raise UserError(f"{field}={size}: must be a multiple of mesh.data x mesh.fsdp = {parts}")
 
 
+def current_mesh() -> Mesh | None:
+    """The mesh in force (jax.set_mesh), None where there is none or it has a single device."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     """The mesh axes of an array's axes. Raises ValueError where two of them want the same one."""
     named = [TABLE[axis] for axis in axes]
@@ -248,8 +254,8 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 def lay_out(batch: Any) -> Any:
     """A batch that every process holds all of, over the current mesh; as it is where there is none, or where its clips
     don't divide over it."""
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty or any(len(x) % math.prod(mesh.shape[axis] for axis in TABLE["batch"])
+    mesh = current_mesh()
+    if mesh is None or any(len(x) % math.prod(mesh.shape[axis] for axis in TABLE["batch"])
                          for x in jax.tree.leaves(batch)):
         return batch
     return jax.tree.map(lambda x: _from_whole(x, batch_sharding(mesh)), batch)

@@ -70,7 +70,7 @@ def trained_model(config: Config, workdir: Path) -> list[dict[str, Any]]:
 
 def pretrained(config: Config, workdir: Path) -> tuple[System, Params]:
     """The model in the package, as sampling uses it."""
-    system, params, _ = load_pretrained(config, workdir)
+    system, params, *_ = load_pretrained(config, workdir)
     return system, inference_params(config, params)
 
 

@@ -11,6 +11,7 @@ from starflow_jax.config import Config, Model, Text
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.model.text import text_encoder
 from starflow_jax.nn.transformer import unstacked
+from starflow_jax.sharding import current_mesh
 
 Params = dict[str, Any]  # {"flow", "denoiser" (where there is one), "text" (where it is trained)}
 
@@ -44,8 +45,9 @@ def decoding_variables(params: Params) -> dict[str, Any]:
 
 def inference_params(config: Config, params: Params) -> Params:
     """Parameters as sampling uses them: the flow's layers one by one where the config unrolls them, since on a
-    CPU XLA copies a layer's weights out of a stack at each use."""
-    return {**params, "flow": _unstacked(params["flow"])} if config.model.unroll_layers else params
+    CPU XLA copies a layer's weights out of a stack at each use. Sharded ones stay stacked, as their shardings are."""
+    whole = config.model.unroll_layers and current_mesh() is None
+    return {**params, "flow": _unstacked(params["flow"])} if whole else params
 
 
 _unstacked = jax.jit(unstacked)

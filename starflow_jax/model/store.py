@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +27,25 @@ with epy.lazy_imports():  # orbax, which the model in the package does not need
 PRETRAINED = Path(__file__).parents[1] / "assets" / "tiny"
 
 
-def load_model(config: Config, workdir: Path) -> tuple[System, Params, str]:
-    """(system, parameters as `inference_params` gives them, where they come from): the workdir's model, or the
-    package's where the workdir holds none.
+class LoadedModel(NamedTuple):
+    """A trained model and where it comes from."""
+
+    system: System
+    params: Params
+    source: str
+    weights: str  # equal for equal parameters: a checksum of the files that they were read from
+
+
+def load_model(config: Config, workdir: Path) -> LoadedModel:
+    """The workdir's model, or the package's where the workdir holds none, on the mesh in force; its parameters as
+    `inference_params` gives them.
 
     Raises UserError where the workdir holds another model, or none and the package has none of this config.
     """
     int8 = config.sample.weights == "int8"
-    system, params, source = (load_trained(config, workdir, quantize_param if int8 else None)
-                              or load_pretrained(config, workdir))
-    return system, inference_params(config, quantize_params(params) if int8 else params), source
+    loaded = load_trained(config, workdir, quantize_param if int8 else None) or load_pretrained(config, workdir)
+    params = quantize_params(loaded.params) if int8 else loaded.params
+    return loaded._replace(params=inference_params(config, params))
 
 
 def settings_of(workdir: Path) -> Config:
@@ -87,10 +97,11 @@ def own_settings(config: Config, workdir: Path) -> tuple[Config, str]:
 
 
 def load_trained(config: Config, workdir: Path, convert: Callable[[str, jax.Array], Any] | None = None
-                 ) -> tuple[System, Params, str] | None:
-    """(system, averaged parameters, where they come from) of a workdir's newest or best checkpoint; None where there is
-    none. convert: see `restore_params`. Raises UserError where they are another model's, and where all checkpoints are
-    damaged."""
+                 ) -> LoadedModel | None:
+    """A workdir's newest or best checkpoint, its averaged parameters on the mesh in force; None where there is none.
+
+    convert: see `restore_params`. Raises UserError where it is another model's, and where all checkpoints are damaged.
+    """
     if not (workdir / "checkpoints").exists():
         return None
     checkpoints = training.Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
@@ -100,24 +111,41 @@ def load_trained(config: Config, workdir: Path, convert: Callable[[str, jax.Arra
     step = checksums.first_whole(checkpoints.directory, steps)
     if step is None:
         return None
+    folder, mesh = checkpoints.directory / str(step), sharding.current_mesh()
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    if not (mesh := jax.sharding.get_mesh()).empty:
+    if mesh:
         abstract = sharding.abstract(abstract, mesh)
     abstract = sharding.layers_as(abstract, jnp.dtype(config.model.dtype))
-    params = parameters.restore_params(checkpoints.directory / str(step), abstract, convert)
-    params = {**params, **frozen_encoder_params(config)}
-    return load_system(config, workdir / "system"), params, f"{workdir}, step {step}"
+    params = parameters.restore_params(folder, abstract, convert)
+    encoder = frozen_encoder_params(config)
+    params = {**params, **(sharding.spread(encoder, mesh) if mesh else encoder)}
+    return LoadedModel(_placed_system(load_system(config, workdir / "system")), params, f"{workdir}, step {step}",
+                       _checksum(folder / checksums.CHECKSUMS))
 
 
-def load_pretrained(config: Config, workdir: Path) -> tuple[System, Params, str]:
+def load_pretrained(config: Config, workdir: Path) -> LoadedModel:
     """The same of the pretrained model in the package. Raises UserError where that is another config's."""
-    description = PRETRAINED / "model.json"
+    description, weights = PRETRAINED / "model.json", PRETRAINED / "model.safetensors"
     if not description.exists() or json.loads(description.read_text())["fingerprint"] != model_fingerprint(config):
         raise UserError(f"{workdir} holds no checkpoint, and the package carries none of {config.name}; "
                         "train one (--mode=train), convert released weights (--mode=convert "
                         "--config.convert.source=FILE_OR_DIR), or name the folder of one with --workdir")
-    params = jax.device_put(import_arrays(PRETRAINED / "model.safetensors"))
-    return load_system(config, PRETRAINED), params, "the pretrained model"
+    params, mesh = import_arrays(weights), sharding.current_mesh()
+    params = jax.device_put(params, sharding.parameter_shardings(params, mesh) if mesh else None)
+    return LoadedModel(_placed_system(load_system(config, PRETRAINED)), params, "the pretrained model",
+                       _checksum(weights))
+
+
+def _placed_system(system: System) -> System:
+    """With a copy of the codec on every device of the mesh in force."""
+    mesh = sharding.current_mesh()
+    if mesh is None:
+        return system
+    return dataclasses.replace(system, codec=jax.device_put(system.codec, sharding.replicated(mesh)))
+
+
+def _checksum(path: Path) -> str:
+    return f"{zlib.crc32(path.read_bytes()):08x}"
 
 
 def save_pretrained(config: Config, system: System, params: Params, facts: dict[str, Any]) -> None:

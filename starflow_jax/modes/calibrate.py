@@ -7,7 +7,8 @@ from starflow_jax.config import Config, UserError
 from starflow_jax.io.progress import table
 from starflow_jax.model.calibration import Calibration, save_calibration
 from starflow_jax.model.store import PRETRAINED, load_model
-from starflow_jax.sampling.calibration import ERROR, Measured, fit_guess, fit_noise_guess, measure
+from starflow_jax.sampling.calibration import ERROR, PROMPTS, Measured, fit_guess, fit_noise_guess, measure
+from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
 
 
 def calibrate(config: Config, workdir: Path) -> None:
@@ -15,7 +16,12 @@ def calibrate(config: Config, workdir: Path) -> None:
 
     Raises UserError where none comes near enough to sequential decoding.
     """
-    system, params, source = load_model(config, workdir)
+    with on_mesh(sampling_mesh(config, PROMPTS)):
+        _calibrate(config, workdir)
+
+
+def _calibrate(config: Config, workdir: Path) -> None:
+    system, params, source, _ = load_model(config, workdir)
     print(f"model: {source}")
     folder = workdir / "system" if (workdir / "system").exists() else PRETRAINED
     system = dataclasses.replace(system, calibration=Calibration(first_guess=fit_guess(system, params)))

@@ -24,20 +24,26 @@ from starflow_jax.model.store import load_model
 from starflow_jax.model.system import System
 from starflow_jax.sampling import vbench
 from starflow_jax.sampling.given import read_given
+from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
 
 SHOWN_PIXELS = 96  # small models' frames are enlarged to about this height
 
 
 def evaluate(config: Config, workdir: Path) -> None:
     """Measure what config.evaluate.task names: files in the workdir and a table."""
-    {"test_set": evaluate_test_set, "video": evaluate_video, "classify": classify_by_likelihood,
-     "quality": evaluate_quality}[config.evaluate.task](config, workdir)
+    measure, together = {
+        "test_set": (evaluate_test_set, config.evaluate.batch_size),
+        "video": (evaluate_video, config.evaluate.draws),
+        "classify": (classify_by_likelihood, config.evaluate.batch_size),
+        "quality": (evaluate_quality, 1)}[config.evaluate.task]
+    with on_mesh(sampling_mesh(config, together)):
+        measure(config, workdir)
 
 
 def evaluate_test_set(config: Config, workdir: Path) -> None:
     """Likelihood, adherence and denoising of the workdir's model, or the one in the package: WORKDIR/evaluate.json."""
     began = time.perf_counter()
-    system, params, source = load_model(config, workdir)
+    system, params, source, _ = load_model(config, workdir)
     print(f"model: {source}")
     captions = fixed_captions(config, "test", config.evaluate.prompts)
     labels = reader.labels_of(captions) if config.data.source == "digits" else None
@@ -75,7 +81,7 @@ def evaluate_video(config: Config, workdir: Path) -> None:
     other_THWC = read_given(config, settings.other)[0] if settings.other else None
     if other_THWC is not None:
         likelihood.check_pair(config, frames_THWC, other_THWC)
-    system, params, source = load_model(config, workdir)
+    system, params, source, _ = load_model(config, workdir)
     print(f"model: {source}")
     with ProgressBar("inspect", 3 if settings.other else 2, unit="part", compiles=True) as progress:
         found = likelihood.likelihood(system, params, frames_THWC, settings.caption, settings.draws)
@@ -140,7 +146,7 @@ def _print_video(facts: dict[str, Any], path: Path) -> None:
 def classify_by_likelihood(config: Config, workdir: Path) -> None:
     """The most likely captions of the first evaluate.clips test clips: WORKDIR/classified.json."""
     began = time.perf_counter()
-    system, params, source = load_model(config, workdir)
+    system, params, source, _ = load_model(config, workdir)
     print(f"model: {source}")
     labels_B3, frames_BTHWC = real_clips(system, config.evaluate.clips)
     if labels_B3 is None:
@@ -166,7 +172,7 @@ def evaluate_quality(config: Config, workdir: Path) -> None:
     reference = folder_of_videos(Path(settings.reference), settings.fps) if settings.reference else None
     sets = [folder_of_videos(Path(name.strip()), settings.fps) for name in settings.folder.split(",") if name.strip()]
     if not sets and reference is not None:
-        system, _, source = load_model(config, workdir)
+        system, _, source, _ = load_model(config, workdir)
         reference, coded = quality.codec_pair(system, source, reference)
         sets = [coded]
     prompts = vbench.read_prompts(settings.vbench) if settings.vbench else {}

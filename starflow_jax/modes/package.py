@@ -18,7 +18,7 @@ def package(config: Config, workdir: Path) -> None:
     trained = load_trained(config, workdir)
     if trained is None:
         raise UserError(f"{workdir} holds no checkpoint to put into the package; train one first")
-    system, params, source = trained
+    system, params, source, _ = trained
     save_pretrained(config, system, params, {"source": f"{config.name}: {source.rsplit(', ', 1)[-1]}"})
     (PRETRAINED / KEPT).unlink(missing_ok=True)  # of the model that was there before
     carry_licence(workdir, PRETRAINED)

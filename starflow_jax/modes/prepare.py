@@ -124,7 +124,7 @@ def _text_encoder(config: Config, workdir: Path) -> tuple[Tokenizer, Any]:
     """(tokenizer, the encoder's parameters)."""
     if config.text.encoder == "frozen":
         return make_tokenizer(config), frozen_encoder_params(config)["text"]
-    system, params, source = load_model(config, workdir)
+    system, params, source, _ = load_model(config, workdir)
     print(f"text encoder: that of {source}")
     return system.tokenizer, params["text"]
 

@@ -10,22 +10,22 @@ import jax
 from starflow_jax import config as settings_of
 from starflow_jax import sharding
 from starflow_jax.config import REMAT, Config, UserError
+from starflow_jax.sampling import mesh
 
 
 def chosen(config: Config, devices: int) -> Config:
-    """The config on its own mesh where that fits the devices, else on the one that suits its step."""
+    """The config on its own mesh where that fits the devices, else on the one that suits its step; sampling
+    leaves devices unused that plan.videos do not need."""
     sizes = [getattr(config.mesh, axis) for axis in sharding.AXES]
     explicit = config.mesh != settings_of.Mesh() and devices % math.prod(size for size in sizes if size) == 0
     return config if explicit else dataclasses.replace(config, mesh=suited(config, devices))
 
 
 def suited(config: Config, devices: int) -> settings_of.Mesh:
-    """Training: as many shards of the batch as divide it, the rest over tokens. Sampling: weights stay on the chips
-    that hold them, as many as divide the heads; the rest take other videos."""
-    heads = math.gcd(config.model.deep_width, config.model.shallow_width) // config.model.head_dim
+    """Training: as many shards of the batch as divide it, the rest over tokens. Sampling: as sampling itself chooses.
+    """
     if config.plan.step == "sample":
-        tensor = math.gcd(devices, heads)
-        return settings_of.Mesh(data=devices // tensor, tensor=tensor)
+        return mesh.suited(config, devices, config.plan.videos)
     fsdp = math.gcd(devices, config.train.batch_size // config.train.accumulate)
     return settings_of.Mesh(data=1, fsdp=fsdp, sequence=devices // fsdp)
 
@@ -44,7 +44,7 @@ def candidates(config: Config, devices: int) -> Iterator[Config]:
             data = devices // (tensor * sequence * fsdp)
             if data * fsdp * tensor * sequence != devices or (config.plan.step == "sample" and fsdp * sequence > 1):
                 continue
-            mesh = settings_of.Mesh(data, fsdp, tensor, sequence)
+            tried = settings_of.Mesh(data, fsdp, tensor, sequence)
             abstract = jax.sharding.AbstractMesh((data, fsdp, tensor, sequence), sharding.AXES)
             try:
                 sharding.check_model(config.model, abstract)
@@ -53,4 +53,4 @@ def candidates(config: Config, devices: int) -> Iterator[Config]:
             except UserError:
                 continue
             for remat in remats:
-                yield dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(config.model, remat=remat))
+                yield dataclasses.replace(config, mesh=tried, model=dataclasses.replace(config.model, remat=remat))

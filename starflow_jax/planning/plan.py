@@ -5,6 +5,7 @@ slower than the bound, which takes products, memory and links each at their full
 """
 
 import dataclasses
+import math
 import re
 import time
 from typing import Any
@@ -107,6 +108,8 @@ def plan_of(config: Config, devices: list[Any]) -> StepPlan:
     Raises UserError for a mesh that does not suit the devices, the model or the batch, and for a device kind whose
     limits are not known.
     """
+    if config.plan.step == "sample":
+        devices = devices[:math.prod(dataclasses.astuple(config.mesh)) or None]  # sampling may leave devices unused
     mesh, chip = sharding.make_mesh(config.mesh, devices), roofline.chip_of(devices[0])
     model, train, codec = config.model, config.plan.step == "train", config.plan.step == "codec"
     sharding.check_model(model, mesh)

@@ -11,16 +11,18 @@ import dataclasses
 import functools
 import html
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from starflow_jax.config import Config, UserError, changed
+from starflow_jax.config import Mesh as MeshSettings
 from starflow_jax.io.compiled import keep_compiled_programs
 from starflow_jax.io.video import mp4_bytes, write_mp4
 from starflow_jax.model.parameters import Params
@@ -32,6 +34,7 @@ from starflow_jax.sampling.files import file_rate, shown_scale
 from starflow_jax.sampling.generate import Clips, log_likelihood
 from starflow_jax.sampling.given import fit_picture, fit_video, given_frames, read_given
 from starflow_jax.sampling.likelihood import frame_nll
+from starflow_jax.sampling.mesh import each_on_mesh, on_mesh, sampling_mesh
 from starflow_jax.sampling.requests import Request, requests_for, rewritten, unknown_word_lines, with_length
 from starflow_jax.sampling.sizes import at_asked_size, resized
 from starflow_jax.sampling.stream import stream_clips
@@ -84,6 +87,7 @@ class Model:
     system: System
     params: Params = dataclasses.field(repr=False)
     source: str
+    mesh: Mesh = dataclasses.field(repr=False)  # that the parameters lie on
 
     @property
     def config(self) -> Config:
@@ -97,7 +101,8 @@ class Model:
 
         image: the first frame, a picture file or uint8 (H, W, 3). Raises UserError for what can't be.
         """
-        return self._videos(prompt, *self._begin(prompt, settings, image=image))
+        with on_mesh(self.mesh):
+            return self._videos(prompt, *self._begin(prompt, settings, image=image))
 
     def extend(self, video: "Video | str | Path | ArrayLike", prompt: str, **settings: Any) -> Any:
         """The video, at the model's size and frame rate, and what follows it; returns what `generate` does.
@@ -105,18 +110,20 @@ class Model:
         video: a `Video`, a file, or uint8 (T, H, W, 3) at the model's rate. frames counts the given ones too; by
         default a training length is added. Raises UserError for what can't be.
         """
-        return self._videos(prompt, *self._begin(prompt, settings, video=video))
+        with on_mesh(self.mesh):
+            return self._videos(prompt, *self._begin(prompt, settings, video=video))
 
     def stream(self, prompt: str, *, image: str | Path | ArrayLike = "", **settings: Any) -> Iterator[np.ndarray]:
         """The video's frames as they are made, uint8 (T, H, W, 3): the first by itself, then the codec's time stride
         together. Raises UserError for what can't be."""
-        system, requests, known_THWC = self._begin(prompt, settings, image=image, stream=True)
+        with on_mesh(self.mesh):
+            system, requests, known_THWC = self._begin(prompt, settings, image=image, stream=True)
         if len(requests) > 1:
             raise UserError(f"sample.count={len(requests)}: a stream is one video; call it once for each seed")
         request, = requests
         parts = stream_clips(system, self.params, [request.prompt], [request.seed], system.config.sample,
                              for_each(known_THWC, 1))
-        return (part_BTHWC[0] for part_BTHWC in parts)
+        return (part_BTHWC[0] for part_BTHWC in each_on_mesh(self.mesh, parts))
 
     def log_likelihood(self, video: "Video | str | Path | ArrayLike", prompt: str, *, draws: int = 0) -> float:
         """Exact log p of a video given a prompt, in nats: of its latents with the training noise, averaged over draws
@@ -127,10 +134,11 @@ class Model:
         """
         config, frames_THWC = self.config, _frames(self.config, video, keep="start")
         draws = changed(config, "evaluate", {"draws": draws}).evaluate.draws if draws else config.evaluate.draws
-        noisy = noised(self.system, frames_THWC[None], range(draws))
-        text = self.system.caption_features(self.params, [prompt], is_image=noisy.shape[1] == 1)
-        nll_BN = frame_nll(self.system, self.params, noisy, jnp.broadcast_to(text, (draws, *text.shape[1:])))
-        return -float(nll_BN.sum(axis=1).mean())
+        with on_mesh(self.mesh):
+            noisy = noised(self.system, frames_THWC[None], range(draws))
+            text = self.system.caption_features(self.params, [prompt], is_image=noisy.shape[1] == 1)
+            nll_BN = frame_nll(self.system, self.params, noisy, jnp.broadcast_to(text, (draws, *text.shape[1:])))
+            return -float(nll_BN.sum(axis=1).mean())
 
     def _begin(self, prompt: str | Sequence[str], settings: dict[str, Any], *, image: str | Path | ArrayLike = "",
                video: "Video | str | Path | ArrayLike | None" = None, stream: bool = False,
@@ -167,7 +175,7 @@ class Model:
         if keep:
             made = [made[index] for index in most_likely(made, log_likelihoods, keep)]
         videos = [Video(video.frames_THWC, file_rate(system.config), video.request.prompt, video.request.seed,
-                        functools.partial(_log_likelihood_of, system, self.params, _alone(video))) for video in made]
+                        functools.partial(_log_likelihood_of, self, system, _alone(video))) for video in made]
         return videos[0] if isinstance(prompt, str) and system.config.sample.count == 1 else videos
 
 
@@ -180,8 +188,9 @@ def _alone(made: Made) -> Clips:
                                text={at: features_BSD[one] for at, features_BSD in clips.text.items()})
 
 
-def _log_likelihood_of(system: System, params: Params, clips: Clips) -> float:
-    return float(log_likelihood(system, params, clips)[0])
+def _log_likelihood_of(model: Model, system: System, clips: Clips) -> float:
+    with on_mesh(model.mesh):
+        return float(log_likelihood(system, model.params, clips)[0])
 
 
 def _frames(config: Config, video: "Video | str | Path | ArrayLike", keep: str, fps: int = 0) -> np.ndarray:
@@ -191,15 +200,24 @@ def _frames(config: Config, video: "Video | str | Path | ArrayLike", keep: str, 
     return fit_video(config, frames_THWC, own_fps, fps=fps, keep=keep)[0]
 
 
-def load(source: str | Path = "", weights: str = "") -> Model:
+def load(source: str | Path = "", *, weights: str = "", mesh: Mapping[str, int] | None = None) -> Model:
     """The model in the package; or that of a workdir, which --mode=train or --mode=convert wrote.
 
     weights: what the layers' matrices are kept as, "int8" or, by default, as the model's own settings say.
-    Programs are compiled once and kept on disk for the next process, in the user's cache folder unless
-    jax_compilation_cache_dir names another. Raises UserError where there is no model.
+    mesh: over which of this process's devices it is sharded, the settings of `mesh` under their own names, such as
+    {"tensor": 4}; by default over as many as suit it. Programs are compiled once and kept on disk for the next process,
+    in the user's cache folder unless jax_compilation_cache_dir names another. Raises UserError where there is no model,
+    and for a mesh that does not suit it.
     """
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         keep_compiled_programs()
     workdir = Path(source) if str(source) else PRETRAINED
     config = settings_of(workdir)
-    return Model(*load_model(changed(config, "sample", {"weights": weights}) if weights else config, workdir))
+    if weights:
+        config = changed(config, "sample", {"weights": weights})
+    # Not the mesh that it was trained on.
+    config = changed(config, "mesh", {**dataclasses.asdict(MeshSettings()), **(mesh or {})})
+    devices = sampling_mesh(config, videos=1)
+    with on_mesh(devices):
+        loaded = load_model(config, workdir)
+    return Model(loaded.system, loaded.params, loaded.source, devices)

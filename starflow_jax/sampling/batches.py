@@ -44,17 +44,23 @@ def filled(batch: Sequence[Item], size: int) -> list[Item]:
 def generate(
     system: System, params: Params, requests: Sequence[Request], known_THWC: np.ndarray | None = None
 ) -> Iterator[list[Made]]:
-    """The videos of sample.batch_size requests at a time, by the system's own settings. known: uint8 first frames.
+    """The videos of sample.batch_size requests at a time, as `make_batch` makes them."""
+    for batch in in_batches(requests, system.config.sample.batch_size):
+        yield make_batch(system, params, batch, known_THWC)
+
+
+def make_batch(
+    system: System, params: Params, batch: Sequence[Request], known_THWC: np.ndarray | None = None
+) -> list[Made]:
+    """The videos asked for, made together by the system's own settings. known: uint8 first frames.
 
     Raises UserError as `generate_clips` does.
     """
-    settings = system.config.sample
-    for batch in in_batches(requests, settings.batch_size):
-        began = time.perf_counter()
-        clips = generate_clips(system, params, [request.prompt for request in batch],
-                               [request.seed for request in batch], settings, for_each(known_THWC, len(batch)))
-        seconds = (time.perf_counter() - began) / len(batch)
-        yield [Made(request, clips, index, seconds) for index, request in enumerate(batch)]
+    began = time.perf_counter()
+    clips = generate_clips(system, params, [request.prompt for request in batch],
+                           [request.seed for request in batch], system.config.sample, for_each(known_THWC, len(batch)))
+    seconds = (time.perf_counter() - began) / len(batch)
+    return [Made(request, clips, index, seconds) for index, request in enumerate(batch)]
 
 
 def for_each(known_THWC: np.ndarray | None, count: int) -> np.ndarray | None:

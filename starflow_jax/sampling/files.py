@@ -5,15 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from starflow_jax.config import Config
+from starflow_jax.config import Config, Sample
 from starflow_jax.io.files import write_text
 from starflow_jax.io.pictures import contact_sheet
 from starflow_jax.io.video import write_mp4
 from starflow_jax.sampling.batches import Made
+from starflow_jax.sampling.origin import Origin, plain
+from starflow_jax.sampling.requests import Request
 
+Row = tuple[object, ...]  # of the table that sampling prints
 SHOWN_PIXELS = 240  # small models' frames are enlarged to about this height
 
 
@@ -27,36 +29,48 @@ def file_rate(config: Config) -> int:
     return config.sample.fps or config.text.fps or 1
 
 
-def write_video(folder: Path, config: Config, made: Made, log_likelihood: float) -> tuple[str, str, int, str]:
-    """Write the files of one video, `log_likelihood` in nats; returns its row of the table: path, bits per dimension,
-    Jacobi steps, seconds."""
-    frames, scale = made.frames_THWC, shown_scale(made.frames_THWC.shape[1])
-    path = folder / f"{made.request.name}.mp4"
-    write_mp4(path, frames, file_rate(config), scale)
+def details_path(folder: Path, settings: Sample, request: Request) -> Path:
+    """The JSON file of a video, which is written last."""
     # VBench takes the extension of any one file for that of all in the folder, which must hold only videos.
-    details = folder.with_name(f"{folder.name}_details") / path.name if config.sample.vbench else path
+    folder = folder.with_name(f"{folder.name}_details") if settings.vbench else folder
+    return folder / f"{request.name}{'_stream' if settings.stream else ''}.json"
+
+
+def write_video(folder: Path, config: Config, origin: Origin, made: Made, log_likelihood: float) -> Row:
+    """Write the files of one video, `log_likelihood` in nats; returns its row of the table."""
+    frames, scale = made.frames_THWC, shown_scale(made.frames_THWC.shape[1])
+    path, details = folder / f"{made.request.name}.mp4", details_path(folder, config.sample, made.request)
+    write_mp4(path, frames, file_rate(config), scale)
     contact_sheet(details.with_suffix(".png"), frames[None], [made.request.prompt], scale=max(1, scale // 2))
-    write_text(details.with_suffix(".json"), json.dumps(describe(config, made, log_likelihood), indent=1))
-    bits = -log_likelihood / made.clips.noisy_BNhwC[made.index].size / np.log(2)
-    return str(path), f"{bits:.3f}", int(made.clips.deep_steps_BK[made.index].sum()), f"{made.seconds:.1f}"
+    facts = describe(config, origin, made, log_likelihood)
+    write_text(details, json.dumps(facts, indent=1))
+    return video_row(path, facts)
 
 
-def describe(config: Config, made: Made, log_likelihood: float) -> dict[str, Any]:
+def video_row(path: Path, facts: dict[str, Any]) -> Row:
+    """(path, bits per dimension, Jacobi steps, seconds) of a video, from what its JSON file says."""
+    return str(path), f"{facts['bits_per_dim']:.3f}", sum(facts["deep_steps_per_block"]), f"{facts['seconds']:.1f}"
+
+
+def describe(config: Config, origin: Origin, made: Made, log_likelihood: float) -> dict[str, Any]:
     """What the JSON beside a video says."""
     request, clips, index = made.request, made.clips, made.index
     return {
-        "prompt": request.prompt,
-        "prompt_given": request.given or request.prompt,
-        "seed": request.seed,
+        **described(config, origin, request),
         "frames": int(clips.frames_BTHWC.shape[1]),
-        "settings": dataclasses.asdict(config.sample),
         "log_likelihood_nats": log_likelihood,
         "log_likelihood_of": f"the sampled latents with noise {config.model.noise_std}, given the prompt",
+        "bits_per_dim": -log_likelihood / clips.noisy_BNhwC[index].size / np.log(2),
         "deep_steps_per_block": clips.deep_steps_BK[index].tolist(),
         "deep_residual_per_block": [float(f"{r:.3g}") for r in clips.deep_residual_BK[index]],
         "shallow_steps": int(clips.shallow_steps_B[index]),
         "converged": bool(clips.converged_B[index]),
         "certificate": None if clips.certificate_B is None else float(clips.certificate_B[index]),
         "seconds": round(made.seconds, 3),
-        "device": jax.devices()[0].device_kind,
     }
+
+
+def described(config: Config, origin: Origin, request: Request) -> dict[str, Any]:
+    """What it says of every video, a stream's too."""
+    return {"prompt": request.prompt, "prompt_given": request.given or request.prompt, "seed": request.seed,
+            "settings": plain(config.sample), **dataclasses.asdict(origin)}

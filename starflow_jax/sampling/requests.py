@@ -1,7 +1,7 @@
 """Which videos are asked for: prompts, seeds and lengths."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,13 +86,36 @@ def unknown_word_lines(config: Config, requests: Sequence[Request]) -> list[str]
             'such as "a red seven moves left"' for prompt, words in unknown.items() if words]
 
 
-def rewritten(config: Config, requests: list[Request]) -> list[Request]:
-    """The requests with prompts made longer by sample.rewrite, each prompt once. Raises UserError where it fails."""
+def rewritten(config: Config, requests: list[Request],
+              on_failure: Callable[[Request, UserError], None] | None = None) -> list[Request]:
+    """The requests with prompts made longer by sample.rewrite, each prompt once.
+
+    on_failure: called for each request whose prompt can't be, which is then left out; without it UserError is raised.
+    """
     if not config.sample.rewrite:
         return requests
-    hook, prompts = rewriter(config.sample.rewrite), {request.prompt: "" for request in requests}
+    hook, prompts = rewriter(config.sample.rewrite), dict.fromkeys(request.prompt for request in requests)
+    longer: dict[str, str] = {}
     with ProgressBar("rewrite", len(prompts), unit="prompt") as progress:
         for prompt in prompts:
-            prompts[prompt] = hook(prompt)
+            try:
+                longer[prompt] = hook(prompt)
+            except UserError as error:
+                if on_failure is None:
+                    raise
+                for request in requests:
+                    if request.prompt == prompt:
+                        on_failure(request, error)
             progress.update()
-    return [dataclasses.replace(request, prompt=prompts[request.prompt], given=request.prompt) for request in requests]
+    return [dataclasses.replace(request, prompt=longer[request.prompt], given=request.prompt) for request in requests
+            if request.prompt in longer]
+
+
+def share_of(requests: Sequence[Request], settings: Sample, process: int, processes: int) -> list[Request]:
+    """The videos that one of several processes makes: one in so many, or all of one prompt in so many where the most
+    likely of each prompt are kept."""
+    if not settings.keep:
+        return list(requests[process::processes])
+    prompts = list(dict.fromkeys(request.prompt for request in requests))
+    own = set(prompts[process::processes])
+    return [request for request in requests if request.prompt in own]

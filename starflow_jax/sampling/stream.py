@@ -1,9 +1,10 @@
 """Frames that leave as they are made: a pipeline of the deep block and of all that comes after it.
 
 The deep block runs on the first device; the shallow stack, the denoiser and the codec on the second where
-there is one. JAX dispatches without waiting, so the deep block's next frame is dispatched before the one
-before it is fetched, and it never waits for the rest. The frames equal those of the whole clip: each stage is
-causal, and the denoiser, which looks one frame ahead, is one frame late.
+there is one. On a mesh each stage is sharded over all its devices. JAX dispatches without waiting, so the deep
+block's next frame is dispatched before the one before it is fetched, and it never waits for the rest. The frames
+equal those of the whole clip: each stage is causal, and the denoiser, which looks one frame ahead, is one frame
+late.
 """
 
 from collections.abc import Iterator
@@ -25,10 +26,16 @@ from starflow_jax.sampling.generate import deep_frames
 from starflow_jax.sampling.solver import chosen_solver, shallow_solver
 from starflow_jax.sampling.timeline import Timeline
 from starflow_jax.sampling.windows import denoising_windows
+from starflow_jax.sharding import current_mesh, fetch
 
 
-def stream_devices(count: int) -> tuple[jax.Device, jax.Device]:
-    """(the deep block's device, everything else's). Raises UserError where there are fewer than `count`."""
+def stream_devices(count: int) -> tuple[jax.Device | None, jax.Device | None]:
+    """(the deep block's device, everything else's); None where the mesh in force says where arrays lie.
+
+    Raises UserError where there are fewer than `count`.
+    """
+    if current_mesh():
+        return None, None
     devices = jax.local_devices()
     if count > len(devices):
         raise UserError(f"sample.devices={count}: this machine has {len(devices)}; on a CPU, set XLA_FLAGS="
@@ -50,7 +57,7 @@ def stream_clips(
     sample.denoise or sample.devices rules a stream out."""
     deep, rest = stream_devices(settings.devices)
     given = make_conditions(system, params, captions, seeds, settings, known_BTHWC)
-    finish = _Finisher(system, jax.device_put(params, rest), given, settings)
+    finish = _Finisher(system, params, given, settings, rest)
     timeline = timeline or Timeline()
     index = given.given
     pending: list[jax.Array] = []
@@ -58,22 +65,22 @@ def stream_clips(
     for u_BGSK, _ in deep_frames(system, deep_params, deep_given, settings):
         timeline.watch("deep", index, u_BGSK)
         # What was dispatched a step ago is fetched only now, with the deep block at work on the next.
-        yield from (np.asarray(frames) for frames in pending)
+        yield from map(fetch, pending)
         pending = finish(jax.device_put(u_BGSK, rest))
         if pending:
             timeline.watch("rest", index, pending)
         index += u_BGSK.shape[1]
-    yield from (np.asarray(frames) for frames in pending)
+    yield from map(fetch, pending)
 
 
 class _Finisher:
     """From u to pixels, frame after frame: what is known so far, and how many frames of it were emitted."""
 
-    def __init__(self, system: System, params: Params, given: Conditions, settings: Sample) -> None:
+    def __init__(self, system: System, params: Params, given: Conditions, settings: Sample,
+                 device: jax.Device | None) -> None:
         model = system.config.model
-        self._system, self._params, self._settings = system, params, settings
+        self._system, self._params, self._settings = system, jax.device_put(params, device), settings
         self._shallow_solver = shallow_solver(chosen_solver(system, settings))
-        device = jax.tree.leaves(params)[0].device
         self._text = jax.device_put(given.text, device)
         self._codec, self._cache = jax.device_put(system.codec, device), None
         batch, made = given.noise_BNSK.shape[:2]

@@ -66,7 +66,7 @@ def test_choices_are_marginal() -> None:
 
 
 def test_the_pretrained_model_reads_clips(tmp_path: Path) -> None:
-    system, params, _ = load_pretrained(tiny(), tmp_path)
+    system, params, *_ = load_pretrained(tiny(), tmp_path)
     examples = list(generate_clips(MovingDigitsConfig(train_clips=1, validation_clips=1, test_clips=3), "test"))
     frames = np.stack([example["frames"][:13] for example in examples])
     labels = np.array([[example[name] for name in ATTRIBUTES] for example in examples])

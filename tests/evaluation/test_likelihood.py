@@ -151,7 +151,7 @@ def moving_bar(colour: int, step: int) -> np.ndarray:
 
 
 def test_the_caption_that_fits_is_told_from_one_that_does_not(pretrained_config, tmp_path: Path) -> None:
-    pretrained, params, _ = load_pretrained(pretrained_config, tmp_path)
+    pretrained, params, *_ = load_pretrained(pretrained_config, tmp_path)
     frames = moving_bar(colour=0, step=1)
 
     def fit(caption: str) -> float:

@@ -39,7 +39,7 @@ def workdir(tmp_path: Path) -> Path:
 
 def test_its_model_is_the_one_that_was_saved(workdir: Path) -> None:
     config = tiny()
-    system, params, source = load_model(config, workdir)
+    system, params, source, _ = load_model(config, workdir)
     assert source == f"{workdir}, step 0"
     jax.tree.map(np.testing.assert_array_equal, params, load_model(config, workdir / "none")[1])
     assert system.calibration.solver == Solver("jacobi", 36, 1, start="previous")

@@ -22,7 +22,7 @@ def test_the_pretrained_model_is_tiny_and_small_enough(tmp_path: Path) -> None:
     config = tiny()
     held = settings_of(PRETRAINED)
     assert all(getattr(held, name) == getattr(config, name) for name in ("model", "text", "codec", "data", "sample"))
-    system, params, source = load_pretrained(config, tmp_path)
+    system, params, source, _ = load_pretrained(config, tmp_path)
     assert source == "the pretrained model"
     shapes = jax.tree.map(lambda leaf: leaf.shape, params)
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, jax.eval_shape(
@@ -32,7 +32,7 @@ def test_the_pretrained_model_is_tiny_and_small_enough(tmp_path: Path) -> None:
 
 
 def test_it_knows_black_frames_from_noise(tmp_path: Path) -> None:
-    system, params, _ = load_model(tiny(), tmp_path)
+    system, params, *_ = load_model(tiny(), tmp_path)
 
     def bits(frames: np.ndarray) -> float:
         batch = Batch(frames_BTHWC=frames, text_ids_BS=system.text_ids([system.prompt("a red one moves up")]),
@@ -55,13 +55,13 @@ def test_other_models_are_not_in_the_package(tmp_path: Path) -> None:
 
 
 def test_parameters_come_back_as_float32(tmp_path: Path) -> None:
-    _, params, _ = load_model(tiny(), tmp_path)
+    _, params, *_ = load_model(tiny(), tmp_path)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
 @pytest.mark.slow  # sampling/test_api.py reads one video
 def test_it_shows_what_the_prompt_asks_for(tmp_path: Path) -> None:
     config = dataclasses.replace(tiny(), sample=dataclasses.replace(tiny().sample, batch_size=16))
-    system, params, _ = load_model(config, tmp_path)
+    system, params, *_ = load_model(config, tmp_path)
     shares = adherence_of_samples(system, params, "validation", 16)
     assert min(shares.values()) > 0.8

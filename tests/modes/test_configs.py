@@ -115,7 +115,7 @@ def test_every_stage_begins_with_the_last_ones_checkpoint(folder: Path, capsys: 
     image = folder / "7b" / "sheets" / "samples_step_0000002.png"
     for asked in (config, dataclasses.replace(given, sample=dataclasses.replace(given.sample, image=str(image)))):
         sample(asked, folder / "7b")
-    _, params, _ = load_model(config, folder / "7b")
+    _, params, *_ = load_model(config, folder / "7b")
     layer = params["flow"]["deep"]["transformer"]["layers"]["layer"]
     assert layer["qkv"]["kernel"].dtype == "bfloat16" and layer["qkv"]["bias"].dtype == "float32"
 

@@ -8,6 +8,7 @@ from configs.t2v import get_config
 from starflow_jax import config as settings_of
 from starflow_jax.config import Config, from_config_dict
 from starflow_jax.planning.meshes import candidates, chosen, suited
+from starflow_jax.sampling import mesh
 from tests.helpers import tiny_model
 
 
@@ -19,16 +20,15 @@ def with_plan(config: Config, **changes) -> Config:
     return dataclasses.replace(config, plan=settings_of.Plan(**changes))
 
 
-@pytest.mark.parametrize(("chips", "mesh"), [(64, (1, 64, 1, 1)), (256, (1, 64, 1, 4)), (3, (1, 3, 1, 1))])
-def test_training_shards_the_batch_first_then_the_tokens(chips: int, mesh: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("chips", "sizes"), [(64, (1, 64, 1, 1)), (256, (1, 64, 1, 4)), (3, (1, 3, 1, 1))])
+def test_training_shards_the_batch_first_then_the_tokens(chips: int, sizes: tuple[int, ...]) -> None:
     """192 clips: 64 or 3 shards of them, and what is left over goes to the tokens."""
-    assert dataclasses.astuple(suited(paper(), chips)) == mesh
+    assert dataclasses.astuple(suited(paper(), chips)) == sizes
 
 
-def test_sampling_keeps_weights_where_they_are() -> None:
-    """64 deep heads and 48 shallow ones have 16 for their greatest common divisor."""
-    assert dataclasses.astuple(suited(with_plan(paper(), step="sample"), 8)) == (1, 1, 8, 1)
-    assert dataclasses.astuple(suited(with_plan(paper(), step="sample"), 64)) == (4, 1, 16, 1)
+def test_sampling_is_planned_on_the_mesh_that_it_chooses() -> None:
+    asked = with_plan(paper(), step="sample", videos=4)
+    assert suited(asked, 64) == mesh.suited(asked, 64, 4) == settings_of.Mesh(data=4, tensor=16)
 
 
 def test_a_mesh_that_is_set_is_kept() -> None:

@@ -83,7 +83,7 @@ def test_a_converted_model_comes_with_its_encoder(published: Path, tmp_path: Pat
     convert(config, tmp_path)
     codec = patch.fit(np.zeros((1, 5, 8, 12, 3), np.uint8), patch_shape(config), config.model.channels)
     save_system(System(config, load_tokenizer(published), codec), tmp_path / "system")
-    system, params, source = load_model(config, tmp_path)
+    system, params, source, _ = load_model(config, tmp_path)
     assert source == f"{tmp_path}, step 0" and set(params) == {"flow", "text"}
     assert params["text"]["embed"]["embedding"].shape == (96, 48)
     assert system.tokenizer.model == (published / "spiece.model").read_bytes()

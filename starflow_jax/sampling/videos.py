@@ -1,0 +1,151 @@
+"""The videos of a list of prompts: what is there already is not made again, and one that fails stops no other."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from starflow_jax.config import UserError
+from starflow_jax.io.files import write_text
+from starflow_jax.io.progress import ProgressBar
+from starflow_jax.io.video import growing_mp4
+from starflow_jax.model.codec import frame_size
+from starflow_jax.model.parameters import Params
+from starflow_jax.model.system import System
+from starflow_jax.sampling.batches import Made, for_each, in_batches, make_batch, most_likely
+from starflow_jax.sampling.files import Row, described, details_path, file_rate, shown_scale, video_row, write_video
+from starflow_jax.sampling.generate import log_likelihood
+from starflow_jax.sampling.origin import Origin, made_before
+from starflow_jax.sampling.requests import Request, rewritten, unknown_word_lines
+from starflow_jax.sampling.stream import stream_clips
+from starflow_jax.sampling.timeline import Timeline, draw_timeline
+
+WHOLE = ("video", "bits/dim", "Jacobi steps", "seconds")
+STREAMED = ("video", "seconds to the first frame", "frames per second")
+FAILURES = (UserError, jax.errors.JaxRuntimeError)
+
+
+class Videos:
+    """Makes videos of one system into a folder. `rows` has a table's row for each that is there, `failed` the others.
+
+    writes: whether this process writes them; others then make the same ones.
+    """
+
+    def __init__(self, system: System, params: Params, known_THWC: np.ndarray | None, folder: Path, origin: Origin,
+                 writes: bool) -> None:
+        self.system, self.params, self.known_THWC = system, params, known_THWC
+        self.folder, self.origin, self.writes = folder, origin, writes
+        self.rows: list[Row] = []
+        self.failed: list[tuple[Request, Exception]] = []
+
+    @property
+    def headers(self) -> tuple[str, ...]:
+        """Of the rows."""
+        return STREAMED if self.system.config.sample.stream else WHOLE
+
+    def make(self, requests: Sequence[Request]) -> None:
+        """Those that are not there yet. Raises UserError where nothing could be made, all for one reason."""
+        config = self.system.config
+        todo = self._without_those_made_before(requests)
+        todo = rewritten(config, todo, lambda request, error: self.failed.append((request, error)))
+        for line in unknown_word_lines(config, todo):
+            print(f"warning: {line}")
+        if config.sample.stream:
+            self._stream_all(todo)
+        else:
+            self._make_all(todo)
+        reasons = {str(error) for _, error in self.failed}
+        if not self.rows and len(reasons) == 1:
+            raise UserError(reasons.pop().splitlines()[0])
+
+    def _without_those_made_before(self, requests: Sequence[Request]) -> list[Request]:
+        settings, made = self.system.config.sample, set()
+        for request in requests:
+            facts = made_before(details_path(self.folder, settings, request), request, settings, self.origin)
+            path = self._video_path(request)
+            if facts is not None and path.exists():
+                made.add(request)
+                self.rows.append(_stream_row(path, facts) if settings.stream else video_row(path, facts))
+        if made:
+            print(f"{len(made)} of {len(requests)} videos are there already, of the same model and settings; delete "
+                  "one to make it again")
+        enough = {prompt for prompt in {request.prompt for request in made}
+                  if settings.keep and sum(request.prompt == prompt for request in made) >= settings.keep}
+        return [request for request in requests if request not in made and request.prompt not in enough]
+
+    def _video_path(self, request: Request) -> Path:
+        return self.folder / f"{request.name}{'_stream' if self.system.config.sample.stream else ''}.mp4"
+
+    def _make_all(self, requests: Sequence[Request]) -> None:
+        """Whole clips, written batch by batch, or once the most likely of each prompt are known."""
+        config = self.system.config
+        made: list[Made] = []
+        log_likelihoods: list[float] = []
+        with ProgressBar("samples", len(requests), unit="video", compiles=True) as progress:
+            for batch in in_batches(requests, config.sample.batch_size):
+                for part in self._batches_that_work(batch):
+                    of_batch = log_likelihood(self.system, self.params, part[0].clips).tolist()
+                    if config.sample.keep:
+                        made, log_likelihoods = [*made, *part], [*log_likelihoods, *of_batch]
+                    else:
+                        self._write(part, of_batch)
+                progress.update(len(batch))
+        kept = most_likely(made, log_likelihoods, config.sample.keep)
+        self._write([made[index] for index in kept], [log_likelihoods[index] for index in kept])
+
+    def _batches_that_work(self, batch: Sequence[Request]) -> list[list[Made]]:
+        """The batch; where it fails, each of its videos alone, but for those that fail alone too."""
+        try:
+            return [make_batch(self.system, self.params, batch, self.known_THWC)]
+        except FAILURES as error:
+            if len(batch) > 1:
+                return [part for request in batch for part in self._batches_that_work([request])]
+            self.failed.append((batch[0], error))
+            return []
+
+    def _write(self, made: Sequence[Made], log_likelihoods: Sequence[float]) -> None:
+        if self.writes:
+            self.rows += [write_video(self.folder, self.system.config, self.origin, *video)
+                          for video in zip(made, log_likelihoods)]
+
+    def _stream_all(self, requests: Sequence[Request]) -> None:
+        """Each batch's videos grow on disk while they are made; a timeline of the pipeline is drawn beside them."""
+        for batch in in_batches(requests, self.system.config.sample.batch_size):
+            try:
+                self._stream_batch(batch)
+            except FAILURES as error:
+                self.failed += [(request, error) for request in batch]
+
+    def _stream_batch(self, batch: Sequence[Request]) -> None:
+        system, settings = self.system, self.system.config.sample
+        scale = shown_scale(frame_size(system.config)[0])
+        paths = [self._video_path(request) for request in batch] if self.writes else []
+        writers = [growing_mp4(path, file_rate(system.config), scale) for path in paths]
+        timeline, began, first, frames = Timeline(), time.perf_counter(), 0.0, 0
+        prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
+        with ProgressBar("stream", settings.frames or system.pixel_frames, unit="frame", compiles=True) as progress:
+            for part_BTHWC in stream_clips(system, self.params, prompts, seeds, settings,
+                                           for_each(self.known_THWC, len(batch)), timeline):
+                first = first or time.perf_counter() - began
+                frames += part_BTHWC.shape[1]
+                for writer, part_THWC in zip(writers, part_BTHWC):
+                    writer.write(part_THWC)
+                progress.update(part_BTHWC.shape[1])
+        seconds = time.perf_counter() - began
+        events = timeline.close()
+        for writer, path, request in zip(writers, paths, batch):
+            writer.close()
+            facts = {**described(system.config, self.origin, request), "frames": frames, "seconds": round(seconds, 3),
+                     "seconds_to_first_frame": round(first, 3),
+                     "timeline": [dataclasses.asdict(event) for event in events]}
+            draw_timeline(path.with_suffix(".timeline.png"), events)
+            write_text(details_path(self.folder, settings, request), json.dumps(facts, indent=1))
+            self.rows.append(_stream_row(path, facts))
+
+
+def _stream_row(path: Path, facts: dict) -> Row:
+    return str(path), f"{facts['seconds_to_first_frame']:.2f}", f"{facts['frames'] / facts['seconds']:.2f}"

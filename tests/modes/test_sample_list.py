@@ -1,0 +1,113 @@
+"""A list of prompts: what is there is not made again, one that fails stops no other, and processes share it."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.modes.test_processes import free_port
+from tests.sharded_sampling import write_workdir
+from tests.small_run import ROOT, environment, run_here
+
+PROMPTS = ["a red seven moves right", "a blue three drifts left", "a green one floats up"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("list") / "model"
+    write_workdir(folder)
+    return folder
+
+
+def asked(model: Path, folder: Path, *arguments: str) -> list[str]:
+    """The command line for one video after the other, without guidance; later arguments override earlier ones."""
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    return ["--config=configs/t2v.py", "--mode=sample", f"--workdir={model}", "--config.sample.batch_size=1",
+            f"--config.sample.prompts_file={folder / 'prompts.txt'}", "--config.sample.guidance=0",
+            f"--config.sample.output={folder / 'videos'}", *arguments]
+
+
+def made(folder: Path) -> dict[str, int]:
+    """When each video was written, by its name."""
+    return {path.stem: path.stat().st_mtime_ns for path in (folder / "videos").glob("*.mp4")}
+
+
+def test_what_is_there_of_the_same_kind_is_not_made_again(model: Path, tmp_path: Path) -> None:
+    command = asked(model, tmp_path)
+    code, first, error = run_here(command)
+    assert code == 0, error
+    before = made(tmp_path)
+    assert len(before) == 3
+    lost = next((tmp_path / "videos").glob("a_blue*.json"))
+    lost.unlink()  # as if the run had been killed before it was written
+    code, again, error = run_here(command)
+    assert code == 0 and "2 of 3 videos are there already" in again, again + error
+    after = made(tmp_path)
+    assert {name for name in before if after[name] != before[name]} == {lost.stem}
+    rows = [line.split("/")[-1].split()[:3] for text in (first, again) for line in text.splitlines() if ".mp4" in line]
+    assert sorted(rows[:3]) == sorted(rows[3:])  # the figures of what was there come from its JSON
+    code, other, error = run_here([*command, "--config.sample.solver.tolerance=0.5"])
+    assert code == 0 and "there already" not in other, other + error
+    assert all(made(tmp_path)[name] > time for name, time in after.items())
+
+
+def test_a_prompt_that_fails_is_listed_and_the_others_are_made(model: Path, tmp_path: Path) -> None:
+    hook = f"{sys.executable} -c \"p = input(); assert 'three' not in p; print(p)\""
+    code, out, error = run_here(asked(model, tmp_path, f"--config.sample.rewrite={hook}"))
+    assert code == 2 and "starflow_jax: 'a blue three drifts left', seed 0: sample.rewrite=" in error
+    assert set(made(tmp_path)) == {"a_red_seven_moves_right_seed0", "a_green_one_floats_up_seed0"}
+
+
+def test_a_batch_that_fails_is_made_one_by_one(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from starflow_jax.config import UserError
+    from starflow_jax.sampling import videos
+
+    make_batch = videos.make_batch
+
+    def failing(system, params, batch, known):
+        if any("seven" in request.prompt for request in batch):
+            raise UserError("no sevens today")
+        return make_batch(system, params, batch, known)
+
+    monkeypatch.setattr(videos, "make_batch", failing)
+    code, out, error = run_here(asked(model, tmp_path, "--config.sample.batch_size=2"))
+    assert code == 2 and "'a red seven moves right', seed 0: no sevens today" in error, out + error
+    assert len(made(tmp_path)) == 2
+    monkeypatch.setattr(videos, "make_batch", lambda *_: (_ for _ in ()).throw(UserError("nothing today")))
+    code, out, error = run_here(asked(model, tmp_path, "--config.sample.seed=7"))
+    assert code == 2 and error.strip().splitlines()[-1] == "starflow_jax: nothing today"
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_list_and_one_that_is_killed_stops_no_other(model: Path, tmp_path: Path) -> None:
+    """Twelve videos. The second process is killed after its first one; the first makes its own six to the end; the same
+    command makes what is missing, and nothing again."""
+    arguments = asked(model, tmp_path, "--config.sample.count=4")
+
+    def start() -> list[subprocess.Popen]:
+        port = free_port()
+        return [subprocess.Popen([sys.executable, "-m", "starflow_jax.main", *arguments,
+                                  f"--distributed=127.0.0.1:{port},2,{index}"], cwd=ROOT, env=environment(), text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for index in range(2)]
+
+    shares = [{f"{prompt.replace(' ', '_')}_seed{seed}" for prompt in PROMPTS for seed in seeds}
+              for seeds in ((0, 2), (1, 3))]
+    pair = start()
+    while not shares[1] & {path.stem for path in (tmp_path / "videos").glob("*.json")}:
+        assert pair[1].poll() is None, pair[1].communicate()[0]
+        time.sleep(0.02)
+    pair[1].kill()
+    said = pair[0].communicate(timeout=600)[0]
+    assert pair[0].returncode == 0, said
+    before = {path.stem: path.stat().st_mtime_ns for path in (tmp_path / "videos").glob("*.json")}
+    assert shares[0] <= set(before) and len(before) < 12
+    pair = start()
+    outputs = [process.communicate(timeout=600)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    after = {path.stem: path.stat().st_mtime_ns for path in (tmp_path / "videos").glob("*.json")}
+    assert len(after) == 12 and all(after[name] == when for name, when in before.items())
+    assert f"{len(shares[0])} of 6 videos are there already" in outputs[0]
+    assert {json.loads(path.read_text())["seed"] for path in (tmp_path / "videos").glob("*.json")} == {0, 1, 2, 3}
