@@ -134,18 +134,20 @@ def over_heads(attend: Callable, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: j
                *whole: jax.Array) -> jax.Array:
     """attend(q, k, v, *whole, past=past), each device with the heads and clips of its own.
 
-    past: (k, v, length) or None; whole: what all devices have.
+    past: (k, v, length), whose int8 keys and values have scales (B, H, P), or None; whole: what all devices have.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return attend(q_BSHD, k_BSHD, v_BSHD, *whole, past=past)
     array = spec(_dividing(("batch", None, "heads", None), q_BSHD.shape, mesh))
     batch, = _dividing(("batch",), q_BSHD.shape, mesh)
-    length = spec((batch,)) if past is not None and np.ndim(past[2]) else PartitionSpec()
+    past_specs = None
+    if past is not None:
+        cached = jax.tree.map(lambda x: array if np.ndim(x) == 4 else PartitionSpec(array[0], array[2], None), past[:2])
+        past_specs = (*cached, spec((batch,)) if np.ndim(past[2]) else PartitionSpec())
     sharded = jax.shard_map(
         lambda q, k, v, past, *whole: attend(q, k, v, *whole, past=past), check_vma=False, out_specs=array,
-        in_specs=(array, array, array, None if past is None else (array, array, length),
-                  *[PartitionSpec() for _ in whole]))
+        in_specs=(array, array, array, past_specs, *[PartitionSpec() for _ in whole]))
     return sharded(q_BSHD, k_BSHD, v_BSHD, past, *whole)
 
 

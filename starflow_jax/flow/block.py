@@ -84,16 +84,18 @@ class FlowBlock(nn.Module):
         return inversion.solve(predict, z_BSC, start_BSC, known, rope_2SE, solver, branches)
 
     def begin(
-        self, slots: int, x_BSC: jax.Array, rope_2SE: jax.Array, text_GBTD: jax.Array | None = None
+        self, slots: int, x_BSC: jax.Array, rope_2SE: jax.Array, text_GBTD: jax.Array | None = None,
+        cache_dtype: Any = None,
     ) -> Known:
         """What `inverse` takes to be known: the text of each guidance branch, and S >= 0 given tokens.
 
-        slots: of the cache, text included; rope: of the text and then of the given tokens.
+        slots: of the cache, text included; rope: of the text and then of the given tokens; cache_dtype: see
+        KVCache.empty, the block's own by default.
         """
         batch, given, channels = x_BSC.shape
         branches = 1 if text_GBTD is None else text_GBTD.shape[0]
         text = None if text_GBTD is None else text_GBTD.reshape(-1, *text_GBTD.shape[2:])
-        cache = self.transformer.empty_cache(branches * batch, slots, self.width)
+        cache = self.transformer.empty_cache(branches * batch, slots, self.width, cache_dtype)
         if given:
             _, kv = self._run(jnp.tile(x_BSC, (branches, 1, 1)), rope_2SE, text, keep_kv=True)
             return Known(cache.append(kv), x_BSC[:, -1:])

@@ -25,7 +25,7 @@ class WindowState(flax.struct.PyTreeNode):
     frame: jax.Array  # int32: index of the next frame within the window
 
 
-@partial(jax.jit, static_argnames=("model", "window", "token_grid"))
+@partial(jax.jit, static_argnames=("model", "window", "token_grid", "cache"))
 def start_window(
     model: STARFlow,
     params: Any,
@@ -35,11 +35,13 @@ def start_window(
     window: int,
     token_grid: tuple[int, int],
     guess_BSK: jax.Array | None = None,
+    cache: str = "",
 ) -> WindowState:
     """Fill the cache with the text and the T >= 0 known frames of u (TI2V, extension, restarts).
 
     texts: (branches, B, text_length, text_dim), branch 0 conditional; None: a model without text.
-    guess: of the first frame, where none is known; 0 by default.
+    guess: of the first frame, where none is known; 0 by default. cache: what keys and values are kept as, "int8" or
+    the model's dtype.
     """
     batch, frames, tokens, channels = known_BTSK.shape
     text = None if texts_GBTD is None else texts_GBTD[0]
@@ -47,7 +49,7 @@ def start_window(
     rope = model.rope((max(frames, 1), *token_grid), text)
 
     def begin(flow: STARFlow) -> Known:
-        return flow.deep.begin(slots, known_BTSK.reshape(batch, -1, channels), rope, texts_GBTD)
+        return flow.deep.begin(slots, known_BTSK.reshape(batch, -1, channels), rope, texts_GBTD, cache or None)
 
     guess = jnp.zeros((batch, tokens, channels), known_BTSK.dtype) if guess_BSK is None else guess_BSK
     previous = known_BTSK[:, -1] if frames else guess
@@ -100,6 +102,7 @@ def generate(
     context: int | None = None,
     guess_BSK: jax.Array | None = None,
     start_BTSK: jax.Array | None = None,
+    cache: str = "",
 ) -> Iterator[tuple[jax.Array, Report]]:
     """Yield the frames of u that follow the known ones, (B, G, S, K) with their report, as they are finished.
 
@@ -108,6 +111,7 @@ def generate(
     frame from which on they hold (0 must be there). Past `window` frames (default: all fit), or with
     another text, the last `context` frames are encoded again at positions from 0 and generation continues.
     The solver starts at `start`, shaped as the noise, or each frame at the one before (the first at `guess`).
+    cache: see `start_window`.
     Raises ValueError where the known frames or the context do not fit the window.
     """
     batch, total, tokens, channels = noise_BTSK.shape
@@ -119,7 +123,7 @@ def generate(
     if not 0 < context < window and u_BTSK.shape[1] + total > window:
         raise ValueError(f"context={context}: must be at least 1 and less than the window of {window} frames")
     text_of = texts if isinstance(texts, dict) else {0: texts}
-    begin = partial(start_window, model, params, window=window, token_grid=token_grid)
+    begin = partial(start_window, model, params, window=window, token_grid=token_grid, cache=cache)
     index, in_window, state = 0, 0, None
     while index < total:
         changed = index > 0 and index in text_of

@@ -6,7 +6,7 @@ a dtype or a device raises `Unsupported`, and the next one is tried; the referen
 
 import functools
 from types import ModuleType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from starflow_jax.kernels import reference
+from starflow_jax.kernels.int8 import Int8Slots, Slots
 from starflow_jax.kernels.mask import Full, Mask, seen
 from starflow_jax.kernels.reference import Past
 from starflow_jax.kernels.unsupported import Unsupported
@@ -51,7 +52,8 @@ def attention(
     mask: one, or several, of which `which` (int32), known only when the program runs, selects one.
     past: (k_BPGD, v_BPGD, length) of a cache that is only read: every query also sees its first `length` slots
     (int32, one for all samples or (B,)). RoPE is the caller's. A cache of a multiple of 1024 slots on TPUs,
-    of 8 on GPUs, is read where it is; any other is copied first.
+    of 8 on GPUs, is read where it is; any other is copied first. Keys and values that are Int8Slots have no
+    derivatives; the reference and the TPU kernel apply their scales themselves, the GPU kernels get them scaled back.
     Over several devices, call it in a shard_map (check_vma=False) over samples and heads: XLA does not shard kernels.
     implementation: one of IMPLEMENTATIONS. By default the best that serves this call, of the platform that the
     program is lowered for.
@@ -87,9 +89,12 @@ def _filled_part(q_BSHD, k_BKGD, v_BKGD, sees_SK, past: Past) -> jax.Array:
     quarter = max(1, -(-slots // 4))
     ends = [min(end, slots) for end in range(quarter, slots + quarter, quarter)]
 
+    def first(x_BPGD: Slots, end: int) -> Slots:
+        return x_BPGD.first(end) if isinstance(x_BPGD, Int8Slots) else x_BPGD[:, :end]
+
     def upto(end: int):
         return lambda past_k, past_v: reference.attention(q_BSHD, k_BKGD, v_BKGD, sees_SK,
-                                                          (past_k[:, :end], past_v[:, :end], length))
+                                                          (first(past_k, end), first(past_v, end), length))
 
     filled = (jnp.max(length) - 1) // quarter
     return lax.switch(jnp.clip(filled, 0, len(ends) - 1), [upto(end) for end in ends], past_k, past_v)
@@ -157,8 +162,14 @@ def backward(masks: Masks, which, q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, do
 
 def _run(direction: str, masks: Masks, which, length_B, implementation: str | None, q_BSHD, k_BKGD, *arrays):
     """Call that direction of the implementation, or of the best one of each platform."""
+    keys: Any = k_BKGD
+    if isinstance(k_BKGD, Int8Slots):
+        keys = jax.ShapeDtypeStruct(k_BKGD.shape, q_BSHD.dtype)
+
     def bind(kernel: ModuleType):
         run = getattr(kernel, direction)
+        if isinstance(k_BKGD, Int8Slots) and not kernel.TAKES_INT8:
+            run = functools.partial(_scaled_back, run)
         branches = [functools.partial(_unseen, direction) if mask is None
                     else functools.partial(run, mask=mask, length_B=length_B) for mask in masks]
         return branches[0] if len(branches) == 1 else functools.partial(lax.switch, which, branches)
@@ -166,18 +177,23 @@ def _run(direction: str, masks: Masks, which, length_B, implementation: str | No
     if implementation is not None:
         kernel = IMPLEMENTATIONS[implementation]
         if kernel is not reference:
-            kernel.check(q_BSHD, k_BKGD)
+            kernel.check(q_BSHD, keys)
         return bind(kernel)(q_BSHD, k_BKGD, *arrays)
     chosen = {}
     for platform, kernels in KERNELS.items():
         for kernel in kernels.values():
             try:
-                kernel.check(q_BSHD, k_BKGD)
+                kernel.check(q_BSHD, keys)
             except Unsupported:
                 continue
             chosen[platform] = bind(kernel)
             break
     return lax.platform_dependent(q_BSHD, k_BKGD, *arrays, default=bind(reference), **chosen)
+
+
+def _scaled_back(run, q_BSHD, k_BKGD: Int8Slots, v_BKGD: Int8Slots, **options):
+    """A kernel that takes no int8, on one layer's keys and values in the queries' dtype."""
+    return run(q_BSHD, k_BKGD.scaled_back(q_BSHD.dtype), v_BKGD.scaled_back(q_BSHD.dtype), **options)
 
 
 def _unseen(direction: str, q_BSHD, k_BKGD, v_BKGD, *_: jax.Array):

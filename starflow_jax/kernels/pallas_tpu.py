@@ -16,6 +16,7 @@ are added up afterwards.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,11 +26,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from starflow_jax.kernels.int8 import Int8Slots
 from starflow_jax.kernels.mask import HIDDEN, WHOLLY, Mask, seen, visible_blocks
 from starflow_jax.kernels.reference import MASKED
 from starflow_jax.kernels.unsupported import Unsupported
 
-LANES, SUBLANES = 128, 16  # of a bfloat16 tile
+LANES, SUBLANES, INT8_SUBLANES = 128, 16, 32  # of a tile of bfloat16, and of int8
+TAKES_INT8 = True  # keys and values as Int8Slots; forward alone
 BLOCK = 1024  # queries and keys of a visit
 # Keys whose scores are held at a time: few, so that registers hold them while the next ones are multiplied; in the
 # backward kernel, whose products take longer than all else, as many as are overlapped well.
@@ -52,9 +55,15 @@ def check(q_BSHD: jax.Array, k_BKGD: jax.Array) -> None:
 def forward(q_BSHD, k_BKGD, v_BKGD, *, mask: Mask, length_B, interpret: Any = False):
     """As reference.forward: (out (B, S, H, D), log-sum-exp (B, H, S) float32)."""
     call = _Call(q_BSHD, k_BKGD, mask, length_B, interpret)
+    kernel: Callable = _forward_kernel
+    scales: list[tuple[jax.Array, pl.BlockSpec]] = []
+    if isinstance(k_BKGD, Int8Slots):
+        kernel = _int8_forward_kernel
+        scales = [(call.scale_row(x.scale_BGP), call.scale_spec) for x in (k_BKGD, v_BKGD)]
+        k_BKGD, v_BKGD = k_BKGD.q_BPGD, v_BKGD.q_BPGD
     out_BHDS, lse_BH1S = call(
-        _forward_kernel, "attention_forward", _visits(call.visible), 2,
-        call.transposed((q_BSHD, call.q_spec), (k_BKGD, call.k_spec), (v_BKGD, call.k_spec)),
+        kernel, "attention_forward", _visits(call.visible), 2,
+        call.transposed((q_BSHD, call.q_spec), (k_BKGD, call.k_spec), (v_BKGD, call.k_spec)) + scales,
         [(call.q_shape, q_BSHD.dtype, call.q_spec), (call.row_shape, jnp.float32, call.row_spec)],
         [(call.dim, call.q_block), (1, call.q_block), (1, call.q_block)])
     return call.transpose_back(out_BHDS, call.queries), lse_BH1S[:, :, 0, : call.queries]
@@ -92,6 +101,23 @@ def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, *, mask: Mas
     dkv_BGDK = [x.reshape(call.batch, -1, call.group * len(by_key), *x.shape[3:]).sum(2) for x in dkv_BHCDK]
     return (call.transpose_back(dq_BHDS, call.queries),
             *(call.transpose_back(x, call.keys).astype(k_BKGD.dtype) for x in dkv_BGDK))
+
+
+def _int8_forward_kernel(visits_ref, length_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_ref, *refs, mask: Mask,
+                         keys: int):
+    """`_forward_kernel` on int8 keys and values, each part of which is scaled back when it is used."""
+    _forward_kernel(visits_ref, length_ref, q_ref, _Scaled(k_ref, k_scale_ref, q_ref.dtype),
+                    _Scaled(v_ref, v_scale_ref, q_ref.dtype), *refs, mask=mask, keys=keys)
+
+
+class _Scaled:
+    """int8 channels (D, K) with a scale of each position (1, K), read as a reference to their products is."""
+
+    def __init__(self, q_ref, scale_ref, dtype):
+        self.q_ref, self.scale_ref, self.shape, self.dtype = q_ref, scale_ref, q_ref.shape, dtype
+
+    def __getitem__(self, at) -> jax.Array:
+        return (self.q_ref[at].astype(jnp.float32) * self.scale_ref[at]).astype(self.dtype)
 
 
 def _forward_kernel(visits_ref, length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, sum_ref, largest_ref, total_ref,
@@ -233,12 +259,14 @@ class _Call:
         self.q_block, self.k_block = (min(BLOCK, -(-n // LANES) * LANES) for n in (self.queries, self.keys))
         self.visible = visible_blocks(mask, self.queries, self.keys, self.q_block, self.k_block)
         self.length_B = jnp.full(self.batch, self.keys, jnp.int32) if length_B is None else length_B
-        self.dim = -(-self.head_dim // SUBLANES) * SUBLANES
+        sublanes = INT8_SUBLANES if isinstance(k_BKGD, Int8Slots) else SUBLANES
+        self.dim = -(-self.head_dim // sublanes) * sublanes
         self.q_shape = (self.batch, self.heads, self.dim, len(self.visible) * self.q_block)
         self.row_shape = (self.batch, self.heads, 1, self.q_shape[-1])
         self.q_spec = pl.BlockSpec((None, None, self.dim, self.q_block), self._q_index)
         self.row_spec = pl.BlockSpec((None, None, 1, self.q_block), self._q_index)
         self.k_spec = pl.BlockSpec((None, None, self.dim, self.k_block), self._k_index)
+        self.scale_spec = pl.BlockSpec((None, None, 1, self.k_block), self._k_index)
 
     def _q_index(self, b, h, i, visits_ref, length_ref):
         return b, h, 0, visits_ref[Q, i]
@@ -252,7 +280,8 @@ class _Call:
         """inputs: (array, specification); outputs: (shape, dtype, specification); scratch: shapes of float32."""
         heads, (turns_of_q, turns_of_k) = self.batch * self.heads, 1 + (np.diff(visits[[Q, K]]) != 0).sum(1)
         scores = heads * visits.shape[1] * self.q_block * self.k_block
-        fetched = sum((turns_of_k * self.k_block if spec is self.k_spec else turns_of_q * self.q_block)
+        of_keys = (self.k_spec, self.scale_spec)
+        fetched = sum((turns_of_k * self.k_block if any(spec is one for one in of_keys) else turns_of_q * self.q_block)
                       * heads * array.shape[2] * array.dtype.itemsize for array, spec in inputs)
         written = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype, _ in outputs)
         return pl.pallas_call(
@@ -279,6 +308,9 @@ class _Call:
 
     def transpose_back(self, x_BHDS: jax.Array, length: int) -> jax.Array:
         return x_BHDS.transpose(0, 3, 1, 2)[:, :length, :, : self.head_dim]
+
+    def scale_row(self, scale_BGP: jax.Array) -> jax.Array:
+        return jnp.pad(scale_BGP, ((0, 0), (0, 0), (0, -scale_BGP.shape[2] % self.k_block)))[:, :, None]
 
     def row(self, x_BHS: jax.Array) -> jax.Array:
         return jnp.pad(x_BHS, ((0, 0), (0, 0), (0, -x_BHS.shape[2] % self.q_block)))[:, :, None]

@@ -17,6 +17,7 @@ from starflow_jax.kernels.reference import MASKED
 from starflow_jax.kernels.unsupported import Unsupported
 
 BLOCK = 64
+TAKES_INT8 = False  # see kernels.attention
 LARGEST_HEAD = 128
 
 

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from starflow_jax.kernels.int8 import Int8Slots, Slots
 from starflow_jax.kernels.mask import HIDDEN, Mask, seen, visible_blocks
 
+TAKES_INT8 = True  # keys and values as Int8Slots; forward alone
 MASKED = -1e30
 Q_CHUNK, K_CHUNK = 512, 1024
 
-Past = tuple[jax.Array, jax.Array, jax.Array]
+Past = tuple[Slots, Slots, jax.Array]
 
 
 def attention(
@@ -27,7 +29,8 @@ def attention(
     """softmax(q k^T / sqrt(D)) v over the keys that the mask allows, all at once; softmax in float32 at least.
 
     mask: a Mask, or (S, K) of bool. past: (k_BPGD, v_BPGD, length) of earlier slots, of which all queries see
-    the first `length` (int32, one for all samples or (B,)). H must be a multiple of G.
+    the first `length` (int32, one for all samples or (B,)). int8 values enter the products as they are: their scales
+    are applied to the scores and to the weights. H must be a multiple of G.
     Returns (B, S, H, D) in q's dtype.
     """
     queries, keys = q_BSHD.shape[1], k_BKGD.shape[1]
@@ -46,9 +49,9 @@ def attention(
         past_scores = _scores(q_BHSD, past_k_BPGD, in_past)
         largest = jnp.maximum(largest, jnp.max(past_scores, axis=-1, keepdims=True))
     largest = lax.stop_gradient(largest)
-    out, total = _weighted_sum(scores, largest, v_BKGD)
+    out, total = _weighted_sum(scores, largest, v_BKGD, q_BSHD.dtype)
     if past_scores is not None:
-        past_out, past_total = _weighted_sum(past_scores, largest, past_v_BPGD)
+        past_out, past_total = _weighted_sum(past_scores, largest, past_v_BPGD, q_BSHD.dtype)
         out, total = out + past_out, total + past_total
     return (out / total).transpose(0, 2, 1, 3).astype(q_BSHD.dtype)
 
@@ -57,7 +60,7 @@ def forward_at_once(q_BSHD, k_BKGD, v_BKGD, mask_SK) -> tuple[jax.Array, jax.Arr
     """As `forward`, of short sequences: one product. mask_SK: bool."""
     scores = _scores(q_BSHD.transpose(0, 2, 1, 3), k_BKGD, mask_SK)
     lse_BHS = jax.nn.logsumexp(scores, axis=-1)
-    out, _ = _weighted_sum(jnp.where(mask_SK, scores, 2 * MASKED), lse_BHS[..., None], v_BKGD)
+    out, _ = _weighted_sum(jnp.where(mask_SK, scores, 2 * MASKED), lse_BHS[..., None], v_BKGD, v_BKGD.dtype)
     return out.transpose(0, 2, 1, 3).astype(q_BSHD.dtype), jnp.where(mask_SK.any(-1), lse_BHS, MASKED)
 
 
@@ -77,7 +80,8 @@ def backward_at_once(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, mask
 def forward(q_BSHD, k_BKGD, v_BKGD, mask: Mask, length_B):
     """As `attention` without its scale, block by block: (out (B, S, H, D), log-sum-exp (B, H, S) float32 at least).
 
-    length_B: how many keys of each sample count, or None for all. A query that sees none gets out 0 and MASKED.
+    k, v: arrays or Int8Slots. length_B: how many keys of each sample count, or None for all. A query that sees none
+    gets out 0 and MASKED.
     """
     blocks, q_NBHSD = _Blocks(q_BSHD, k_BKGD, v_BKGD, mask, length_B), _chunks(q_BSHD, Q_CHUNK)
 
@@ -109,7 +113,7 @@ def forward(q_BSHD, k_BKGD, v_BKGD, mask: Mask, length_B):
 def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, mask: Mask, length_B):
     """Gradients (dq, dk, dv) of `forward`. delta: sum over D of out * dout, less the gradient of lse."""
     blocks = _Blocks(q_BSHD, k_BKGD, v_BKGD, mask, length_B)
-    rows = [jnp.moveaxis(_pad(x, 2, Q_CHUNK).reshape(*x.shape[:2], -1, Q_CHUNK), 2, 0) for x in (lse_BHS, delta_BHS)]
+    rows = [_row_chunks(x, Q_CHUNK) for x in (lse_BHS, delta_BHS)]
     groups = (k_BKGD.shape[2], -1)
 
     def q_chunk(dkv, xs):
@@ -142,7 +146,10 @@ class _Blocks:
 
     def __init__(self, q_BSHD, k_BKGD, v_BKGD, mask: Mask, length_B):
         queries, self.keys, self.group = q_BSHD.shape[1], k_BKGD.shape[1], q_BSHD.shape[2] // k_BKGD.shape[2]
-        self.mask, self.k_NBGKD, self.v_NBGKD = mask, _chunks(k_BKGD, K_CHUNK), _chunks(v_BKGD, K_CHUNK)
+        self.mask, self.dtype = mask, q_BSHD.dtype
+        self.k_NBGKD, self.v_NBGKD = (
+            Int8Slots(_chunks(x.q_BPGD, K_CHUNK), _row_chunks(x.scale_BGP, K_CHUNK)) if isinstance(x, Int8Slots)
+            else _chunks(x, K_CHUNK) for x in (k_BKGD, v_BKGD))
         visible = visible_blocks(mask, queries, self.keys, Q_CHUNK, K_CHUNK) != HIDDEN
         self.rows = (jnp.arange(len(visible)), jnp.asarray(visible))
         self.length_B111 = self.keys if length_B is None else length_B[:, None, None, None]
@@ -151,8 +158,13 @@ class _Blocks:
         """Chunk `index` of keys and values, (B, H, K, D) each, and who sees it, (B or 1, 1, S, K)."""
         query, key = q_index * Q_CHUNK + jnp.arange(Q_CHUNK)[:, None], index * K_CHUNK + jnp.arange(K_CHUNK)
         allowed = seen(self.mask, query, key, self.keys, jnp) & (key < self.length_B111)
-        k, v = (jnp.repeat(x[index], self.group, axis=1) for x in (self.k_NBGKD, self.v_NBGKD))
+        k, v = (jnp.repeat(self._chunk(x, index), self.group, axis=1) for x in (self.k_NBGKD, self.v_NBGKD))
         return k, v, allowed
+
+    def _chunk(self, x_NBGKD: Slots, index) -> jax.Array:
+        if isinstance(x_NBGKD, Int8Slots):  # only this chunk is ever scaled back
+            return (x_NBGKD.q_BPGD[index] * x_NBGKD.scale_BGP[index][..., None]).astype(self.dtype)
+        return x_NBGKD[index]
 
 
 def _scan_visible(step, carry, visible_K: jax.Array):
@@ -169,6 +181,11 @@ def _chunks(x_BSHD: jax.Array, size: int) -> jax.Array:
     return _pad(x_BSHD, 1, size).reshape(batch, -1, size, heads, dim).transpose(1, 0, 3, 2, 4)
 
 
+def _row_chunks(x_BHS: jax.Array, size: int) -> jax.Array:
+    """(chunks, B, H, size), zeros at the end."""
+    return jnp.moveaxis(_pad(x_BHS, 2, size).reshape(*x_BHS.shape[:2], -1, size), 2, 0)
+
+
 def _join(x_NBHSD: jax.Array, length: int) -> jax.Array:
     """(B, length, H, D): `_chunks` undone."""
     x = x_NBHSD.transpose(1, 0, 3, 2, 4)
@@ -181,16 +198,27 @@ def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
     return jnp.pad(x, widths)
 
 
-def _scores(q_BHSD: jax.Array, k_BKGD: jax.Array, mask) -> jax.Array:
-    k_BKHD = jnp.repeat(k_BKGD, q_BHSD.shape[1] // k_BKGD.shape[2], axis=2)
-    return jnp.where(mask, _product(q_BHSD, k_BKHD.transpose(0, 2, 3, 1)), MASKED)
+def _scores(q_BHSD: jax.Array, k_BKGD: Slots, mask) -> jax.Array:
+    k_BKHD, scale_BH1K = _per_query_head(k_BKGD, q_BHSD.shape[1], q_BHSD.dtype)
+    scores = _product(q_BHSD, k_BKHD.transpose(0, 2, 3, 1))
+    return jnp.where(mask, scores if scale_BH1K is None else scores * scale_BH1K, MASKED)
 
 
-def _weighted_sum(scores_BHSK: jax.Array, largest: jax.Array, v_BKGD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """exp(scores - largest) times the values, and its sum: the softmax before it is divided."""
+def _weighted_sum(scores_BHSK: jax.Array, largest: jax.Array, v_BKGD: Slots, dtype) -> tuple[jax.Array, jax.Array]:
+    """exp(scores - largest) times the values, and its sum: the softmax before it is divided. dtype: of the product."""
     weights = jnp.exp(scores_BHSK - largest)
-    v_BKHD = jnp.repeat(v_BKGD, scores_BHSK.shape[1] // v_BKGD.shape[2], axis=2)
-    return _product(weights.astype(v_BKHD.dtype), v_BKHD.transpose(0, 2, 1, 3)), weights.sum(-1, keepdims=True)
+    v_BKHD, scale_BH1K = _per_query_head(v_BKGD, scores_BHSK.shape[1], dtype)
+    scaled = weights if scale_BH1K is None else weights * scale_BH1K
+    return _product(scaled.astype(v_BKHD.dtype), v_BKHD.transpose(0, 2, 1, 3)), weights.sum(-1, keepdims=True)
+
+
+def _per_query_head(x_BKGD: Slots, heads: int, dtype) -> tuple[jax.Array, jax.Array | None]:
+    """Keys or values (B, K, H, D), and what they must still be multiplied by: None or (B, H, 1, K)."""
+    group = heads // x_BKGD.shape[2]
+    if isinstance(x_BKGD, Int8Slots):
+        scale_BH1K = jnp.repeat(x_BKGD.scale_BGP, group, axis=1)[:, :, None]
+        return jnp.repeat(x_BKGD.q_BPGD.astype(dtype), group, axis=2), scale_BH1K
+    return jnp.repeat(x_BKGD, group, axis=2), None
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

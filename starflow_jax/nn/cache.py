@@ -1,13 +1,17 @@
 """Keys and values of the slots that a block has seen: pure state that goes in and comes out."""
 
+from functools import partial
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from starflow_jax.kernels.int8 import Int8Slots, Slots
 from starflow_jax.sharding import constrain
 
 AXES = (None, "batch", None, "heads", None)  # of keys and values, as sharding.TABLE names them
+SCALE_AXES = (None, "batch", "heads", None)  # of the scales of int8
 BLOCK = 1024
 
 
@@ -16,7 +20,8 @@ def rounded_slots(slots: int) -> int:
     return slots if slots <= BLOCK else -(-slots // BLOCK) * BLOCK
 
 
-Layers = jax.Array | tuple[jax.Array, ...]  # (L, B, P, H, D), or L arrays of unstacked layers
+Layers = Slots | tuple[Slots, ...]  # (L, B, P, H, D), or L arrays of unstacked layers
+Fresh = jax.Array | tuple[jax.Array, ...]  # the same of a call's own slots, which are floats
 
 
 class KVCache(flax.struct.PyTreeNode):
@@ -29,34 +34,49 @@ class KVCache(flax.struct.PyTreeNode):
     @classmethod
     def empty(cls, layers: int, batch: int, slots: int, heads: int, head_dim: int, dtype, unstacked: bool = False
               ) -> "KVCache":
-        """With room for at least `slots`; many are rounded up, so that the TPU kernel reads them in place."""
-        zeros = constrain(jnp.zeros((layers, batch, rounded_slots(slots), heads, head_dim), dtype), *AXES)
-        kept = tuple(zeros) if unstacked else zeros
+        """With room for at least `slots`; many are rounded up, so that the TPU kernel reads them in place. dtype: of a
+        float, or int8, which has a float32 scale for each slot and head."""
+        slots = rounded_slots(slots)
+        zeros = constrain(jnp.zeros((layers, batch, slots, heads, head_dim), dtype), *AXES)
+        kept: Layers = tuple(zeros) if unstacked else zeros
+        if zeros.dtype == jnp.int8:
+            scale = constrain(jnp.zeros((layers, batch, heads, slots), jnp.float32), *SCALE_AXES)
+            kept = tuple(map(Int8Slots, zeros, scale)) if unstacked else Int8Slots(zeros, scale)
         return cls(kept, kept, jnp.int32(0))
 
     @classmethod
-    def filled(cls, kv: tuple[Layers, Layers], slots: int) -> "KVCache":
+    def filled(cls, kv: tuple[Fresh, Fresh], slots: int) -> "KVCache":
         """With these keys and values in its first slots, and room for at least `slots`."""
         room = rounded_slots(slots) - _slots(kv)
         k, v = jax.tree.map(lambda part: jnp.pad(part, [*[(0, 0)] * (part.ndim - 3), (0, room), (0, 0), (0, 0)]), kv)
         return cls(k, v, jnp.int32(_slots(kv)))
 
-    def append(self, kv: tuple[Layers, Layers]) -> "KVCache":
+    def append(self, kv: tuple[Fresh, Fresh]) -> "KVCache":
         """The cache with the (L, B, S, H, D) keys and values of the next S slots written behind its end."""
         return self._with(kv, self.length, self.length + _slots(kv))
 
-    def write(self, kv: tuple[Layers, Layers], at: jax.Array) -> "KVCache":
+    def write(self, kv: tuple[Fresh, Fresh], at: jax.Array) -> "KVCache":
         """The same with slots `at` .. `at` + S - 1, which may be in use already and must not leave a gap."""
         return self._with(kv, at, jnp.maximum(self.length, at + _slots(kv)))
 
-    def _with(self, kv: tuple[Layers, Layers], at: jax.Array, length: jax.Array) -> "KVCache":
-        def written(old: jax.Array, new: jax.Array) -> jax.Array:
-            whole = lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=-3)
-            return constrain(whole, *AXES[-whole.ndim:])
-
-        k, v = jax.tree.map(written, (self.k_LBPHD, self.v_LBPHD), tuple(kv))
+    def _with(self, kv: tuple[Fresh, Fresh], at: jax.Array, length: jax.Array) -> "KVCache":
+        k, v = jax.tree.map(partial(_written, at), (self.k_LBPHD, self.v_LBPHD), tuple(kv),
+                            is_leaf=lambda part: isinstance(part, Int8Slots))
         return KVCache(k, v, length)
 
 
-def _slots(kv: tuple[Layers, Layers]) -> int:
+def _written(at: jax.Array, old: Slots, new: jax.Array) -> Slots:
+    """`old` with `new`, rounded to int8 where `old` is, from slot `at` on."""
+    def place(old: jax.Array, new: jax.Array, slots: int, axes: tuple[str | None, ...]) -> jax.Array:
+        whole = lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=slots)
+        return constrain(whole, *axes[-whole.ndim:])
+
+    if isinstance(old, Int8Slots):
+        rounded = Int8Slots.of(new)
+        return Int8Slots(place(old.q_BPGD, rounded.q_BPGD, -3, AXES),
+                         place(old.scale_BGP, rounded.scale_BGP, -1, SCALE_AXES))
+    return place(old, new, -3, AXES)
+
+
+def _slots(kv: tuple[Fresh, Fresh]) -> int:
     return jax.tree.leaves(kv)[0].shape[-3]

@@ -1,4 +1,4 @@
-"""Arrays in int8 with a float scale for each of their channels, and dense layers that take such a kernel.
+"""Weights in int8 with a float scale for each output channel, and dense layers that take such a kernel.
 
 Nothing is scaled back as a whole: a product takes the int8 values, which XLA converts to its dtype on their way in, and
 its result is multiplied by the scale of each output channel.
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-LARGEST = 127  # as far below zero as above it: without -128
+from starflow_jax.kernels.int8 import to_int8
 
 
 class Quantized(flax.struct.PyTreeNode):
@@ -28,10 +28,7 @@ class Quantized(flax.struct.PyTreeNode):
 
 def quantize(x: jax.Array, axis: int) -> Quantized:
     """x rounded to int8, with one scale for all that lies along `axis`; zeros stay zeros."""
-    x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
-    scale = jnp.where(largest == 0, 1, largest / LARGEST)
-    return Quantized(jnp.round(x / scale).astype(jnp.int8), scale.squeeze(axis))
+    return Quantized(*to_int8(x, axis))
 
 
 class Dense(nn.Dense):

@@ -126,16 +126,17 @@ class Transformer(nn.Module):
             x_BSD, kv = self._run_layers(layer, x_BSD, rope_2SE, cache, keep_kv, kept)
         return FinalNorm(name="final_norm")(x_BSD), kv
 
-    def empty_cache(self, batch: int, slots: int, width: int) -> KVCache:
-        """A cache with room for `slots`, stacked or unstacked as the parameters are."""
-        return KVCache.empty(self.layers, batch, slots, width // self.head_dim, self.head_dim, self.dtype,
+    def empty_cache(self, batch: int, slots: int, width: int, dtype: Any = None) -> KVCache:
+        """A cache with room for `slots`, stacked or unstacked as the parameters are. dtype: the layers' own by default.
+        """
+        return KVCache.empty(self.layers, batch, slots, width // self.head_dim, self.head_dim, dtype or self.dtype,
                              unstacked=_is_unstacked(self.variables["params"]))
 
     def _run_layers(self, layer: Layer, x_BSD: jax.Array, rope_2SE: jax.Array, cache: KVCache | None, keep_kv: bool,
                     kept: int | None) -> tuple[jax.Array, Any]:
         """One layer after the other: of a stack by a loop, unstacked ones each with code of its own."""
         params = self.variables["params"]["layers"]["layer"]
-        past = None if cache is None else (cache.k_LBPHD, cache.v_LBPHD)
+        past: Any = None if cache is None else (cache.k_LBPHD, cache.v_LBPHD)
 
         def run(x_BSD, params, past, is_first):
             rope, length = rope_2SE[:, :x_BSD.shape[1]], None if cache is None else cache.length

@@ -73,7 +73,7 @@ def deep_frames(
         system.flow, decoding_variables(params), given.noise_BNSK, given.texts, guidance=settings.guidance,
         solver=deep_solver(chosen_solver(system, settings)), token_grid=system.token_grid,
         known_BTSK=given.known_BTSK, window=system.config.model.frames, context=context_frames(system, settings),
-        guess_BSK=given.guess_BSK, start_BTSK=given.start_BNSK)
+        guess_BSK=given.guess_BSK, start_BTSK=given.start_BNSK, cache=settings.cache)
 
 
 def log_likelihood(system: System, params: Params, clips: Clips) -> np.ndarray:

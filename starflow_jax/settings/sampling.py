@@ -69,6 +69,7 @@ class Sample(Settings):
     checkpoint: str = setting("newest", "the newest, or the best by validation; also for evaluation and packaging",
                               one_of("newest", "best"))
     weights: str = setting("", "what the layers' matrices are kept as; empty: model.dtype", one_of("", "int8"))
+    cache: str = setting("", "what the deep block's cache is kept as; empty: model.dtype", one_of("", "int8"))
     output: str = setting("", "folder of the videos; empty: WORKDIR/samples")
 
     def check(self) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from starflow_jax.kernels import attention as core
 from starflow_jax.kernels import pallas_gpu, pallas_tpu, pallas_triton, reference
+from starflow_jax.kernels.int8 import Int8Slots
 from starflow_jax.kernels.mask import HIDDEN, WHOLLY, Causal, FrameWindow, Full, Mask, piece, seen, visible_blocks
 from starflow_jax.kernels.unsupported import Unsupported
 
@@ -34,7 +35,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "K_CHUNK", 96)
     for name, kernel in (("tpu", pallas_tpu), ("triton", pallas_triton)):
         on_cpu = types.SimpleNamespace(
-            check=kernel.check, forward=functools.partial(kernel.forward, interpret=True),
+            TAKES_INT8=kernel.TAKES_INT8, check=kernel.check, forward=functools.partial(kernel.forward, interpret=True),
             backward=functools.partial(kernel.backward, interpret=True))
         monkeypatch.setitem(core.IMPLEMENTATIONS, f"{name} on CPU", on_cpu)
 
@@ -148,6 +149,30 @@ def test_each_sample_sees_its_own_length_of_the_cache(implementation: str) -> No
     keys, values = np.concatenate([past_k, k], axis=1), np.concatenate([past_v, v], axis=1)
     out, dq, dk, dv = dense(*(np.asarray(x, np.float64) for x in (q, keys, values)), allowed_BSK, np.asarray(dout))
     assert_near(ours, [out, dq, dk[:, capacity:], dv[:, capacity:]], "float32")
+
+
+@pytest.mark.parametrize("implementation, dtype", [
+    ("at once", "float32"), ("at once", "bfloat16"), ("reference", "float32"), ("reference", "bfloat16"),
+    ("tpu on CPU", "float32"), ("tpu on CPU", "bfloat16"), ("triton on CPU", "float32")])
+@pytest.mark.usefixtures("small_tpu_blocks")
+def test_a_cache_of_int8_is_seen_at_its_scales(implementation: str, dtype: str, monkeypatch) -> None:
+    """Slots and heads of different sizes, a head of 20 channels, and a cache of no whole blocks."""
+    capacity, lengths = 300, jnp.asarray([131, 300])
+    q, k, v, past_k, past_v = arrays(dtype, (2, 40, 4, 20), *2 * [(2, 40, 2, 20)], *2 * [(2, capacity, 2, 20)])
+    sizes = np.exp(np.random.default_rng(2).normal(scale=0.5, size=(2, 2, capacity, 2, 1)))
+    cached = [Int8Slots.of(x * jnp.asarray(size, dtype)) for x, size in zip((past_k, past_v), sizes)]
+    scaled_back = [x.q_BPGD * np.moveaxis(x.scale_BGP, 1, 2)[..., None] for x in cached]
+    if implementation == "at once":
+        monkeypatch.setattr(core, "SHORT", 1024)
+    found = jax.jit(lambda *past: core.attention(
+        q, k, v, Causal(), (*past, lengths), None if implementation == "at once" else implementation))(*cached)
+    sees = np.concatenate([np.broadcast_to(np.arange(capacity) < lengths[:, None, None], (2, 40, capacity)),
+                           np.broadcast_to(allowed(Causal(), 40, 40), (2, 40, 40))], axis=2)
+    wide = [np.asarray(x, np.float64) for x in (q, k, v)]
+    keys, values = (np.concatenate([past, own], axis=1) for past, own in zip(scaled_back, wide[1:]))
+    expected = dense(wide[0], keys, values, sees, np.zeros(q.shape))[0]
+    assert found.dtype == dtype
+    assert_near([found], [expected], dtype)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "tpu on CPU", "triton on CPU"])

@@ -44,6 +44,25 @@ def test_what_is_written_over_others_does_not_add_to_the_length(unstacked: bool)
     assert slots_of(cache) == [1, 6, 7, 8, 9] and lengths == [5, 5, 5]
 
 
+@pytest.mark.parametrize("unstacked", [False, True])
+def test_int8_keeps_every_slot_and_head_to_a_127th_of_its_largest(unstacked: bool) -> None:
+    random = np.random.default_rng(0)
+    k, v = (jnp.asarray(random.normal(size=(LAYERS, BATCH, 5, HEADS, DIM)) * 10.0 ** random.integers(
+        -3, 3, (LAYERS, BATCH, 5, HEADS, 1)), jnp.float32) for _ in range(2))
+    cache = KVCache.empty(LAYERS, BATCH, 6, HEADS, DIM, jnp.int8, unstacked)
+    for first, last in ((0, 2), (2, 5)):
+        kv = k[:, :, first:last], v[:, :, first:last]
+        cache = cache.append((tuple(kv[0]), tuple(kv[1])) if unstacked else kv)
+    assert int(cache.length) == 5
+    assert len(cache.k_LBPHD) == LAYERS if unstacked else cache.k_LBPHD.shape == (LAYERS, BATCH, 6, HEADS, DIM)
+    for kept, x in ((cache.k_LBPHD, k), (cache.v_LBPHD, v)):
+        whole = jax.tree.map(lambda *layers: jnp.stack(layers), *kept) if unstacked else kept
+        assert whole.q_BPGD.dtype == jnp.int8 and whole.scale_BGP.shape == (LAYERS, BATCH, HEADS, 6)
+        error = np.abs(whole.scaled_back(jnp.float32)[:, :, :5] - x)
+        assert (error <= np.abs(x).max(axis=-1, keepdims=True) / 127 * 0.501).all()
+        assert not whole.q_BPGD[:, :, 5].any()
+
+
 def test_many_slots_are_rounded_up_and_do_not_count() -> None:
     assert [rounded_slots(slots) for slots in (1, BLOCK, BLOCK + 1)] == [1, BLOCK, 2 * BLOCK]
     cache = KVCache.filled(kv(2, 1), BLOCK + 1)
