@@ -42,6 +42,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--usage", action="store_true", help="print CPU seconds and memory of each module of tests")
 
 
+# With pytest-xdist these start first, or a worker would end with a long one while the other has nothing left.
+LONGEST = ("test_sharding.py", "modes/test_train.py", "modes/test_processes.py", "docs/test_pages.py",
+           "test_golden.py", "flow/test_decode.py", "modes/test_released.py", "sampling/test_api.py",
+           "kernels/test_attention.py", "codec/test_wan_stream.py", "training/test_step.py",
+           "sampling/test_generate.py", "flow/test_block.py", "sampling/test_calibration.py", "flow/test_starflow.py",
+           "planning/test_plan.py", "modes/test_recipes.py", "model/test_store.py", "codec/test_kl_vae.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # by the number of tests in a module
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))  # stable
+
+
 def pytest_collection_finish() -> None:
     """What is imported stays: the garbage collector needn't look at it again, nor as often as tracing makes it."""
     gc.collect()

@@ -21,6 +21,9 @@ from tests.codec.test_wan_vae import check_golden_wan
 from tests.golden_pipeline import check_pipeline
 from tests.text.test_t5 import golden_config, golden_weights
 
+# pipeline/t2v is the quick one; a picture, a long video and its windows are in the quick case `video`, too.
+SLOW = {"pipeline/ti2v", "pipeline/long"}
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case_path" in metafunc.fixturenames:
@@ -28,7 +31,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         patterns = ("*.json", "*/case.json", "*/*/case.json")
         paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
         names = [path.stem if path.parent == folder else str(path.parent.relative_to(folder)) for path in paths]
-        metafunc.parametrize("case_path", paths, ids=names)
+        metafunc.parametrize("case_path", [
+            pytest.param(path, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+            for path, name in zip(paths, names)])
 
 
 def test_golden(case_path: Path, tmp_path: Path) -> None:
@@ -162,18 +167,14 @@ def check_gradients(flow: FlowCase, compare: Comparison) -> None:
     def loss(params, x):
         return nll_mean(flow.model.apply(params, x, flow.text, method=STARFlow.forward)).loss
 
-    grads, grad_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(flow.params, flow.x_BTHWC)
+    value, (grads, grad_x) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(flow.params, flow.x_BTHWC)
     compare("grad_x", flow.to_golden(grad_x))
-    for name, value in to_released(grads, flow.config).items():
-        compare(f"grad/{name}", value)
-
-    def weighted(x):
-        out = flow.model.apply(flow.params, x, flow.text, method=STARFlow.forward)
-        return weighted_loss(nll_mean(out).loss, flow.case["noise_std"])
-
-    value, grad = jax.jit(jax.value_and_grad(weighted))(flow.x_BTHWC)
-    compare("weighted_loss", value)
-    compare("score_target", flow.to_golden(flow.case["noise_std"] * grad.size * grad))
+    for name, grad in to_released(grads, flow.config).items():
+        compare(f"grad/{name}", grad)
+    noise_std = flow.case["noise_std"]
+    weighted, slope = jax.value_and_grad(weighted_loss)(value, noise_std)
+    compare("weighted_loss", weighted)
+    compare("score_target", flow.to_golden(noise_std * grad_x.size * slope * grad_x))
 
 
 def check_samples(flow: FlowCase, compare: Comparison) -> None:

@@ -1,6 +1,6 @@
 """Several processes of one run: what one process gives, and what happens when one of them is killed or told to stop."""
 
-import json
+import math
 import re
 import signal
 import socket
@@ -8,10 +8,18 @@ import subprocess
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
+import pytest
 
+from starflow_jax.training.metrics import read_metrics
 from tests.small_run import ROOT, command, environment
 from tests.test_sharding import xla_flags
+
+LOG_EVERY = 4
+LONGER = ("--config.train.steps=40", "--config.train.checkpoint_every=8", f"--config.train.log_every={LOG_EVERY}",
+          "--config.model.denoiser=none", "--config.sample.denoise=none", "--config.train.sheet_clips=0")
 
 
 def free_port() -> int:
@@ -32,41 +40,71 @@ def start_two(workdir: Path, data: Path, *arguments: str) -> list[subprocess.Pop
 
 
 def losses(workdir: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    return [(line["step"], line["loss"]) for line in read_metrics(workdir) if "loss" in line]
 
 
-def wait_for(checkpoint: Path, pair: list[subprocess.Popen]) -> None:
+def wait_for(checkpoint: Path, processes: list[subprocess.Popen]) -> None:
     while not checkpoint.exists():
-        assert pair[0].poll() is None, pair[0].stdout.read()  # type: ignore[union-attr]
+        assert processes[0].poll() is None, processes[0].stdout.read()  # type: ignore[union-attr]
         time.sleep(0.05)
 
 
-def test_two_processes_train_as_one_and_one_that_dies_stops_the_other(tmp_path: Path) -> None:
-    """Same losses as one process with two devices. After a kill the other ends, and both resume from the checkpoint;
-    after SIGTERM to one both save the same step."""
-    data, one, two = tmp_path / "data", tmp_path / "one", tmp_path / "two"
-    data.mkdir()
-    longer = ("--config.train.steps=40", "--config.train.checkpoint_every=8", "--config.train.log_every=4",
-              "--config.model.denoiser=none", "--config.sample.denoise=none", "--config.train.sheet_clips=0")
-    alone = start(one, data, *longer, devices=2)
-    assert alone.wait(600) == 0, alone.stdout.read()  # type: ignore[union-attr]
-    pair = start_two(two, data, *longer)
-    wait_for(two / "checkpoints" / "8", pair)
+def end_of(processes: list[subprocess.Popen]) -> str:
+    """What the first process printed; all must end well."""
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs[0]
+
+
+def step_in(said: str, line: str) -> int:
+    return int(re.search(line.format(r"(\d+)"), said)[1])  # type: ignore[index]
+
+
+def stopped_at(workdir: Path, pair: list[subprocess.Popen], checkpoint: int) -> int:
+    """The step of which both say that it is saved, after SIGTERM to one of them once a checkpoint is there."""
+    wait_for(workdir / "checkpoints" / str(checkpoint), pair)
+    pair[1].send_signal(signal.SIGTERM)
+    stopped = step_in(end_of(pair), "stopped at step {} of 40, saved")
+    assert checkpoint <= stopped < 40 and (workdir / "checkpoints" / str(stopped)).exists()
+    return stopped
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+def test_two_processes_train_as_one_and_stop_together(data: Path, tmp_path: Path) -> None:
+    """The losses of one process with two devices, until SIGTERM to one of the two, when both save the same step."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    stopped = stopped_at(two, start_two(two, data, *LONGER), checkpoint=8)
+    alone = start(one, data, *LONGER, devices=2)
+    wait_for(one / "checkpoints" / str(8 * math.ceil(stopped / 8)), [alone])
+    alone.send_signal(signal.SIGTERM)
+    end_of([alone])
+    expected = [(step, loss) for step, loss in losses(one) if step <= stopped and step % LOG_EVERY == 0]
+    found = losses(two)
+    assert [step for step, _ in found] == [step for step, _ in expected] and len(found) >= 2
+    np.testing.assert_allclose([x for _, x in found], [x for _, x in expected], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_one_that_dies_stops_the_other_and_both_resume(data: Path, tmp_path: Path) -> None:
+    """Killed, stopped by SIGTERM and resumed to its end, a run of two processes is the uninterrupted one."""
+    workdir, uninterrupted = tmp_path / "interrupted", tmp_path / "uninterrupted"
+    end_of(start_two(uninterrupted, data, *LONGER))
+    pair = start_two(workdir, data, *LONGER)
+    wait_for(workdir / "checkpoints" / "8", pair)
     pair[1].kill()
     said = pair[0].communicate(timeout=300)[0]
     # At once by the line of ours, or, where it was waiting for the other to save, by JAX's after 100 seconds.
     assert pair[0].returncode, said
     assert "another process of this run was lost" in said or "another task died" in said, said
-    pair = start_two(two, data, *longer)
-    wait_for(two / "checkpoints" / "24", pair)
-    pair[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=300)[0] for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], outputs
-    stopped = int(re.search(r"stopped at step (\d+) of 40, saved", outputs[0])[1])  # type: ignore[index]
-    assert 24 <= stopped < 40 and (two / "checkpoints" / str(stopped)).exists()
-    resumed = int(re.search(r"resuming from step (\d+)\n", outputs[0])[1])  # type: ignore[index]
-    assert 8 <= resumed < 24
-    expected = [(step, loss) for step, loss in losses(one) if step <= stopped]
-    assert [step for step, _ in losses(two)] == [step for step, _ in expected]
-    np.testing.assert_allclose([x for _, x in losses(two)], [x for _, x in expected], rtol=1e-5, atol=1e-5)
+    stopped = stopped_at(workdir, start_two(workdir, data, *LONGER), checkpoint=24)
+    said = end_of(start_two(workdir, data, *LONGER))
+    assert step_in(said, "resuming from step {}\n") == stopped and "trained 40 steps" in said
+    assert len(losses(workdir)) == 40 // LOG_EVERY and losses(workdir) == losses(uninterrupted)
+    for ours, expected in zip(*(jax.tree.leaves(ocp.StandardCheckpointer().restore(
+            folder / "checkpoints" / "40" / "state")) for folder in (workdir, uninterrupted)), strict=True):
+        np.testing.assert_array_equal(ours, expected)
