@@ -218,10 +218,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch",)))
 
 
-def cache_sharding(mesh: Mesh, batch: int, heads: int) -> NamedSharding:
-    """Of the keys and values of a stack of layers, (L, B, slots, H, D)."""
-    axes = _dividing((None, "batch", None, "heads", None), (1, batch, 1, heads, 1), mesh.abstract_mesh)
-    return NamedSharding(mesh, spec(axes))
+def named_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """Of an array that `constrain` lays out."""
+    return NamedSharding(mesh, spec(_dividing(axes, shape, mesh.abstract_mesh)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from starflow_jax import sharding
 from starflow_jax.model.parameters import Params
@@ -26,10 +27,12 @@ def quantize_params(params: Params) -> Params:
 
 
 def quantize_param(name: str, param: Any) -> Any:
-    """The parameter of that name ("flow/deep/...") as `quantize_params` gives it, laid out over the current mesh."""
+    """The parameter of that name ("flow/deep/...") as `quantize_params` gives it, sharded as it is."""
     if not MATRICES.search(name):
         return param
     quantized: Quantized = _quantize_stack(param)
-    if isinstance(quantized.q, jax.core.Tracer) or (mesh := jax.sharding.get_mesh()).empty:
+    if isinstance(quantized.q, jax.core.Tracer) or not isinstance(param.sharding, NamedSharding):
         return quantized
-    return jax.device_put(quantized, sharding.parameter_shardings({name: quantized}, mesh)[name])
+    mesh, spec = param.sharding.mesh, [*param.sharding.spec, *[None] * param.ndim][:param.ndim]
+    placed: Any = [NamedSharding(mesh, PartitionSpec(*axes)) for axes in (spec, [spec[0], *spec[2:]])]
+    return jax.device_put(quantized, Quantized(*placed))

@@ -1,14 +1,16 @@
 """Keys and values of the slots that a block has seen: pure state that goes in and comes out."""
 
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from starflow_jax.kernels.int8 import Int8Slots, Slots
-from starflow_jax.sharding import constrain
+from starflow_jax.sharding import constrain, named_sharding, replicated
 
 AXES = (None, "batch", None, "heads", None)  # of keys and values, as sharding.TABLE names them
 SCALE_AXES = (None, "batch", "heads", None)  # of the scales of int8
@@ -50,6 +52,17 @@ class KVCache(flax.struct.PyTreeNode):
         room = rounded_slots(slots) - _slots(kv)
         k, v = jax.tree.map(lambda part: jnp.pad(part, [*[(0, 0)] * (part.ndim - 3), (0, room), (0, 0), (0, 0)]), kv)
         return cls(k, v, jnp.int32(_slots(kv)))
+
+    def shardings(self, mesh: Mesh) -> Any:
+        """A KVCache of the NamedSharding of each array; also of a cache of shapes."""
+        def of(array: Any, axes: tuple[str | None, ...] = AXES) -> Any:
+            if isinstance(array, Int8Slots):
+                return Int8Slots(of(array.q_BPGD), of(array.scale_BGP, SCALE_AXES))
+            return named_sharding(mesh, axes[-len(array.shape):], array.shape)
+
+        k, v = jax.tree.map(of, (self.k_LBPHD, self.v_LBPHD), is_leaf=lambda part: isinstance(part, Int8Slots))
+        shardings: Any = (k, v, replicated(mesh))
+        return KVCache(*shardings)
 
     def append(self, kv: tuple[Fresh, Fresh]) -> "KVCache":
         """The cache with the (L, B, S, H, D) keys and values of the next S slots written behind its end."""

@@ -1,5 +1,6 @@
 """The programs of a training or sampling step, compiled from shapes alone."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,8 @@ from starflow_jax.flow.decode import WindowState
 from starflow_jax.flow.inversion import Known
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import flow_variables, init_params
-from starflow_jax.nn.cache import KVCache, rounded_slots
+from starflow_jax.model.quantize import quantize_params
+from starflow_jax.nn.cache import KVCache
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.planning.program import Program
 from starflow_jax.sampling.solver import complete, shallow_solver
@@ -61,14 +63,17 @@ def _compile_sample(config: Config, mesh: Mesh) -> list[Program]:
     def array(shape: tuple[int, ...], dtype: Any = jnp.float32, placed: Any = whole) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
-    params = jax.tree.map(lambda leaf: array(leaf.shape, dtype, leaf.sharding),
-                          sharding.abstract(abstract_params_of(config), mesh))
+    params = jax.tree.map(lambda leaf: array(leaf.shape, dtype), abstract_params_of(config))
+    if config.sample.weights == "int8":
+        params = jax.eval_shape(quantize_params, params)
+    params = sharding.abstract(params, mesh)
     variables = flow_variables(params)
-    slots = rounded_slots(model.text_length + model.frames * tokens)
+    slots = model.text_length + model.frames * tokens
     heads = model.deep_width // model.head_dim
-    keys = array((model.deep_layers, branches * videos, slots, heads, model.head_dim), dtype,
-                 sharding.cache_sharding(mesh, branches * videos, heads))
-    known = Known(KVCache(keys, keys, array((), jnp.int32)), array((videos, 1, model.token_channels)))
+    cache = jax.eval_shape(partial(KVCache.empty, model.deep_layers, branches * videos, slots, heads, model.head_dim,
+                                   jnp.int8 if config.sample.cache == "int8" else dtype))
+    cache = jax.tree.map(lambda leaf, placed: array(leaf.shape, leaf.dtype, placed), cache, cache.shardings(mesh))
+    known = Known(cache, array((videos, 1, model.token_channels)))
     state = WindowState(known, array((videos, tokens, model.token_channels)), array((), jnp.int32))
     deep = decode.decode_frames.lower(
         flow, variables, state, array((videos, 1, tokens, model.token_channels)), array(()),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import zlib
 from pathlib import Path
 from typing import Any
@@ -62,17 +63,13 @@ def cache_bytes_per_device(system: System, params: Params) -> int:
     text = jax.ShapeDtypeStruct((branches, videos, model.text_length, model.text_dim), np.float32)
     cache = jax.eval_shape(
         lambda params, known, text: decode.start_window(
-            system.flow, params, known, text, window=model.frames, token_grid=system.token_grid).known.cache,
+            system.flow, params, known, text, window=model.frames, token_grid=system.token_grid,
+            cache=settings.cache).known.cache,
         decoding_variables(params), known, text if model.text_length else None)
-    heads = model.deep_width // model.head_dim
-
-    def of(leaf: Any) -> int:
-        if mesh is None or leaf.ndim < 5:
-            return leaf.size * leaf.dtype.itemsize
-        placed = sharding.cache_sharding(mesh, branches * videos, heads)
-        return int(np.prod(placed.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-
-    return sum(map(of, jax.tree.leaves(cache)))
+    leaves = jax.tree.leaves(cache)
+    shapes = [leaf.shape for leaf in leaves] if mesh is None else [
+        placed.shard_shape(leaf.shape) for leaf, placed in zip(leaves, jax.tree.leaves(cache.shardings(mesh)))]
+    return sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(shapes, leaves))
 
 
 def made_before(path: Path, request: Request, settings: Sample, origin: Origin) -> dict[str, Any] | None:

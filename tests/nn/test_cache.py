@@ -1,10 +1,15 @@
 """The cache of keys and values: what lies in which slot, and how many count."""
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from starflow_jax import config as settings_of
+from starflow_jax import sharding
 from starflow_jax.nn.cache import BLOCK, KVCache, rounded_slots
 
 LAYERS, BATCH, HEADS, DIM = 2, 3, 2, 4
@@ -69,3 +74,16 @@ def test_many_slots_are_rounded_up_and_do_not_count() -> None:
     assert cache.k_LBPHD.shape[2] == 2 * BLOCK and int(cache.length) == 2
     assert jax.tree.map(jnp.shape, cache) == jax.tree.map(
         jnp.shape, KVCache.empty(LAYERS, BATCH, BLOCK + 1, HEADS, DIM, jnp.float32))
+
+
+@pytest.mark.parametrize("unstacked", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+def test_a_mesh_shards_samples_and_heads(dtype, unstacked: bool) -> None:
+    mesh = sharding.make_mesh(settings_of.Mesh(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+    run = partial(KVCache.empty, LAYERS, 2, 6, HEADS, DIM, dtype, unstacked)
+    with jax.set_mesh(mesh):
+        cache = jax.jit(run)()
+    shardings = jax.eval_shape(run).shardings(mesh)
+    for leaf, placed in zip(jax.tree.leaves(cache), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(placed, leaf.ndim)
+        assert math.prod(placed.shard_shape(leaf.shape)) == max(leaf.size // 4, 1)

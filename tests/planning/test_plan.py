@@ -64,6 +64,25 @@ def test_a_plan_accounts_for_memory_work_and_time(planned: StepPlan) -> None:
                         planned.model_flops_per_step)
 
 
+def test_int8_takes_less_of_a_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "chip_of", lambda device: CHIP)
+    model = tiny_model(deep_width=240, shallow_width=80, deep_layers=4, text_length=256, dtype="bfloat16")
+    config = dataclasses.replace(with_plan(small(), step="sample"), model=model, mesh=settings_of.Mesh(1, 1, 1, 1))
+
+    def arguments(**settings: str) -> int:
+        """Bytes that decoding a frame is given."""
+        sample = dataclasses.replace(config.sample, **settings)
+        found = plan_of(dataclasses.replace(config, sample=sample), jax.devices()[:1])
+        assert found.cost is not None
+        return found.cost.memory[0].arguments
+
+    whole, heads, slots = arguments(), 240 // model.head_dim, model.text_length + 12
+    of_weights, scales = 4 * 12 * 240**2, 4 * 4 * 9 * 240
+    assert math.isclose(whole - arguments(weights="int8"), of_weights - scales, rel_tol=0.03)
+    of_cache = 4 * 2 * 2 * slots * (240 - 4 * heads)  # of two branches
+    assert math.isclose(whole - arguments(cache="int8"), of_cache, rel_tol=0.03)
+
+
 def test_its_json_is_one_flat_table(planned: StepPlan) -> None:
     row = planned.to_json()
     assert set(row) == ALWAYS_KNOWN | COST
