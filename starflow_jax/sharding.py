@@ -265,13 +265,13 @@ def lay_out(batch: Any) -> Any:
 def spread(tree: Any, mesh: Mesh) -> Any:
     """Arrays that every process holds all of, sharded over all devices along the first axis that divides; for a model
     that is not trained, whose layout matters for memory alone."""
-    def of(x: Any) -> jax.Array:
-        x = np.asarray(x)
-        axis = next((axis for axis, size in enumerate(x.shape) if size % mesh.size == 0), None)
-        parts = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXES)
-        return _from_whole(x, NamedSharding(mesh, parts))
+    return jax.tree.map(lambda x: _from_whole(np.asarray(x), spread_sharding(np.shape(x), mesh)), tree)
 
-    return jax.tree.map(of, tree)
+
+def spread_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Where `spread` puts an array of that shape."""
+    axis = next((axis for axis, size in enumerate(shape) if size % mesh.size == 0), None)
+    return NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXES))
 
 
 def _from_whole(x: np.ndarray, placed: NamedSharding) -> jax.Array:

@@ -56,7 +56,8 @@ def start_window(
     return WindowState(apply_flow(model, params, begin), previous, jnp.int32(frames))
 
 
-@partial(jax.jit, static_argnames=("model", "solver", "window", "token_grid", "branches"))
+# The state is donated: its cache, most of what decoding holds, is written in place.
+@partial(jax.jit, static_argnames=("model", "solver", "window", "token_grid", "branches"), donate_argnames="state")
 def decode_frames(
     model: STARFlow,
     params: Any,
@@ -131,7 +132,7 @@ def generate(
             text_GBTD = text_of[index]
         if state is None or changed or in_window == window:
             if state is not None:
-                u_BTSK = u_BTSK[:, -(context if in_window == window else in_window):]
+                u_BTSK, state = u_BTSK[:, -(context if in_window == window else in_window):], None
             state, in_window = begin(u_BTSK, text_GBTD, guess_BSK=guess_BSK), u_BTSK.shape[1]
         next_change = min((at for at in text_of if at > index), default=total)
         solver_now = solver if u_BTSK.shape[1] else solver.of_first_frame

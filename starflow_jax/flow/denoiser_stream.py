@@ -23,7 +23,7 @@ class DenoiserState(flax.struct.PyTreeNode):
     frame: jax.Array  # int32: the next one's index in the window
 
 
-@partial(jax.jit, static_argnames=("model", "frames"))
+@partial(jax.jit, static_argnames=("model", "frames"), donate_argnames="state")
 def score_next(
     model: STARFlow,
     params: Any,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epy
+from jax.sharding import Mesh
 
 from starflow_jax import sharding
 from starflow_jax.config import Config, UserError, changed, from_dict
@@ -46,6 +47,15 @@ def load_model(config: Config, workdir: Path) -> LoadedModel:
     loaded = load_trained(config, workdir, quantize_param if int8 else None) or load_pretrained(config, workdir)
     params = quantize_params(loaded.params) if int8 else loaded.params
     return loaded._replace(params=inference_params(config, params))
+
+
+def abstract_params(config: Config, mesh: Mesh) -> Params:
+    """What `load_model` gives of flow, denoiser and a trained text encoder on a mesh, in shapes."""
+    params = sharding.layers_as(jax.eval_shape(lambda: init_params(config, jax.random.key(0))),
+                                jnp.dtype(config.model.dtype))
+    if config.sample.weights == "int8":
+        params = jax.eval_shape(quantize_params, params)
+    return sharding.abstract(params, mesh)
 
 
 def settings_of(workdir: Path) -> Config:

@@ -71,8 +71,7 @@ class System:
     @property
     def token_grid(self) -> tuple[int, int]:
         """Rows and columns of a frame's tokens."""
-        model = self.config.model
-        return model.height // model.patch_size, model.width // model.patch_size
+        return self.config.model.token_grid
 
     def init(self, seed: int) -> Params:
         """Parameters at the start of training."""

@@ -32,6 +32,7 @@ class ProgramMemory:
     output: int
     aliased: int  # output that is written where an argument was
     code: int
+    resident: int  # what stays beside the arguments: other parts of the model, the cache
     peak: int
 
 
@@ -177,8 +178,8 @@ def _memory(program: Program) -> ProgramMemory:
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     output, aliased, code = (memory.output_size_in_bytes, memory.alias_size_in_bytes,
                              memory.generated_code_size_in_bytes)
-    return ProgramMemory(program.name, arguments, temporaries, output, aliased, code,
-                         peak=arguments + temporaries + output + code - aliased)
+    return ProgramMemory(program.name, arguments, temporaries, output, aliased, code, program.resident,
+                         peak=arguments + temporaries + output + code - aliased + program.resident)
 
 
 def advice(config: Config, mesh: dict[str, int], excess_bytes: float) -> str:

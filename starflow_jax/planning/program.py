@@ -12,3 +12,5 @@ class Program:
     compiled: Any
     times: float = 1
     unknown_trips: float = 1  # of the solver's loops
+    resident: int = 0  # bytes a device of what stays there beside its arguments
+    lowered: Any = None

@@ -109,11 +109,12 @@ def guidance_texts(
     full = partial(system.prompt, is_image=is_image, fps=settings.fps, aspect_ratio=settings.aspect_ratio)
     away = [settings.negative_prompt] if settings.guidance else []
     features = system.features(params, system.text_ids([full(prompt) for prompt in (*prompts, *away)]))
-    return _branches(features, len(prompts))
+    return stack_branches(features, len(prompts))
 
 
 @partial(jax.jit, static_argnums=1)
-def _branches(features: jax.Array, prompts: int) -> jax.Array:
+def stack_branches(features: jax.Array, prompts: int) -> jax.Array:
+    """(branches, B, S, D): the features of a batch's prompts, and those of what guidance steers away from, if any."""
     text = features[:prompts]
     return jnp.stack([text, *(jnp.broadcast_to(away, text.shape) for away in features[prompts:])])
 
@@ -158,11 +159,12 @@ def prompt_changes(config: Config, settings: Sample) -> dict[int, str]:
 def noise_for(seeds: Sequence[int], shape_NSK: tuple[int, int, int]) -> jax.Array:
     """(B, N, S, K): each clip's noise comes from its own seed, frame by frame, so that a seed gives the same
     video alone, in a batch, and at any length."""
-    return _noise(np.asarray(seeds, np.uint32), shape_NSK)
+    return draw_noise(np.asarray(seeds, np.uint32), shape_NSK)
 
 
 @partial(jax.jit, static_argnums=1)
-def _noise(seeds_B: jax.Array, shape_NSK: tuple[int, int, int]) -> jax.Array:
+def draw_noise(seeds_B: jax.Array, shape_NSK: tuple[int, int, int]) -> jax.Array:
+    """`noise_for` as a program."""
     def of_clip(seed: jax.Array) -> jax.Array:
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(shape_NSK[0]))
         return jax.vmap(lambda key: jax.random.normal(key, shape_NSK[1:]))(keys)

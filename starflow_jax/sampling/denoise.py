@@ -39,19 +39,19 @@ def denoise_window(
     """The same for a window of at most the training length; `frame` is the first that is wanted from it."""
     if how == "none" or (how == "denoiser" and system.config.model.denoiser == "none"):
         return noisy
-    step = _denoiser_step if how == "denoiser" else _score_step
+    step = denoiser_step if how == "denoiser" else score_step
     return step(system.flow, params, noisy, text_at(text, frame))
 
 
 @partial(jax.jit, static_argnums=0)
-def _denoiser_step(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
+def denoiser_step(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
     """x~ - 0.3 s(x~), or another step where the loss was weighted differently."""
     score = apply_flow(flow, flow_variables(params), STARFlow.score, noisy, text)
     return noisy - flow.config.denoising_step * score
 
 
 @partial(jax.jit, static_argnums=0)
-def _score_step(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
+def score_step(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
     """x~ + sigma^2 d log p / dx~, Tweedie's formula with the gradient taken through the flow."""
 
     def total_nll(x: jax.Array) -> jax.Array:

@@ -54,10 +54,10 @@ def generate_clips(
     given = make_conditions(system, params, captions, seeds, settings, known_BTHWC, draws)
     made, reports = zip(*deep_frames(system, params, given, settings))
     noisy, shallow = decode.invert_shallow(
-        system.flow, decoding_variables(params), _joined(*made),
+        system.flow, decoding_variables(params), joined(*made),
         solver=shallow_solver(chosen_solver(system, settings)), token_grid=system.token_grid)
     if given.known_BThwC is not None:
-        noisy = _joined(given.known_BThwC, noisy)
+        noisy = joined(given.known_BThwC, noisy)
     frames = system.decode(denoise(system, params, noisy, given.text, settings.denoise))
     clips = _collect(frames, noisy, given.text, reports, shallow)
     if not settings.certify:
@@ -103,7 +103,8 @@ def encode_z(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) 
 
 
 @jax.jit
-def _joined(*parts_BN: jax.Array) -> jax.Array:
+def joined(*parts_BN: jax.Array) -> jax.Array:
+    """Frames made one step after the other, together."""
     return jnp.concatenate(parts_BN, axis=1)
 
 

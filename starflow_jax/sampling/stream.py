@@ -101,7 +101,7 @@ class _Finisher:
         noisy, _ = decode.invert_shallow(
             self._system.flow, decoding_variables(self._params), u_BGSK, solver=self._shallow_solver,
             token_grid=self._system.token_grid)
-        self._noisy = _place(self._noisy, noisy, self._ready)
+        self._noisy = place(self._noisy, noisy, self._ready)
         self._ready += u_BGSK.shape[1]
         total = self._noisy.shape[1]
         done = total if self._ready == total else self._ready - self._latency
@@ -152,5 +152,6 @@ def latency(system: System, settings: Sample) -> int:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _place(noisy: jax.Array, frames: jax.Array, at: int) -> jax.Array:
+def place(noisy: jax.Array, frames: jax.Array, at: int) -> jax.Array:
+    """The latents with the next frames written in."""
     return jax.lax.dynamic_update_slice_in_dim(noisy, frames, at, axis=1)

@@ -82,6 +82,11 @@ class Model(Settings):
         return self.rope_extent or math.sqrt(self.height * self.width) / self.patch_size
 
     @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of a frame's tokens."""
+        return self.height // self.patch_size, self.width // self.patch_size
+
+    @property
     def tokens_per_frame(self) -> int:
         return self.height * self.width // self.patch_size**2
 

@@ -17,6 +17,9 @@ SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "re
          "relative_attention_max_distance", "layer_norm_epsilon")
 
 
+FLAN_T5_XL = T5Config(vocab_size=32_128, d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_heads=32)
+
+
 def encoder_config(folder: Path, text_dim: int) -> T5Config:
     """The encoder's sizes from its config.json.
 
