@@ -256,10 +256,10 @@ def lay_out(batch: Any) -> Any:
     """A batch that every process holds all of, over the current mesh; as it is where there is none, or where its clips
     don't divide over it."""
     mesh = current_mesh()
-    if mesh is None or any(len(x) % math.prod(mesh.shape[axis] for axis in TABLE["batch"])
-                         for x in jax.tree.leaves(batch)):
+    clips = {len(x) for x in jax.tree.leaves(batch)}
+    if mesh is None or any(named_sharding(mesh, ("batch",), (size,)).is_fully_replicated for size in clips):
         return batch
-    return jax.tree.map(lambda x: _from_whole(x, batch_sharding(mesh)), batch)
+    return jax.tree.map(lambda x: _from_whole(np.asarray(x), batch_sharding(mesh)), batch)
 
 
 def spread(tree: Any, mesh: Mesh) -> Any:

@@ -15,6 +15,7 @@ from jax import lax
 
 from starflow_jax.flow.inversion import SEQUENTIAL, Inverse, Known, Report, Solver
 from starflow_jax.flow.starflow import STARFlow, apply_flow
+from starflow_jax.sharding import constrain
 
 
 class WindowState(flax.struct.PyTreeNode):
@@ -53,7 +54,7 @@ def start_window(
 
     guess = jnp.zeros((batch, tokens, channels), known_BTSK.dtype) if guess_BSK is None else guess_BSK
     previous = known_BTSK[:, -1] if frames else guess
-    return WindowState(apply_flow(model, params, begin), previous, jnp.int32(frames))
+    return _laid_out(WindowState(apply_flow(model, params, begin), previous, jnp.int32(frames)))
 
 
 # The state is donated: its cache, most of what decoding holds, is written in place.
@@ -86,7 +87,13 @@ def decode_frames(
 
     found = apply_flow(model, params, invert)
     u_BGSK = found.x_BSC.reshape(z_BGSK.shape)
-    return u_BGSK, WindowState(found.known, u_BGSK[:, -1], state.frame + frames), found.report
+    return u_BGSK, _laid_out(WindowState(found.known, u_BGSK[:, -1], state.frame + frames)), found.report
+
+
+def _laid_out(state: WindowState) -> WindowState:
+    """Over the current mesh in one way wherever it comes from, so that the next step is the program of all others."""
+    known = state.known.replace(last_B1C=constrain(state.known.last_B1C, "batch", None, None))
+    return state.replace(known=known, previous_BSK=constrain(state.previous_BSK, "batch", None, None))
 
 
 def generate(

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from starflow_jax import sharding
 from starflow_jax.codec.interface import decode_latents, decode_next
@@ -68,7 +68,7 @@ class Sampling:
     """The stages of sampling for plan.videos videos."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
-        self.config, self.flow = config, STARFlow(config.model)
+        self.config, self.mesh, self.flow = config, mesh, STARFlow(config.model)
         self.total = latent_frames(config, config.sample)
         self.params, self.codec = abstract_model(config, mesh)
         self.variables = decoding_variables(self.params)
@@ -107,13 +107,14 @@ class Sampling:
         how: dict[str, Any] = dict(window=model.frames, token_grid=model.token_grid)
         known = jax.ShapeDtypeStruct((*noise.shape[:1], 0, *noise.shape[2:]), noise.dtype)
         state = self.chain.run("deep block, the text", decode.start_window, self.flow, self.variables, known, texts,
-                               guess_BSK=None, **how)
+                               guess_BSK=None, cache=self.config.sample.cache, **how)
+        guidance = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(self.mesh))
         for index, (step, times) in enumerate(_steps(solver, self.window)):
             self.chain.resident["cache"] = state
             z = _frames(noise, step.frames)
             u, state, _ = self.chain.run(
                 "deep block, a step" + (" like the first" if index == 0 and step != solver else ""),
-                decode.decode_frames, self.flow, self.variables, state, z, jax.ShapeDtypeStruct((), jnp.float32), None,
+                decode.decode_frames, self.flow, self.variables, state, z, guidance, None,
                 solver=step, branches=1 if texts is None else texts.shape[0], times=times,
                 unknown_trips=self.config.plan.updates, **how)
             self.chain.resident["cache"] = state
@@ -133,7 +134,8 @@ class Sampling:
             run("denoiser, a window", denoiser_step, self.flow, self.params, window, text, times=self.windows)
         run("codec, all frames", decode_latents, self.codec, noisy, config.codec.later_frames_scale,
             config.sample.as_released, options=_effort(config))
-        run("likelihood, a window", window_nll, self.flow, self.params, window, text, times=self.windows)
+        whole = jax.ShapeDtypeStruct(window.shape, window.dtype, sharding=sharding.replicated(self.mesh))
+        run("likelihood, a window", window_nll, self.flow, self.params, whole, text, times=self.windows)
         return self.chain.programs
 
     def stream(self) -> list[Program]:
@@ -141,8 +143,9 @@ class Sampling:
         config, model, run = self.config, self.config.model, self.chain.run
         texts, noise = self.conditions()
         text = _conditional(texts)
-        noisy = jax.ShapeDtypeStruct((*noise.shape[:1], self.total, model.height, model.width, model.channels),
-                                     jnp.float32)
+        noisy = jax.ShapeDtypeStruct(
+            (*noise.shape[:1], self.total, model.height, model.width, model.channels), jnp.float32,
+            sharding=sharding.named_sharding(self.mesh, ("batch",), noise.shape[:1]))
         for times, u in self.deep_frames(texts, noise):
             latents, _ = run("shallow blocks, a step", decode.invert_shallow, self.flow, self.variables, u,
                              times=times, unknown_trips=config.plan.updates, **self.shallow)
@@ -200,7 +203,10 @@ def _frames(array_BN: Any, frames: int) -> Any:
 
 def _conditional(texts_GBSD: Any) -> Any:
     """texts[0], in shapes."""
-    return None if texts_GBSD is None else jax.ShapeDtypeStruct(texts_GBSD.shape[1:], texts_GBSD.dtype)
+    if texts_GBSD is None:
+        return None
+    placed = NamedSharding(texts_GBSD.sharding.mesh, PartitionSpec(*texts_GBSD.sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(texts_GBSD.shape[1:], texts_GBSD.dtype, sharding=placed)
 
 
 def _effort(config: Config) -> dict[str, Any] | None:

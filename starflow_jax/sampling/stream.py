@@ -26,7 +26,7 @@ from starflow_jax.sampling.generate import deep_frames
 from starflow_jax.sampling.solver import chosen_solver, shallow_solver
 from starflow_jax.sampling.timeline import Timeline
 from starflow_jax.sampling.windows import denoising_windows
-from starflow_jax.sharding import current_mesh, fetch
+from starflow_jax.sharding import constrain, current_mesh, fetch, lay_out
 
 
 def stream_devices(count: int) -> tuple[jax.Device | None, jax.Device | None]:
@@ -91,7 +91,7 @@ class _Finisher:
         shape = (batch, self._ready + made, model.height, model.width, model.channels)
         # Frames that are not made yet are 0: nothing that is taken depends on them.
         noisy = jnp.zeros(shape) if known is None else jnp.zeros(shape).at[:, :self._ready].set(known)
-        self._noisy = jax.device_put(noisy, device)
+        self._noisy = jax.device_put(lay_out(noisy), device)
         self._clean = self._noisy[:, :0]
         self._windows = denoising_windows(system.config, shape[1])
         self._latency = latency(system, settings)
@@ -154,4 +154,4 @@ def latency(system: System, settings: Sample) -> int:
 @partial(jax.jit, donate_argnums=0)
 def place(noisy: jax.Array, frames: jax.Array, at: int) -> jax.Array:
     """The latents with the next frames written in."""
-    return jax.lax.dynamic_update_slice_in_dim(noisy, frames, at, axis=1)
+    return constrain(jax.lax.dynamic_update_slice_in_dim(noisy, frames, at, axis=1), "batch", *[None] * 4)
