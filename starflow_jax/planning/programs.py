@@ -1,6 +1,5 @@
 """The programs of a training or sampling step, compiled from shapes alone."""
 
-from functools import partial
 from typing import Any
 
 import jax
