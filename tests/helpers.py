@@ -26,14 +26,18 @@ def tiny_model(**changes: Any) -> Model:
 def latents(model: Model, batch: int = 1, frames: int = 0, seed: int = 10) -> jax.Array:
     """(B, T, H, W, C) random latents of the model's size."""
     shape = (batch, frames or model.frames, model.height, model.width, model.channels)
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.zeros(()).dtype)
+    return as_jax(np.random.default_rng(seed).normal(size=shape))
+
+
+def as_jax(random: np.ndarray) -> jax.Array:
+    """In JAX's default precision; rounded by NumPy, or JAX would compile a conversion for each shape."""
+    return jnp.asarray(random.astype(jax.dtypes.canonicalize_dtype(float)))
 
 
 def text(model: Model, batch: int = 1, seed: int = 20) -> jax.Array | None:
     """(B, text_length, text_dim) random features, None for a model without text."""
     shape = (batch, model.text_length, model.text_dim)
-    random = np.random.default_rng(seed).normal(size=shape)
-    return jnp.asarray(random, jnp.zeros(()).dtype) if model.text_length else None
+    return as_jax(np.random.default_rng(seed).normal(size=shape)) if model.text_length else None
 
 
 def fresh(model: Model) -> tuple[STARFlow, Any]:
@@ -49,7 +53,8 @@ def randomised(variables: Any, scale: float = 0.5, seed: int = 1) -> Any:
     def add(path: Any, leaf: jax.Array) -> jax.Array:
         axis = -3 if "qkv" in jax.tree_util.keystr(path) else -2
         fan_in = leaf.shape[axis] if leaf.ndim > 1 else 1
-        return leaf + jnp.asarray(scale / np.sqrt(fan_in) * random.normal(size=leaf.shape), leaf.dtype)
+        added = scale / np.sqrt(fan_in) * random.normal(size=leaf.shape)
+        return jnp.asarray(np.asarray(leaf) + np.asarray(added, leaf.dtype))  # nothing to compile for each shape
 
     return jax.tree_util.tree_map_with_path(add, variables)
 
@@ -58,14 +63,14 @@ def random_variables(shapes: Any, scale: float = 0.5, seed: int = 1) -> Any:
     """Variables of these shapes as `randomised` makes them of fresh ones, without compiling their drawing."""
     random = np.random.default_rng(seed)
 
-    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         names = [key.key for key in path]
         if names[-1] == "scale" or names[-1] == "weight" and "text" in names:  # of a norm
-            return jnp.ones(leaf.shape, leaf.dtype)
+            return np.ones(leaf.shape, leaf.dtype)
         if names[-1] not in ("kernel", "embedding", "sos", "position_bias") or names[-2] == "proj_out":
-            return jnp.zeros(leaf.shape, leaf.dtype)
+            return np.zeros(leaf.shape, leaf.dtype)
         fan_in = leaf.shape[-3 if "qkv" in names else -2] if names[-1] == "kernel" else 1
-        return jnp.asarray(random.normal(size=leaf.shape) / np.sqrt(fan_in), leaf.dtype)
+        return np.asarray(random.normal(size=leaf.shape) / np.sqrt(fan_in), leaf.dtype)
 
     return randomised(jax.tree_util.tree_map_with_path(draw, shapes), scale, seed)
 
@@ -84,6 +89,12 @@ def _shapes_of_params(config: Config) -> Any:
 def random_flow(model: Model, seed: int = 1) -> tuple[STARFlow, Any]:
     """The flow and random parameters."""
     return STARFlow(model), random_variables(_shapes_of_flow(model, jax.config.jax_enable_x64), seed=seed)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(flow: STARFlow, variables: Any, x: jax.Array, features: jax.Array | None) -> Any:
+    """The flow's FlowOutput."""
+    return flow.apply(variables, x, features, method=STARFlow.forward)
 
 
 def random_params(config: Config, scale: float = 0.5, seed: int = 1) -> Any:

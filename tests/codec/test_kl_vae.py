@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from starflow_jax.codec.interface import decode_latents, decode_next, encode_frames
 from starflow_jax.codec.kl_vae import (
     SCALING,
+    KLCodec,
     KLConfig,
     check_released,
     config_of,
@@ -22,6 +24,7 @@ from starflow_jax.codec.kl_vae import (
 )
 from starflow_jax.config import Codec, UserError
 
+encode, decode = jax.jit(KLCodec.encode), jax.jit(KLCodec.decode)
 SIZES = KLConfig(channels=4, widths=(8, 16), residuals=2, norm_groups=4)
 SETTINGS = dict(kind="kl", stride=2, time_stride=1, norm_groups=4)
 
@@ -86,9 +89,9 @@ def test_the_published_sizes() -> None:
 
 def test_every_frame_is_a_picture_of_its_own(codec) -> None:
     x = jnp.asarray(pictures())
-    latents = codec.encode(x)
+    latents = encode(codec, x)
     assert latents.shape == (1, 2, 3, 5, 4)
-    np.testing.assert_allclose(codec.encode(x[:, 1:]), latents[:, 1:], atol=1e-5)
+    np.testing.assert_allclose(encode(codec, x[:, 1:]), latents[:, 1:], atol=1e-5)
     whole = decode_latents(codec, latents, 1.0)
     assert whole.dtype == jnp.uint8 and whole.shape == (1, 2, 6, 10, 3)
     parts, cache = [], None
@@ -103,8 +106,8 @@ def test_latents_are_scaled(codec) -> None:
     np.testing.assert_allclose(codec.std_C, np.full(4, 1 / SCALING), rtol=1e-6)
     x = jnp.asarray(pictures())
     plain = codec.replace(std_C=jnp.ones(4))
-    np.testing.assert_allclose(codec.encode(x), SCALING * plain.encode(x), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(codec.decode(SCALING * plain.encode(x)), plain.decode(plain.encode(x)), atol=1e-4)
+    np.testing.assert_allclose(encode(codec, x), SCALING * encode(plain, x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(decode(codec, SCALING * encode(plain, x)), decode(plain, encode(plain, x)), atol=1e-4)
 
 
 def test_files_of_earlier_versions(tmp_path: Path, codec) -> None:

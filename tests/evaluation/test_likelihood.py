@@ -24,7 +24,7 @@ from starflow_jax.evaluation.likelihood import (
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.io.pictures import read_image
 from starflow_jax.io.video import write_mp4
-from starflow_jax.model.store import load_pretrained
+from starflow_jax.model.store import LoadedModel, load_pretrained
 from starflow_jax.model.system import System
 from starflow_jax.modes.evaluate import draw_surprise, evaluate
 from starflow_jax.sampling.conditions import noised
@@ -185,7 +185,7 @@ def test_surprise_is_drawn_where_it_is(tmp_path: Path, system: System) -> None:
 
 def test_files_of_a_video(tmp_path: Path, monkeypatch, capsys, system: System, params) -> None:
     monkeypatch.setattr("starflow_jax.modes.evaluate.load_model",
-                        lambda config, workdir: (system, params, "a test"))
+                        lambda config, workdir: LoadedModel(system, params, "a test", ""))
     for name, seed in (("one", 1), ("two", 2)):
         write_mp4(tmp_path / f"{name}.mp4", video(10, seed), fps=8)
     settings = Evaluate(task="video", video=str(tmp_path / "one.mp4"), caption=CAPTION,

