@@ -196,10 +196,15 @@ def layers_as(abstract_params: Any, dtype: Any) -> Any:
     """Shapes of parameters, the Transformer layers' matrices in the dtype that they are multiplied in: a model that is
     not trained needs them in no other."""
     def of(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        matrix = re.search(r"(^|/)layers/layer/\w+/kernel$", parameter_name(path))
+        matrix = is_layer_matrix(parameter_name(path))
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding) if matrix else leaf
 
     return jax.tree_util.tree_map_with_path(of, abstract_params)
+
+
+def is_layer_matrix(name: str) -> bool:
+    """Whether the parameter of that name ("flow/deep/...") is a matrix of stacked layers, (L, in, ...)."""
+    return re.search(r"(^|/)layers/\w+/\w+/kernel$", name) is not None
 
 
 def parameter_name(path: Any) -> str:

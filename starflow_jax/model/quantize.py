@@ -4,7 +4,6 @@ They are nearly all of a model's bytes. What stays in its own dtype: norms and b
 the width, and the embedding of text.
 """
 
-import re
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,6 @@ from starflow_jax import sharding
 from starflow_jax.model.parameters import Params
 from starflow_jax.nn.quantized import Quantized, quantize
 
-MATRICES = re.compile(r"(^|/)layers/\w+/\w+/kernel$")  # of stacked layers: (L, in, ...)
 _quantize_stack = jax.jit(partial(quantize, axis=1))
 
 
@@ -28,7 +26,7 @@ def quantize_params(params: Params) -> Params:
 
 def quantize_param(name: str, param: Any) -> Any:
     """The parameter of that name ("flow/deep/...") as `quantize_params` gives it, sharded as it is."""
-    if not MATRICES.search(name):
+    if not sharding.is_layer_matrix(name):
         return param
     quantized: Quantized = _quantize_stack(param)
     if isinstance(quantized.q, jax.core.Tracer) or not isinstance(param.sharding, NamedSharding):

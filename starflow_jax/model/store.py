@@ -49,6 +49,18 @@ def load_model(config: Config, workdir: Path) -> LoadedModel:
     return loaded._replace(params=inference_params(config, params))
 
 
+def load_encoder(config: Config) -> Params:
+    """{"text": parameters} of a frozen text encoder on the mesh in force, with sample.weights=int8 quantized; {} where
+    there is none."""
+    mesh, int8 = sharding.current_mesh(), config.sample.weights == "int8"
+
+    def placed(name: str, value: np.ndarray) -> Any:
+        array: Any = sharding.spread(value, mesh) if mesh else jnp.asarray(value)
+        return quantize_param(name, array) if int8 else array
+
+    return frozen_encoder_params(config, placed)
+
+
 def abstract_params(config: Config, mesh: Mesh) -> Params:
     """What `load_model` gives of flow, denoiser and a trained text encoder on a mesh, in shapes."""
     params = sharding.layers_as(jax.eval_shape(lambda: init_params(config, jax.random.key(0))),
@@ -127,8 +139,7 @@ def load_trained(config: Config, workdir: Path, convert: Callable[[str, jax.Arra
         abstract = sharding.abstract(abstract, mesh)
     abstract = sharding.layers_as(abstract, jnp.dtype(config.model.dtype))
     params = parameters.restore_params(folder, abstract, convert)
-    encoder = frozen_encoder_params(config)
-    params = {**params, **(sharding.spread(encoder, mesh) if mesh else encoder)}
+    params = {**params, **load_encoder(config)}
     return LoadedModel(_placed_system(load_system(config, workdir / "system")), params, f"{workdir}, step {step}",
                        _checksum(folder / checksums.CHECKSUMS))
 

@@ -1,16 +1,20 @@
 """Text of a config: what a prompt says, its tokens, its features."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
 
+from starflow_jax import sharding
 from starflow_jax.config import Config
 from starflow_jax.model.sources import data_source
-from starflow_jax.text.pretrained import encoder_config, load_encoder, load_tokenizer
+from starflow_jax.text.pretrained import encoder_config, load_tokenizer, open_encoder
 from starflow_jax.text.prompt import EXTEND, format_prompt
 from starflow_jax.text.t5 import T5Config, T5Encoder, mask_padding
 from starflow_jax.text.tokenizer import Tokenizer, train_tokenizer
@@ -45,14 +49,21 @@ def encode_text(encoder: T5Encoder, params: Any, ids_BS: jax.Array) -> jax.Array
     return mask_padding(features, ids_BS)
 
 
-def frozen_encoder_params(config: Config) -> dict[str, Any]:
-    """{"text": parameters} of the frozen text encoder, which no checkpoint holds; {} where there is none.
+def frozen_encoder_params(config: Config, convert: Callable[[str, np.ndarray], Any] | None = None) -> dict[str, Any]:
+    """{"text": parameters} of the frozen text encoder, which no checkpoint holds; {} where there is none. They are read
+    one by one, the layers' matrices in the dtype that they are multiplied in.
 
-    Raises UserError where text.weights can't be read.
+    convert: ("text/...", array) -> what is kept of it, by default the array on this process's first device. Raises
+    UserError where text.weights can't be read.
     """
     if config.text.encoder != "frozen" or not config.model.text_length:
         return {}
-    return {"text": jax.tree.map(jnp.asarray, load_encoder(Path(config.text.weights), config.model.text_dim))}
+    params = {}
+    for part, array in open_encoder(Path(config.text.weights), config.model.text_dim).items():
+        name = f"text/{part}"
+        value = np.asarray(array, jnp.dtype(config.model.dtype) if sharding.is_layer_matrix(name) else None)
+        params[name] = convert(name, value) if convert else jnp.asarray(value)
+    return traverse_util.unflatten_dict(params, sep="/")
 
 
 def text_fingerprint(config: Config) -> dict[str, Any]:

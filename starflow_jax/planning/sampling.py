@@ -225,7 +225,8 @@ def abstract_model(config: Config, mesh: Mesh) -> tuple[dict[str, Any], Any]:
     params = abstract_params(config, mesh)
     if config.text.encoder == "frozen" and config.model.text_length:
         encoder, ids = abstract_text_encoder(config), jnp.zeros((1, config.model.text_length), jnp.int32)
-        shapes = jax.eval_shape(lambda: encoder.init(jax.random.key(0), ids)["params"])
+        made = jax.eval_shape(lambda: encoder.init(jax.random.key(0), ids)["params"])
+        shapes = sharding.layers_as(made, jnp.dtype(config.model.dtype))
         params["text"] = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
                                               sharding=sharding.spread_sharding(leaf.shape, mesh)), shapes)

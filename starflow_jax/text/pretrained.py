@@ -6,11 +6,10 @@
 import functools
 import json
 from pathlib import Path
-from typing import Any
 
 from starflow_jax.config import UserError
-from starflow_jax.io.tensor_files import open_safetensors
-from starflow_jax.text.t5 import T5Config, load_t5
+from starflow_jax.io.tensor_files import StoredArray, open_safetensors
+from starflow_jax.text.t5 import T5Config, stack_t5
 from starflow_jax.text.tokenizer import Tokenizer
 
 SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets",
@@ -57,13 +56,14 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.load(_file_of(folder, "spiece.model"))
 
 
-def load_encoder(folder: Path, text_dim: int) -> dict[str, Any]:
-    """Float32 parameters of T5Encoder(encoder_config(folder)), read tensor by tensor; a decoder's are passed over.
+def open_encoder(folder: Path, text_dim: int) -> dict[str, StoredArray]:
+    """{"layers/attention/q/kernel": array} of the parameters of T5Encoder(encoder_config(folder)), float32, each read
+    on first use; a decoder's are passed over.
 
     Raises UserError for a folder that holds no such encoder.
     """
     config = encoder_config(folder, text_dim)
-    return load_t5(open_safetensors(folder), config)
+    return stack_t5(open_safetensors(folder), config)
 
 
 def _file_of(folder: Path, name: str) -> Path:

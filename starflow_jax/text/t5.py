@@ -6,18 +6,19 @@ K as keys), D model width, H heads, L layers.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 
 from starflow_jax.config import UserError
-from starflow_jax.io.tensor_files import Array
+from starflow_jax.io.tensor_files import Array, StoredArray
 from starflow_jax.nn.quantized import Dense
 
 
@@ -183,49 +184,56 @@ def mask_padding(features_BSD: jax.Array, ids_BS: jax.Array) -> jax.Array:
 
 
 def load_t5(tensors: Mapping[str, Array], config: T5Config) -> dict[str, Any]:
-    """Encoder parameters, float32, from a Hugging Face T5 v1.1 state dict.
+    """Encoder parameters, float32, from a Hugging Face T5 v1.1 state dict: the tree for
+    `T5Encoder(config).apply({"params": tree}, ids)`. Raises UserError as `stack_t5`."""
+    found = stack_t5(tensors, config)
+    return traverse_util.unflatten_dict({name: np.asarray(array) for name, array in found.items()}, sep="/")
 
-    Other tensors (a decoder's) are ignored. Returns the tree for
-    `T5Encoder(config).apply({"params": tree}, ids)`. Raises UserError for a tensor that is missing
-    or has another shape than the config's.
+
+def stack_t5(tensors: Mapping[str, Array], config: T5Config) -> dict[str, StoredArray]:
+    """{"layers/attention/q/kernel": array} of the same parameters, each read on first use.
+
+    Other tensors (a decoder's) are ignored. Raises UserError for a tensor that is missing or has another shape than
+    the config's.
     """
-    c, read = config, functools.partial(_read, tensors)
-    inner = c.num_heads * c.d_kv
+    c, inner = config, config.num_heads * config.d_kv
     bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-
-    def norms(name: str) -> dict[str, np.ndarray]:
-        rows = [read(f"encoder.block.{i}.{name}.weight", c.d_model) for i in range(c.num_layers)]
-        return {"weight": np.stack(rows)}
-
-    def dense(name: str, features_in: int, features_out: int) -> dict[str, np.ndarray]:
-        # PyTorch keeps [out, in], Flax [in, out].
-        names = [f"encoder.block.{i}.{name}.weight" for i in range(c.num_layers)]
-        return {"kernel": np.stack([read(name, features_out, features_in).T for name in names])}
-
     attention, feed_forward = "layer.0.SelfAttention", "layer.1.DenseReluDense"
+    one = partial(_stored, tensors)
+
+    def layers(name: str, *shape: int) -> StoredArray:
+        return _stacked([one(f"encoder.block.{i}.{name}.weight", *shape) for i in range(c.num_layers)])
+
     return {
-        "embed": {"embedding": read("shared.weight", c.vocab_size, c.d_model)},
-        "position_bias": read(bias, c.relative_attention_num_buckets, c.num_heads),
-        "layers": {
-            "attention_norm": norms("layer.0.layer_norm"),
-            "attention": {
-                **{name: dense(f"{attention}.{name}", c.d_model, inner) for name in ("q", "k", "v")},
-                "o": dense(f"{attention}.o", inner, c.d_model),
-            },
-            "feed_forward_norm": norms("layer.1.layer_norm"),
-            "feed_forward": {
-                "wi_0": dense(f"{feed_forward}.wi_0", c.d_model, c.d_ff),
-                "wi_1": dense(f"{feed_forward}.wi_1", c.d_model, c.d_ff),
-                "wo": dense(f"{feed_forward}.wo", c.d_ff, c.d_model),
-            },
-        },
-        "final_norm": {"weight": read("encoder.final_layer_norm.weight", c.d_model)},
+        "embed/embedding": one("shared.weight", c.vocab_size, c.d_model),
+        "position_bias": one(bias, c.relative_attention_num_buckets, c.num_heads),
+        "layers/attention_norm/weight": layers("layer.0.layer_norm", c.d_model),
+        **{f"layers/attention/{name}/kernel": layers(f"{attention}.{name}", inner, c.d_model) for name in "qkv"},
+        "layers/attention/o/kernel": layers(f"{attention}.o", c.d_model, inner),
+        "layers/feed_forward_norm/weight": layers("layer.1.layer_norm", c.d_model),
+        **{f"layers/feed_forward/{name}/kernel": layers(f"{feed_forward}.{name}", c.d_ff, c.d_model)
+           for name in ("wi_0", "wi_1")},
+        "layers/feed_forward/wo/kernel": layers(f"{feed_forward}.wo", c.d_model, c.d_ff),
+        "final_norm/weight": one("encoder.final_layer_norm.weight", c.d_model),
     }
 
 
-def _read(tensors: Mapping[str, Array], name: str, *shape: int) -> np.ndarray:
+def _stored(tensors: Mapping[str, Array], name: str, *shape: int) -> StoredArray:
     if name not in tensors:
         raise UserError(f"T5 weights have no tensor {name}; give an encoder of T5 v1.1 (flan-t5)")
     if tuple(tensors[name].shape) != shape:
         raise UserError(f"T5 tensor {name} has shape {tensors[name].shape}, the config needs {shape}")
-    return np.asarray(tensors[name], np.float32)
+    return StoredArray(shape, np.float32, lambda: np.asarray(tensors[name], np.float32))
+
+
+def _stacked(layers: list[StoredArray]) -> StoredArray:
+    """One parameter of all layers; PyTorch keeps a matrix as [out, in], Flax as [in, out]."""
+    shape = (len(layers), *layers[0].shape[::-1])
+
+    def read() -> np.ndarray:
+        stacked = np.empty(shape, np.float32)
+        for index, layer in enumerate(layers):
+            stacked[index] = np.asarray(layer).T
+        return stacked
+
+    return StoredArray(shape, np.float32, read)

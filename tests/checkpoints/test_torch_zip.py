@@ -1,10 +1,7 @@
 """Files of torch.save read without torch: as torch reads them, where it is installed, and a file made by hand."""
 
-import pickle
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +9,7 @@ import pytest
 
 from starflow_jax.checkpoints.torch_zip import open_pth
 from starflow_jax.config import UserError
+from tests.pth_files import Named, view, write, write_state_dict
 
 PIPELINE = Path(__file__).parents[1] / "golden" / "pipeline"
 
@@ -38,6 +36,18 @@ def test_as_torch_reads_it(tmp_path: Path) -> None:
         np.testing.assert_array_equal(ours, tensor.numpy(), err_msg=name, strict=True)
 
 
+def test_what_is_written_without_torch_is_a_file_of_torch(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    random = np.random.default_rng(0)
+    arrays = {"a.weight": random.normal(size=(2, 3, 4)).astype(jnp.bfloat16), "a.bias": np.arange(3.0),
+              "scalar": np.ones((), np.float32)}
+    write_state_dict(tmp_path / "a.pth", arrays)
+    found = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert list(found) == list(arrays) and found["a.weight"].dtype == torch.bfloat16
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name].double().numpy(), array.astype(np.float64), strict=True)
+
+
 def test_what_is_no_number_of_numpy_is_one_line(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     torch.save({"x": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "a.pth")
@@ -45,43 +55,9 @@ def test_what_is_no_number_of_numpy_is_one_line(tmp_path: Path) -> None:
         open_pth(tmp_path / "a.pth")
 
 
-class Named:
-    """Pickled as a name of a module that need not be there."""
-
-    def __init__(self, module: str, name: str, *arguments: Any):
-        self.module, self.name, self.arguments = module, name, arguments
-
-
-class Pickler(pickle._Pickler):  # type: ignore[name-defined]  # the one in Python, whose reducers can be set
-    def persistent_id(self, value: Any) -> Any:
-        return value.arguments if isinstance(value, Named) and value.name == "persistent" else None
-
-    def save(self, value: Any, save_persistent_id: bool = True) -> None:
-        if isinstance(value, Named) and value.name != "persistent":
-            self.write(pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode())
-            if value.arguments:
-                self.save(value.arguments)
-                self.write(pickle.REDUCE)
-            return
-        super().save(value, save_persistent_id)
-
-
-def write(path: Path, tree: Any, storages: dict[str, np.ndarray]) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        with archive.open("a/data.pkl", "w") as file:
-            Pickler(file, protocol=2).dump(tree)
-        for key, values in storages.items():
-            archive.writestr(f"a/data/{key}", values.tobytes())
-
-
-def tensor(key: str, offset: int, shape: tuple, strides: tuple, storage: str = "FloatStorage") -> Named:
-    held = Named("", "persistent", "storage", Named("torch", storage), key, "cpu", 6)
-    return Named("torch._utils", "_rebuild_tensor_v2", held, offset, shape, strides, False, OrderedDict())
-
-
 def test_views_of_one_storage(tmp_path: Path) -> None:
     values = np.arange(6, dtype=np.float32)
-    write(tmp_path / "a.pth", {"x": tensor("0", 0, (2, 3), (3, 1)), "y": tensor("0", 1, (2, 2), (1, 3))}, {"0": values})
+    write(tmp_path / "a.pth", {"x": view("0", 0, (2, 3), (3, 1)), "y": view("0", 1, (2, 2), (1, 3))}, {"0": values})
     found = open_pth(tmp_path / "a.pth")
     np.testing.assert_array_equal(np.asarray(found["x"]), [[0, 1, 2], [3, 4, 5]])
     np.testing.assert_array_equal(np.asarray(found["y"]), [[1, 4], [2, 5]])
@@ -89,7 +65,7 @@ def test_views_of_one_storage(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_cut_off_or_asks_for_more(tmp_path: Path) -> None:
-    write(tmp_path / "a.pth", {"x": tensor("0", 0, (2, 4), (4, 1))}, {"0": np.arange(6, dtype=np.float32)})
+    write(tmp_path / "a.pth", {"x": view("0", 0, (2, 4), (4, 1))}, {"0": np.arange(6, dtype=np.float32)})
     with pytest.raises(UserError, match="a tensor's values are cut off"):
         np.asarray(open_pth(tmp_path / "a.pth")["x"])
     write(tmp_path / "a.pth", {"x": Named("builtins", "eval", "1 + 1")}, {})

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -19,7 +20,7 @@ from starflow_jax.model.store import load_model
 from starflow_jax.model.system import System, save_system
 from starflow_jax.model.text import encode_text, frozen_encoder_params, text_encoder
 from starflow_jax.modes.convert import convert
-from starflow_jax.text.pretrained import encoder_config, load_encoder, load_tokenizer
+from starflow_jax.text.pretrained import encoder_config, load_tokenizer, open_encoder
 from starflow_jax.text.t5 import T5Encoder, mask_padding
 from starflow_jax.text.tokenizer import EOS_ID, PAD_ID, train_tokenizer
 from tests.helpers import tiny_model
@@ -48,7 +49,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_golden_numbers_from_shards(published: Path) -> None:
     tensors = load_file(GOLDEN / "t5_encoder.safetensors")
     ids_BS, mask_BS = tensors["in/input_ids"], tensors["in/attention_mask"]
-    params = load_encoder(published, text_dim=48)
+    params = frozen_encoder_params(Config(name="frozen", model=tiny_model(text_dim=48), codec=Codec(),
+                                          text=Text(encoder="frozen", weights=str(published))))["text"]
     encoder = T5Encoder(encoder_config(published, text_dim=48))
     features = jax.jit(encoder.apply)({"params": params}, ids_BS, mask_BS)
     for ours, name in ((features, "out/last_hidden_state"), (mask_padding(features, mask_BS), "out/masked")):
@@ -86,6 +88,11 @@ def test_a_converted_model_comes_with_its_encoder(published: Path, tmp_path: Pat
     system, params, source, _ = load_model(config, tmp_path)
     assert source == f"{tmp_path}, step 0" and set(params) == {"flow", "text"}
     assert params["text"]["embed"]["embedding"].shape == (96, 48)
+    assert params["text"]["layers"]["attention"]["q"]["kernel"].dtype == jnp.float32
+    bfloat16 = dataclasses.replace(config, model=tiny_model(text_dim=48, dtype="bfloat16"))
+    kept = load_model(bfloat16, tmp_path).params["text"]
+    assert kept["layers"]["attention"]["q"]["kernel"].dtype == jnp.bfloat16  # as they are multiplied
+    assert kept["embed"]["embedding"].dtype == kept["final_norm"]["weight"].dtype == jnp.float32
     assert system.tokenizer.model == (published / "spiece.model").read_bytes()
 
 
@@ -93,7 +100,7 @@ def test_what_is_no_such_encoder_is_refused(published: Path, tmp_path: Path) -> 
     for told, folder in (("must be a folder", Path("")), ("must be a folder", tmp_path / "none"),
                          ("holds no config.json", tmp_path)):
         with pytest.raises(UserError, match=told):
-            load_encoder(folder, 48)
+            open_encoder(folder, 48)
     with pytest.raises(UserError, match="48 channels, model.text_dim=2048"):
         encoder_config(published, 2048)
     for harm, told in [(dict(feed_forward_proj="relu"), "no T5 v1.1"), (dict(d_kv=None), "d_kv"),
@@ -102,7 +109,7 @@ def test_what_is_no_such_encoder_is_refused(published: Path, tmp_path: Path) -> 
         shutil.copytree(published, folder)
         (folder / "config.json").write_text(json.dumps({**CASE["config"], **harm}))
         with pytest.raises(UserError, match=told):
-            load_encoder(folder, 48)
+            open_encoder(folder, 48)
     (folder / "spiece.model").unlink()
     with pytest.raises(UserError, match="holds no spiece.model"):
         load_tokenizer(folder)
@@ -110,4 +117,4 @@ def test_what_is_no_such_encoder_is_refused(published: Path, tmp_path: Path) -> 
     (folder / "spiece.model").write_bytes(b"")
     next(folder.glob("model-00002*")).write_bytes(b"cut")
     with pytest.raises(UserError, match="can't be read as safetensors"):
-        load_encoder(tmp_path / "num_layers" / "4", 48)
+        open_encoder(tmp_path / "num_layers" / "4", 48)
