@@ -30,8 +30,9 @@ def latents(model: Model, batch: int = 1, frames: int = 0, seed: int = 10) -> ja
 
 
 def as_jax(random: np.ndarray) -> jax.Array:
-    """In JAX's default precision; rounded by NumPy, or JAX would compile a conversion for each shape."""
-    return jnp.asarray(random.astype(jax.dtypes.canonicalize_dtype(float)))
+    """In JAX's default precision. NumPy rounds and device_put copies: jnp.asarray would compile a program for each
+    shape."""
+    return jax.device_put(random.astype(jax.dtypes.canonicalize_dtype(float)))
 
 
 def text(model: Model, batch: int = 1, seed: int = 20) -> jax.Array | None:
@@ -54,7 +55,7 @@ def randomised(variables: Any, scale: float = 0.5, seed: int = 1) -> Any:
         axis = -3 if "qkv" in jax.tree_util.keystr(path) else -2
         fan_in = leaf.shape[axis] if leaf.ndim > 1 else 1
         added = scale / np.sqrt(fan_in) * random.normal(size=leaf.shape)
-        return jnp.asarray(np.asarray(leaf) + np.asarray(added, leaf.dtype))  # nothing to compile for each shape
+        return jax.device_put(np.asarray(leaf) + np.asarray(added, leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(add, variables)
 

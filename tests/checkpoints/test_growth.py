@@ -25,7 +25,7 @@ def random_params(model: Model, seed: int = 1) -> dict[str, Any]:
     """{"flow/deep/...": array}, none of them zero, with means far from zero in the residual stream."""
     flow = STARFlow(model)
     shapes = jax.eval_shape(flow.init, jax.random.key(0), latents(model), text(model))["params"]
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
     flat = traverse_util.flatten_dict(randomised(zeros, scale=1.0, seed=seed), sep="/")
     for part in ("proj_in", "transformer/layers/layer/proj", "transformer/layers/layer/mlp_out"):
         flat[f"deep/{part}/bias"] += 0.7
@@ -34,7 +34,7 @@ def random_params(model: Model, seed: int = 1) -> dict[str, Any]:
 
 
 def variables(arrays: dict[str, Any]) -> dict[str, Any]:
-    flat = {name.removeprefix("flow/"): jnp.asarray(np.asarray(array)) for name, array in arrays.items()}
+    flat = {name.removeprefix("flow/"): jax.device_put(np.asarray(array)) for name, array in arrays.items()}
     return {"params": traverse_util.unflatten_dict(flat, sep="/")}
 
 

@@ -40,8 +40,8 @@ def random_params(config: WanConfig, seed: int = 0) -> Any:
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if len(leaf.shape) == 1:
-            return jnp.asarray(random.uniform(0.5, 1.0, leaf.shape).astype(leaf.dtype))
-        return jnp.asarray(random.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape).astype(leaf.dtype))
+            return jax.device_put(random.uniform(0.5, 1.0, leaf.shape).astype(leaf.dtype))
+        return jax.device_put(random.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape).astype(leaf.dtype))
 
     return jax.tree.map(draw, abstract_params(config, jnp.float32))
 
