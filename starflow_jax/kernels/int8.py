@@ -12,9 +12,19 @@ LARGEST = 127  # as far below zero as above it: without -128
 def to_int8(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     """(q int8, scale float32 without `axis`): x is about q * scale, with one scale for all that lies along the axis."""
     x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
-    scale = jnp.where(largest == 0, 1, largest / LARGEST)
-    return jnp.round(x / scale).astype(jnp.int8), scale.squeeze(axis)
+    scale = scales(x, axis)
+    return rounded(x, scale), scale.squeeze(axis)
+
+
+def scales(x: jax.Array, axis: int) -> jax.Array:
+    """The scales of `to_int8`, float32, with `axis` of length 1; as exact of an x in fewer bits."""
+    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True).astype(jnp.float32)
+    return jnp.where(largest == 0, 1, largest / LARGEST)
+
+
+def rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x / scale, int8."""
+    return jnp.round(x.astype(jnp.float32) / scale).astype(jnp.int8)
 
 
 class Int8Slots(flax.struct.PyTreeNode):

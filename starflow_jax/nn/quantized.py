@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from starflow_jax.kernels.int8 import to_int8
+from starflow_jax.kernels.int8 import rounded, scales
 
 
 class Quantized(flax.struct.PyTreeNode):
@@ -28,7 +28,9 @@ class Quantized(flax.struct.PyTreeNode):
 
 def quantize(x: jax.Array, axis: int) -> Quantized:
     """x rounded to int8, with one scale for all that lies along `axis`; zeros stay zeros."""
-    return Quantized(*to_int8(x, axis))
+    # Without a barrier XLA would make one float32 copy of all of x, for its largest values and for the rounding.
+    x, scale = lax.optimization_barrier((x, scales(x, axis)))
+    return Quantized(rounded(x, scale), scale.squeeze(axis))
 
 
 class Dense(nn.Dense):
