@@ -24,6 +24,14 @@ def test_each_channel_is_rounded_to_a_scale_of_its_own() -> None:
     assert not error[..., 6].any() and np.isfinite(found.scale).all()  # what is zero stays zero
 
 
+def test_a_stack_in_bfloat16_is_rounded_without_a_copy_of_it() -> None:
+    x = normal(4, 64, 256).astype(jnp.bfloat16)
+    found, expected = jax.jit(quantize, static_argnames="axis")(x, axis=1), quantize(x.astype(jnp.float32), axis=1)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    memory = jax.jit(quantize, static_argnames="axis").lower(x, axis=1).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < x.nbytes / 10
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("layer", [Dense(5), DenseGeneral((3, 5)), Dense(5, use_bias=False)])
 def test_a_layer_multiplies_by_its_quantized_kernel(layer: nn.Module, dtype) -> None:
