@@ -103,5 +103,7 @@ def restore_params(folder: Path, abstract_params: Any, convert: Callable[[str, j
     with ocp.PyTreeCheckpointer() as checkpointer:
         if convert is None:
             return traverse_util.unflatten_dict(read(placed), sep="/")
+        # Each is waited for: an array is in memory until what was made of it is there.
         return traverse_util.unflatten_dict(
-            {name: convert(name, read({name: leaf})[name]) for name, leaf in placed.items()}, sep="/")
+            {name: jax.block_until_ready(convert(name, read({name: leaf})[name])) for name, leaf in placed.items()},
+            sep="/")

@@ -55,7 +55,7 @@ def load_encoder(config: Config) -> Params:
     mesh, int8 = sharding.current_mesh(), config.sample.weights == "int8"
 
     def placed(name: str, value: np.ndarray) -> Any:
-        array: Any = sharding.spread(value, mesh) if mesh else jnp.asarray(value)
+        array: Any = sharding.spread(value, mesh) if mesh else jax.device_put(value)
         return quantize_param(name, array) if int8 else array
 
     return frozen_encoder_params(config, placed)

@@ -62,7 +62,7 @@ def frozen_encoder_params(config: Config, convert: Callable[[str, np.ndarray], A
     for part, array in open_encoder(Path(config.text.weights), config.model.text_dim).items():
         name = f"text/{part}"
         value = np.asarray(array, jnp.dtype(config.model.dtype) if sharding.is_layer_matrix(name) else None)
-        params[name] = convert(name, value) if convert else jnp.asarray(value)
+        params[name] = jax.block_until_ready(convert(name, value) if convert else jax.device_put(value))
     return traverse_util.unflatten_dict(params, sep="/")
 
 
