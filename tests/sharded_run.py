@@ -28,7 +28,7 @@ from tests.helpers import random_params, tiny_model
 from tests.training.test_losses import config_of
 
 ONE = (1, 1, 1, 1)
-BY_TOKENS = {"all_gather": (1, 1, 1, 8), "ring": (1, 2, 1, 4)}  # of the model's four heads too few for eight devices
+BY_TOKENS = {"all_gather": (1, 1, 1, 8), "ring": (2, 1, 1, 4)}  # of the model's four heads too few for eight devices
 # Odd numbers of tokens (2 x 9, and 3 of text before them), which no axis divides.
 MODEL = tiny_model(height=3, width=3, shallow_layers=(1,), deep_width=80, shallow_width=80, denoiser="first_layer",
                    denoiser_layers=1)

@@ -44,24 +44,23 @@ def sharded_run(folder: Path, *names: str) -> dict:
 @pytest.fixture(scope="module")
 def eight_devices(tmp_path_factory) -> dict:
     """One program for all, as each start costs seconds; every axis is in a mesh."""
-    return sharded_run(tmp_path_factory.mktemp("sharded"), "2x2x2x1", "1x2x2x2", "all_gather", "ring")
+    return sharded_run(tmp_path_factory.mktemp("sharded"), "1x2x2x2", "all_gather", "ring")
 
 
 SINGLE_VIDEO = ("2x2x2x1", "1x2x2x2")  # sharded by its heads
 
 
-@pytest.mark.parametrize("mesh", ["2x2x2x1", "1x2x2x2"])
-def test_training_sampling_and_checkpoints_are_those_of_one_device(eight_devices: dict, mesh: str) -> None:
-    check_mesh(eight_devices[mesh], mesh)
+def test_training_sampling_and_checkpoints_are_those_of_one_device(eight_devices: dict) -> None:
+    check_mesh(eight_devices["1x2x2x2"], "1x2x2x2")
 
 
-@pytest.mark.slow
-def test_meshes_of_a_single_axis(tmp_path: Path) -> None:
-    meshes = ("8x1x1x1", "1x8x1x1")
+@pytest.mark.slow  # 1x2x2x2 is quick, as is training with `ring` over data
+def test_other_meshes(tmp_path: Path) -> None:
+    meshes = ("8x1x1x1", "1x8x1x1", "2x2x2x1")
     found = sharded_run(tmp_path, *meshes)
     for mesh in meshes:
         check_mesh(found[mesh], mesh)
-    assert [found[mesh]["kernel_part"] for mesh in meshes] == [1, 1 / 8]
+    assert [found[mesh]["kernel_part"] for mesh in meshes] == [1, 1 / 8, 1 / 4]
 
 
 def check_mesh(found: dict, mesh: str) -> None:
@@ -86,7 +85,7 @@ def test_attention_by_tokens_is_that_of_one_device(eight_devices: dict, choice: 
 def test_parameters_are_sharded(eight_devices: dict) -> None:
     """A matrix of a layer over fsdp and tensor, and only over those."""
     parts = {mesh: found["kernel_part"] for mesh, found in eight_devices.items() if "x" in mesh}
-    assert parts == {"1x1x1x1": 1, "2x2x2x1": 1 / 4, "1x2x2x2": 1 / 4}
+    assert parts == {"1x1x1x1": 1, "1x2x2x2": 1 / 4}
 
 
 def test_one_table_and_no_collisions() -> None:
