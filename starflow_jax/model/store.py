@@ -37,15 +37,16 @@ class LoadedModel(NamedTuple):
     weights: str  # equal for equal parameters: a checksum of the files that they were read from
 
 
-def load_model(config: Config, workdir: Path) -> LoadedModel:
+def load_model(config: Config, workdir: Path, encoder: bool = True) -> LoadedModel:
     """The workdir's model, or the package's where the workdir holds none, on the mesh in force; its parameters as
-    `inference_params` gives them.
+    `inference_params` gives them. encoder: with a frozen text encoder, or without.
 
     Raises UserError where the workdir holds another model, or none and the package has none of this config.
     """
     int8 = config.sample.weights == "int8"
     loaded = load_trained(config, workdir, quantize_param if int8 else None) or load_pretrained(config, workdir)
-    params = quantize_params(loaded.params) if int8 else loaded.params
+    params = {**loaded.params, **(load_encoder(config) if encoder else {})}
+    params = quantize_params(params) if int8 else params
     return loaded._replace(params=inference_params(config, params))
 
 
@@ -120,7 +121,8 @@ def own_settings(config: Config, workdir: Path) -> tuple[Config, str]:
 
 def load_trained(config: Config, workdir: Path, convert: Callable[[str, jax.Array], Any] | None = None
                  ) -> LoadedModel | None:
-    """A workdir's newest or best checkpoint, its averaged parameters on the mesh in force; None where there is none.
+    """A workdir's newest or best checkpoint, its averaged parameters on the mesh in force, without a frozen text
+    encoder's; None where there is none.
 
     convert: see `restore_params`. Raises UserError where it is another model's, and where all checkpoints are damaged.
     """
@@ -139,7 +141,6 @@ def load_trained(config: Config, workdir: Path, convert: Callable[[str, jax.Arra
         abstract = sharding.abstract(abstract, mesh)
     abstract = sharding.layers_as(abstract, jnp.dtype(config.model.dtype))
     params = parameters.restore_params(folder, abstract, convert)
-    params = {**params, **load_encoder(config)}
     return LoadedModel(_placed_system(load_system(config, workdir / "system")), params, f"{workdir}, step {step}",
                        _checksum(folder / checksums.CHECKSUMS))
 

@@ -6,7 +6,7 @@ settings compare and hash equal. So a system can be made again, or replaced, wit
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class System:
     tokenizer: Tokenizer
     codec: LatentCodec
     calibration: Calibration = Calibration()
+    encoded: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # features of whole prompts, made ahead
 
     @property
     def flow(self) -> STARFlow:
@@ -89,9 +90,15 @@ class System:
         """Text features of token ids, (B, text_length, text_dim), padding zeroed."""
         return encode_text(self.text_encoder, params["text"], ids_BS)
 
+    def prompt_features(self, params: Params, prompts: Sequence[str]) -> jax.Array:
+        """(B, text_length, text_dim) features of whole prompts: those made ahead, or else encoded."""
+        if self.encoded and all(prompt in self.encoded for prompt in prompts):
+            return jnp.asarray(np.stack([self.encoded[prompt] for prompt in prompts]))
+        return self.features(params, self.text_ids(prompts))
+
     def caption_features(self, params: Params, captions: Sequence[str], is_image: bool = False) -> jax.Array:
         """(B, text_length, text_dim) features of captions with the metadata of training."""
-        return self.features(params, self.text_ids([self.prompt(caption, is_image) for caption in captions]))
+        return self.prompt_features(params, [self.prompt(caption, is_image) for caption in captions])
 
     def text_of(self, params: Params, text: jax.Array) -> jax.Array:
         """(B, S, D) features of a batch's text, which is features already or token ids (B, S)."""

@@ -4,9 +4,11 @@ A list of prompts that was interrupted goes on, and several processes share one.
 """
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from starflow_jax.config import Config, UserError
@@ -14,8 +16,9 @@ from starflow_jax.io.progress import table
 from starflow_jax.model.store import load_model
 from starflow_jax.sampling.given import given_frames
 from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
+from starflow_jax.sampling.offload import encode_ahead, with_tiles
 from starflow_jax.sampling.origin import origin_of
-from starflow_jax.sampling.requests import read_requests, share_of, with_length
+from starflow_jax.sampling.requests import Request, read_requests, rewritten, share_of, with_length
 from starflow_jax.sampling.sizes import at_asked_size, resized
 from starflow_jax.sampling.videos import Videos
 
@@ -33,12 +36,19 @@ def sample(config: Config, workdir: Path) -> None:
     process, together = jax.process_index(), len({device.process_index for device in mesh.devices.flat}) > 1
     if not together:
         requests = share_of(requests, config.sample, process, jax.process_count())
+    model_config, config = with_tiles(model_config), with_tiles(config)
+    failed: list[tuple[Request, Exception]] = []
+    encoded: dict[str, np.ndarray] = {}
     with on_mesh(mesh):
-        loaded = load_model(model_config, workdir)
-        system = resized(loaded.system, config)
+        if config.sample.offload:
+            requests = rewritten(config, requests, lambda *failure: failed.append(failure))
+            encoded = encode_ahead(config, workdir, [request.prompt for request in requests])
+        loaded = load_model(model_config, workdir, encoder=not encoded)
+        system = dataclasses.replace(resized(loaded.system, config), encoded=encoded)
         print(f"model: {loaded.source}")
         videos = Videos(system, loaded.params, known_THWC, Path(config.sample.output or workdir / "samples"),
                         origin_of(loaded, system, known_THWC), writes=not together or process == 0)
+        videos.failed += failed
         videos.make(requests)
     if jax.process_count() > 1:
         _wait_for_the_others()

@@ -178,8 +178,9 @@ def _memory(program: Program) -> ProgramMemory:
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     output, aliased, code = (memory.output_size_in_bytes, memory.alias_size_in_bytes,
                              memory.generated_code_size_in_bytes)
-    return ProgramMemory(program.name, arguments, temporaries, output, aliased, code, program.resident,
-                         peak=arguments + temporaries + output + code - aliased + program.resident)
+    resident = max(0, program.held - arguments)
+    return ProgramMemory(program.name, arguments, temporaries, output, aliased, code, resident,
+                         peak=arguments + temporaries + output + code - aliased + resident)
 
 
 def advice(config: Config, mesh: dict[str, int], excess_bytes: float) -> str:

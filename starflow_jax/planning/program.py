@@ -12,5 +12,5 @@ class Program:
     compiled: Any
     times: float = 1
     unknown_trips: float = 1  # of the solver's loops
-    resident: int = 0  # bytes a device of what stays there beside its arguments
+    held: int = 0  # bytes a device of its arguments and of all that stays there meanwhile, where that is known
     lowered: Any = None

@@ -21,6 +21,7 @@ from starflow_jax.flow.denoiser_stream import score_next
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.model.codec import patch_shape
 from starflow_jax.model.parameters import decoding_variables
+from starflow_jax.model.quantize import quantize_params
 from starflow_jax.model.store import abstract_params
 from starflow_jax.model.text import encode_text, text_encoder
 from starflow_jax.planning import codec as plan_codec
@@ -29,6 +30,7 @@ from starflow_jax.sampling.conditions import draw_noise, latent_frames, stack_br
 from starflow_jax.sampling.denoise import denoiser_step
 from starflow_jax.sampling.generate import joined
 from starflow_jax.sampling.likelihood import window_nll
+from starflow_jax.sampling.offload import with_tiles
 from starflow_jax.sampling.solver import complete, deep_solver, shallow_solver
 from starflow_jax.sampling.stream import place
 from starflow_jax.sampling.windows import denoising_windows
@@ -48,15 +50,14 @@ class Chain:
         """What the function, a jitted one, returns, in shapes."""
         lowered = function.lower(*args, **keywords)
         compiled = lowered.compile(compiler_options=options)
-        self.programs.append(Program(name, compiled, times, unknown_trips, self._resident_beside((args, keywords)),
-                                     lowered))
+        self.programs.append(Program(name, compiled, times, unknown_trips, self._held_with((args, keywords)), lowered))
         return jax.tree.map(lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
                             lowered.out_info, compiled.output_shardings)
 
-    def _resident_beside(self, arguments: Any) -> int:
-        """Bytes a device of what is resident and not among a program's arguments."""
-        taken = {id(leaf) for leaf in jax.tree.leaves(arguments)}
-        return sum(_bytes_per_device(leaf) for leaf in jax.tree.leaves(self.resident) if id(leaf) not in taken)
+    def _held_with(self, arguments: Any) -> int:
+        """Bytes a device of what is resident and of a program's arguments, also those that it makes no use of."""
+        leaves = {id(leaf): leaf for leaf in jax.tree.leaves((self.resident, arguments)) if hasattr(leaf, "sharding")}
+        return sum(map(_bytes_per_device, leaves.values()))
 
 
 def _bytes_per_device(leaf: Any) -> int:
@@ -68,6 +69,7 @@ class Sampling:
     """The stages of sampling for plan.videos videos."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
+        config = with_tiles(config)
         self.config, self.mesh, self.flow = config, mesh, STARFlow(config.model)
         self.total = latent_frames(config, config.sample)
         self.params, self.codec = abstract_model(config, mesh)
@@ -95,7 +97,13 @@ class Sampling:
         if model.text_length:
             prompts = videos + (1 if self.config.sample.guidance else 0)
             ids = jax.ShapeDtypeStruct((prompts, model.text_length), jnp.int32)
-            features = run("text encoder", encode_text, abstract_text_encoder(self.config), self.params["text"], ids)
+            encoder, held = abstract_text_encoder(self.config), self.chain.resident
+            ahead = self.config.sample.offload and self.config.text.encoder == "frozen"
+            if ahead:
+                self.chain.resident = {}
+            features = run("text encoder", encode_text, encoder, self.params["text"], ids)
+            if ahead:
+                self.chain.resident = {**held, "params": {**self.params, "text": None}}
             text = run("text by branches", stack_branches, features, videos)
         seeds = jax.ShapeDtypeStruct((videos,), jnp.uint32)
         return text, run("noise", draw_noise, seeds, (self.total, model.tokens_per_frame, model.token_channels))
@@ -214,9 +222,9 @@ def _effort(config: Config) -> dict[str, Any] | None:
 
 
 def abstract_text_encoder(config: Config) -> T5Encoder:
-    """The encoder of text.weights; where no folder is named, a frozen one has flan-t5-xl's sizes."""
+    """The encoder of text.weights; where no folder is named, a frozen one has the depth of flan-t5-xl."""
     if config.text.encoder == "frozen" and not config.text.weights:
-        return T5Encoder(FLAN_T5_XL, dtype=jnp.dtype(config.model.dtype))
+        return T5Encoder(dataclasses.replace(FLAN_T5_XL, d_model=config.model.text_dim), dtype=jnp.dtype(config.model.dtype))
     return text_encoder(config)
 
 
@@ -224,12 +232,15 @@ def abstract_model(config: Config, mesh: Mesh) -> tuple[dict[str, Any], Any]:
     """(parameters as `load_model` places them on the mesh, the codec), in shapes."""
     params = abstract_params(config, mesh)
     if config.text.encoder == "frozen" and config.model.text_length:
-        encoder, ids = abstract_text_encoder(config), jnp.zeros((1, config.model.text_length), jnp.int32)
-        made = jax.eval_shape(lambda: encoder.init(jax.random.key(0), ids)["params"])
-        shapes = sharding.layers_as(made, jnp.dtype(config.model.dtype))
-        params["text"] = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
-                                              sharding=sharding.spread_sharding(leaf.shape, mesh)), shapes)
+        encoder, ids = abstract_text_encoder(config), jax.ShapeDtypeStruct((1, config.model.text_length), jnp.int32)
+        shapes = jax.eval_shape(lambda ids: encoder.init(jax.random.key(0), ids)["params"], ids)
+        shapes = sharding.layers_as(shapes, jnp.dtype(config.model.dtype))
+        if config.sample.weights == "int8":
+            params |= sharding.abstract(jax.eval_shape(quantize_params, {"text": shapes}), mesh)
+        else:
+            params["text"] = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
+                                                  sharding=sharding.spread_sharding(leaf.shape, mesh)), shapes)
     return params, jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
         abstract_codec(config))

@@ -15,6 +15,7 @@ from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.codec import pixel_frames
 from starflow_jax.model.parameters import Params, flow_variables
 from starflow_jax.model.system import System
+from starflow_jax.model.text import prompt_text
 from starflow_jax.sampling.solver import chosen_solver
 
 GIVEN_NOISE = 0x5EED  # turns a video's seed into that of the noise on its given frames
@@ -106,10 +107,14 @@ def guidance_texts(
     system: System, params: Params, prompts: Sequence[str], settings: Sample, is_image: bool
 ) -> jax.Array:
     """(branches, B, text_length, text_dim): features of the prompts and, with guidance, of the negative prompt."""
-    full = partial(system.prompt, is_image=is_image, fps=settings.fps, aspect_ratio=settings.aspect_ratio)
+    full = full_prompts(system.config, prompts, settings, is_image)
+    return stack_branches(system.prompt_features(params, full), len(prompts))
+
+
+def full_prompts(config: Config, prompts: Sequence[str], settings: Sample, is_image: bool) -> list[str]:
+    """What the text encoder is given: the prompts and, with guidance, the negative one, each with its metadata."""
     away = [settings.negative_prompt] if settings.guidance else []
-    features = system.features(params, system.text_ids([full(prompt) for prompt in (*prompts, *away)]))
-    return stack_branches(features, len(prompts))
+    return [prompt_text(config, prompt, is_image, settings.fps, settings.aspect_ratio) for prompt in (*prompts, *away)]
 
 
 @partial(jax.jit, static_argnums=1)

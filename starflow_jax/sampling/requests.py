@@ -92,7 +92,7 @@ def rewritten(config: Config, requests: list[Request],
 
     on_failure: called for each request whose prompt can't be, which is then left out; without it UserError is raised.
     """
-    if not config.sample.rewrite:
+    if not config.sample.rewrite or all(request.given for request in requests):  # done before
         return requests
     hook, prompts = rewriter(config.sample.rewrite), dict.fromkeys(request.prompt for request in requests)
     longer: dict[str, str] = {}

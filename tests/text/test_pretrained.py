@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from starflow_jax import modes
 from starflow_jax.codec import patch
-from starflow_jax.config import Codec, Config, Convert, Text, UserError
+from starflow_jax.config import Codec, Config, Convert, Sample, Text, UserError
 from starflow_jax.io.tensor_files import write_safetensors
 from starflow_jax.model.codec import patch_shape
 from starflow_jax.model.parameters import model_fingerprint
@@ -20,6 +21,7 @@ from starflow_jax.model.store import load_model
 from starflow_jax.model.system import System, save_system
 from starflow_jax.model.text import encode_text, frozen_encoder_params, text_encoder
 from starflow_jax.modes.convert import convert
+from starflow_jax.sampling import batches
 from starflow_jax.text.pretrained import encoder_config, load_tokenizer, open_encoder
 from starflow_jax.text.t5 import T5Encoder, mask_padding
 from starflow_jax.text.tokenizer import EOS_ID, PAD_ID, train_tokenizer
@@ -77,14 +79,20 @@ def test_features_of_a_prompt(published: Path) -> None:
     assert model_fingerprint(moved) == model_fingerprint(config)
 
 
-def test_a_converted_model_comes_with_its_encoder(published: Path, tmp_path: Path) -> None:
+def converted(published: Path, workdir: Path) -> Config:
+    """The config of a model that is converted into a workdir and has a codec there."""
     config = Config(name="frozen", model=tiny_model(text_dim=48), codec=Codec(kind="patch"),
                     text=Text(encoder="frozen", weights=str(published)),
-                    convert=Convert(source=str(tmp_path / "released.safetensors")))
-    write_safetensors(tmp_path / "released.safetensors", random_released(config.model))
-    convert(config, tmp_path)
+                    convert=Convert(source=str(workdir / "released.safetensors")))
+    write_safetensors(workdir / "released.safetensors", random_released(config.model))
+    convert(config, workdir)
     codec = patch.fit(np.zeros((1, 5, 8, 12, 3), np.uint8), patch_shape(config), config.model.channels)
-    save_system(System(config, load_tokenizer(published), codec), tmp_path / "system")
+    save_system(System(config, load_tokenizer(published), codec), workdir / "system")
+    return config
+
+
+def test_a_converted_model_comes_with_its_encoder(published: Path, tmp_path: Path) -> None:
+    config = converted(published, tmp_path)
     system, params, source, _ = load_model(config, tmp_path)
     assert source == f"{tmp_path}, step 0" and set(params) == {"flow", "text"}
     assert params["text"]["embed"]["embedding"].shape == (96, 48)
@@ -94,6 +102,30 @@ def test_a_converted_model_comes_with_its_encoder(published: Path, tmp_path: Pat
     assert kept["layers"]["attention"]["q"]["kernel"].dtype == jnp.bfloat16  # as they are multiplied
     assert kept["embed"]["embedding"].dtype == kept["final_norm"]["weight"].dtype == jnp.float32
     assert system.tokenizer.model == (published / "spiece.model").read_bytes()
+
+
+def test_offloading_makes_the_same_video_without_the_encoder_beside_the_flow(
+        published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two prompts, a negative one and a change of the prompt, all encoded before the flow is read."""
+    config = converted(published, tmp_path)
+    held: list[set[str]] = []
+    generate_clips = batches.generate_clips
+
+    def watched(system, params, *arguments, **settings):
+        held.append(set(params))
+        return generate_clips(system, params, *arguments, **settings)
+
+    monkeypatch.setattr(batches, "generate_clips", watched)
+    (tmp_path / "prompts.txt").write_text("a red seven moves\na blue cat sleeps")
+    sample = Sample(prompts_file=str(tmp_path / "prompts.txt"), negative_prompt="a cat", changes="3: a blue seven",
+                    frames=5, guidance=1.5, batch_size=2)
+    for offload, name in ((False, "at_once"), (True, "in_turn")):
+        modes.run("sample", dataclasses.replace(config, sample=dataclasses.replace(
+            sample, offload=offload, output=str(tmp_path / name))), tmp_path)
+    assert held == [{"flow", "text"}, {"flow"}]
+    for path in (tmp_path / "at_once").glob("*.mp4"):
+        assert path.read_bytes() == (tmp_path / "in_turn" / path.name).read_bytes()
+    assert len(list((tmp_path / "in_turn").glob("*.mp4"))) == 2
 
 
 def test_what_is_no_such_encoder_is_refused(published: Path, tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""One part of a model after the other, for devices that do not hold all of them at once (sample.offload)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from starflow_jax.config import Config, changed
+from starflow_jax.io.progress import ProgressBar
+from starflow_jax.model.store import load_encoder
+from starflow_jax.model.text import encode_text, read_tokenizer, text_encoder
+from starflow_jax.sampling.batches import in_batches
+from starflow_jax.sampling.conditions import full_prompts, latent_frames, prompt_changes
+from starflow_jax.sharding import fetch
+
+TILE = 16  # latents of a tile's side
+PROMPTS = 32  # encoded at once
+
+
+def with_tiles(config: Config) -> Config:
+    """The config with the Wan VAE working on tiles, where it offloads and names no tile."""
+    tiles = config.sample.offload and config.codec.kind == "wan" and not config.codec.tile
+    return changed(config, "codec", {"tile": TILE}) if tiles else config
+
+
+def encode_ahead(config: Config, workdir: Path, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """{whole prompt: features (text_length, text_dim)} of all that videos of these prompts are made from, by a frozen
+    text encoder that is on the devices only meanwhile; {} where it was trained along with the flow."""
+    if config.text.encoder != "frozen" or not config.model.text_length:
+        return {}
+    settings = config.sample
+    needed = [*prompts, *prompt_changes(config, settings).values()]
+    whole = list(dict.fromkeys(full_prompts(config, needed, settings, latent_frames(config, settings) == 1)))
+    tokenizer, params = read_tokenizer(config, workdir / "system"), load_encoder(config)
+    encoded: dict[str, np.ndarray] = {}
+    with ProgressBar("text", len(whole), unit="prompt", compiles=True) as progress:
+        for batch in in_batches(whole, PROMPTS):
+            ids = tokenizer.encode(list(batch), config.model.text_length)
+            encoded |= zip(batch, fetch(encode_text(text_encoder(config), params["text"], ids)))
+            progress.update(len(batch))
+    return encoded
