@@ -224,7 +224,8 @@ def _effort(config: Config) -> dict[str, Any] | None:
 def abstract_text_encoder(config: Config) -> T5Encoder:
     """The encoder of text.weights; where no folder is named, a frozen one has the depth of flan-t5-xl."""
     if config.text.encoder == "frozen" and not config.text.weights:
-        return T5Encoder(dataclasses.replace(FLAN_T5_XL, d_model=config.model.text_dim), dtype=jnp.dtype(config.model.dtype))
+        sizes = dataclasses.replace(FLAN_T5_XL, d_model=config.model.text_dim)
+        return T5Encoder(sizes, dtype=jnp.dtype(config.model.dtype))
     return text_encoder(config)
 
 
