@@ -44,7 +44,8 @@ def plan(config: Config, workdir: Path) -> None:
 
 def _order(plan: StepPlan) -> tuple[bool, float, int]:
     """The fastest that fits comes first."""
-    return not plan.fits, plan.cost.bound_seconds_per_step if plan.cost else math.inf, plan.peak_bytes_per_chip
+    bound = plan.cost.bound_seconds_per_step if plan.cost else None
+    return not plan.fits, math.inf if bound is None else bound, plan.peak_bytes_per_chip
 
 
 def _line(plan: StepPlan) -> str:
@@ -57,8 +58,10 @@ def _line(plan: StepPlan) -> str:
     if not plan.fits or plan.cost is None:
         return f"{where}: {plan.advice}"
     used, there = plan.peak_bytes_per_chip / GIB, plan.hbm_bytes_per_chip / GIB
-    return (f"{where}: fits, {used:.1f} of {there:.0f} GiB a chip, "
-            f"at least {plan.cost.bound_seconds_per_step:.2f} s a step, MFU at most {plan.cost.bound_mfu:.2f}")
+    line = f"{where}: fits, {used:.1f} of {there:.0f} GiB a chip"
+    if plan.cost.bound_seconds_per_step is None:
+        return f"{line}, by the buffers of this machine's CPU"
+    return f"{line}, at least {plan.cost.bound_seconds_per_step:.2f} s a step, MFU at most {plan.cost.bound_mfu:.2f}"
 
 
 def _cells(plan: StepPlan, keys: tuple[str, ...]) -> list[str]:

@@ -20,6 +20,7 @@ from starflow_jax.planning import program_cost, roofline
 from starflow_jax.planning.program import Program
 from starflow_jax.planning.programs import abstract_params_of, compile_step
 from starflow_jax.planning.roofline import GIB
+from starflow_jax.planning.topology import gpu_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +51,17 @@ class StepCost:
     """Work and time bound of a step, of its programs together."""
 
     memory: tuple[ProgramMemory, ...]
-    programs: tuple[ProgramBound, ...]
-    compiler_flops_per_step: float  # counted in the compiled programs, each loop as often as it runs
-    compiler_flops_loops_once: float  # the compiler's own count, with each loop's body once
-    hbm_traffic_bytes_per_chip: float
-    collective_bytes_per_chip: dict[str, float]
-    bound_seconds_per_step: float
-    compute_seconds: float
-    hbm_seconds: float
-    ici_seconds: float
-    limited_by: str
-    bound_mfu: float
+    programs: tuple[ProgramBound, ...] = ()  # none, like what follows, where a chip's rates are not known
+    compiler_flops_per_step: float | None = None  # counted in the compiled programs, each loop as often as it runs
+    compiler_flops_loops_once: float | None = None  # the compiler's own count, with each loop's body once
+    hbm_traffic_bytes_per_chip: float | None = None
+    collective_bytes_per_chip: dict[str, float] | None = None
+    bound_seconds_per_step: float | None = None
+    compute_seconds: float | None = None
+    hbm_seconds: float | None = None
+    ici_seconds: float | None = None
+    limited_by: str | None = None
+    bound_mfu: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,8 @@ def plan_of(config: Config, devices: list[Any]) -> StepPlan:
     """
     if config.plan.step == "sample":
         devices = devices[:math.prod(dataclasses.astuple(config.mesh)) or None]  # sampling may leave devices unused
-    mesh, chip = sharding.make_mesh(config.mesh, devices), roofline.chip_of(devices[0])
+    mesh, chip = sharding.make_mesh(config.mesh, devices), roofline.chip_of(
+        devices[0], gpu_memory(config.plan.topology))
     model, train, codec = config.model, config.plan.step == "train", config.plan.step == "codec"
     sharding.check_model(model, mesh)
     videos = config.train.batch_size if train else config.plan.videos
@@ -154,9 +156,12 @@ def bytes_needed(error: str) -> int | None:
 
 
 def _cost(programs: list[Program], chip: roofline.Chip, model_flops: float | None, devices: int
-          ) -> tuple[StepCost, float]:
+          ) -> tuple[StepCost, float | None]:
     """The programs' work and the bound that follows, and the model's operations; model_flops=None: the programs' own
     products are taken for those."""
+    memory = tuple(map(_memory, programs))
+    if not chip.peak_flops:
+        return StepCost(memory), model_flops
     total, raw, bounds = program_cost.Cost(), 0.0, []
     for program in programs:
         cost = program_cost.count(program.compiled, program.unknown_trips)
@@ -166,7 +171,7 @@ def _cost(programs: list[Program], chip: roofline.Chip, model_flops: float | Non
     flops = total.flops * devices if model_flops is None else model_flops
     limit = roofline.bound(total, chip, flops / devices)
     return StepCost(
-        memory=tuple(map(_memory, programs)), programs=tuple(bounds), compiler_flops_per_step=total.flops * devices,
+        memory=memory, programs=tuple(bounds), compiler_flops_per_step=total.flops * devices,
         compiler_flops_loops_once=raw * devices, hbm_traffic_bytes_per_chip=total.hbm_bytes,
         collective_bytes_per_chip=total.collective_bytes, bound_seconds_per_step=limit.seconds,
         compute_seconds=limit.compute_seconds, hbm_seconds=limit.hbm_seconds, ici_seconds=limit.ici_seconds,
@@ -207,5 +212,10 @@ def advice(config: Config, mesh: dict[str, int], excess_bytes: float) -> str:
             helps.append("--config.plan.videos=1")
         if config.model.dtype != "bfloat16":
             helps.append("--config.model.dtype=bfloat16")
-    return (f"exceeds a chip's memory by {excess_bytes / GIB:.1f} GiB; what would help: {'; '.join(helps)}; "
+        helps += [f"--config.sample.{name}=int8" for name in ("weights", "cache") if not getattr(config.sample, name)]
+        if not config.sample.offload:
+            helps.append("--config.sample.offload=true")
+    # A compiler keeps some of a chip's memory back.
+    said = f"exceeds a chip's memory by {excess_bytes / GIB:.1f} GiB" if excess_bytes > 0 else "the compiler refuses it"
+    return (f"{said}; what would help: {'; '.join(helps)}; "
             "or more or larger chips")

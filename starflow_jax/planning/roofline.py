@@ -19,7 +19,7 @@ class Chip:
     name: str
     cores: int
     hbm_bytes: float
-    peak_flops: float  # bfloat16 products, a second
+    peak_flops: float  # bfloat16 products, a second; 0, like both bandwidths: not known
     hbm_bandwidth: float  # bytes a second
     ici_bandwidth: float  # bytes a second that it sends over all its links together
 
@@ -40,11 +40,15 @@ CHIPS = {
 }
 
 
-def chip_of(device: Any) -> Chip:
+def chip_of(device: Any, memory_gb: float = 0) -> Chip:
     """What a JAX device has of its chip: half of one where each of a chip's two cores is a device (TPU7x).
+
+    memory_gb: of a GPU, for which a CPU stands in.
 
     Raises UserError for a device that the table doesn't have.
     """
+    if device.platform == "cpu" and memory_gb:
+        return Chip(f"{memory_gb:g} GB", 1, memory_gb * GB, 0, 0, 0)
     if device.device_kind not in CHIPS:
         raise UserError(f"device kind {device.device_kind!r}: its limits are not known; there are {', '.join(CHIPS)}")
     chip = CHIPS[device.device_kind]

@@ -50,7 +50,8 @@ class Train(Settings):
 class Plan(Settings):
     """What --mode=plan compiles, and for which pod."""
 
-    topology: str = setting("v5p:4x4x4", "kind and shape of the pod; kinds are v4, v5e, v5p, v6e and tpu7x")
+    topology: str = setting("v5p:4x4x4", "kind and shape of the pod; kinds are v4, v5e, v5p, v6e and tpu7x; or a "
+                        "GPU's memory, such as gpu:80GB")
     step: str = setting("train", "a training step; all programs that make videos of the training length; or the Wan "
                         "VAE's on one chip", one_of("train", "sample", "codec"))
     videos: int = setting(1, "videos sampled, or coded, together", POSITIVE)

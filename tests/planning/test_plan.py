@@ -1,7 +1,9 @@
 """The plan of a step: what is accounted for, and what is said of a step that does not fit."""
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 from starflow_jax import config as settings_of
 from starflow_jax.codec.wan_weights import abstract_params
 from starflow_jax.config import Config, UserError
+from starflow_jax.modes.plan import plan
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.planning import roofline
 from starflow_jax.planning.plan import StepPlan, advice, bytes_needed, plan_of
@@ -44,7 +47,7 @@ def small_codec(monkeypatch: pytest.MonkeyPatch, **changes) -> Config:
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> StepPlan:
     """A training step over four of this machine's devices, as if each were a chip."""
-    monkeypatch.setattr(roofline, "chip_of", lambda device: CHIP)
+    monkeypatch.setattr(roofline, "chip_of", lambda device, memory=0: CHIP)
     config = dataclasses.replace(with_plan(small(), step="train"), mesh=settings_of.Mesh(data=1, fsdp=4))
     return plan_of(config, jax.devices()[:4])
 
@@ -65,7 +68,7 @@ def test_a_plan_accounts_for_memory_work_and_time(planned: StepPlan) -> None:
 
 
 def test_int8_takes_less_of_a_chip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "chip_of", lambda device: CHIP)
+    monkeypatch.setattr(roofline, "chip_of", lambda device, memory=0: CHIP)
     model = tiny_model(deep_width=240, shallow_width=80, deep_layers=4, text_length=256, dtype="bfloat16")
     config = dataclasses.replace(with_plan(small(), step="sample"), model=model, mesh=settings_of.Mesh(1, 1, 1, 1))
 
@@ -83,6 +86,19 @@ def test_int8_takes_less_of_a_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     assert math.isclose(whole - arguments(cache="int8"), of_cache, rel_tol=0.03)
 
 
+def test_a_gpus_memory_is_planned_by_the_buffers_of_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Without libtpu; times are not known."""
+    asked = dataclasses.replace(with_plan(small(), step="sample", topology="gpu:24GB"))
+    plan(asked, tmp_path)
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["hbm_bytes_per_chip"] == 24e9 and found["fits"] and found["bound_seconds_per_step"] is None
+    parts = {part["program"]: part for part in found["memory"]}
+    assert found["peak_bytes_per_chip"] == max(part["peak"] for part in parts.values())
+    deep, text = parts["deep block, a step"], parts["text encoder"]
+    assert deep["aliased"] > 0 and deep["resident"] > text["arguments"] / 2 > 0  # the encoder stays beside it
+    assert "by the buffers of this machine's CPU" in capsys.readouterr().out
+
+
 def test_its_json_is_one_flat_table(planned: StepPlan) -> None:
     row = planned.to_json()
     assert set(row) == ALWAYS_KNOWN | COST
@@ -94,7 +110,7 @@ def test_its_json_is_one_flat_table(planned: StepPlan) -> None:
 
 
 def test_a_step_that_needs_more_than_a_chip_has_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roofline, "chip_of", lambda device: dataclasses.replace(CHIP, hbm_bytes=1000.0))
+    monkeypatch.setattr(roofline, "chip_of", lambda device, memory=0: dataclasses.replace(CHIP, hbm_bytes=1000.0))
     found = plan_of(dataclasses.replace(with_plan(small()), mesh=settings_of.Mesh(1, 1, 1, 1)), jax.devices()[:1])
     assert not found.fits and found.cost is not None and found.peak_bytes_per_chip > 1000
     assert "exceeds a chip's memory by" in found.advice and "accumulate=4" in found.advice
