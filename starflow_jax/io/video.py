@@ -79,7 +79,8 @@ class Mp4Writer:
     def _open_stream(self, height: int, width: int) -> av.VideoStream:
         stream = self._container.add_stream("libx264", rate=self._rate)
         stream.height, stream.width, stream.pix_fmt = height, width, self._pixels
-        stream.options = {**self._codec}
+        # x264's macroblock tree reads memory that it has not written: the same frames would give other bytes each time.
+        stream.options = {"x264-params": "mbtree=0", **self._codec}
         # Tagged and converted as BT.709: untagged files are shown as BT.601 or BT.709 as the player likes.
         context = stream.codec_context
         context.colorspace = Colorspace.ITU709

@@ -47,7 +47,7 @@ def chip_of(device: Any, memory_gb: float = 0) -> Chip:
 
     Raises UserError for a device that the table doesn't have.
     """
-    if device.platform == "cpu" and memory_gb:
+    if memory_gb:
         return Chip(f"{memory_gb:g} GB", 1, memory_gb * GB, 0, 0, 0)
     if device.device_kind not in CHIPS:
         raise UserError(f"device kind {device.device_kind!r}: its limits are not known; there are {', '.join(CHIPS)}")

@@ -1,5 +1,9 @@
 """Videos: what is written is read back, right in colour, size and rate."""
 
+import os
+import subprocess
+import sys
+
 import av
 import numpy as np
 import pytest
@@ -118,3 +122,22 @@ def test_growing_mp4_plays_before_it_is_closed(tmp_path):
     writer.write(frames_THWC[5:])
     writer.close()
     assert len(video_io.read_video(tmp_path / "grows.mp4")[0]) == 8
+
+
+@pytest.mark.parametrize("pixels", ["yuv420p", "yuv444p"])
+def test_the_same_frames_give_the_same_bytes_whatever_memory_held_before(pixels: str) -> None:
+    """In fresh processes whose memory is filled with something else each time."""
+    program = f"""
+import hashlib, io
+import numpy as np
+from starflow_jax.io.video import Mp4Writer
+file, rows = io.BytesIO(), np.random.default_rng(0).integers(0, 255, (1, 8, 30, 3), np.uint8)
+frames = np.concatenate([np.roll(rows.repeat(8, 1).repeat(8, 2), 2 * step, axis=2) for step in range(20)])
+writer = Mp4Writer(file, 8, 1, {{}}, {{"crf": "16"}}, {pixels!r})
+writer.write(frames[:, :, :96])
+writer.close()
+print(hashlib.sha256(file.getvalue()).hexdigest())
+"""
+    made = {subprocess.run([sys.executable, "-c", program], env={**os.environ, "MALLOC_PERTURB_": fill}, check=True,
+                           capture_output=True, text=True).stdout for fill in ("1", "200")}
+    assert len(made) == 1 and len(made.pop().strip()) == 64

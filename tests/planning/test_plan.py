@@ -31,6 +31,9 @@ COST = {"memory", "programs", "compiler_flops_per_step", "compiler_flops_loops_o
         "limited_by", "bound_mfu"}
 
 
+SMALL_TEXT = settings_of.Text(d_model=4, d_kv=4, d_ff=8, layers=1, heads=1)
+
+
 def small(**changes) -> Config:
     model = tiny_model(deep_width=80, shallow_width=80, denoiser="first_layer", denoiser_layers=1, **changes)
     train = settings_of.Train(batch_size=4, steps=10, warmup_steps=1)
@@ -70,7 +73,8 @@ def test_a_plan_accounts_for_memory_work_and_time(planned: StepPlan) -> None:
 def test_int8_takes_less_of_a_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "chip_of", lambda device, memory=0: CHIP)
     model = tiny_model(deep_width=240, shallow_width=80, deep_layers=4, text_length=256, dtype="bfloat16")
-    config = dataclasses.replace(with_plan(small(), step="sample"), model=model, mesh=settings_of.Mesh(1, 1, 1, 1))
+    config = dataclasses.replace(with_plan(small(), step="sample"), model=model, text=SMALL_TEXT,
+                                 mesh=settings_of.Mesh(1, 1, 1, 1))
 
     def arguments(**settings: str) -> int:
         """Bytes that decoding a frame is given."""
@@ -88,7 +92,7 @@ def test_int8_takes_less_of_a_chip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gpus_memory_is_planned_by_the_buffers_of_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Without libtpu; times are not known."""
-    asked = dataclasses.replace(with_plan(small(), step="sample", topology="gpu:24GB"))
+    asked = dataclasses.replace(with_plan(small(), step="sample", topology="gpu:24GB"), text=SMALL_TEXT)
     plan(asked, tmp_path)
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["hbm_bytes_per_chip"] == 24e9 and found["fits"] and found["bound_seconds_per_step"] is None
