@@ -165,6 +165,8 @@ class _Counter:
             return 0.0  # the value only passes through
         if user.opcode == "fusion":
             within = self.module.computations[user.called("calls")[0]]
+            if user is not inside.root and all(_rearranged(within, within.parameters[index].name) for index in at):
+                return self._read(inside, user.name)
             return sum(self._read(within, within.parameters[index].name) for index in at)
         return 1.0
 
@@ -183,6 +185,13 @@ class _Counter:
             return [_share(inside[instruction.operands[1]], instruction)]
         shares = [1.0] * len(instruction.arrays)
         return [0.0, *shares[1:]] if _is_call(instruction, "AsyncCollectiveStart") else shares  # [0]: its operand
+
+
+def _rearranged(inside: Computation, name: str) -> bool:
+    """Whether a fusion does nothing with a value but give it another layout."""
+    users = inside.users[name]
+    return bool(users) and all(user.opcode in SAME_ELEMENTS and (user is inside.root or _rearranged(inside, user.name))
+                               for user in users)
 
 
 def _ends(inside: Computation) -> set[str]:

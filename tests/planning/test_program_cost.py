@@ -183,6 +183,35 @@ def test_traffic_of_one_fusion() -> None:
     assert count(program).hbm_bytes == 2 * 4 * 2 * 50
 
 
+def test_a_slice_of_what_a_fusion_within_lays_out_anew_is_a_slice() -> None:
+    """As TPUs read a layer of int8 weights: of 8 layers of 1 KiB one is read and one written."""
+    text = """HloModule m
+
+%relaid (whole: s8[8,1024]) -> s8[8,1024] {
+  %whole = s8[8,1024]{1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %copy = s8[8,1024]{1,0:T(8,128)(4,1)} copy(%whole)
+}
+
+%layer (stack: s8[8,1024], index: s32[]) -> s8[1,1024] {
+  %stack = s8[8,1024]{1,0:T(32,128)(4,1)} parameter(0)
+  %index = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %again = s8[8,1024]{1,0:T(8,128)(4,1)} fusion(%stack), kind=kLoop, calls=%relaid
+  ROOT %slice = s8[1,1024]{1,0} dynamic-slice(%again, %index, %zero), dynamic_slice_sizes={1,1024}
+}
+
+ENTRY %e (stack: s8[8,1024], index: s32[]) -> s8[1,1024] {
+  %stack = s8[8,1024]{1,0:T(32,128)(4,1)} parameter(0)
+  %index = s32[] parameter(1)
+  ROOT %out = s8[1,1024]{1,0} fusion(%stack, %index), kind=kLoop, calls=%layer
+}
+"""
+    read_and_written = count(text).hbm_bytes
+    assert 2 * 1024 <= read_and_written < 4 * 8 * 1024  # tiles of 32 rows are padded
+    assert count(text.replace("T(32,128)(4,1)", "T(1,128)").replace("T(8,128)(4,1)", "T(1,128)")).hbm_bytes == (
+        pytest.approx(2 * 1024, abs=8))
+
+
 def array_bytes(text: str) -> tuple[float, int]:
     module = parse(f"HloModule m\n\nENTRY %e (p: {text}) -> {text} {{\n  ROOT %p = {text} parameter(0)\n}}\n")
     array, = module.computations["e"].root.arrays
