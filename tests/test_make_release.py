@@ -60,6 +60,7 @@ def test_values_keep_the_size_of_what_they_multiply() -> None:
     assert (random_tensor("blocks.5.proj_out.bias", (9,)) == 0).all()
 
 
+@pytest.mark.slow  # quick: tests/modes/test_released.py, of a release that is made otherwise
 def test_from_its_files_to_frames_in_int8(tmp_path: Path) -> None:
     files, workdir = tmp_path / "files", tmp_path / "made"
     make_release(files, "tiny")

@@ -70,6 +70,7 @@ def test_a_plan_accounts_for_memory_work_and_time(planned: StepPlan) -> None:
                         planned.model_flops_per_step)
 
 
+@pytest.mark.slow  # quick: tests/flow/test_int8_cache.py and tests/nn/test_quantized.py, of single programs
 def test_int8_takes_less_of_a_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "chip_of", lambda device, memory=0: CHIP)
     model = tiny_model(deep_width=240, shallow_width=80, deep_layers=4, text_length=256, dtype="bfloat16")
