@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from configs.released import video_7b
 from starflow_jax.checkpoints.released import BUFFERS
