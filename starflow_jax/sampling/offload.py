@@ -18,8 +18,10 @@ PROMPTS = 32  # encoded at once
 
 
 def with_tiles(config: Config) -> Config:
-    """The config with the Wan VAE working on tiles, where it offloads and names no tile."""
-    tiles = config.sample.offload and config.codec.kind == "wan" and not config.codec.tile
+    """The config with the Wan VAE working on tiles, where it offloads, makes whole videos and names no tile. A stream
+    would keep the caches of all tiles, and take more."""
+    sample, codec = config.sample, config.codec
+    tiles = sample.offload and not sample.stream and codec.kind == "wan" and not codec.tile
     return changed(config, "codec", {"tile": TILE}) if tiles else config
 
 
