@@ -39,19 +39,22 @@ def sample(config: Config, workdir: Path) -> None:
     model_config, config = with_tiles(model_config), with_tiles(config)
     failed: list[tuple[Request, Exception]] = []
     encoded: dict[str, np.ndarray] = {}
-    with on_mesh(mesh):
-        if config.sample.offload:
-            requests = rewritten(config, requests, lambda *failure: failed.append(failure))
-            encoded = encode_ahead(config, workdir, [request.prompt for request in requests])
-        loaded = load_model(model_config, workdir, encoder=not encoded)
-        system = dataclasses.replace(resized(loaded.system, config), encoded=encoded)
-        print(f"model: {loaded.source}")
-        videos = Videos(system, loaded.params, known_THWC, Path(config.sample.output or workdir / "samples"),
-                        origin_of(loaded, system, known_THWC), writes=not together or process == 0)
-        videos.failed += failed
-        videos.make(requests)
-    if jax.process_count() > 1:
-        _wait_for_the_others()
+    videos_at_once = max(1, min(len(requests), config.sample.batch_size))
+    try:
+        with on_mesh(mesh):
+            if config.sample.offload:
+                requests = rewritten(config, requests, lambda *failure: failed.append(failure))
+                encoded = encode_ahead(config, workdir, [request.prompt for request in requests])
+            loaded = load_model(model_config, workdir, encoder=not encoded)
+            system = dataclasses.replace(resized(loaded.system, config), encoded=encoded)
+            print(f"model: {loaded.source}")
+            videos = Videos(system, loaded.params, known_THWC, Path(config.sample.output or workdir / "samples"),
+                            origin_of(loaded, system, known_THWC, videos_at_once), writes=not together or process == 0)
+            videos.failed += failed
+            videos.make(requests)
+    finally:  # the others go on, whatever happens here
+        if jax.process_count() > 1:
+            _wait_for_the_others()
     _report(videos)
 
 

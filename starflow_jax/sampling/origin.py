@@ -37,13 +37,13 @@ class Origin:
     cache_bytes_per_device: int
 
 
-def origin_of(loaded: LoadedModel, system: System, known_THWC: np.ndarray | None) -> Origin:
-    """Of videos that `system` makes, on the mesh in force."""
+def origin_of(loaded: LoadedModel, system: System, known_THWC: np.ndarray | None, videos: int) -> Origin:
+    """Of videos that `system` makes, so many together, on the mesh in force."""
     mesh = sharding.current_mesh()
     given = "" if known_THWC is None else f"{zlib.crc32(known_THWC.tobytes()):08x}"
     return Origin(loaded.source, loaded.weights, given, system.config.model.dtype, jax.devices()[0].device_kind,
                   dict(mesh.shape) if mesh else {}, bytes_per_device((loaded.params, system.codec)),
-                  cache_bytes_per_device(system, loaded.params))
+                  cache_bytes_per_device(system, loaded.params, videos))
 
 
 def bytes_per_device(arrays: Any) -> int:
@@ -55,10 +55,10 @@ def bytes_per_device(arrays: Any) -> int:
     return max(held.values(), default=0)
 
 
-def cache_bytes_per_device(system: System, params: Params) -> int:
-    """Bytes of keys and values that the deep block keeps of a batch of videos."""
+def cache_bytes_per_device(system: System, params: Params, videos: int) -> int:
+    """Bytes of keys and values that the deep block keeps of so many videos."""
     model, settings, mesh = system.config.model, system.config.sample, sharding.current_mesh()
-    videos, branches = settings.batch_size, 2 if settings.guidance else 1
+    branches = 2 if settings.guidance else 1
     known = jax.ShapeDtypeStruct((videos, 0, model.tokens_per_frame, model.token_channels), np.float32)
     text = jax.ShapeDtypeStruct((branches, videos, model.text_length, model.text_dim), np.float32)
     cache = jax.eval_shape(
@@ -79,7 +79,9 @@ def made_before(path: Path, request: Request, settings: Sample, origin: Origin) 
         facts = json.loads(path.read_text())
         same = (facts["weights"], facts["given"], facts["dtype"], facts["prompt_given"], facts["seed"]) == (
             origin.weights, origin.given, origin.dtype, request.given or request.prompt, request.seed)
-        return facts if same and _of_the_video(facts["settings"]) == _of_the_video(plain(settings)) else None
+        # Which of a prompt's videos is kept depends on which were made.
+        left_out = set(OF_THE_LIST) - ({"count", "keep", "seed"} if settings.keep else set())
+        return facts if same and _without(facts["settings"], left_out) == _without(plain(settings), left_out) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -89,5 +91,5 @@ def plain(settings: Sample) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(settings)))
 
 
-def _of_the_video(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in OF_THE_LIST}
+def _without(settings: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in names}

@@ -63,19 +63,24 @@ class Videos:
             raise UserError(reasons.pop().splitlines()[0])
 
     def _without_those_made_before(self, requests: Sequence[Request]) -> list[Request]:
-        settings, made = self.system.config.sample, set()
+        settings, made = self.system.config.sample, {}
         for request in requests:
             facts = made_before(details_path(self.folder, settings, request), request, settings, self.origin)
+            if facts is not None and self._video_path(request).exists():
+                made[request] = facts
+        enough = {request.prompt for request in made}
+        if settings.keep:  # a prompt of which fewer were kept is made anew as a whole
+            prompts = [request.prompt for request in made]
+            enough = {prompt for prompt in enough if prompts.count(prompt) >= settings.keep}
+            made = {request: facts for request, facts in made.items() if request.prompt in enough}
+        for request, facts in made.items():
             path = self._video_path(request)
-            if facts is not None and path.exists():
-                made.add(request)
-                self.rows.append(_stream_row(path, facts) if settings.stream else video_row(path, facts))
+            self.rows.append(_stream_row(path, facts) if settings.stream else video_row(path, facts))
         if made:
             print(f"{len(made)} of {len(requests)} videos are there already, of the same model and settings; delete "
                   "one to make it again")
-        enough = {prompt for prompt in {request.prompt for request in made}
-                  if settings.keep and sum(request.prompt == prompt for request in made) >= settings.keep}
-        return [request for request in requests if request not in made and request.prompt not in enough]
+        return [request for request in requests
+                if not (request.prompt in enough if settings.keep else request in made)]
 
     def _video_path(self, request: Request) -> Path:
         return self.folder / f"{request.name}{'_stream' if self.system.config.sample.stream else ''}.mp4"

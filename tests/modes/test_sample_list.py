@@ -54,6 +54,21 @@ def test_what_is_there_of_the_same_kind_is_not_made_again(model: Path, tmp_path:
     assert all(made(tmp_path)[name] > time for name, time in after.items())
 
 
+def test_of_prompts_whose_likeliest_are_kept_all_are_compared_again(model: Path, tmp_path: Path) -> None:
+    command = asked(model, tmp_path, "--config.sample.count=3", "--config.sample.keep=2")
+    assert run_here(command)[0] == 0
+    before = made(tmp_path)
+    assert len(before) == 6
+    lost = next((tmp_path / "videos").glob("a_blue*.json"))
+    lost.unlink()
+    code, out, error = run_here(command)
+    assert code == 0 and "4 of 9 videos are there already" in out, out + error
+    after = made(tmp_path)
+    assert set(after) == set(before) and {name[:6] for name in after if after[name] != before[name]} == {"a_blue"}
+    code, out, error = run_here([*command, "--config.sample.keep=1"])  # another choice is made anew
+    assert code == 0 and "there already" not in out, out + error
+
+
 def test_a_prompt_that_fails_is_listed_and_the_others_are_made(model: Path, tmp_path: Path) -> None:
     hook = f"{sys.executable} -c \"p = input(); assert 'three' not in p; print(p)\""
     code, out, error = run_here(asked(model, tmp_path, f"--config.sample.rewrite={hook}"))

@@ -68,7 +68,7 @@ def test_the_cache_takes_what_is_said_of_it(workdir: Path) -> None:
     model = sf.load(workdir, mesh={"data": 2, "tensor": 2})
     flow, settings, grid = model.system.flow, model.config.model, model.system.token_grid
     with jax.set_mesh(model.mesh):
-        said = cache_bytes_per_device(model.system, model.params)
+        said = cache_bytes_per_device(model.system, model.params, videos=8)
         known = jnp.zeros((8, 0, settings.tokens_per_frame, settings.token_channels))
         texts = jnp.zeros((2, 8, settings.text_length, settings.text_dim))
         state = decode.start_window(flow, decoding_variables(model.params), known, texts, window=settings.frames,
