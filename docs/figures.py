@@ -70,12 +70,12 @@ def residuals(updates: int) -> np.ndarray:
     system, params, _ = load_model(config, Path("no workdir"))
     given = make_conditions(system, params, PROMPTS, range(len(PROMPTS)), config.sample)
     variables, grid, frames = decoding_variables(params), system.token_grid, given.noise_BNSK.shape[1]
-    exact = decode.generate(system.flow, variables, given.noise_BNSK, given.texts, guidance=config.sample.guidance,
-                            token_grid=grid, guess_BSK=given.guess_BSK)
+    exact = decode.generate(system.flow, variables, given.noise_BNSK, given.texts.first,
+                            guidance=config.sample.guidance, token_grid=grid, guess_BSK=given.guess_BSK)
     u_BNSK = jnp.concatenate([frame for frame, _ in exact], axis=1)
 
     def last_residual(frame: int, count: int) -> np.ndarray:
-        state = decode.start_window(system.flow, variables, u_BNSK[:, :frame], given.texts[0], window=frames,
+        state = decode.start_window(system.flow, variables, u_BNSK[:, :frame], given.texts.first, window=frames,
                                     token_grid=grid, guess_BSK=given.guess_BSK)
         solver = decode.Solver(config.model.tokens_per_frame, tolerance=0.0, max_steps=count)
         _, _, report = decode.decode_frames(

@@ -43,7 +43,7 @@ def asked(workdir: Path, mesh: dict[str, int]) -> tuple[dict[str, np.ndarray], d
     model = sf.load(workdir, mesh=mesh)
     many = model.generate(PROMPTS, seed=3)
     single = model.generate(PROMPTS[0], seed=3, batch_size=1)
-    stream = np.concatenate(list(model.stream(PROMPTS[1], seed=4, frames=17)))
+    stream = np.concatenate(list(model.stream(PROMPTS[1], seed=4, frames=17, renoise=True)))
     longer = model.extend(single, PROMPTS[1], frames=17)
     kernel = model.params["flow"]["deep"]["transformer"]["layers"]["layer"]["mlp_in"]["kernel"]
     return ({"many": np.stack([video.frames for video in many]), "single": single.frames, "stream": stream,

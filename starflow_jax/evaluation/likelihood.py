@@ -20,7 +20,7 @@ from starflow_jax.io.pictures import HeatMap
 from starflow_jax.model.codec import pixel_frames
 from starflow_jax.model.parameters import Params, decoding_variables, flow_variables
 from starflow_jax.model.system import System
-from starflow_jax.sampling.conditions import noised
+from starflow_jax.sampling.conditions import caption_text, noised
 from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.generate import encode_z
 from starflow_jax.sampling.solver import complete, deep_solver, shallow_solver
@@ -93,10 +93,9 @@ def likelihood(system: System, params: Params, frames_THWC: np.ndarray, caption:
     noisy = noised(system, frames_THWC[None], range(draws))
 
     def nll_DNS(caption: str) -> np.ndarray:
-        text = system.caption_features(params, [caption], is_image=noisy.shape[1] == 1)
-        text = jnp.broadcast_to(text, (draws, *text.shape[1:]))
-        return np.asarray(windowed(system, noisy, lambda window, _: _window_nll_per_token(
-            system.flow, params, window, text), lookahead=0))
+        text = caption_text(system, params, [caption] * draws, noisy.shape[1])
+        return np.asarray(windowed(system, noisy, lambda part, window: _window_nll_per_token(
+            system.flow, params, part, text.at(window.begin, window.start)), lookahead=0))
 
     return Likelihood(nll_DNS(caption), nll_DNS(""), system.config.model.token_channels)
 

@@ -4,7 +4,8 @@
 same for every frame; `generate` drives it over a video of any length, `invert_shallow` finishes frames.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from starflow_jax.flow.inversion import SEQUENTIAL, Inverse, Known, Report, Solver
+from starflow_jax.flow.schedule import schedule
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.sharding import constrain
 
@@ -96,29 +98,29 @@ def _laid_out(state: WindowState) -> WindowState:
     return state.replace(known=known, previous_BSK=constrain(state.previous_BSK, "batch", None, None))
 
 
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """What is different in a window that was encoded again, or does not begin with the video's first frame."""
+
+    text_GBTD: jax.Array | None = None  # in place of the first text; None: the same
+    guidance: float | None = None  # None: the same
+    # (last frames of u, how many of them to encode, how many were made) -> those, as they are encoded
+    refresh: Callable[[jax.Array, int, int], jax.Array] | None = None
+
+
 def generate(
-    model: STARFlow,
-    params: Any,
-    noise_BTSK: jax.Array,
-    texts: jax.Array | dict[int, jax.Array] | None,
-    *,
-    guidance: float = 0.0,
-    solver: Solver = SEQUENTIAL,
-    token_grid: tuple[int, int],
-    known_BTSK: jax.Array | None = None,
-    window: int | None = None,
-    context: int | None = None,
-    guess_BSK: jax.Array | None = None,
-    start_BTSK: jax.Array | None = None,
-    cache: str = "",
+    model: STARFlow, params: Any, noise_BTSK: jax.Array, texts: jax.Array | dict[int, jax.Array] | None, *,
+    guidance: float = 0.0, solver: Solver = SEQUENTIAL, token_grid: tuple[int, int],
+    known_BTSK: jax.Array | None = None, window: int | None = None, context: int | None = None,
+    later: Later = Later(), guess_BSK: jax.Array | None = None, start_BTSK: jax.Array | None = None, cache: str = "",
 ) -> Iterator[tuple[jax.Array, Report]]:
     """Yield the frames of u that follow the known ones, (B, G, S, K) with their report, as they are finished.
 
     noise: one frame of it per frame to make. texts: (branches, B, text_length, text_dim), conditional
     features and, with guidance, what they are guided away from; or a dict of them by the index of the made
     frame from which on they hold (0 must be there). Past `window` frames (default: all fit), or with
-    another text, the last `context` frames are encoded again at positions from 0 and generation continues.
-    The solver starts at `start`, shaped as the noise, or each frame at the one before (the first at `guess`).
+    another text, the last `context` frames are encoded again at positions from 0 and generation continues, as `later`
+    says. The solver starts at `start`, shaped as the noise, or each frame at the one before (the first at `guess`).
     cache: see `start_window`.
     Raises ValueError where the known frames or the context do not fit the window.
     """
@@ -126,31 +128,26 @@ def generate(
     u_BTSK = jnp.zeros((batch, 0, tokens, channels), noise_BTSK.dtype) if known_BTSK is None else known_BTSK
     window = window or u_BTSK.shape[1] + total
     context = window * 3 // 4 if context is None else context
-    if u_BTSK.shape[1] >= window and total:
-        u_BTSK = u_BTSK[:, -max(context, 1):]
-    if not 0 < context < window and u_BTSK.shape[1] + total > window:
-        raise ValueError(f"context={context}: must be at least 1 and less than the window of {window} frames")
-    text_of = texts if isinstance(texts, dict) else {0: texts}
-    begin = partial(start_window, model, params, window=window, token_grid=token_grid, cache=cache)
-    index, in_window, state = 0, 0, None
-    while index < total:
-        changed = index > 0 and index in text_of
-        if index in text_of:
-            text_GBTD = text_of[index]
-        if state is None or changed or in_window == window:
-            if state is not None:
-                u_BTSK, state = u_BTSK[:, -(context if in_window == window else in_window):], None
-            state, in_window = begin(u_BTSK, text_GBTD, guess_BSK=guess_BSK), u_BTSK.shape[1]
-        next_change = min((at for at in text_of if at > index), default=total)
-        solver_now = solver if u_BTSK.shape[1] else solver.of_first_frame
-        frames = min(solver_now.frames, window - in_window, next_change - index, total - index)
-        now = slice(index, index + frames)
+    text_of: dict[int, Any] = texts if isinstance(texts, dict) else {0: texts}
+    state: Any = None
+    for step in schedule(total, u_BTSK.shape[1], solver, window=window, context=context, changes=text_of):
+        now = slice(step.index, step.index + step.frames)
+        if step.encode is not None:
+            state = None  # its cache is free before the next one is made
+            kept_BTSK = u_BTSK[:, u_BTSK.shape[1] - step.encode:]
+            if step.index and later.refresh is not None:
+                kept_BTSK = later.refresh(u_BTSK, step.encode, step.index)
+            text_GBTD = text_of[step.text]
+            if step.later and not step.text and later.text_GBTD is not None:
+                text_GBTD = later.text_GBTD
+            state = start_window(model, params, kept_BTSK, text_GBTD, window=window, token_grid=token_grid,
+                                 guess_BSK=guess_BSK, cache=cache)
         made_BGSK, state, report = decode_frames(
-            model, params, state, noise_BTSK[:, now], jnp.float32(guidance),
-            None if start_BTSK is None else start_BTSK[:, now], solver=solver_now, window=window,
+            model, params, state, noise_BTSK[:, now],
+            jnp.float32(guidance if later.guidance is None or not step.later else later.guidance),
+            None if start_BTSK is None else start_BTSK[:, now], solver=step.solver, window=window,
             token_grid=token_grid, branches=1 if text_GBTD is None else text_GBTD.shape[0])
         u_BTSK = jnp.concatenate([u_BTSK, made_BGSK], axis=1)[:, -window:]
-        index, in_window = index + frames, in_window + frames
         yield made_BGSK, report
 
 

@@ -117,7 +117,7 @@ def plan_of(config: Config, devices: list[Any]) -> StepPlan:
     model, train, codec = config.model, config.plan.step == "train", config.plan.step == "codec"
     sharding.check_model(model, mesh)
     videos = config.train.batch_size if train else config.plan.videos
-    branches = 2 if config.sample.guidance and not train else 1
+    branches = 2 if config.sample.guided and not train else 1
     flops = None if codec else roofline.model_flops(model, videos, training=train, branches=branches)
     began, cost = time.perf_counter(), None
     try:

@@ -2,8 +2,8 @@
 videos, those of sampling/stream.py for a stream. A test compares them with what a run of these compiles.
 """
 
+import collections
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +18,7 @@ from starflow_jax.codec.patch import PatchCodec
 from starflow_jax.config import Config, Solver
 from starflow_jax.flow import decode, inversion
 from starflow_jax.flow.denoiser_stream import score_next
+from starflow_jax.flow.schedule import Step, schedule
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.model.codec import patch_shape
 from starflow_jax.model.parameters import decoding_variables
@@ -27,13 +28,14 @@ from starflow_jax.model.text import encode_text, text_encoder
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.planning.program import Program
 from starflow_jax.sampling.conditions import draw_noise, latent_frames, stack_branches
-from starflow_jax.sampling.denoise import denoiser_step
+from starflow_jax.sampling.denoise import denoiser_step, score_step
 from starflow_jax.sampling.generate import joined
 from starflow_jax.sampling.likelihood import window_nll
 from starflow_jax.sampling.offload import with_tiles
+from starflow_jax.sampling.renoise import encode_again
 from starflow_jax.sampling.solver import complete, deep_solver, shallow_solver
 from starflow_jax.sampling.stream import place
-from starflow_jax.sampling.windows import denoising_windows
+from starflow_jax.sampling.windows import context_frames, denoising_windows
 from starflow_jax.text.pretrained import FLAN_T5_XL
 from starflow_jax.text.t5 import T5Encoder
 
@@ -95,44 +97,82 @@ class Sampling:
         model, videos, run = self.config.model, self.config.plan.videos, self.chain.run
         text = None
         if model.text_length:
-            prompts = videos + (1 if self.config.sample.guidance else 0)
+            prompts = videos + (1 if self.config.sample.guided else 0)
             ids = jax.ShapeDtypeStruct((prompts, model.text_length), jnp.int32)
             encoder, held = abstract_text_encoder(self.config), self.chain.resident
             ahead = self.config.sample.offload and self.config.text.encoder == "frozen"
             if ahead:
                 self.chain.resident = {}
-            features = run("text encoder", encode_text, encoder, self.params["text"], ids)
+            captions = 2 if self.total > model.frames else 1  # of a window that has moved on, others
+            features = run("text encoder", encode_text, encoder, self.params["text"], ids, times=captions)
             if ahead:
                 self.chain.resident = {**held, "params": {**self.params, "text": None}}
-            text = run("text by branches", stack_branches, features, videos)
+            text = run("text by branches", stack_branches, features, videos, times=captions)
         seeds = jax.ShapeDtypeStruct((videos,), jnp.uint32)
-        return text, run("noise", draw_noise, seeds, (self.total, model.tokens_per_frame, model.token_channels))
+        noise = run("noise", draw_noise, seeds, (self.total, model.tokens_per_frame, model.token_channels))
+        if self.config.sample.renoise and self.total > model.frames:
+            shape = (self.total, model.height * model.width, model.channels)
+            fresh = run("noise of frames encoded again", draw_noise, seeds, shape)
+            self.fresh = jax.ShapeDtypeStruct(
+                (videos, self.total, model.height, model.width, model.channels), fresh.dtype, sharding=fresh.sharding)
+            self.chain.resident["fresh noise"] = self.fresh
+        return text, noise
 
-    def deep_frames(self, texts: Any, noise: Any) -> Iterator[tuple[int, Any]]:
-        """(how often such a step runs, u of its frames), of each kind of step; the cache is resident from the first on.
-        """
-        model, solver = self.config.model, deep_solver(self.solver)
-        how: dict[str, Any] = dict(window=model.frames, token_grid=model.token_grid)
-        known = jax.ShapeDtypeStruct((*noise.shape[:1], 0, *noise.shape[2:]), noise.dtype)
-        state = self.chain.run("deep block, the text", decode.start_window, self.flow, self.variables, known, texts,
-                               guess_BSK=None, cache=self.config.sample.cache, **how)
+    @property
+    def steps(self) -> list[inversion.Solver]:
+        """The deep block's steps in order, each as a solver of its own number of frames."""
+        return [dataclasses.replace(step.solver, frames=step.frames) for step in self._schedule()]
+
+    def _schedule(self) -> Iterator[Step]:
+        return schedule(self.total, 0, deep_solver(self.solver), window=self.config.model.frames,
+                        context=context_frames(self.config.model, self.config.sample))
+
+    def deep_frames(self, texts: Any, noise: Any) -> dict[inversion.Solver, Any]:
+        """u of each kind of step's frames, in the order of `steps`; the cache is resident from the first on."""
+        how: dict[str, Any] = dict(window=self.config.model.frames, token_grid=self.config.model.token_grid)
+        encoded = collections.Counter(step.encode for step in self._schedule() if step.index and step.encode)
         guidance = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(self.mesh))
-        for index, (step, times) in enumerate(_steps(solver, self.window)):
+        branches = 1 if texts is None else texts.shape[0]
+        state = self._begin("the text", texts, jax.ShapeDtypeStruct((noise.shape[0], 0, *noise.shape[2:]), noise.dtype))
+        made = {}
+        for index, (step, times) in enumerate(collections.Counter(self.steps).items()):
             self.chain.resident["cache"] = state
-            z = _frames(noise, step.frames)
-            u, state, _ = self.chain.run(
-                "deep block, a step" + (" like the first" if index == 0 and step != solver else ""),
-                decode.decode_frames, self.flow, self.variables, state, z, guidance, None,
-                solver=step, branches=1 if texts is None else texts.shape[0], times=times,
-                unknown_trips=self.config.plan.updates, **how)
-            self.chain.resident["cache"] = state
-            yield times, u
+            made[step], state, _ = self.chain.run(
+                "deep block, a step" + (" like the first" if index == 0 and step != deep_solver(self.solver) else ""),
+                decode.decode_frames, self.flow, self.variables, state, _frames(noise, step.frames), guidance, None,
+                solver=step, branches=branches, times=times, unknown_trips=self.config.plan.updates, **how)
+        for frames, times in encoded.items():
+            del self.chain.resident["cache"]
+            kept = _frames(made[step], frames)
+            if self.config.sample.renoise:
+                kept = self._renoised(_frames(made[step], self.config.model.frames), texts, frames, times)
+            self._begin("frames encoded again", texts, kept, times)
+        self.chain.resident["cache"] = state
+        return made
+
+    def _begin(self, name: str, texts: Any, known: Any, times: int = 1) -> Any:
+        model = self.config.model
+        return self.chain.run(
+            f"deep block, {name}", decode.start_window, self.flow, self.variables, known, texts, guess_BSK=None,
+            window=model.frames, token_grid=model.token_grid, cache=self.config.sample.cache, times=times)
+
+    def _renoised(self, u: Any, texts: Any, frames: int, times: int) -> Any:
+        """As sampling/renoise.py does."""
+        sample, text = self.config.sample, _conditional(texts)
+        noisy, _ = self.chain.run("shallow blocks, a window", decode.invert_shallow, self.flow, self.variables, u,
+                                  times=times, unknown_trips=self.config.plan.updates, **self.shallow)
+        step = score_step if sample.denoise == "score" else denoiser_step
+        clean = self.chain.run(f"{sample.denoise}, frames encoded again", step, self.flow, self.params, noisy, text,
+                               times=times)
+        return self.chain.run("shallow blocks, frames encoded again", encode_again, self.flow, self.params, clean,
+                              self.fresh, 0, frames=frames, times=times)
 
     def whole(self) -> list[Program]:
         """As sampling/generate.py does."""
         config, run = self.config, self.chain.run
         texts, noise = self.conditions()
-        made = [u for times, u in self.deep_frames(texts, noise) for _ in range(times)]
+        of_step = self.deep_frames(texts, noise)
+        made = [of_step[step] for step in self.steps]
         del self.chain.resident["cache"]
         u = run("frames together", joined, *made)
         noisy, _ = run("shallow blocks, all frames", decode.invert_shallow, self.flow, self.variables, u,
@@ -154,7 +194,9 @@ class Sampling:
         noisy = jax.ShapeDtypeStruct(
             (*noise.shape[:1], self.total, model.height, model.width, model.channels), jnp.float32,
             sharding=sharding.named_sharding(self.mesh, ("batch",), noise.shape[:1]))
-        for times, u in self.deep_frames(texts, noise):
+        times_of = collections.Counter(self.steps)
+        for step, u in self.deep_frames(texts, noise).items():
+            times = times_of[step]
             latents, _ = run("shallow blocks, a step", decode.invert_shallow, self.flow, self.variables, u,
                              times=times, unknown_trips=config.plan.updates, **self.shallow)
             noisy = run("frames in their places", place, noisy, latents, 0, times=times)
@@ -191,16 +233,6 @@ def sampling_programs(config: Config, mesh: Mesh) -> list[Program]:
     """The programs of plan.videos videos of config.sample, of a stream of them with sample.stream, on the mesh."""
     sampling = Sampling(config, mesh)
     return sampling.stream() if config.sample.stream else sampling.whole()
-
-
-def _steps(solver: inversion.Solver, frames: int) -> list[tuple[inversion.Solver, int]]:
-    """The solvers of a window's steps, in order, and how many steps in a row have each."""
-    steps, done = [], 0
-    while done < frames:
-        step = solver if done else solver.of_first_frame
-        steps.append(dataclasses.replace(step, frames=min(step.frames, frames - done)))
-        done += steps[-1].frames
-    return [(step, len(list(same))) for step, same in itertools.groupby(steps)]
 
 
 def _frames(array_BN: Any, frames: int) -> Any:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike
@@ -29,7 +28,7 @@ from starflow_jax.model.parameters import Params
 from starflow_jax.model.store import PRETRAINED, load_model, settings_of
 from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import Made, for_each, generate, most_likely
-from starflow_jax.sampling.conditions import noised
+from starflow_jax.sampling.conditions import caption_text, noised
 from starflow_jax.sampling.files import file_rate, shown_scale
 from starflow_jax.sampling.generate import Clips, log_likelihood
 from starflow_jax.sampling.given import fit_picture, fit_video, given_frames, read_given
@@ -136,8 +135,8 @@ class Model:
         draws = changed(config, "evaluate", {"draws": draws}).evaluate.draws if draws else config.evaluate.draws
         with on_mesh(self.mesh):
             noisy = noised(self.system, frames_THWC[None], range(draws))
-            text = self.system.caption_features(self.params, [prompt], is_image=noisy.shape[1] == 1)
-            nll_BN = frame_nll(self.system, self.params, noisy, jnp.broadcast_to(text, (draws, *text.shape[1:])))
+            text = caption_text(self.system, self.params, [prompt] * draws, noisy.shape[1])
+            nll_BN = frame_nll(self.system, self.params, noisy, text)
             return -float(nll_BN.sum(axis=1).mean())
 
     def _begin(self, prompt: str | Sequence[str], settings: dict[str, Any], *, image: str | Path | ArrayLike = "",
@@ -185,7 +184,7 @@ def _alone(made: Made) -> Clips:
     if len(clips.frames_BTHWC) == 1:
         return clips
     return dataclasses.replace(clips, frames_BTHWC=clips.frames_BTHWC[one], noisy_BNhwC=clips.noisy_BNhwC[one].copy(),
-                               text={at: features_BSD[one] for at, features_BSD in clips.text.items()})
+                               text=jax.tree.map(lambda features_BSD: features_BSD[one], clips.text))
 
 
 def _log_likelihood_of(model: Model, system: System, clips: Clips) -> float:

@@ -1,6 +1,6 @@
 """What a batch of videos depends on: text features, noise, given frames."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import flax.struct
@@ -17,22 +17,39 @@ from starflow_jax.model.parameters import Params, flow_variables
 from starflow_jax.model.system import System
 from starflow_jax.model.text import prompt_text
 from starflow_jax.sampling.solver import chosen_solver
+from starflow_jax.text.prompt import EXTEND
 
 GIVEN_NOISE = 0x5EED  # turns a video's seed into that of the noise on its given frames
 POSTERIOR_NOISE = 0xC0DEC  # and into that of the codec's own
 
-Text = jax.Array | dict[int, jax.Array]  # features (B, S, D), or {latent frame from which on they hold: features}
+RENOISE = 0xF4E5  # and into that of the noise on frames that are encoded again
+
+
+class VideoText(flax.struct.PyTreeNode):
+    """Text features (..., B, S, D) of videos of any length."""
+
+    first: jax.Array  # of windows that begin with the video's first frame
+    later: dict[int, jax.Array]  # of all others, and of a changed prompt, by the latent frame from which on they hold
+
+    def at(self, frame: int, start: int) -> jax.Array:
+        """What holds at a frame, in a window that begins with frame `start`."""
+        since = max(at for at in self.later if at <= frame)
+        return self.later[since] if since or start else self.first
+
+
+Text = jax.Array | VideoText  # features (B, S, D) of every window, or of each
 
 
 class Conditions(flax.struct.PyTreeNode):
     """All that a batch of videos depends on, on the device; frames are latent frames."""
 
-    texts: dict[int, jax.Array]  # (branches, B, text_length, text_dim) by the frame from which on they hold
+    texts: VideoText  # (branches, B, text_length, text_dim); frames are counted from the first to make
     noise_BNSK: jax.Array  # of the frames to make
     known_BTSK: jax.Array | None  # u of the given frames
     known_BThwC: jax.Array | None  # and their noised latents
     guess_BSK: jax.Array | None  # of the first frame
     start_BNSK: jax.Array | None  # where the solver starts; None: each frame from the one before
+    fresh_BNhwC: jax.Array | None = None  # what all frames, given ones too, are noised with when they are encoded again
 
     @property
     def given(self) -> int:
@@ -40,9 +57,10 @@ class Conditions(flax.struct.PyTreeNode):
         return 0 if self.known_BTSK is None else self.known_BTSK.shape[1]
 
     @property
-    def text(self) -> dict[int, jax.Array]:
+    def text(self) -> VideoText:
         """The conditional features, by the frame of the whole video."""
-        return {at + self.given if at else 0: texts[0] for at, texts in self.texts.items()}
+        later = {at + self.given if at else 0: texts[0] for at, texts in self.texts.later.items()}
+        return VideoText(self.texts.first[0], later)
 
 
 class Draws(flax.struct.PyTreeNode):
@@ -51,10 +69,12 @@ class Draws(flax.struct.PyTreeNode):
     noise_BNSK: jax.Array  # of all frames' tokens; that of given ones is not used
     given_BThwC: jax.Array | None = None  # what given frames are noised with
     posterior_BThwC: jax.Array | None = None  # and what their latents are drawn with, as released
+    fresh_BNhwC: jax.Array | None = None  # what frames are noised with when they are encoded again
 
 
-def draw(system: System, seeds: Sequence[int], total: int, given: int = 0) -> Draws:
-    """The random numbers of videos of `total` latent frames, `given` of which are given, all from their seeds."""
+def draw(system: System, seeds: Sequence[int], total: int, given: int = 0, renoise: bool = False) -> Draws:
+    """The random numbers of videos of `total` latent frames, `given` of which are given, all from their seeds.
+    renoise: whether frames will be encoded again with noise of their own."""
     model, grid = system.config.model, (system.config.model.height, system.config.model.width)
 
     def latents(seeds: Sequence[int], frames: int) -> jax.Array:
@@ -63,7 +83,8 @@ def draw(system: System, seeds: Sequence[int], total: int, given: int = 0) -> Dr
 
     return Draws(noise_for(seeds, (total, model.tokens_per_frame, model.token_channels)),
                  latents([seed ^ GIVEN_NOISE for seed in seeds], given) if given else None,
-                 latents([seed ^ POSTERIOR_NOISE for seed in seeds], given) if given and system.as_released else None)
+                 latents([seed ^ POSTERIOR_NOISE for seed in seeds], given) if given and system.as_released else None,
+                 latents([seed ^ RENOISE for seed in seeds], total) if renoise else None)
 
 
 def make_conditions(
@@ -74,8 +95,10 @@ def make_conditions(
     settings: Sample,
     known_BTHWC: np.ndarray | None = None,
     draws: Draws | None = None,
+    changes: Mapping[int, Sequence[str]] | None = None,
 ) -> Conditions:
     """Captions, seeds and given frames, (B, T, H, W, 3) uint8, as the flow takes them. draws: in place of the seeds'.
+    changes: each video's other captions by the latent frame from which on they hold, in place of sample.changes.
 
     Raises UserError for a length that can't be, and where the given frames fill it or their prompt is changed.
     """
@@ -85,22 +108,52 @@ def make_conditions(
     if known_BTHWC is not None and given >= total:
         raise UserError(f"sample.frames={settings.frames}: the {known_BTHWC.shape[1]} given frames fill it; "
                         f"ask for {known_BTHWC.shape[1] + system.config.codec.time_stride} or more")
-    draws = draws or draw(system, seeds, total, given)
+    if changes is None:
+        changes = {at: [prompt] * len(captions) for at, prompt in prompt_changes(system.config, settings).items()}
+    encodes_again = total > system.config.model.frames or bool(changes)
+    draws = draws or draw(system, seeds, total, given, renoise=settings.renoise and encodes_again)
     if known_BTHWC is not None:
         known_latents = noised_given(system, known_BTHWC, draws)
         known = shallow_tokens(system.flow, params, known_latents)
-    texts = {0: guidance_texts(system, params, captions, settings, is_image=total == 1)}
-    for frame, prompt in prompt_changes(system.config, settings).items():
-        texts[frame - given] = guidance_texts(system, params, [prompt] * len(captions), settings, is_image=total == 1)
-    if min(texts) < 0:
+    if min(changes, default=given) < given:
         raise UserError(f"sample.changes={settings.changes!r}: the prompt of given frames can't be changed")
+    texts = _video_texts(system, params, {0: captions} | {at - given: other for at, other in changes.items()}, settings,
+                         total)
     noise = draws.noise_BNSK[:, given:] if given else draws.noise_BNSK
     fitted = system.calibration
-    guess = None if fitted.first_guess is None or given else _first_frame(fitted.first_guess, texts[0])
+    guess = None if fitted.first_guess is None or given else _first_frame(fitted.first_guess, texts.first)
     start = None
     if chosen_solver(system, settings).start == "noise":
         start = noise if fitted.noise_guess is None else _from_noise(fitted.noise_guess, noise)
-    return Conditions(texts, noise, known, known_latents, guess, start)
+    return Conditions(texts, noise, known, known_latents, guess, start, draws.fresh_BNhwC)
+
+
+def _video_texts(
+    system: System, params: Params, captions: Mapping[int, Sequence[str]], settings: Sample, total: int
+) -> VideoText:
+    """`guidance_texts` of captions by the frame from which on they hold, 0 among them, for `total` latent frames."""
+    first = guidance_texts(system, params, captions[0], settings, is_image=total == 1)
+    moves = total > system.config.model.frames
+    later = {at: guidance_texts(system, params, extended(system.config, of, settings), settings, is_image=False)
+             for at, of in captions.items() if at or moves}
+    return VideoText(first, {0: first, **later})
+
+
+def extended(config: Config, captions: Sequence[str], settings: Sample) -> list[str]:
+    """The captions of windows that are encoded again, as training words those of clips without their first frame. As
+    released, and for a model that was never shown one, they are as they are; and so is the empty caption."""
+    if settings.as_released or not config.data.first_frame_drop:
+        return list(captions)
+    return [EXTEND + caption if caption else "" for caption in captions]
+
+
+def caption_text(system: System, params: Params, captions: Sequence[str], frames: int) -> VideoText:
+    """Features of captions, with the metadata of training, for given videos of so many latent frames."""
+    first = system.caption_features(params, captions, is_image=frames == 1)
+    if frames <= system.config.model.frames:
+        return VideoText(first, {0: first})
+    again = extended(system.config, captions, system.config.sample)
+    return VideoText(first, {0: system.caption_features(params, again)})
 
 
 def guidance_texts(
@@ -113,7 +166,7 @@ def guidance_texts(
 
 def full_prompts(config: Config, prompts: Sequence[str], settings: Sample, is_image: bool) -> list[str]:
     """What the text encoder is given: the prompts and, with guidance, the negative one, each with its metadata."""
-    away = [settings.negative_prompt] if settings.guidance else []
+    away = [settings.negative_prompt] if settings.guided else []
     return [prompt_text(config, prompt, is_image, settings.fps, settings.aspect_ratio) for prompt in (*prompts, *away)]
 
 
@@ -210,6 +263,6 @@ def shallow_tokens(flow: STARFlow, params: Params, x: jax.Array) -> jax.Array:
     return apply_flow(flow, flow_variables(params), STARFlow.shallow_forward, x)[0][-1]
 
 
-def text_at(text: Text, frame: int) -> jax.Array:
-    """The features that hold at a frame."""
-    return text[max(at for at in text if at <= frame)] if isinstance(text, dict) else text
+def text_at(text: Text, frame: int, start: int) -> jax.Array:
+    """The features that hold at a frame, in a window that begins with frame `start`."""
+    return text.at(frame, start) if isinstance(text, VideoText) else text

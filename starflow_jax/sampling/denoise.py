@@ -18,7 +18,7 @@ def denoise(system: System, params: Params, noisy: jax.Array, text: Text, how: s
     clean = noisy[:, :0]
     for start, stop, begin, end in denoising_windows(system.config, noisy.shape[1]):
         window = window_input(system, noisy, clean, start, stop, begin)
-        out = denoise_window(system, params, window, begin, text, how)
+        out = denoise_window(system, params, window, begin, text, how, start)
         clean = jnp.concatenate([clean, out[:, begin - start:end - start]], axis=1)
     return clean
 
@@ -34,13 +34,14 @@ def window_input(
 
 
 def denoise_window(
-    system: System, params: Params, noisy: jax.Array, frame: int, text: Text, how: str
+    system: System, params: Params, noisy: jax.Array, frame: int, text: Text, how: str, start: int = 0
 ) -> jax.Array:
-    """The same for a window of at most the training length; `frame` is the first that is wanted from it."""
+    """The same for a window of at most the training length, which begins with frame `start`; `frame` is the first that
+    is wanted from it."""
     if how == "none" or (how == "denoiser" and system.config.model.denoiser == "none"):
         return noisy
     step = denoiser_step if how == "denoiser" else score_step
-    return step(system.flow, params, noisy, text_at(text, frame))
+    return step(system.flow, params, noisy, text_at(text, frame, start))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -14,9 +14,10 @@ from starflow_jax.flow.inversion import Report
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, decoding_variables, flow_variables
 from starflow_jax.model.system import System
-from starflow_jax.sampling.conditions import Conditions, Draws, make_conditions
+from starflow_jax.sampling.conditions import Conditions, Draws, VideoText, make_conditions
 from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.likelihood import frame_nll
+from starflow_jax.sampling.renoise import refresher
 from starflow_jax.sampling.solver import chosen_solver, deep_solver, shallow_solver
 from starflow_jax.sampling.windows import context_frames
 from starflow_jax.sharding import fetch
@@ -28,7 +29,7 @@ class Clips:
 
     frames_BTHWC: np.ndarray  # uint8
     noisy_BNhwC: np.ndarray  # the flow's own sample, before denoising
-    text: dict[int, jax.Array]  # the prompts' features (B, S, D), by the frame from which on they hold
+    text: VideoText  # the prompts' features (B, S, D)
     deep_steps_BK: np.ndarray  # solver steps of each block of tokens of the deep block
     deep_residual_BK: np.ndarray  # squared relative change in the last of them
     shallow_steps_B: np.ndarray  # summed over the shallow blocks' blocks of tokens; the frames' largest
@@ -69,10 +70,13 @@ def deep_frames(
     system: System, params: Params, given: Conditions, settings: Sample
 ) -> Iterator[tuple[jax.Array, Report]]:
     """Yield the u of the frames to make, one solver step's frames at a time, as `decode.generate` does."""
+    model, texts = system.config.model, given.texts
+    later = decode.Later(texts.later[0], settings.guidance_past_window,
+                         refresher(system, params, given, settings) if settings.renoise else None)
     return decode.generate(
-        system.flow, decoding_variables(params), given.noise_BNSK, given.texts, guidance=settings.guidance,
-        solver=deep_solver(chosen_solver(system, settings)), token_grid=system.token_grid,
-        known_BTSK=given.known_BTSK, window=system.config.model.frames, context=context_frames(system, settings),
+        system.flow, decoding_variables(params), given.noise_BNSK, {**texts.later, 0: texts.first},
+        guidance=settings.guidance, solver=deep_solver(chosen_solver(system, settings)), token_grid=system.token_grid,
+        known_BTSK=given.known_BTSK, window=model.frames, context=context_frames(model, settings), later=later,
         guess_BSK=given.guess_BSK, start_BTSK=given.start_BNSK, cache=settings.cache)
 
 
@@ -87,11 +91,11 @@ def certificate(system: System, params: Params, clips: Clips, given: Conditions)
     Guidance changes the map that is inverted, so guided samples have no certificate: raises UserError. Of videos
     longer than the window, the first window is encoded.
     """
-    if given.texts[0].shape[0] > 1 or len(given.texts) > 1:
+    if given.texts.first.shape[0] > 1 or len(given.texts.later) > 1:
         raise UserError("sample.certify: the forward flow knows neither guidance nor changes of the prompt; "
                         "set sample.guidance=0 and leave out sample.changes")
     window = system.config.model.frames
-    z = encode_z(system.flow, params, jnp.asarray(clips.noisy_BNhwC[:, :window]), given.texts[0][0])[:, given.given:]
+    z = encode_z(system.flow, params, jnp.asarray(clips.noisy_BNhwC[:, :window]), given.texts.first[0])[:, given.given:]
     noise = given.noise_BNSK[:, :z.shape[1]]
     return fetch(jnp.sum((z - noise)**2, axis=(1, 2, 3)) / jnp.sum(noise**2, axis=(1, 2, 3)))
 
@@ -108,7 +112,7 @@ def joined(*parts_BN: jax.Array) -> jax.Array:
     return jnp.concatenate(parts_BN, axis=1)
 
 
-def _collect(frames: jax.Array, noisy: jax.Array, text: dict[int, jax.Array], deep: Sequence[Report],
+def _collect(frames: jax.Array, noisy: jax.Array, text: VideoText, deep: Sequence[Report],
              shallow: Sequence[Report]) -> Clips:
     frames_BTHWC, noisy_BNhwC, deep, shallow = jax.tree.map(fetch, (frames, noisy, deep, shallow))
     batch = len(frames_BTHWC)

@@ -23,8 +23,8 @@ def frame_nll(system: System, params: Params, noisy: jax.Array, text: Text) -> j
 
     noisy: (B, N, h, w, C) noised latents of any length.
     """
-    return windowed(system, noisy, lambda window, frame: window_nll(
-        system.flow, params, window, text_at(text, frame)), lookahead=0)
+    return windowed(system, noisy, lambda part, window: window_nll(
+        system.flow, params, part, text_at(text, window.begin, window.start)), lookahead=0)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -10,7 +10,7 @@ from starflow_jax.io.progress import ProgressBar
 from starflow_jax.model.store import load_encoder
 from starflow_jax.model.text import encode_text, read_tokenizer, text_encoder
 from starflow_jax.sampling.batches import in_batches
-from starflow_jax.sampling.conditions import full_prompts, latent_frames, prompt_changes
+from starflow_jax.sampling.conditions import extended, full_prompts, latent_frames, prompt_changes
 from starflow_jax.sharding import fetch
 
 TILE = 16  # latents of a tile's side
@@ -31,12 +31,14 @@ def encode_ahead(config: Config, workdir: Path, prompts: Sequence[str]) -> dict[
     if config.text.encoder != "frozen" or not config.model.text_length:
         return {}
     settings = config.sample
-    needed = [*prompts, *prompt_changes(config, settings).values()]
-    whole = list(dict.fromkeys(full_prompts(config, needed, settings, latent_frames(config, settings) == 1)))
+    frames, changes = latent_frames(config, settings), prompt_changes(config, settings).values()
+    whole = dict.fromkeys(full_prompts(config, prompts, settings, is_image=frames == 1))
+    again = [*changes, *(prompts if frames > config.model.frames else [])]
+    whole |= dict.fromkeys(full_prompts(config, extended(config, again, settings), settings, is_image=False))
     tokenizer, params = read_tokenizer(config, workdir / "system"), load_encoder(config)
     encoded: dict[str, np.ndarray] = {}
     with ProgressBar("text", len(whole), unit="prompt", compiles=True) as progress:
-        for batch in in_batches(whole, PROMPTS):
+        for batch in in_batches(list(whole), PROMPTS):
             ids = tokenizer.encode(list(batch), config.model.text_length)
             encoded |= zip(batch, fetch(encode_text(text_encoder(config), params["text"], ids)))
             progress.update(len(batch))

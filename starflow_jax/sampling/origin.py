@@ -58,7 +58,7 @@ def bytes_per_device(arrays: Any) -> int:
 def cache_bytes_per_device(system: System, params: Params, videos: int) -> int:
     """Bytes of keys and values that the deep block keeps of so many videos."""
     model, settings, mesh = system.config.model, system.config.sample, sharding.current_mesh()
-    branches = 2 if settings.guidance else 1
+    branches = 2 if settings.guided else 1
     known = jax.ShapeDtypeStruct((videos, 0, model.tokens_per_frame, model.token_channels), np.float32)
     text = jax.ShapeDtypeStruct((branches, videos, model.text_length, model.text_dim), np.float32)
     cache = jax.eval_shape(

@@ -61,7 +61,8 @@ def stream_clips(
     timeline = timeline or Timeline()
     index = given.given
     pending: list[jax.Array] = []
-    deep_params, deep_given = jax.device_put(({"flow": params["flow"]}, given), deep)
+    needed = {"flow", "denoiser"} if settings.renoise else {"flow"}
+    deep_params, deep_given = jax.device_put(({part: params[part] for part in needed & set(params)}, given), deep)
     for u_BGSK, _ in deep_frames(system, deep_params, deep_given, settings):
         timeline.watch("deep", index, u_BGSK)
         # What was dispatched a step ago is fetched only now, with the deep block at work on the next.
@@ -118,7 +119,8 @@ class _Finisher:
             latent = self._denoised(frame, start, stop, begin)
         else:
             window = window_input(self._system, self._noisy, self._clean, start, stop, begin)
-            clean = denoise_window(self._system, self._params, window, begin, self._text, self._settings.denoise)
+            clean = denoise_window(self._system, self._params, window, begin, self._text, self._settings.denoise,
+                                   start)
             latent = clean[:, frame - start:frame - start + 1]
         if self._system.as_released:
             self._clean = jnp.concatenate([self._clean, latent], axis=1)
@@ -134,7 +136,7 @@ class _Finisher:
         while self._next <= frame:
             score, self._state = score_next(
                 self._system.flow, self._params["denoiser"], self._state, self._noisy, self._next,
-                text_at(self._text, begin) if model.text_length else None,
+                text_at(self._text, begin, start) if model.text_length else None,
                 frames=min(1 + model.denoiser_lookahead, stop - self._next))
             self._next += 1
         return self._noisy[:, frame:frame + 1] - model.denoising_step * score

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from starflow_jax.config import Config, Sample, UserError
+from starflow_jax.config import Config, Model, Sample, UserError
 from starflow_jax.model.system import System
 
 
@@ -20,9 +20,9 @@ class Window(NamedTuple):
     end: int
 
 
-def context_frames(system: System, settings: Sample) -> int:
+def context_frames(model: Model, settings: Sample) -> int:
     """Latent frames that are encoded again when the window moves on. Raises UserError where they fill the window."""
-    window = system.config.model.frames
+    window = model.frames
     context = settings.context_frames or max(1, window * 3 // 4)
     if context >= window > 1:
         raise UserError(f"sample.context_frames={context}: must be less than the window of {window} latent frames")
@@ -41,13 +41,13 @@ def windows(total: int, size: int, context: int) -> Iterator[Window]:
 
 
 def windowed(
-    system: System, noisy: jax.Array, run: Callable[[jax.Array, int], jax.Array], lookahead: int | None = None
+    system: System, noisy: jax.Array, run: Callable[[jax.Array, Window], jax.Array], lookahead: int | None = None
 ) -> jax.Array:
-    """run(window, first frame taken from it) over noised latents (B, N, ...) of any length, joined along N."""
+    """run(a window's frames, the window) over noised latents (B, N, ...) of any length, joined along N."""
     ahead = system.config.model.denoiser_lookahead if lookahead is None else lookahead
     spans = output_windows(system.config, noisy.shape[1], ahead)
-    return jnp.concatenate([run(noisy[:, start:stop], begin)[:, begin - start:end - start]
-                            for start, stop, begin, end in spans], axis=1)
+    return jnp.concatenate([run(noisy[:, span.start:span.stop], span)[:, span.begin - span.start:span.end - span.start]
+                            for span in spans], axis=1)
 
 
 def denoising_windows(config: Config, total: int) -> list[Window]:

@@ -1,6 +1,7 @@
 """Sampling, the solver, and evaluation."""
 
 import dataclasses
+import math
 from typing import ClassVar
 
 from starflow_jax.settings.fields import POSITIVE, Allowed, Settings, UserError, at_least, one_of, setting
@@ -48,6 +49,9 @@ class Sample(Settings):
     keep: int = setting(0, "how many of these to keep, the most likely ones; 0: all", at_least(0, "all"))
     seed: int = setting(0, "seed of the first video; each further one takes the next")
     guidance: float = setting(2.5, "weight of classifier-free guidance", at_least(0, "none"))
+    later_guidance: float = setting(-1.0, "that weight once the window has moved on or the prompt has changed; -1: the "
+                                    "same", Allowed("0 or more, or -1 (that of guidance)",
+                                                    lambda value: value == -1 or 0 <= value < math.inf))
     frames: int = setting(0, "pixel frames, given ones included; 0: the training length, after a given video",
                           at_least(0, "the training length"))
     fps: int = setting(0, "frame rate of the prompt and of the file; 0: as trained", at_least(0, "as trained"))
@@ -65,6 +69,7 @@ class Sample(Settings):
     certify: bool = setting(False, "encode the sample again and report the distance to the noise it was made from")
     context_frames: int = setting(0, "latent frames re-encoded when the window moves on; 0: three quarters of it",
                                   at_least(0, "three quarters"))
+    renoise: bool = setting(False, "frames that are encoded again are denoised and given the training noise anew")
     denoise: str = setting("denoiser", "what removes the noise that training added",
                            one_of("denoiser", "score", "none"))
     as_released: bool = setting(False, "follow the release's own sampling program in details where ours differs")
@@ -80,6 +85,18 @@ class Sample(Settings):
             self.require(field, not (self.stream and getattr(self, field)),
                          "needs whole clips; leave it out, or set sample.stream=false")
         self.require("keep", not (self.vbench and self.keep), "sample.vbench needs every video; leave one of them out")
+        self.require("renoise", not (self.renoise and (self.denoise == "none" or self.as_released)),
+                     "needs sample.denoise=denoiser or score, and sample.as_released=false")
+
+    @property
+    def guidance_past_window(self) -> float:
+        """The weight once the window has moved on or the prompt has changed."""
+        return self.guidance if self.later_guidance < 0 else self.later_guidance
+
+    @property
+    def guided(self) -> bool:
+        """Whether any window is."""
+        return max(self.guidance, self.guidance_past_window) > 0
 
     def check_prompts(self) -> None:
         """Raises UserError unless prompts are given in one way. Not a part of `check`: the API takes them otherwise."""

@@ -27,7 +27,7 @@ from starflow_jax.io.video import write_mp4
 from starflow_jax.model.store import LoadedModel, load_pretrained
 from starflow_jax.model.system import System
 from starflow_jax.modes.evaluate import draw_surprise, evaluate
-from starflow_jax.sampling.conditions import noised
+from starflow_jax.sampling.conditions import VideoText, noised
 from starflow_jax.sampling.generate import encode_z
 from starflow_jax.sampling.likelihood import frame_nll
 from tests.helpers import latents, random_flow, random_params, tiny_model
@@ -75,8 +75,10 @@ def test_tokens_add_up_to_frames(local: bool) -> None:
 @pytest.mark.parametrize("frames", [9, 25])
 def test_likelihood_equals_frame_nll(system: System, params, frames: int) -> None:
     found = likelihood(system, params, video(frames), CAPTION, draws=2)
-    noisy, features = noised(system, video(frames)[None], range(2)), system.caption_features(params, [CAPTION])
-    expected = frame_nll(system, params, noisy, jnp.broadcast_to(features, (2, *features.shape[1:])))
+    noisy = noised(system, video(frames)[None], range(2))
+    first, later = (jnp.broadcast_to(system.caption_features(params, [caption]), (2, 24, 16))
+                    for caption in (CAPTION, f"(extend) {CAPTION}"))
+    expected = frame_nll(system, params, noisy, VideoText(first, {0: later}))
     np.testing.assert_allclose(found.nll_DNS.sum(axis=2), expected, rtol=1e-5)
     assert found.nll_DNS.shape == (2, 1 + (frames - 1) // 4, 6)
     np.testing.assert_allclose(found.bits_NS.sum() * 4 * np.log(2), found.nll_DNS.sum(axis=(1, 2)).mean(), rtol=1e-6)

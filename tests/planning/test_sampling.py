@@ -9,17 +9,17 @@ import pytest
 
 from starflow_jax import config as settings_of
 from starflow_jax import sharding
-from starflow_jax.flow import decode, inversion
+from starflow_jax.flow import decode
 from starflow_jax.model import system
-from starflow_jax.planning.sampling import _steps, sampling_programs
-from starflow_jax.sampling import conditions, denoise, generate, likelihood, stream
+from starflow_jax.planning.sampling import sampling_programs
+from starflow_jax.sampling import conditions, denoise, generate, likelihood, renoise, stream
 from tests.sharded_sampling import CONFIG_OF_TEST, PROMPTS, write_workdir
 from tests.small_run import run_here
 
 PROGRAMS = [(system, "encode_text"), (system, "decode_latents"), (conditions, "stack_branches"),
             (conditions, "draw_noise"), (decode, "start_window"), (decode, "decode_frames"), (decode, "invert_shallow"),
             (generate, "joined"), (denoise, "denoiser_step"), (likelihood, "window_nll"), (stream, "place"),
-            (stream, "score_next"), (stream, "decode_next")]
+            (renoise, "encode_again"), (stream, "score_next"), (stream, "decode_next")]
 
 
 class Recorder:
@@ -47,10 +47,11 @@ def by_function(texts: list[str]) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("streams", [False, True], ids=["whole videos", "a stream"])
+@pytest.mark.parametrize(("streams", "frames"), [(False, 0), (True, 0), (False, 25), pytest.param(
+    True, 25, marks=pytest.mark.slow)], ids=["whole videos", "a stream", "past the window", "a stream past the window"])
 def test_the_plans_programs_are_those_that_sampling_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                         streams: bool) -> None:
-    """The user's command on four devices, two guided videos."""
+                                                         streams: bool, frames: int) -> None:
+    """The user's command on four devices, two guided videos; past the window, which is noised anew."""
     recorded: dict[str, list[str]] = {}
     write_workdir(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
@@ -59,24 +60,17 @@ def test_the_plans_programs_are_those_that_sampling_runs(tmp_path: Path, monkeyp
     code, _, error = run_here([
         "--config=configs/t2v.py", "--mode=sample", f"--workdir={tmp_path / 'model'}", "--config.sample.batch_size=2",
         f"--config.sample.prompts_file={tmp_path / 'prompts.txt'}", f"--config.sample.stream={streams}",
-        f"--config.sample.output={tmp_path / 'videos'}", "--config.mesh.data=2", "--config.mesh.tensor=2",
+        f"--config.sample.output={tmp_path / 'videos'}", f"--config.sample.frames={frames}",
+        f"--config.sample.renoise={frames > 0}", "--config.mesh.data=2", "--config.mesh.tensor=2",
         "--config.model.unroll_layers=false"])
     assert code == 0 and len(list((tmp_path / "videos").glob("*.mp4"))) == 2, error
     monkeypatch.undo()
     mesh = sharding.make_mesh(settings_of.Mesh(data=2, tensor=2))
-    config = dataclasses.replace(CONFIG_OF_TEST, sample=settings_of.Sample(guidance=2.0, stream=streams),
-                                 plan=settings_of.Plan(step="sample", videos=2))
+    sample = settings_of.Sample(guidance=2.0, stream=streams, frames=frames, renoise=frames > 0)
+    config = dataclasses.replace(CONFIG_OF_TEST, sample=sample, plan=settings_of.Plan(step="sample", videos=2))
     with jax.set_mesh(mesh):
         planned = by_function([program.lowered.as_text() for program in sampling_programs(config, mesh)])
     run = by_function([text for texts in recorded.values() for text in texts])
     assert {name: len(texts) for name, texts in planned.items()} == {name: len(texts) for name, texts in run.items()}
     assert [name for name in planned if planned[name] != run[name]] == []
     assert set(planned) >= {"start_window", "decode_frames", "invert_shallow"}
-
-
-def test_steps_of_a_window() -> None:
-    """A first frame of its own, steps of two frames, and what is left of the window."""
-    solver = inversion.Solver(block_size=8, frames=2, first_block_size=4)
-    first = inversion.Solver(block_size=4, frames=1)
-    assert _steps(solver, 6) == [(first, 1), (dataclasses.replace(solver), 2),
-                                 (dataclasses.replace(solver, frames=1), 1)]

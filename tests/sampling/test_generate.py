@@ -1,5 +1,6 @@
 """Generation on a small random model: seeds, lengths, given frames, denoising choices, likelihoods."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 
 from starflow_jax.config import UserError
-from starflow_jax.model.parameters import flow_variables
+from starflow_jax.flow import decode
+from starflow_jax.model.parameters import decoding_variables, flow_variables
 from starflow_jax.model.system import System
-from starflow_jax.sampling.conditions import noise_for
+from starflow_jax.sampling.conditions import extended, noise_for, shallow_tokens
 from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.generate import Clips, generate_clips, log_likelihood
-from starflow_jax.sampling.likelihood import frame_nll
+from starflow_jax.sampling.likelihood import frame_nll, window_nll
+from starflow_jax.sampling.renoise import refresher
 from starflow_jax.sampling.windows import windows
 from tests.helpers import changed, forward
 from tests.small_model import CAPTIONS, CONFIG, SETTINGS
@@ -128,7 +131,75 @@ def test_changes_of_prompt(system: System, params, clips: Clips) -> None:
     other = generate_clips(system, params, CAPTIONS, [5, 6, 7], settings)
     np.testing.assert_allclose(other.noisy_BNhwC[:, :2], clips.noisy_BNhwC[:, :2], atol=1e-4)
     assert np.abs(other.noisy_BNhwC[0, 2] - clips.noisy_BNhwC[0, 2]).max() > 1e-4
-    np.testing.assert_allclose(other.noisy_BNhwC[1], clips.noisy_BNhwC[1], atol=1e-4)  # it says the same
+    assert np.abs(other.noisy_BNhwC[1, 2] - clips.noisy_BNhwC[1, 2]).max() > 1e-3  # the same caption, extended
+    whole = never_shown_without_first_frame(system)
+    same = generate_clips(whole, params, CAPTIONS, [5, 6, 7], settings)
+    np.testing.assert_allclose(same.noisy_BNhwC[1], clips.noisy_BNhwC[1], atol=1e-4)
     for wrong in ("a prompt", "x: a prompt", "0: a prompt"):
         with pytest.raises(UserError, match="sample.changes"):
             generate_clips(system, params, CAPTIONS, [5, 6, 7], changed(SETTINGS, changes=wrong))
+
+
+def never_shown_without_first_frame(system: System) -> System:
+    """The system with a config that drops no first frames."""
+    data = dataclasses.replace(system.config.data, first_frame_drop=0.0)
+    return dataclasses.replace(system, config=dataclasses.replace(system.config, data=data))
+
+
+def test_captions_of_later_windows_are_extended_as_in_training(system: System) -> None:
+    captions, released = ["a seven", ""], changed(SETTINGS, as_released=True)
+    assert extended(system.config, captions, SETTINGS) == ["(extend) a seven", ""]
+    assert extended(system.config, captions, released) == captions
+    assert extended(never_shown_without_first_frame(system).config, captions, SETTINGS) == captions
+
+
+def test_a_later_window_goes_on_from_its_context_under_its_own_caption_and_guidance(system: System, params) -> None:
+    """Frame 3 of four, in a window of three that begins with frame 1: as if that were given. Its likelihood, too."""
+    settings = changed(SETTINGS, frames=13, later_guidance=0.5)
+    long = generate_clips(system, params, CAPTIONS, [5, 6, 7], settings)
+    u = shallow_tokens(system.flow, params, jnp.asarray(long.noisy_BNhwC))
+    text = [system.caption_features(params, [f"(extend) {caption}" for caption in CAPTIONS]),
+            jnp.broadcast_to(system.caption_features(params, [""]), (3, 24, 16))]
+    (made, _), = decode.generate(
+        system.flow, decoding_variables(params), noise_for([5, 6, 7], (4, 4, 4))[:, 3:], jnp.stack(text), guidance=0.5,
+        token_grid=system.token_grid, known_BTSK=u[:, 1:3], window=3)
+    np.testing.assert_allclose(u[:, 3:], made, atol=2e-3)
+    guided = generate_clips(system, params, CAPTIONS, [5, 6, 7], changed(settings, later_guidance=-1.0))
+    assert np.abs(guided.noisy_BNhwC[:, 3] - long.noisy_BNhwC[:, 3]).max() > 1e-2
+    np.testing.assert_array_equal(guided.noisy_BNhwC[:, :3], long.noisy_BNhwC[:, :3])
+    nll = window_nll(system.flow, params, jnp.asarray(long.noisy_BNhwC[:, 1:]), text[0])
+    np.testing.assert_allclose(frame_nll(system, params, jnp.asarray(long.noisy_BNhwC), long.text)[:, 3], nll[:, 2],
+                               rtol=1e-4)
+
+
+def test_frames_encoded_again_are_denoised_and_noised_anew(system: System, params) -> None:
+    """Frame 3 of four as if the two before it had been given clean, with noise of their own; and so for each video
+    alone."""
+    settings = changed(SETTINGS, frames=13, renoise=True)
+    long = generate_clips(system, params, CAPTIONS, [5, 6, 7], settings)
+    window, text = jnp.asarray(long.noisy_BNhwC[:, :3]), system.caption_features(params, CAPTIONS)
+    clean = denoise(system, params, window, text, "denoiser")
+    noise = noise_for([seed ^ 0xF4E5 for seed in (5, 6, 7)], (4, 4, 4)).reshape(3, 4, 2, 2, 4)
+    known = shallow_tokens(system.flow, params, clean[:, 1:] + CONFIG.model.noise_std * noise[:, 1:3])
+    extend = [system.caption_features(params, [f"(extend) {caption}" for caption in CAPTIONS]),
+              jnp.broadcast_to(system.caption_features(params, [""]), (3, 24, 16))]
+    (made, _), = decode.generate(
+        system.flow, decoding_variables(params), noise_for([5, 6, 7], (4, 4, 4))[:, 3:], jnp.stack(extend),
+        guidance=SETTINGS.guidance, token_grid=system.token_grid, known_BTSK=known, window=3)
+    u = shallow_tokens(system.flow, params, jnp.asarray(long.noisy_BNhwC))
+    np.testing.assert_allclose(u[:, 3:], made, atol=2e-3)
+    alone = generate_clips(system, params, CAPTIONS[1:2], [6], settings)
+    np.testing.assert_allclose(alone.noisy_BNhwC[0], long.noisy_BNhwC[1], atol=1e-3)
+    as_sampled = generate_clips(system, params, CAPTIONS, [5, 6, 7], changed(settings, renoise=False))
+    assert np.abs(as_sampled.noisy_BNhwC[:, 3] - long.noisy_BNhwC[:, 3]).max() > 1e-2
+
+
+def test_what_cannot_be_noised_anew_is_refused(system: System, params) -> None:
+    for change in (dict(denoise="none"), dict(as_released=True)):
+        with pytest.raises(UserError, match="sample.renoise"):
+            changed(SETTINGS, renoise=True, **change)
+    for change, words in ((dict(denoiser="none"), "no denoiser"), (dict(local_shallow=False), "local_shallow")):
+        model = dataclasses.replace(system.config.model, **change)
+        other = dataclasses.replace(system, config=dataclasses.replace(system.config, model=model))
+        with pytest.raises(UserError, match=words):
+            refresher(other, params, None, changed(SETTINGS, renoise=True))

@@ -19,11 +19,14 @@ from tests.small_model import CAPTIONS, SETTINGS
 SEEDS = [5, 6, 7]
 
 
-@pytest.mark.parametrize("frames,devices", [(9, 1), (9, 2), (21, 2), (9, 4)])
-def test_stream_equals_the_whole_clip(system: System, params, frames: int, devices: int) -> None:
-    """Within the window and beyond it; bit for bit but for the denoiser, which has its own order of additions."""
-    for denoise in ("denoiser", "none"):
-        settings = changed(SETTINGS, frames=frames, devices=devices, frames_per_step=1, denoise=denoise)
+@pytest.mark.parametrize("frames,devices,renoise", [
+    (9, 1, False), (9, 2, False), (21, 2, False), (21, 2, True), (9, 4, False)])
+def test_stream_equals_the_whole_clip(system: System, params, frames: int, devices: int, renoise: bool) -> None:
+    """Within the window and beyond it, also with another caption meanwhile and noised anew; bit for bit but for the
+    denoiser, which has its own order of additions."""
+    for denoise in ("denoiser",) if renoise else ("denoiser", "none"):
+        settings = changed(SETTINGS, frames=frames, devices=devices, frames_per_step=1, denoise=denoise,
+                           renoise=renoise, changes=f"13: {CAPTIONS[1]}" if renoise else "")
         whole = generate_clips(system, params, CAPTIONS, SEEDS, settings).frames_BTHWC
         parts = list(stream_clips(system, params, CAPTIONS, SEEDS, settings))
         assert [part.shape[1] for part in parts] == [1] + [4] * ((frames - 1) // 4)
