@@ -20,5 +20,9 @@ def temporal_flickering(frames_THWC: np.ndarray) -> float:
 
 def psnr(reference: np.ndarray, made: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of uint8 frames of one shape: 10 log10(255^2 / mean squared error)."""
-    error = np.mean((reference.astype(np.float64) - made.astype(np.float64)) ** 2)
-    return float(10 * np.log10(255**2 / error)) if error else math.inf
+    return psnr_of(float(np.mean((reference.astype(np.float64) - made.astype(np.float64)) ** 2)))
+
+
+def psnr_of(squared_error: float) -> float:
+    """The same of a mean squared error."""
+    return float(10 * np.log10(255**2 / squared_error)) if squared_error else math.inf

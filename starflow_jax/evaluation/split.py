@@ -10,6 +10,7 @@ import numpy as np
 from starflow_jax.data.digits import reader
 from starflow_jax.data.digits.captions import ATTRIBUTES
 from starflow_jax.evaluation.measures import temporal_flickering
+from starflow_jax.evaluation.two_sample import clip_statistics
 from starflow_jax.io.progress import ProgressBar
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.sources import data_source
@@ -27,14 +28,15 @@ SHOWN = 12  # clips on the sheet
 
 def generate_and_read(
     system: System, params: Params, captions: list[str], labels_B3: np.ndarray | None
-) -> tuple[dict[str, dict[str, float]], np.ndarray]:
-    """One clip per caption, seeds 0, 1, 2, ..., denoised in every way: {way: what `read` finds in its clips}, and the
-    first clips' frames (SHOWN, T, H, W, 3) uint8, denoised as the config says.
+) -> tuple[dict[str, dict[str, float]], np.ndarray, np.ndarray]:
+    """One clip per caption, seeds 0, 1, 2, ..., denoised in every way: {way: what `read` finds in its clips}; and of
+    those that are denoised as the config says the first clips' frames (SHOWN, T, H, W, 3) uint8, and all clips'
+    `clip_statistics`.
 
     One batch after another, of which only the figures and those first frames are kept.
     """
-    settings = dataclasses.replace(system.config.sample, denoise="none", frames=0)
-    size, shown = settings.batch_size, []
+    settings = dataclasses.replace(system.config.sample, denoise="none", frames=0, renoise=False)
+    size, shown, statistics = settings.batch_size, [], []
     scores: dict[str, dict[str, float]] = {how: {} for how in DENOISE_CHOICES}
     with ProgressBar("samples", len(captions), unit="clip", compiles=True) as progress:
         for begin, batch in zip(itertools.count(step=size), in_batches(captions, size)):
@@ -45,10 +47,11 @@ def generate_and_read(
                 of_batch = read(None if labels_B3 is None else labels_B3[begin:begin + size], frames)
                 for name, value in of_batch.items():  # each a mean over clips
                     scores[how][name] = scores[how].get(name, 0.0) + value * len(batch) / len(captions)
-                if how == system.config.sample.denoise and begin < SHOWN:
-                    shown.append(frames[:SHOWN - begin])
+                if how == system.config.sample.denoise:
+                    shown.append(frames[:max(0, SHOWN - begin)])
+                    statistics.append(clip_statistics(frames))
             progress.update(len(batch))
-    return scores, np.concatenate(shown)
+    return scores, np.concatenate(shown), np.concatenate(statistics)
 
 
 def read(labels_B3: np.ndarray | None, frames_BTHWC: np.ndarray) -> dict[str, float]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from starflow_jax.evaluation.split import baselines, generate_and_read, read
+from starflow_jax.evaluation.two_sample import clip_statistics
 from starflow_jax.model.system import System
 from starflow_jax.sampling.generate import generate_clips
 from tests.small_model import CAPTIONS, CONFIG
@@ -35,11 +36,12 @@ def test_figures_of_batches_are_those_of_all_clips(system: System, params) -> No
     """Three clips in batches of two, the last one filled up; each way of denoising."""
     sample = dataclasses.replace(CONFIG.sample, batch_size=2, guidance=0.0)
     of = dataclasses.replace(system, config=dataclasses.replace(CONFIG, sample=sample))
-    scores, shown = generate_and_read(of, params, CAPTIONS, None)
+    scores, shown, statistics = generate_and_read(of, params, CAPTIONS, None)
     for how, found in scores.items():
         settings = dataclasses.replace(sample, denoise=how, frames=0)
         frames = generate_clips(of, params, CAPTIONS, [0, 1, 2], settings).frames_BTHWC
         assert found == {"temporal_flickering": pytest.approx(read(None, frames)["temporal_flickering"], abs=1e-4)}
         if how == sample.denoise:
             assert np.abs(shown.astype(int) - frames).max() <= 1
+            np.testing.assert_allclose(statistics, clip_statistics(frames), rtol=0.02, atol=0.01)
     assert len({round(found["temporal_flickering"], 5) for found in scores.values()}) > 1

@@ -131,3 +131,6 @@ def test_sample_and_evaluate_the_trained_model(uninterrupted: Path, data: Path) 
     assert len(found["bits_per_dim_per_frame"]) == 4
     np.testing.assert_allclose(np.mean(found["bits_per_dim_per_frame"]), found["bits_per_dim"], rtol=1e-6)
     assert found["real_clips"]["colour"] == 1.0
+    denoised = found["psnr_of_denoised_test_clips"]
+    assert set(denoised) == {"denoiser", "score", "none"} and min(denoised.values()) > 10
+    assert 0 <= found["two_sample_balanced_accuracy"] <= 1
