@@ -46,6 +46,7 @@ PARAMETERS = {
     r"(deep|shallow_\d+|denoiser)/proj_out/kernel": ("width", None),
     r"text/.*": (),  # the encoder that is trained along with the flow
 }
+HOST = "pinned_host"  # JAX's name of memory that devices copy from directly
 LARGEST_UNNAMED = 2**20  # bytes of a parameter that no pattern matches
 
 
@@ -281,6 +282,26 @@ def spread_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 def _from_whole(x: np.ndarray, placed: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(x.shape, placed, lambda index: x[index])
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays in the hosts' memory, laid out as they were on the devices, which then have room for others."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(HOST)), tree)
+
+
+def is_on_host(x: Any) -> bool:
+    """Whether `to_host` put an array there."""
+    return isinstance(x, jax.Array) and x.sharding.memory_kind == HOST
+
+
+def to_devices(tree: Any, after: Any = None) -> Any:
+    """The arrays that `to_host` put away, copied back to their devices; others as they are. after: arrays that are made
+    first where anything is copied, so that what they are made from makes room."""
+    if not any(map(is_on_host, jax.tree.leaves(tree))):
+        return tree
+    jax.block_until_ready(after)
+    return jax.tree.map(
+        lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")) if is_on_host(x) else x, tree)
 
 
 def fetch(x: Any) -> np.ndarray:

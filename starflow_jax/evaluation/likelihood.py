@@ -23,6 +23,7 @@ from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import caption_text, noised
 from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.generate import encode_z
+from starflow_jax.sampling.shallow import invert_all
 from starflow_jax.sampling.solver import complete, deep_solver, shallow_solver
 from starflow_jax.sampling.windows import windowed
 
@@ -107,8 +108,8 @@ def decode_z(system: System, params: Params, z_BNSK: jax.Array, text: jax.Array)
     made = decode.generate(system.flow, variables, z_BNSK, text[None], solver=deep_solver(solver),
                            token_grid=system.token_grid, window=system.config.model.frames)
     u_BNSK = jnp.concatenate([frames for frames, _ in made], axis=1)
-    return decode.invert_shallow(system.flow, variables, u_BNSK, solver=shallow_solver(solver),
-                                 token_grid=system.token_grid)[0]
+    return invert_all(system.flow, variables, u_BNSK, solver=shallow_solver(solver),
+                      token_grid=system.token_grid)[0]
 
 
 def round_trip(system: System, params: Params, frames_THWC: np.ndarray, caption: str) -> RoundTrip:

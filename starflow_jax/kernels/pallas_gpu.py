@@ -12,6 +12,7 @@ Programs that run at the same time work on the same head: its keys, values and t
 cache. (With 64 heads at once the sums take twice the time of all else, for they go to device memory and back.)
 """
 
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -57,8 +58,18 @@ def check(q_BSHD: jax.Array, k_BKGD: jax.Array) -> None:
         raise Unsupported(f"head_dim {dim}: the Hopper kernels have {sorted(TUNED)}")
     if q_BSHD.dtype != jnp.bfloat16 or k_BKGD.dtype != jnp.bfloat16:
         raise Unsupported(f"{q_BSHD.dtype}: Hopper's matrix units multiply bfloat16")
-    if jax.default_backend() == "gpu" and jax.local_devices()[0].compute_capability != "9.0":
-        raise Unsupported(f"compute capability {jax.local_devices()[0].compute_capability}: made for 9.0")
+    if _capability() != "9.0":
+        raise Unsupported(f"compute capability {_capability()}: made for 9.0")
+
+
+def _capability() -> str:
+    """Of the GPU that programs are for: that of the mesh in force, where its name says so (planning/topology.py),
+    or this machine's; on a machine without one, a Hopper's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    named = re.search(r"compute capability (\d+\.\d+)", device.device_kind) if device else None
+    if named:
+        return named[1]
+    return jax.local_devices()[0].compute_capability if jax.default_backend() == "gpu" else "9.0"
 
 
 def forward(q_BSHD, k_BKGD, v_BKGD, *, mask: Mask, length_B, blocks: Blocks | None = None):

@@ -32,6 +32,7 @@ from starflow_jax.model.text import (
     text_encoder,
     text_fingerprint,
 )
+from starflow_jax.sharding import to_devices
 from starflow_jax.text.t5 import T5Encoder
 from starflow_jax.text.tokenizer import Tokenizer
 
@@ -110,11 +111,12 @@ class System:
 
     def encode(self, frames_BTHWC: jax.Array | np.ndarray) -> jax.Array:
         """uint8 frames -> latents (B, N, h, w, C) float32."""
-        return encode_frames(self.codec, frames_BTHWC, self.config.codec.later_frames_scale)
+        return encode_frames(to_devices(self.codec), frames_BTHWC, self.config.codec.later_frames_scale)
 
     def decode(self, latents_BNhwC: jax.Array) -> jax.Array:
         """Latents -> frames (B, T, H, W, 3) uint8."""
-        return decode_latents(self.codec, latents_BNhwC, self.config.codec.later_frames_scale, self.as_released)
+        codec = to_devices(self.codec, after=latents_BNhwC)
+        return decode_latents(codec, latents_BNhwC, self.config.codec.later_frames_scale, self.as_released)
 
 
 @jax.jit

@@ -60,8 +60,16 @@ def _line(plan: StepPlan) -> str:
     used, there = plan.peak_bytes_per_chip / GIB, plan.hbm_bytes_per_chip / GIB
     line = f"{where}: fits, {used:.1f} of {there:.0f} GiB a chip"
     if plan.cost.bound_seconds_per_step is None:
-        return f"{line}, by the buffers of this machine's CPU"
+        return f"{line}, by {_compiler(plan)}"
     return f"{line}, at least {plan.cost.bound_seconds_per_step:.2f} s a step, MFU at most {plan.cost.bound_mfu:.2f}"
+
+
+def _compiler(plan: StepPlan) -> str:
+    """Of a plan without a bound."""
+    if plan.device_kind == "cpu":
+        return ("the buffers of this machine's CPU, which takes more; for those of XLA's compiler for GPUs, "
+                'pip install "jax[cuda12]"')
+    return f"XLA's compiler for a {plan.device_kind}"
 
 
 def _cells(plan: StepPlan, keys: tuple[str, ...]) -> list[str]:

@@ -33,6 +33,7 @@ from starflow_jax.sampling.generate import joined
 from starflow_jax.sampling.likelihood import window_nll
 from starflow_jax.sampling.offload import with_tiles
 from starflow_jax.sampling.renoise import encode_again
+from starflow_jax.sampling.shallow import frames_at_once, part_of, parts_together
 from starflow_jax.sampling.solver import complete, deep_solver, shallow_solver
 from starflow_jax.sampling.stream import place
 from starflow_jax.sampling.windows import context_frames, denoising_windows
@@ -76,12 +77,20 @@ class Sampling:
         self.total = latent_frames(config, config.sample)
         self.params, self.codec = abstract_model(config, mesh)
         self.variables = decoding_variables(self.params)
-        self.chain = Chain({"params": self.params, "codec": self.codec})
+        # As sampling/offload.py: what works last is in the host's memory until then.
+        self.aside = config.sample.offload and not config.sample.stream
+        if self.aside:
+            self.denoiser = self.params.pop("denoiser", None)
+        self.chain = Chain({"params": self.params, "codec": None if self.aside else self.codec})
         self.shallow: dict[str, Any] = dict(solver=shallow_solver(self.solver), token_grid=config.model.token_grid)
 
     @property
     def solver(self) -> Solver:
         return complete(self.config.sample.solver, Solver(), self.config.model, stream=self.config.sample.stream)
+
+    @property
+    def params_and_denoiser(self) -> dict[str, Any]:
+        return {**self.params, "denoiser": self.denoiser} if self.aside else self.params
 
     @property
     def window(self) -> int:
@@ -159,11 +168,10 @@ class Sampling:
     def _renoised(self, u: Any, texts: Any, frames: int, times: int) -> Any:
         """As sampling/renoise.py does."""
         sample, text = self.config.sample, _conditional(texts)
-        noisy, _ = self.chain.run("shallow blocks, a window", decode.invert_shallow, self.flow, self.variables, u,
-                                  times=times, unknown_trips=self.config.plan.updates, **self.shallow)
+        noisy = self.shallow_frames(u, "of a window", times)
         step = score_step if sample.denoise == "score" else denoiser_step
-        clean = self.chain.run(f"{sample.denoise}, frames encoded again", step, self.flow, self.params, noisy, text,
-                               times=times)
+        clean = self.chain.run(f"{sample.denoise}, frames encoded again", step, self.flow, self.params_and_denoiser,
+                               noisy, text, times=times)
         return self.chain.run("shallow blocks, frames encoded again", encode_again, self.flow, self.params, clean,
                               self.fresh, 0, frames=frames, times=times)
 
@@ -175,16 +183,31 @@ class Sampling:
         made = [of_step[step] for step in self.steps]
         del self.chain.resident["cache"]
         u = run("frames together", joined, *made)
-        noisy, _ = run("shallow blocks, all frames", decode.invert_shallow, self.flow, self.variables, u,
-                       unknown_trips=config.plan.updates, **self.shallow)
+        noisy = self.shallow_frames(u)
         window, text = _frames(noisy, self.window), _conditional(texts)
         if config.sample.denoise == "denoiser" and config.model.denoiser != "none":
-            run("denoiser, a window", denoiser_step, self.flow, self.params, window, text, times=self.windows)
+            run("denoiser, a window", denoiser_step, self.flow, self.params_and_denoiser, window, text,
+                times=self.windows)
         run("codec, all frames", decode_latents, self.codec, noisy, config.codec.later_frames_scale,
             config.sample.as_released, options=_effort(config))
         whole = jax.ShapeDtypeStruct(window.shape, window.dtype, sharding=sharding.replicated(self.mesh))
         run("likelihood, a window", window_nll, self.flow, self.params, whole, text, times=self.windows)
         return self.chain.programs
+
+    def shallow_frames(self, u: Any, which: str = "all", runs: int = 1) -> Any:
+        """Latents of whole videos, in shapes, as sampling/shallow.py makes them, so often."""
+        run, flow, variables = self.chain.run, self.flow, self.variables
+        invert = dict(unknown_trips=self.config.plan.updates, **self.shallow)
+        videos, frames = u.shape[:2]
+        at_once = frames_at_once(self.config.model, videos, frames)
+        if at_once == frames:
+            return run(f"shallow blocks, {which} frames", decode.invert_shallow, flow, variables, u, times=runs,
+                       **invert)[0]
+        parts = -(-frames // at_once)
+        part = run(f"{at_once} of {which} frames", part_of, u, 0, at_once, times=runs * parts)
+        made = run(f"shallow blocks, {at_once} of {which} frames", decode.invert_shallow, flow, variables, part,
+                   times=runs * parts, **invert)
+        return run(f"{which} frames together", parts_together, [made] * parts, videos, frames, times=runs)[0]
 
     def stream(self) -> list[Program]:
         """As sampling/stream.py does."""

@@ -17,6 +17,7 @@ from starflow_jax.model.parameters import Params, flow_variables
 from starflow_jax.model.system import System
 from starflow_jax.model.text import prompt_text
 from starflow_jax.sampling.solver import chosen_solver
+from starflow_jax.sharding import to_devices
 from starflow_jax.text.prompt import EXTEND
 
 GIVEN_NOISE = 0x5EED  # turns a video's seed into that of the noise on its given frames
@@ -234,7 +235,8 @@ def given_latents(system: System, frames_BTHWC: np.ndarray, draws: Draws) -> jax
     """(B, N, h, w, C): latents of given frames, uint8; as released, drawn from the codec's posterior."""
     if draws.posterior_BThwC is None:
         return system.encode(frames_BTHWC)
-    return encode_drawn(system.codec, frames_BTHWC, draws.posterior_BThwC, system.config.codec.later_frames_scale)
+    codec, scale = to_devices(system.codec), system.config.codec.later_frames_scale
+    return encode_drawn(codec, frames_BTHWC, draws.posterior_BThwC, scale)
 
 
 def noised_given(system: System, frames_BTHWC: np.ndarray, draws: Draws) -> jax.Array:

@@ -11,6 +11,7 @@ from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Text, text_at
 from starflow_jax.sampling.likelihood import window_nll
 from starflow_jax.sampling.windows import denoising_windows
+from starflow_jax.sharding import to_devices
 
 
 def denoise(system: System, params: Params, noisy: jax.Array, text: Text, how: str) -> jax.Array:
@@ -41,7 +42,7 @@ def denoise_window(
     if how == "none" or (how == "denoiser" and system.config.model.denoiser == "none"):
         return noisy
     step = denoiser_step if how == "denoiser" else score_step
-    return step(system.flow, params, noisy, text_at(text, frame, start))
+    return step(system.flow, to_devices(params, after=noisy), noisy, text_at(text, frame, start))
 
 
 @partial(jax.jit, static_argnums=0)

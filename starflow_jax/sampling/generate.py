@@ -18,6 +18,7 @@ from starflow_jax.sampling.conditions import Conditions, Draws, VideoText, make_
 from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.likelihood import frame_nll
 from starflow_jax.sampling.renoise import refresher
+from starflow_jax.sampling.shallow import invert_all
 from starflow_jax.sampling.solver import chosen_solver, deep_solver, shallow_solver
 from starflow_jax.sampling.windows import context_frames
 from starflow_jax.sharding import fetch
@@ -54,7 +55,7 @@ def generate_clips(
     """
     given = make_conditions(system, params, captions, seeds, settings, known_BTHWC, draws)
     made, reports = zip(*deep_frames(system, params, given, settings))
-    noisy, shallow = decode.invert_shallow(
+    noisy, shallow = invert_all(
         system.flow, decoding_variables(params), joined(*made),
         solver=shallow_solver(chosen_solver(system, settings)), token_grid=system.token_grid)
     if given.known_BThwC is not None:

@@ -1,17 +1,20 @@
 """One part of a model after the other, for devices that do not hold all of them at once (sample.offload)."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Config, changed
 from starflow_jax.io.progress import ProgressBar
-from starflow_jax.model.store import load_encoder
+from starflow_jax.model.store import LoadedModel, load_encoder
 from starflow_jax.model.text import encode_text, read_tokenizer, text_encoder
 from starflow_jax.sampling.batches import in_batches
 from starflow_jax.sampling.conditions import extended, full_prompts, latent_frames, prompt_changes
-from starflow_jax.sharding import fetch
+from starflow_jax.sharding import fetch, to_host
 
 TILE = 16  # latents of a tile's side
 PROMPTS = 32  # encoded at once
@@ -23,6 +26,14 @@ def with_tiles(config: Config) -> Config:
     sample, codec = config.sample, config.codec
     tiles = sample.offload and not sample.stream and codec.kind == "wan" and not codec.tile
     return changed(config, "codec", {"tile": TILE}) if tiles else config
+
+
+def last_parts_aside(loaded: LoadedModel) -> LoadedModel:
+    """The model with what works last, denoiser and codec, in the host's memory. They are copied to the devices for as
+    long as they work, by `denoise_window` and the system. Not for a stream, which needs them for every frame."""
+    params = {name: to_host(part) if name == "denoiser" else part for name, part in loaded.params.items()}
+    codec = to_host(jax.tree.map(jnp.asarray, loaded.system.codec))
+    return loaded._replace(params=params, system=dataclasses.replace(loaded.system, codec=codec))
 
 
 def encode_ahead(config: Config, workdir: Path, prompts: Sequence[str]) -> dict[str, np.ndarray]:

@@ -50,7 +50,8 @@ def bytes_per_device(arrays: Any) -> int:
     """The most bytes that a device of this process holds of a pytree's arrays."""
     held: dict[jax.Device, int] = {}
     for leaf in jax.tree.leaves(arrays):
-        for shard in leaf.addressable_shards if isinstance(leaf, jax.Array) else ():
+        on_devices = isinstance(leaf, jax.Array) and not sharding.is_on_host(leaf)
+        for shard in leaf.addressable_shards if on_devices else ():
             held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
     return max(held.values(), default=0)
 

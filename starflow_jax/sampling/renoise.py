@@ -8,12 +8,12 @@ import jax
 from jax import lax
 
 from starflow_jax.config import Sample, UserError
-from starflow_jax.flow import decode
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, decoding_variables, flow_variables
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Conditions
 from starflow_jax.sampling.denoise import denoise_window
+from starflow_jax.sampling.shallow import invert_all
 from starflow_jax.sampling.solver import chosen_solver, shallow_solver
 
 
@@ -35,8 +35,8 @@ def refresher(
     solver, text = shallow_solver(chosen_solver(system, settings)), given.text
 
     def refresh(u_BTSK: jax.Array, frames: int, made: int) -> jax.Array:
-        noisy, _ = decode.invert_shallow(system.flow, decoding_variables(params), u_BTSK, solver=solver,
-                                         token_grid=system.token_grid)
+        noisy, _ = invert_all(system.flow, decoding_variables(params), u_BTSK, solver=solver,
+                              token_grid=system.token_grid)
         done = given.given + made
         clean = denoise_window(system, params, noisy, done - 1, text, settings.denoise, done - noisy.shape[1])
         return encode_again(system.flow, params, clean, given.fresh_BNhwC, done - frames, frames=frames)

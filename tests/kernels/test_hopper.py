@@ -1,5 +1,8 @@
 """The order in which Hopper's kernels meet blocks, and that the programs hold what they are to hold."""
 
+import contextlib
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 from starflow_jax.kernels import pallas_gpu
 from starflow_jax.kernels.hopper import Walk
 from starflow_jax.kernels.mask import HIDDEN, WHOLLY, Causal, FrameWindow, Full, Mask, block_runs, seen, visible_blocks
+from starflow_jax.kernels.unsupported import Unsupported
 
 SLOTS, Q_BLOCK, K_BLOCK = 321, 48, 40
 MASKS = [Causal(), Full(), FrameWindow(prefix=130, tokens=50, window=2, lookahead=0),
@@ -75,3 +79,13 @@ def test_gradients_lower_for_grouped_heads(dim: int) -> None:
 
     text = jax.jit(backward).trace(q, k, k, row, row, q).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize(("capability", "refused"), [("8.6", True), ("9.0", False)])
+def test_they_are_for_hoppers_alone(monkeypatch: pytest.MonkeyPatch, capability: str, refused: bool) -> None:
+    """The kind of a GPU that programs are only compiled for is in its name (planning/topology.py)."""
+    q_BSHD = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
+    device = types.SimpleNamespace(device_kind=f"GPU of compute capability {capability}")
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: types.SimpleNamespace(abstract_device=device))
+    with pytest.raises(Unsupported, match="compute capability 8.6") if refused else contextlib.nullcontext():
+        pallas_gpu.check(q_BSHD, q_BSHD)

@@ -10,12 +10,15 @@ import jax.numpy as jnp
 import pytest
 
 from starflow_jax import config as settings_of
+from starflow_jax import sharding
 from starflow_jax.codec.wan_weights import abstract_params
 from starflow_jax.config import Config, UserError
 from starflow_jax.modes.plan import plan
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.planning import roofline
+from starflow_jax.planning import topology as topologies
 from starflow_jax.planning.plan import StepPlan, advice, bytes_needed, plan_of
+from starflow_jax.planning.programs import compile_step
 from starflow_jax.planning.roofline import GIB, Chip
 from starflow_jax.planning.topology import topology
 from tests.codec.test_wan_vae import SMALL
@@ -91,8 +94,10 @@ def test_int8_takes_less_of_a_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     assert math.isclose(whole - arguments(cache="int8"), of_cache, rel_tol=0.03)
 
 
-def test_a_gpus_memory_is_planned_by_the_buffers_of_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Without libtpu; times are not known."""
+def test_a_gpus_memory_is_planned_by_the_buffers_of_a_cpu(
+        tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without libtpu and XLA for CUDA; times are not known."""
+    monkeypatch.setattr(topologies, "cuda_is_installed", lambda: False)
     asked = dataclasses.replace(with_plan(small(), step="sample", topology="gpu:24GB"), text=SMALL_TEXT)
     plan(asked, tmp_path)
     found = json.loads((tmp_path / "plan.json").read_text())
@@ -102,6 +107,23 @@ def test_a_gpus_memory_is_planned_by_the_buffers_of_a_cpu(tmp_path: Path, capsys
     deep, text = parts["deep block, a step"], parts["text encoder"]
     assert deep["aliased"] > 0 and deep["resident"] > text["arguments"] / 2 > 0  # the encoder stays beside it
     assert "by the buffers of this machine's CPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "kernels"), [("gpu:24GB", "triton"), ("gpu:80GB", "mosaic_gpu")])
+def test_a_gpu_that_is_not_there_is_planned_by_its_own_compiler(name: str, kernels: str) -> None:
+    """Its kernels are those of its kind: of a Hopper from 80 GB on."""
+    if not topologies.cuda_is_installed():
+        pytest.skip('compiling for GPUs needs "jax[cuda12]"')
+    device, = topology(name)
+    model = tiny_model(deep_width=128, shallow_width=128, head_dim=64, frames=2, height=24, width=24,
+                       dtype="bfloat16", denoiser="none")
+    config = dataclasses.replace(with_plan(small(), step="sample", topology=name), model=model, text=SMALL_TEXT,
+                                 mesh=settings_of.Mesh(1, 1, 1, 1))
+    found = plan_of(config, [device])
+    assert found.fits and found.device_kind == device.device_kind != "cpu"
+    with jax.set_mesh(sharding.make_mesh(config.mesh, [device])):
+        deep = next(part for part in compile_step(config, jax.sharding.get_mesh()) if part.name == "deep block, a step")
+    assert kernels in deep.lowered.as_text()
 
 
 def test_its_json_is_one_flat_table(planned: StepPlan) -> None:

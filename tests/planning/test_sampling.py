@@ -12,14 +12,15 @@ from starflow_jax import sharding
 from starflow_jax.flow import decode
 from starflow_jax.model import system
 from starflow_jax.planning.sampling import sampling_programs
-from starflow_jax.sampling import conditions, denoise, generate, likelihood, renoise, stream
+from starflow_jax.sampling import conditions, denoise, generate, likelihood, renoise, shallow, stream
 from tests.sharded_sampling import CONFIG_OF_TEST, PROMPTS, write_workdir
 from tests.small_run import run_here
 
 PROGRAMS = [(system, "encode_text"), (system, "decode_latents"), (conditions, "stack_branches"),
             (conditions, "draw_noise"), (decode, "start_window"), (decode, "decode_frames"), (decode, "invert_shallow"),
-            (generate, "joined"), (denoise, "denoiser_step"), (likelihood, "window_nll"), (stream, "place"),
-            (renoise, "encode_again"), (stream, "score_next"), (stream, "decode_next")]
+            (shallow, "part_of"), (shallow, "parts_together"), (generate, "joined"), (denoise, "denoiser_step"),
+            (likelihood, "window_nll"), (stream, "place"), (renoise, "encode_again"),
+            (stream, "score_next"), (stream, "decode_next")]
 
 
 class Recorder:
@@ -47,30 +48,38 @@ def by_function(texts: list[str]) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize(("streams", "frames"), [(False, 0), (True, 0), (False, 25), pytest.param(
-    True, 25, marks=pytest.mark.slow)], ids=["whole videos", "a stream", "past the window", "a stream past the window"])
+@pytest.mark.parametrize(("streams", "offload", "frames"), [
+    (False, False, 0), (True, False, 0), (False, True, 25), pytest.param(True, False, 25, marks=pytest.mark.slow)],
+    ids=["whole videos", "a stream", "past the window, one part after the other", "a stream past the window"])
 def test_the_plans_programs_are_those_that_sampling_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                         streams: bool, frames: int) -> None:
-    """The user's command on four devices, two guided videos; past the window, which is noised anew."""
+                                                         streams: bool, offload: bool, frames: int) -> None:
+    """The user's command on four devices, two guided videos, two frames at once in shallow blocks; past the window,
+    which is noised anew."""
     recorded: dict[str, list[str]] = {}
     write_workdir(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    tokens = 2 * 2 * CONFIG_OF_TEST.model.tokens_per_frame
+    monkeypatch.setattr(shallow, "TOKENS", tokens)
     for module, name in PROGRAMS:
         monkeypatch.setattr(module, name, Recorder(name, getattr(module, name), recorded))
     code, _, error = run_here([
         "--config=configs/t2v.py", "--mode=sample", f"--workdir={tmp_path / 'model'}", "--config.sample.batch_size=2",
         f"--config.sample.prompts_file={tmp_path / 'prompts.txt'}", f"--config.sample.stream={streams}",
+        f"--config.sample.offload={offload}",
         f"--config.sample.output={tmp_path / 'videos'}", f"--config.sample.frames={frames}",
         f"--config.sample.renoise={frames > 0}", "--config.mesh.data=2", "--config.mesh.tensor=2",
         "--config.model.unroll_layers=false"])
     assert code == 0 and len(list((tmp_path / "videos").glob("*.mp4"))) == 2, error
     monkeypatch.undo()
+    monkeypatch.setattr(shallow, "TOKENS", tokens)
     mesh = sharding.make_mesh(settings_of.Mesh(data=2, tensor=2))
-    sample = settings_of.Sample(guidance=2.0, stream=streams, frames=frames, renoise=frames > 0)
-    config = dataclasses.replace(CONFIG_OF_TEST, sample=sample, plan=settings_of.Plan(step="sample", videos=2))
+    config = dataclasses.replace(
+        CONFIG_OF_TEST, plan=settings_of.Plan(step="sample", videos=2), sample=settings_of.Sample(
+            guidance=2.0, stream=streams, offload=offload, frames=frames, renoise=frames > 0))
     with jax.set_mesh(mesh):
         planned = by_function([program.lowered.as_text() for program in sampling_programs(config, mesh)])
     run = by_function([text for texts in recorded.values() for text in texts])
     assert {name: len(texts) for name, texts in planned.items()} == {name: len(texts) for name, texts in run.items()}
     assert [name for name in planned if planned[name] != run[name]] == []
     assert set(planned) >= {"start_window", "decode_frames", "invert_shallow"}
+    assert streams or set(planned) >= {"part_of", "parts_together"}

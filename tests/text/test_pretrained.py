@@ -109,10 +109,13 @@ def test_offloading_makes_the_same_video_without_the_encoder_beside_the_flow(
     """Two prompts, a negative one and a change of the prompt, all encoded before the flow is read."""
     config = converted(published, tmp_path)
     held: list[set[str]] = []
+    codecs_memory: list[set[str]] = []
     generate_clips = batches.generate_clips
 
     def watched(system, params, *arguments, **settings):
         held.append(set(params))
+        codecs_memory.append({leaf.sharding.memory_kind for leaf in jax.tree.leaves(system.codec)
+                              if isinstance(leaf, jax.Array)})
         return generate_clips(system, params, *arguments, **settings)
 
     monkeypatch.setattr(batches, "generate_clips", watched)
@@ -122,7 +125,7 @@ def test_offloading_makes_the_same_video_without_the_encoder_beside_the_flow(
     for offload, name in ((False, "at_once"), (True, "in_turn")):
         modes.run("sample", dataclasses.replace(config, sample=dataclasses.replace(
             sample, offload=offload, output=str(tmp_path / name))), tmp_path)
-    assert held == [{"flow", "text"}, {"flow"}]
+    assert held == [{"flow", "text"}, {"flow"}] and codecs_memory[1] == {"pinned_host"} != codecs_memory[0]
     for path in (tmp_path / "at_once").glob("*.mp4"):
         assert path.read_bytes() == (tmp_path / "in_turn" / path.name).read_bytes()
     assert len(list((tmp_path / "in_turn").glob("*.mp4"))) == 2
