@@ -6,7 +6,7 @@ from starflow_jax.config import UserError
 from starflow_jax.evaluation.networks import I3D
 from starflow_jax.evaluation.videos import Videos
 from starflow_jax.io.progress import ProgressBar
-from starflow_jax.sampling.batches import filled
+from starflow_jax.sampling.batches import filled, in_batches
 
 FVD_BATCH = 4  # clips that I3D takes at once
 
@@ -36,6 +36,12 @@ def features(videos: Videos, i3d: I3D, frames: int) -> np.ndarray:
         if waiting:
             run(waiting)
     return np.concatenate(found)
+
+
+def clip_features(i3d: I3D, frames_BTHWC: np.ndarray) -> np.ndarray:
+    """(B, 400): the same of uint8 clips of one size."""
+    return np.concatenate([i3d(np.stack(filled(part, FVD_BATCH)))[:len(part)]
+                           for part in in_batches(list(frames_BTHWC), FVD_BATCH)])
 
 
 def frechet_distance(first_ND: np.ndarray, second_MD: np.ndarray) -> float:

@@ -4,7 +4,7 @@ import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -157,6 +157,70 @@ def draw_heat_maps(
     figure.suptitle(headline, fontsize=9)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
+
+
+class Diagram(NamedTuple):
+    """Curves over places 0, 1, 2, ..., as `draw_diagrams` shows them."""
+
+    title: str
+    curves: dict[str, Sequence[float]]  # by their labels
+    grey: dict[str, Sequence[float]]  # what they are compared with; a single value is drawn as a level
+    places: Sequence[int] = ()  # empty: from 0 on
+
+
+def draw_diagrams(
+    path: str | os.PathLike[str],
+    diagrams: Sequence[Diagram],
+    frames_RVFHWC: np.ndarray,
+    rows: Sequence[str],
+    captions: Sequence[str],
+    headline: str,
+    x_label: str,
+    columns: int = 3,
+) -> None:
+    """Writes a PNG: diagrams, `columns` side by side, and below them a sheet with a row for each R, in which each video
+    V has its F frames (uint8) side by side, under its caption."""
+    from matplotlib.figure import Figure  # takes a third of a second to import
+
+    lines, (row_count, videos, shown, height, width, _) = -(-len(diagrams) // columns), frames_RVFHWC.shape
+    cell = 11.0 / videos * height / (shown * width)  # inches
+    figure = Figure(figsize=(11.5, 2.1 * lines + cell * row_count + 1.3), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[2.1 * lines + 0.3, cell * row_count + 0.6])
+    top, bottom = parts
+    for axes, diagram in zip(top.subplots(lines, columns, squeeze=False).flat, diagrams):
+        _draw_diagram(axes, diagram)
+        axes.set_xlabel(x_label, fontsize=7)
+    for axes in top.axes[len(diagrams):]:
+        axes.remove()
+    for index, axes in enumerate(bottom.subplots(row_count, videos, squeeze=False).flat):
+        row, video = divmod(index, videos)
+        axes.imshow(np.concatenate(list(_pad_cells(enlarge(frames_RVFHWC[row, video], 4))), axis=1))
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+        if row == 0:
+            axes.set_title("\n".join(textwrap.wrap(captions[video], 34)), fontsize=7)
+        if video == 0:
+            axes.set_ylabel(rows[row], fontsize=7, rotation=0, ha="right", va="center")
+    figure.suptitle(headline, fontsize=9)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def _draw_diagram(axes: Any, diagram: Diagram) -> None:
+    for values in diagram.grey.values():
+        if len(values) == 1:
+            axes.axhline(values[0], color="0.6", linestyle="--")
+        else:
+            axes.plot(values, color="0.6")
+    for label, values in diagram.curves.items():
+        axes.plot(diagram.places or range(len(values)), values, marker=".", label=label)
+    axes.set_title(diagram.title, fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    if len(diagram.curves) > 1:
+        axes.legend(fontsize=7)
 
 
 def check_frames(frames_THWC: np.ndarray) -> None:

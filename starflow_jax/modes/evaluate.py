@@ -1,4 +1,5 @@
-"""--mode=evaluate: a model on its test split, one video, captions by likelihood, or folders of any system's videos."""
+"""--mode=evaluate: a model on its test split or far beyond its training length, one video, captions by likelihood, or
+folders of any system's videos."""
 
 import dataclasses
 import json
@@ -11,14 +12,14 @@ import numpy as np
 from starflow_jax.config import Config, UserError
 from starflow_jax.data.digits import reader
 from starflow_jax.data.digits.captions import ATTRIBUTES
-from starflow_jax.evaluation import classify, likelihood, quality
+from starflow_jax.evaluation import classify, horizon, likelihood, quality
 from starflow_jax.evaluation.denoising import denoised_real_clips
 from starflow_jax.evaluation.measures import psnr
 from starflow_jax.evaluation.split import DENOISE_CHOICES, SHOWN, generate_and_read, read, real_clips, split_likelihood
 from starflow_jax.evaluation.two_sample import balanced_accuracy
 from starflow_jax.evaluation.videos import folder_of_videos
 from starflow_jax.io.files import write_text
-from starflow_jax.io.pictures import contact_sheet, draw_heat_maps, write_gif
+from starflow_jax.io.pictures import contact_sheet, draw_diagrams, draw_heat_maps, write_gif
 from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.io.video import write_mp4
 from starflow_jax.model.sources import fixed_captions
@@ -35,6 +36,7 @@ def evaluate(config: Config, workdir: Path) -> None:
     """Measure what config.evaluate.task names: files in the workdir and a table."""
     measure, together = {
         "test_set": (evaluate_test_set, config.evaluate.batch_size),
+        "horizon": (evaluate_horizon, config.sample.batch_size),
         "video": (evaluate_video, config.evaluate.draws),
         "classify": (classify_by_likelihood, config.evaluate.batch_size),
         "quality": (evaluate_quality, 1)}[config.evaluate.task]
@@ -87,6 +89,40 @@ def _print_test_set(results: dict[str, Any]) -> None:
     if accuracy is not None:
         print(f"\nsamples told from test clips that went through noise and denoiser, by size, motion, colour and "
               f"brightness: {accuracy:.3f} (0.5: not at all)")
+
+
+def evaluate_horizon(config: Config, workdir: Path) -> None:
+    """Samples far beyond the training length, stretch by stretch: WORKDIR/horizon.json and a picture."""
+    began = time.perf_counter()
+    horizon.stretches_in(config)  # before minutes of work
+    system, params, source, _ = load_model(config, workdir)
+    print(f"model: {source}")
+    captions = fixed_captions(config, "test", config.evaluate.prompts)
+    labels = reader.labels_of(captions) if config.data.source == "digits" else None
+    found, shown = horizon.measure(system, params, captions, labels)
+    results = {"model": source, **found, "sample_settings": dataclasses.asdict(config.sample),
+               "seconds": round(time.perf_counter() - began, 1)}
+    write_text(workdir / "horizon.json", json.dumps(results, indent=1))
+    draw_diagrams(workdir / "horizon.png", horizon.diagrams(results), shown.frames,
+                  [f"training length {stretch}" for stretch in shown.stretches], captions[:horizon.SHOWN],
+                  f"{len(captions)} videos of {found['latent_frames']} latent frames; real clips in grey",
+                  "training lengths from the start")
+    _print_horizon(results)
+    print(f"\nwritten to {workdir}: horizon.json, horizon.png")
+
+
+def _print_horizon(results: dict[str, Any]) -> None:
+    names = list(results["stretches"][0])
+    rows = [(f"{kind}, {index}", *(f"{row[name]:.4g}" if name in row else "" for name in names))
+            for kind, of_kind in (("samples", results["stretches"]), ("real clips", results["real_stretches"]))
+            for index, row in enumerate(of_kind)]
+    print(table(rows, ("training length", *names)))
+    if results.get("change"):
+        shares = {name: value for name, value in results["change"].items() if isinstance(value, float)}
+        print(f"\nprompts that change every {results['change']['every_latent_frames']} latent frames: "
+              + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shares.items()))
+    for line in results["missing"]:
+        print(line)
 
 
 def evaluate_video(config: Config, workdir: Path) -> None:

@@ -57,7 +57,7 @@ def stream_clips(
     sample.denoise or sample.devices rules a stream out."""
     deep, rest = stream_devices(settings.devices)
     given = make_conditions(system, params, captions, seeds, settings, known_BTHWC)
-    finish = _Finisher(system, params, given, settings, rest)
+    finish = Finisher(system, params, given, settings, rest)
     timeline = timeline or Timeline()
     index = given.given
     pending: list[jax.Array] = []
@@ -74,11 +74,11 @@ def stream_clips(
     yield from map(fetch, pending)
 
 
-class _Finisher:
+class Finisher:
     """From u to pixels, frame after frame: what is known so far, and how many frames of it were emitted."""
 
     def __init__(self, system: System, params: Params, given: Conditions, settings: Sample,
-                 device: jax.Device | None) -> None:
+                 device: jax.Device | None = None) -> None:
         model = system.config.model
         self._system, self._params, self._settings = system, jax.device_put(params, device), settings
         self._shallow_solver = shallow_solver(chosen_solver(system, settings))
@@ -96,6 +96,11 @@ class _Finisher:
         self._clean = self._noisy[:, :0]
         self._windows = denoising_windows(system.config, shape[1])
         self._latency = latency(system, settings)
+
+    @property
+    def noisy_BNhwC(self) -> jax.Array:
+        """The latents with their noise; of frames that are not made yet 0."""
+        return self._noisy
 
     def __call__(self, u_BGSK: jax.Array) -> list[jax.Array]:
         """Take the next frames of u; returns the pixels that they complete."""

@@ -110,19 +110,20 @@ class Sample(Settings):
                             "or a file of them, one per line, with --config.sample.prompts_file=FILE")
 
 
-EVALUATIONS = ("test_set", "video", "classify", "quality")
+EVALUATIONS = ("test_set", "horizon", "video", "classify", "quality")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate(Settings):
-    """What is measured: likelihood and adherence on the test split, one video, captions chosen by likelihood, or
-    folders of any system's videos."""
+    """What is measured: likelihood and adherence on the test split, or far beyond the training length; one video,
+    captions chosen by likelihood, or folders of any system's videos."""
 
     task: str = setting("test_set", "what is measured", one_of(*EVALUATIONS))
     clips: int = setting(1_000, "test clips whose likelihood is measured, or whose caption is chosen by it (classify)",
                          POSITIVE)
     batch_size: int = setting(64, "clips at once", POSITIVE)
-    prompts: int = setting(500, "test prompts whose samples are read (test_set)", POSITIVE)
+    prompts: int = setting(500, "test prompts whose samples are measured (test_set, horizon)", POSITIVE)
+    latent_frames: int = setting(128, "latent frames of each of them (horizon)", POSITIVE)
     video: str = setting("", "a video file: its exact likelihood given `caption`, and its way to z and back (video)")
     caption: str = setting("", "caption of that video")
     other: str = setting("", "another video file: interpolation in z from `video` to it")

@@ -88,6 +88,32 @@ def test_gif_moves_and_is_small(tmp_path):
     assert path.stat().st_size < 60_000
 
 
+def test_diagrams_and_frames_lie_where_they_belong(tmp_path):
+    """Two rows of three videos, each of one colour, in their places; a curve, and a level in grey behind it."""
+    colours = 250 * np.array([[(1, 0, 0), (0, 1, 0), (0, 0, 1)], [(1, 1, 0), (1, 0, 1), (0, 1, 1)]], np.uint8)
+    frames = np.broadcast_to(colours[:, :, None, None, None], (2, 3, 2, 8, 8, 3))
+    curve = pictures.Diagram("a share", {"one": [0.0, 0.5, 1.0], "two": [0.2, 0.2, 0.2]}, {"one": [0.8]})
+    bare = pictures.Diagram("another", {"only": [1.0, 2.0]}, {}, places=[2, 4])
+    path = tmp_path / "diagrams.png"
+    pictures.draw_diagrams(path, [curve, bare], frames, ["first", "last"], ["a", "b", "c"], "all", "time")
+    picture = pictures.read_image(path).astype(int)
+
+    def centre(colour) -> np.ndarray:
+        found = np.argwhere(np.abs(picture - colour).max(-1) < 3)
+        assert len(found) > 500
+        return found.mean(axis=0)
+
+    places = np.array([[centre(colour) for colour in row] for row in colours])
+    np.testing.assert_allclose(places[..., 0], places[:, :1, 0].repeat(3, axis=1), atol=1)  # rows
+    np.testing.assert_allclose(places[..., 1], places[:1, :, 1].repeat(2, axis=0), atol=1)  # columns
+    assert np.diff(places[:, 0, 0]).min() > 50 and np.diff(places[0, :, 1]).min() > 100
+    line, level, compared = (np.argwhere(np.abs(picture[:, :420] - colour).max(-1) < 3)  # blue, orange, grey
+                             for colour in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E), (153, 153, 153)))
+    assert level[:, 0].mean() > compared[:, 0].mean()  # 0.2 lies below 0.8
+    left, right = (line[np.abs(line[:, 1] - side) < 20, 0].mean() for side in (line[:, 1].min(), line[:, 1].max()))
+    assert left > right  # it rises
+
+
 def test_a_picture_is_fitted_as_the_release_does_it() -> None:
     """Bilinear to whole pixels cut down, then the centre: 720 rows to 832 give 831, and the last one is black."""
     random = np.random.default_rng(0)

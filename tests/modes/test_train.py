@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import starflow_jax as sf
+from starflow_jax.io.pictures import read_image
 from starflow_jax.training.metrics import read_metrics
 from tests.small_run import ROOT, command, environment, run_here
 
@@ -134,3 +135,15 @@ def test_sample_and_evaluate_the_trained_model(uninterrupted: Path, data: Path) 
     denoised = found["psnr_of_denoised_test_clips"]
     assert set(denoised) == {"denoiser", "score", "none"} and min(denoised.values()) > 10
     assert 0 <= found["two_sample_balanced_accuracy"] <= 1
+
+
+@pytest.mark.slow  # its sibling in evaluation/test_horizon.py is quick
+def test_the_horizon_of_the_trained_model(uninterrupted: Path, data: Path) -> None:
+    said = succeeds(uninterrupted, data, "--mode=evaluate", "--config.evaluate.task=horizon",
+                    "--config.evaluate.prompts=5", "--config.evaluate.latent_frames=16")
+    found = json.loads((uninterrupted / "horizon.json").read_text())
+    assert len(found["stretches"]) == 4 and len(found["change"]["changes"]) == 1
+    assert all(0 <= row[name] <= 1 for row in found["stretches"] for name in ("digit", "colour", "direction"))
+    assert all(np.isfinite(row["bits_per_dim"]) for row in (*found["stretches"], *found["real_stretches"]))
+    assert found["real_stretches"][0]["colour"] == 1.0 and "samples, 3" in said
+    assert read_image(uninterrupted / "horizon.png").shape[1] > 1000
