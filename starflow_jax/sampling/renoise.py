@@ -9,7 +9,7 @@ from jax import lax
 
 from starflow_jax.config import Sample, UserError
 from starflow_jax.flow.starflow import STARFlow, apply_flow
-from starflow_jax.model.parameters import Params, decoding_variables, flow_variables
+from starflow_jax.model.parameters import Params, decoding_variables
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Conditions
 from starflow_jax.sampling.denoise import denoise_window
@@ -52,4 +52,4 @@ def encode_again(
     """
     noise = lax.dynamic_slice_in_dim(fresh_BNhwC, first, frames, axis=1)
     noisy = clean_BThwC[:, clean_BThwC.shape[1] - frames:] + flow.config.noise_std * noise
-    return apply_flow(flow, flow_variables(params), STARFlow.shallow_forward, noisy)[0][-1]
+    return apply_flow(flow, decoding_variables(params), STARFlow.shallow_forward, noisy)[0][-1]
