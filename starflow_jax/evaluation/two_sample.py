@@ -8,25 +8,44 @@ with epy.lazy_imports():  # a second
     from sklearn import linear_model, model_selection, pipeline, preprocessing
 
 FOLDS = 5
-LIT = 0.25  # of a clip's brightest pixel: from there on a pixel counts towards the size of what is shown
+LIT, BRIGHT = 64, 128  # shades from which on pixels count towards the size of what is shown
 
 
 def clip_statistics(frames_BTHWC: np.ndarray) -> np.ndarray:
-    """(B, 8) float64 of uint8 clips, (B, 6) of single pictures: mean and deviation of the pixels, share of pixels above
-    LIT and twice LIT of the brightest, each colour's share but the last's, and mean and deviation over time of the
-    change from frame to frame, in units of the mean pixel."""
-    frames = frames_BTHWC.astype(np.float32)
-    mean_B = frames.mean(axis=(1, 2, 3, 4), dtype=np.float64)
-    unit_B = np.maximum(mean_B, 1e-6)
-    brightest_BTHW = frames.max(axis=-1)
-    peak_B = np.maximum(brightest_BTHW.max(axis=(1, 2, 3)), 1.0)[:, None, None, None]
-    size_2B = [(brightest_BTHW > share * peak_B).mean(axis=(1, 2, 3)) for share in (LIT, 2 * LIT)]
-    colour_B3 = frames.mean(axis=(1, 2, 3), dtype=np.float64) / (3 * unit_B[:, None])
-    found = [mean_B, frames.std(axis=(1, 2, 3, 4), dtype=np.float64), *size_2B, *colour_B3.T[:2]]
-    if frames.shape[1] > 1:
-        change_BT = np.abs(np.diff(frames, axis=1)).mean(axis=(2, 3, 4), dtype=np.float64) / unit_B[:, None]
-        found += [change_BT.mean(axis=1), change_BT.std(axis=1)]
+    """(B, 13) float64 of uint8 clips, (B, 7) of single pictures, from each pixel's brightest channel.
+
+    Brightness: mean and deviation of the pixels, mean of those that are lit. Size: shares of pixels that are lit, and
+    bright. Colour: shares of two channels. Motion: deviation over time of brightness, in units of its mean, and of
+    size; mean and deviation over time of the change from frame to frame, in those units, and of the way of the centre
+    of brightness, in pixels, on a canvas whose opposite sides meet.
+    """
+    value_BTHW = frames_BTHWC.max(axis=-1).astype(np.float32)
+    pixels = (1, 2, 3)
+    mean_B = np.maximum(value_BTHW.mean(axis=pixels, dtype=np.float64), 1e-6)
+    lit_BTHW = value_BTHW > LIT
+    colour_B3 = frames_BTHWC.mean(axis=pixels, dtype=np.float64)
+    shares_B3 = colour_B3 / np.maximum(colour_B3.sum(axis=1, keepdims=True), 1e-6)
+    lit_B = (value_BTHW * lit_BTHW).sum(axis=pixels) / np.maximum(lit_BTHW.sum(axis=pixels), 1)
+    found = [mean_B, value_BTHW.std(axis=pixels, dtype=np.float64), lit_B, lit_BTHW.mean(axis=pixels),
+             (value_BTHW > BRIGHT).mean(axis=pixels), *shares_B3.T[:2]]
+    if value_BTHW.shape[1] > 1:
+        change_BT = np.abs(np.diff(value_BTHW, axis=1)).mean(axis=(2, 3), dtype=np.float64) / mean_B[:, None]
+        way_BT = _way_of_centre(value_BTHW)
+        found += [value_BTHW.mean(axis=(2, 3), dtype=np.float64).std(axis=1) / mean_B,
+                  lit_BTHW.mean(axis=(2, 3)).std(axis=1),
+                  change_BT.mean(axis=1), change_BT.std(axis=1), way_BT.mean(axis=1), way_BT.std(axis=1)]
     return np.stack(found, axis=1)
+
+
+def _way_of_centre(value_BTHW: np.ndarray) -> np.ndarray:
+    """(B, T - 1) pixels from one frame's circular mean of places to the next one's."""
+    steps = []
+    for along in (2, 3):
+        size = value_BTHW.shape[along]
+        mass_BTN = value_BTHW.sum(axis=5 - along, dtype=np.float64)
+        centre_BT = mass_BTN @ np.exp(2j * np.pi * np.arange(size) / size)
+        steps.append(np.angle(centre_BT[:, 1:] * centre_BT[:, :-1].conj()) * size / (2 * np.pi))
+    return np.hypot(*steps)
 
 
 def balanced_accuracy(real_NF: np.ndarray, made_MF: np.ndarray) -> float | None:
