@@ -20,12 +20,14 @@ from starflow_jax.io.pictures import HeatMap
 from starflow_jax.model.codec import pixel_frames
 from starflow_jax.model.parameters import Params, decoding_variables, flow_variables
 from starflow_jax.model.system import System
+from starflow_jax.sampling.batches import noised_draws
 from starflow_jax.sampling.conditions import caption_text, noised
 from starflow_jax.sampling.denoise import denoise
-from starflow_jax.sampling.generate import encode_z
+from starflow_jax.sampling.generate import encode_z, joined
 from starflow_jax.sampling.shallow import invert_all
 from starflow_jax.sampling.solver import complete, deep_solver, shallow_solver
 from starflow_jax.sampling.windows import windowed
+from starflow_jax.sharding import fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,23 +84,23 @@ def nll_per_token(flow: STARFlow, out: FlowOutput) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def _window_nll_per_token(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
+def window_nll_per_token(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
     return nll_per_token(flow, apply_flow(flow, flow_variables(params), STARFlow.forward, noisy, text))
 
 
 def likelihood(system: System, params: Params, frames_THWC: np.ndarray, caption: str, draws: int) -> Likelihood:
     """Exact likelihood with and without the caption, token by token; later windows are given the frames before them.
 
-    frames: uint8. draws: of the training noise.
+    frames: uint8. draws: of the training noise, evaluate.batch_size of them at once.
     """
-    noisy = noised(system, frames_THWC[None], range(draws))
-
-    def nll_DNS(caption: str) -> np.ndarray:
-        text = caption_text(system, params, [caption] * draws, noisy.shape[1])
-        return np.asarray(windowed(system, noisy, lambda part, window: _window_nll_per_token(
+    def nll_BNS(noisy: jax.Array, caption: str) -> np.ndarray:
+        text = caption_text(system, params, [caption] * len(noisy), noisy.shape[1])
+        return fetch(windowed(system, noisy, lambda part, window: window_nll_per_token(
             system.flow, params, part, text.at(window.begin, window.start)), lookahead=0))
 
-    return Likelihood(nll_DNS(caption), nll_DNS(""), system.config.model.token_channels)
+    parts = [(nll_BNS(noisy, caption), nll_BNS(noisy, "")) for noisy in noised_draws(system, frames_THWC, draws)]
+    nll_DNS, null_nll_DNS = map(np.concatenate, zip(*parts))
+    return Likelihood(nll_DNS, null_nll_DNS, system.config.model.token_channels)
 
 
 def decode_z(system: System, params: Params, z_BNSK: jax.Array, text: jax.Array) -> jax.Array:
@@ -106,9 +108,9 @@ def decode_z(system: System, params: Params, z_BNSK: jax.Array, text: jax.Array)
     solver = complete(Solver("jacobi", tolerance=0.0), system.calibration.solver, system.config.model)
     variables = decoding_variables(params)
     made = decode.generate(system.flow, variables, z_BNSK, text[None], solver=deep_solver(solver),
-                           token_grid=system.token_grid, window=system.config.model.frames)
-    u_BNSK = jnp.concatenate([frames for frames, _ in made], axis=1)
-    return invert_all(system.flow, variables, u_BNSK, solver=shallow_solver(solver),
+                           token_grid=system.token_grid, window=system.config.model.frames,
+                           cache=system.config.sample.cache)
+    return invert_all(system.flow, variables, joined(*(frames for frames, _ in made)), solver=shallow_solver(solver),
                       token_grid=system.token_grid)[0]
 
 

@@ -37,7 +37,7 @@ def evaluate(config: Config, workdir: Path) -> None:
     measure, together = {
         "test_set": (evaluate_test_set, config.evaluate.batch_size),
         "horizon": (evaluate_horizon, config.sample.batch_size),
-        "video": (evaluate_video, config.evaluate.draws),
+        "video": (evaluate_video, min(config.evaluate.draws, config.evaluate.batch_size)),
         "classify": (classify_by_likelihood, config.evaluate.batch_size),
         "quality": (evaluate_quality, 1)}[config.evaluate.task]
     with on_mesh(sampling_mesh(config, together)):

@@ -17,6 +17,7 @@ from starflow_jax.config import Config
 from starflow_jax.io.compiled import nothing_kept
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.planning import program_cost, roofline
+from starflow_jax.planning.meshes import USES
 from starflow_jax.planning.program import Program
 from starflow_jax.planning.programs import abstract_params_of, compile_step
 from starflow_jax.planning.roofline import GIB
@@ -110,15 +111,18 @@ def plan_of(config: Config, devices: list[Any]) -> StepPlan:
     Raises UserError for a mesh that does not suit the devices, the model or the batch, and for a device kind whose
     limits are not known.
     """
-    if config.plan.step == "sample":
-        devices = devices[:math.prod(dataclasses.astuple(config.mesh)) or None]  # sampling may leave devices unused
+    if config.plan.step in USES:  # which may leave devices unused
+        devices = devices[:math.prod(dataclasses.astuple(config.mesh)) or None]
     mesh, chip = sharding.make_mesh(config.mesh, devices), roofline.chip_of(
         devices[0], gpu_memory(config.plan.topology))
     model, train, codec = config.model, config.plan.step == "train", config.plan.step == "codec"
     sharding.check_model(model, mesh)
-    videos = config.train.batch_size if train else config.plan.videos
+    videos = (config.train.batch_size if train else config.evaluate.draws if config.plan.step == "likelihood"
+              else config.plan.videos)
     branches = 2 if config.sample.guided and not train else 1
-    flops = None if codec else roofline.model_flops(model, videos, training=train, branches=branches)
+    flops = None  # of a codec and of a likelihood those of their programs
+    if config.plan.step in ("train", "sample"):
+        flops = roofline.model_flops(model, videos, training=train, branches=branches)
     began, cost = time.perf_counter(), None
     try:
         with jax.set_mesh(mesh), nothing_kept():
@@ -208,12 +212,14 @@ def advice(config: Config, mesh: dict[str, int], excess_bytes: float) -> str:
             helps.append("--config.plan.videos=1")
     else:
         helps.append("a larger mesh.tensor")
-        if config.plan.videos > 1:
+        if config.plan.step == "likelihood" and min(config.evaluate.draws, config.evaluate.batch_size) > 1:
+            helps.append("--config.evaluate.batch_size=1")
+        if config.plan.step == "sample" and config.plan.videos > 1:
             helps.append("--config.plan.videos=1")
         if config.model.dtype != "bfloat16":
             helps.append("--config.model.dtype=bfloat16")
         helps += [f"--config.sample.{name}=int8" for name in ("weights", "cache") if not getattr(config.sample, name)]
-        if not config.sample.offload:
+        if config.plan.step == "sample" and not config.sample.offload:
             helps.append("--config.sample.offload=true")
     # A compiler keeps some of a chip's memory back.
     said = f"exceeds a chip's memory by {excess_bytes / GIB:.1f} GiB" if excess_bytes > 0 else "the compiler refuses it"

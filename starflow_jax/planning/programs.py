@@ -11,6 +11,7 @@ from starflow_jax.config import Config
 from starflow_jax.data.batch import Batch
 from starflow_jax.model.parameters import init_params
 from starflow_jax.planning import codec as plan_codec
+from starflow_jax.planning.likelihood import likelihood_programs
 from starflow_jax.planning.program import Program
 from starflow_jax.planning.sampling import sampling_programs
 from starflow_jax.training.state import abstract_state
@@ -26,6 +27,8 @@ def compile_step(config: Config, mesh: Mesh) -> list[Program]:
         return [Program("train", _compile_train(config, mesh))]
     if config.plan.step == "sample":
         return sampling_programs(config, mesh)
+    if config.plan.step == "likelihood":
+        return likelihood_programs(config, mesh)
     return plan_codec.compile_codec(config, sharding.replicated(mesh))
 
 

@@ -4,7 +4,6 @@ videos, those of sampling/stream.py for a stream. A test compares them with what
 
 import collections
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,18 +13,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from starflow_jax import sharding
 from starflow_jax.codec.interface import decode_latents, decode_next
-from starflow_jax.codec.patch import PatchCodec
 from starflow_jax.config import Config, Solver
 from starflow_jax.flow import decode, inversion
 from starflow_jax.flow.denoiser_stream import score_next
 from starflow_jax.flow.schedule import Step, schedule
 from starflow_jax.flow.starflow import STARFlow
-from starflow_jax.model.codec import patch_shape
 from starflow_jax.model.parameters import decoding_variables
-from starflow_jax.model.quantize import quantize_params
-from starflow_jax.model.store import abstract_params
-from starflow_jax.model.text import encode_text, text_encoder
+from starflow_jax.model.text import encode_text
 from starflow_jax.planning import codec as plan_codec
+from starflow_jax.planning.abstract import abstract_model, abstract_text_encoder
+from starflow_jax.planning.chain import Chain
 from starflow_jax.planning.program import Program
 from starflow_jax.sampling.conditions import draw_noise, latent_frames, stack_branches
 from starflow_jax.sampling.denoise import denoiser_step, score_step
@@ -37,35 +34,6 @@ from starflow_jax.sampling.shallow import frames_at_once, part_of, parts_togethe
 from starflow_jax.sampling.solver import complete, deep_solver, shallow_solver
 from starflow_jax.sampling.stream import place
 from starflow_jax.sampling.windows import context_frames, denoising_windows
-from starflow_jax.text.pretrained import FLAN_T5_XL
-from starflow_jax.text.t5 import T5Encoder
-
-
-class Chain:
-    """Programs compiled one after the other, each for the shapes, dtypes and shardings that those before it give."""
-
-    def __init__(self, resident: dict[str, Any]) -> None:
-        self.programs: list[Program] = []
-        self.resident = resident  # what stays on the devices while they run, in shapes
-
-    def run(self, name: str, function: Any, *args: Any, times: float = 1, unknown_trips: float = 1,
-            options: dict[str, Any] | None = None, **keywords: Any) -> Any:
-        """What the function, a jitted one, returns, in shapes."""
-        lowered = function.lower(*args, **keywords)
-        compiled = lowered.compile(compiler_options=options)
-        self.programs.append(Program(name, compiled, times, unknown_trips, self._held_with((args, keywords)), lowered))
-        return jax.tree.map(lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
-                            lowered.out_info, compiled.output_shardings)
-
-    def _held_with(self, arguments: Any) -> int:
-        """Bytes a device of what is resident and of a program's arguments, also those that it makes no use of."""
-        leaves = {id(leaf): leaf for leaf in jax.tree.leaves((self.resident, arguments)) if hasattr(leaf, "sharding")}
-        return sum(map(_bytes_per_device, leaves.values()))
-
-
-def _bytes_per_device(leaf: Any) -> int:
-    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * leaf.dtype.itemsize
 
 
 class Sampling:
@@ -189,7 +157,7 @@ class Sampling:
             run("denoiser, a window", denoiser_step, self.flow, self.params_and_denoiser, window, text,
                 times=self.windows)
         run("codec, all frames", decode_latents, self.codec, noisy, config.codec.later_frames_scale,
-            config.sample.as_released, options=_effort(config))
+            config.sample.as_released, options=effort(config))
         whole = jax.ShapeDtypeStruct(window.shape, window.dtype, sharding=sharding.replicated(self.mesh))
         run("likelihood, a window", window_nll, self.flow, self.params, whole, text, times=self.windows)
         return self.chain.programs
@@ -248,7 +216,7 @@ class Sampling:
             if times > 0:
                 _, cache = self.chain.run(
                     f"codec, {name}", decode_next, self.codec, latent, cache, self.config.codec.later_frames_scale,
-                    self.config.sample.as_released, times=times, options=_effort(self.config))
+                    self.config.sample.as_released, times=times, options=effort(self.config))
                 self.chain.resident["codec's cache"] = cache
 
 
@@ -272,41 +240,6 @@ def _conditional(texts_GBSD: Any) -> Any:
     return jax.ShapeDtypeStruct(texts_GBSD.shape[1:], texts_GBSD.dtype, sharding=placed)
 
 
-def _effort(config: Config) -> dict[str, Any] | None:
+def effort(config: Config) -> dict[str, Any] | None:
+    """The compiler's options for a codec's programs."""
     return plan_codec.LEAST_EFFORT if config.codec.kind == "wan" else None
-
-
-def abstract_text_encoder(config: Config) -> T5Encoder:
-    """The encoder of text.weights; where no folder is named, a frozen one has the depth of flan-t5-xl."""
-    if config.text.encoder == "frozen" and not config.text.weights:
-        sizes = dataclasses.replace(FLAN_T5_XL, d_model=config.model.text_dim)
-        return T5Encoder(sizes, dtype=jnp.dtype(config.model.dtype))
-    return text_encoder(config)
-
-
-def abstract_model(config: Config, mesh: Mesh) -> tuple[dict[str, Any], Any]:
-    """(parameters as `load_model` places them on the mesh, the codec), in shapes."""
-    params = abstract_params(config, mesh)
-    if config.text.encoder == "frozen" and config.model.text_length:
-        encoder, ids = abstract_text_encoder(config), jax.ShapeDtypeStruct((1, config.model.text_length), jnp.int32)
-        shapes = jax.eval_shape(lambda ids: encoder.init(jax.random.key(0), ids)["params"], ids)
-        shapes = sharding.layers_as(shapes, jnp.dtype(config.model.dtype))
-        if config.sample.weights == "int8":
-            params |= sharding.abstract(jax.eval_shape(quantize_params, {"text": shapes}), mesh)
-        else:
-            params["text"] = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
-                                                  sharding=sharding.spread_sharding(leaf.shape, mesh)), shapes)
-    return params, jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
-        abstract_codec(config))
-
-
-def abstract_codec(config: Config) -> Any:
-    """The config's codec in shapes."""
-    if config.codec.kind != "patch":
-        return plan_codec.abstract_codec(config)
-    shape = patch_shape(config)
-    mean_P, basis_PC, scale = (jax.ShapeDtypeStruct(size, jnp.float32) for size in (
-        (shape.pixels,), (shape.pixels, config.model.channels), ()))
-    return PatchCodec(mean_P, basis_PC, scale, shape)  # type: ignore[arg-type]  # shapes in place of arrays

@@ -27,8 +27,8 @@ from starflow_jax.io.video import mp4_bytes, write_mp4
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.store import PRETRAINED, load_model, settings_of
 from starflow_jax.model.system import System
-from starflow_jax.sampling.batches import Made, for_each, generate, most_likely
-from starflow_jax.sampling.conditions import caption_text, noised
+from starflow_jax.sampling.batches import Made, for_each, generate, most_likely, noised_draws
+from starflow_jax.sampling.conditions import caption_text
 from starflow_jax.sampling.files import file_rate, shown_scale
 from starflow_jax.sampling.generate import Clips, log_likelihood
 from starflow_jax.sampling.given import fit_picture, fit_video, given_frames, read_given
@@ -134,10 +134,11 @@ class Model:
         config, frames_THWC = self.config, _frames(self.config, video, keep="start")
         draws = changed(config, "evaluate", {"draws": draws}).evaluate.draws if draws else config.evaluate.draws
         with on_mesh(self.mesh):
-            noisy = noised(self.system, frames_THWC[None], range(draws))
-            text = caption_text(self.system, self.params, [prompt] * draws, noisy.shape[1])
-            nll_BN = frame_nll(self.system, self.params, noisy, text)
-            return -float(nll_BN.sum(axis=1).mean())
+            nll = 0.0
+            for noisy in noised_draws(self.system, frames_THWC, draws):
+                text = caption_text(self.system, self.params, [prompt] * len(noisy), noisy.shape[1])
+                nll += float(frame_nll(self.system, self.params, noisy, text).sum(axis=1).mean()) * len(noisy) / draws
+            return -nll
 
     def _begin(self, prompt: str | Sequence[str], settings: dict[str, Any], *, image: str | Path | ArrayLike = "",
                video: "Video | str | Path | ArrayLike | None" = None, stream: bool = False,

@@ -5,10 +5,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+import jax
 import numpy as np
 
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.system import System
+from starflow_jax.sampling.conditions import noised_latents
 from starflow_jax.sampling.generate import Clips, generate_clips
 from starflow_jax.sampling.requests import Request
 
@@ -34,6 +36,13 @@ def in_batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     """`size` of them at a time; the last batch may be smaller."""
     for begin in range(0, len(items), size):
         yield items[begin:begin + size]
+
+
+def noised_draws(system: System, frames_THWC: np.ndarray, draws: int) -> Iterator[jax.Array]:
+    """A video's latents with so many draws of the training noise, evaluate.batch_size of them at a time."""
+    latents = system.encode(frames_THWC[None])
+    for seeds in in_batches(range(draws), system.config.evaluate.batch_size):
+        yield noised_latents(system, latents, seeds)
 
 
 def filled(batch: Sequence[Item], size: int) -> list[Item]:

@@ -242,20 +242,24 @@ def given_latents(system: System, frames_BTHWC: np.ndarray, draws: Draws) -> jax
 def noised_given(system: System, frames_BTHWC: np.ndarray, draws: Draws) -> jax.Array:
     """(B, N, h, w, C): given frames as the flow sees them: encoded, with the training noise added."""
     assert draws.given_BThwC is not None
-    return _with_noise(given_latents(system, frames_BTHWC, draws), draws.given_BThwC, system.config.model.noise_std)
+    return with_noise(given_latents(system, frames_BTHWC, draws), draws.given_BThwC, system.config.model.noise_std)
 
 
 def noised(system: System, frames_BTHWC: np.ndarray, seeds: Sequence[int]) -> jax.Array:
     """(B, N, h, w, C): uint8 frames as the flow sees them: encoded, with the training noise of each seed added. One
     video may have any number of seeds."""
-    latents = system.encode(frames_BTHWC)
+    return noised_latents(system, system.encode(frames_BTHWC), seeds)
+
+
+def noised_latents(system: System, latents: jax.Array, seeds: Sequence[int]) -> jax.Array:
+    """The same of latents."""
     _, frames, height, width, channels = latents.shape
     noise = noise_for(seeds, (frames, height * width, channels))
-    return _with_noise(latents, noise, system.config.model.noise_std)
+    return with_noise(latents, noise, system.config.model.noise_std)
 
 
 @jax.jit
-def _with_noise(latents: jax.Array, noise: jax.Array, noise_std: float) -> jax.Array:
+def with_noise(latents: jax.Array, noise: jax.Array, noise_std: float) -> jax.Array:
     return latents + noise_std * noise.reshape(noise.shape[0], *latents.shape[1:])
 
 

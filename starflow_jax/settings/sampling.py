@@ -121,7 +121,7 @@ class Evaluate(Settings):
     task: str = setting("test_set", "what is measured", one_of(*EVALUATIONS))
     clips: int = setting(1_000, "test clips whose likelihood is measured, or whose caption is chosen by it (classify)",
                          POSITIVE)
-    batch_size: int = setting(64, "clips at once", POSITIVE)
+    batch_size: int = setting(64, "clips at once, and draws of one video", POSITIVE)
     prompts: int = setting(500, "test prompts whose samples are measured (test_set, horizon)", POSITIVE)
     latent_frames: int = setting(128, "latent frames of each of them (horizon)", POSITIVE)
     video: str = setting("", "a video file: its exact likelihood given `caption`, and its way to z and back (video)")

@@ -52,8 +52,9 @@ class Plan(Settings):
 
     topology: str = setting("v5p:4x4x4", "kind and shape of the pod; kinds are v4, v5e, v5p, v6e and tpu7x; or a "
                         "GPU's memory, such as gpu:80GB (a Hopper) or gpu:24GB (of compute capability 8.6)")
-    step: str = setting("train", "a training step; all programs that make videos of the training length; or the Wan "
-                        "VAE's on one chip", one_of("train", "sample", "codec"))
+    step: str = setting("train", "a training step; all programs that make videos of the training length; "
+                        "those that measure a given one (evaluate.task=video); or the Wan VAE's on one chip",
+                        one_of("train", "sample", "likelihood", "codec"))
     videos: int = setting(1, "videos sampled, or coded, together", POSITIVE)
     updates: int = setting(8, "updates of the solver per block of tokens, assumed in the bound on sampling",
                            POSITIVE)

@@ -84,6 +84,13 @@ def test_likelihood_equals_frame_nll(system: System, params, frames: int) -> Non
     np.testing.assert_allclose(found.bits_NS.sum() * 4 * np.log(2), found.nll_DNS.sum(axis=(1, 2)).mean(), rtol=1e-6)
 
 
+def test_draws_may_be_measured_a_few_at_a_time(system: System, params) -> None:
+    in_twos = dataclasses.replace(system, config=dataclasses.replace(CONFIG, evaluate=Evaluate(batch_size=2)))
+    found, expected = (likelihood(of, params, video(), CAPTION, draws=3) for of in (in_twos, system))
+    np.testing.assert_allclose(found.nll_DNS, expected.nll_DNS, rtol=1e-5)
+    np.testing.assert_allclose(found.null_nll_DNS, expected.null_nll_DNS, rtol=1e-5)
+
+
 def test_to_z_and_back(system: System, params) -> None:
     noisy, features = noised(system, video()[None], [0]), system.caption_features(params, [CAPTION])
     z = encode_z(system.flow, params, noisy, features)

@@ -149,6 +149,8 @@ def test_what_does_not_fit_says_by_how_much_and_what_helps() -> None:
     assert "8.0 GiB" in helps and "accumulate=3" in helps and "remat=layer" not in helps
     kept = dataclasses.replace(paper(), model=dataclasses.replace(paper().model, remat="none"))
     assert "remat=layer" in advice(with_plan(kept), mesh, 8.0 * GIB)
+    helps = advice(with_plan(paper(), step="likelihood"), mesh, 8.0 * GIB)
+    assert "evaluate.batch_size=1" in helps and "offload" not in helps
     codec = settings_of.Codec(kind="wan", dtype="float32")
     helps = advice(dataclasses.replace(with_plan(small(), step="codec"), codec=codec), {}, 8.0 * GIB)
     assert "8.0 GiB" in helps and "codec.dtype=bfloat16" in helps and "codec.tile (now whole frames)" in helps

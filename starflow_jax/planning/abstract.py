@@ -1,0 +1,55 @@
+"""A model as `load_model` places it on a mesh, in shapes."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from starflow_jax import sharding
+from starflow_jax.codec.patch import PatchCodec
+from starflow_jax.config import Config
+from starflow_jax.model.codec import patch_shape
+from starflow_jax.model.quantize import quantize_params
+from starflow_jax.model.store import abstract_params
+from starflow_jax.model.text import text_encoder
+from starflow_jax.planning import codec as plan_codec
+from starflow_jax.text.pretrained import FLAN_T5_XL
+from starflow_jax.text.t5 import T5Encoder
+
+
+def abstract_text_encoder(config: Config) -> T5Encoder:
+    """The encoder of text.weights; where no folder is named, a frozen one has the depth of flan-t5-xl."""
+    if config.text.encoder == "frozen" and not config.text.weights:
+        sizes = dataclasses.replace(FLAN_T5_XL, d_model=config.model.text_dim)
+        return T5Encoder(sizes, dtype=jnp.dtype(config.model.dtype))
+    return text_encoder(config)
+
+
+def abstract_model(config: Config, mesh: Mesh) -> tuple[dict[str, Any], Any]:
+    """(parameters as `load_model` places them on the mesh, the codec), in shapes."""
+    params = abstract_params(config, mesh)
+    if config.text.encoder == "frozen" and config.model.text_length:
+        encoder, ids = abstract_text_encoder(config), jax.ShapeDtypeStruct((1, config.model.text_length), jnp.int32)
+        shapes = jax.eval_shape(lambda ids: encoder.init(jax.random.key(0), ids)["params"], ids)
+        shapes = sharding.layers_as(shapes, jnp.dtype(config.model.dtype))
+        if config.sample.weights == "int8":
+            params |= sharding.abstract(jax.eval_shape(quantize_params, {"text": shapes}), mesh)
+        else:
+            params["text"] = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
+                                                  sharding=sharding.spread_sharding(leaf.shape, mesh)), shapes)
+    return params, jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
+        abstract_codec(config))
+
+
+def abstract_codec(config: Config) -> Any:
+    """The config's codec in shapes."""
+    if config.codec.kind != "patch":
+        return plan_codec.abstract_codec(config)
+    shape = patch_shape(config)
+    mean_P, basis_PC, scale = (jax.ShapeDtypeStruct(size, jnp.float32) for size in (
+        (shape.pixels,), (shape.pixels, config.model.channels), ()))
+    return PatchCodec(mean_P, basis_PC, scale, shape)  # type: ignore[arg-type]  # shapes in place of arrays
