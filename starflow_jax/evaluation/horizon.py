@@ -169,7 +169,7 @@ def bits_of(system: System, params: Params, noisy_BNhwC: jax.Array, text: Text) 
 
 
 def recorded_clips(system: System, count: int) -> Iterator[RealClips]:
-    """The first test clips of the model's size, a training length of each, sample.batch_size at a time."""
+    """The first test clips of the model's size, as long as they are, sample.batch_size at a time."""
     source, size = data_source(system.config, "test"), system.config.sample.batch_size
     for indices in in_batches(range(min(count, len(source))), size):
         examples = [source[index] for index in indices]
@@ -177,7 +177,7 @@ def recorded_clips(system: System, count: int) -> Iterator[RealClips]:
         if examples:
             captions = [decoded(example["caption_long"]) for example in examples]
             labels = [[example[name] for name in ATTRIBUTES] for example in examples if ATTRIBUTES[0] in example]
-            yield (captions, np.stack([example["frames"][:system.pixel_frames] for example in examples]),
+            yield (captions, np.stack([example["frames"] for example in examples]),
                    np.array(labels) if labels else None)
 
 

@@ -16,7 +16,9 @@ from starflow_jax.io.pictures import read_image
 from starflow_jax.model.store import LoadedModel
 from starflow_jax.model.system import System
 from starflow_jax.modes.evaluate import evaluate
+from starflow_jax.sampling.conditions import VideoText, noised
 from starflow_jax.sampling.generate import generate_clips, log_likelihood
+from starflow_jax.sampling.likelihood import frame_nll
 from tests.small_model import CAPTIONS, CONFIG, SETTINGS
 
 CONFIG_OF_TEST = dataclasses.replace(
@@ -42,13 +44,27 @@ def test_figures_of_stretches_are_those_of_whole_clips(system: System, params) -
     assert np.abs(shown.frames[1, :, 0].astype(int) - clips.frames_BTHWC[:, 9]).max() <= 1
 
 
+def test_real_clips_are_measured_as_far_as_they_go(system: System, params) -> None:
+    """Two training lengths and a bit, of which the second is likely or not under its own caption."""
+    frames = np.random.default_rng(0).integers(0, 256, (2, 25, 8, 8, 3), np.uint8)
+    found = horizon.measure_real(of(system), params, iter([(CAPTIONS[:2], frames, None)]), 3, Measures())
+    noisy = noised(system, frames[:, :21], range(2))
+    first, later = (system.caption_features(params, [f"{begin}{caption}" for caption in CAPTIONS[:2]])
+                    for begin in ("", "(extend) "))
+    bits = np.asarray(frame_nll(system, params, noisy, VideoText(first, {0: later}))) / 16 / np.log(2)
+    assert [row["bits_per_dim"] for row in found.means()] == pytest.approx([bits[:, :3].mean(), bits[:, 3:].mean()])
+    assert found.means()[1]["mean_pixel"] == pytest.approx(frames[:, 9:21].mean(), rel=1e-5)
+    short = horizon.measure_real(of(system), params, iter([(CAPTIONS[:2], frames, None)]), 1, Measures())
+    assert len(short) == 1
+
+
 @pytest.fixture()
 def stand_ins(monkeypatch: pytest.MonkeyPatch, system: System, params) -> None:
-    """The model, its test captions and test clips: noise in batches of two and one."""
+    """The model, its test captions and test clips: noise of two training lengths, in batches of two and one."""
     monkeypatch.setattr("starflow_jax.modes.evaluate.load_model",
                         lambda config, workdir: LoadedModel(of(system, config), params, "a test", ""))
     monkeypatch.setattr("starflow_jax.modes.evaluate.fixed_captions", lambda config, split, count: CAPTIONS[:count])
-    frames = np.random.default_rng(0).integers(0, 256, (3, 9, 8, 8, 3), np.uint8)
+    frames = np.random.default_rng(0).integers(0, 256, (3, 25, 8, 8, 3), np.uint8)
 
     def recorded(system: System, count: int):
         labels = np.zeros((3, 3), int) if system.config.data.source == "digits" else None
@@ -69,7 +85,7 @@ def test_files_of_moving_digits(tmp_path: Path, stand_ins: None, capsys: pytest.
     found = json.loads((tmp_path / "horizon.json").read_text())
     measured = {"digit", "colour", "direction", "mean_pixel", "pixel_variance", "flickering", "bits_per_dim"}
     assert [set(row) for row in found["stretches"]] == [measured] * 3
-    assert [set(row) for row in found["real_stretches"]] == [measured]
+    assert [set(row) for row in found["real_stretches"]] == [measured] * 2  # as long as they are
     assert found["latent_frames"] == 9 and found["videos"] == 3
     assert found["change"]["every_latent_frames"] == 6 and len(found["change"]["changes"]) == 1
     assert found["stretches"][0] == found["stretches"][0] | {"digit": 1 / 3, "colour": 1 / 3, "direction": 1 / 3}
