@@ -10,6 +10,7 @@ rest (jax.set_mesh), but for the attention kernels, which it cannot shard: those
 heads.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -309,6 +310,16 @@ def fetch(x: Any) -> np.ndarray:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         x = x if x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)
+
+
+def as_first_process_has_it(value: Any) -> Any:
+    """What the first process passes, of what JSON can hold, on every process; what the others pass is dropped."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    sent = text if jax.process_index() == 0 else np.zeros(size, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
 
 
 def on_every_process(run: Callable, *args: Any) -> Any:

@@ -180,3 +180,22 @@ def test_without_a_mesh_nothing_happens() -> None:
     x = np.ones((2, 3, 4))
     assert sharding.constrain(x, "batch", "tokens", None) is x
     assert sharding.over_heads(lambda q, k, v, past: q, x, x, x, None) is x
+
+
+def test_what_the_first_process_has_is_what_all_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes in turn, the second one with what the first one sent."""
+    value, sent = {"prompts": ["a käse", ""], "todo": [True, False]}, []
+    assert sharding.as_first_process_has_it(value) is value
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(sharding.multihost_utils, "broadcast_one_to_all", lambda x: sent.append(np.asarray(x)) or x)
+    assert sharding.as_first_process_has_it(value) == value and len(sent) == 2
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    of_first = iter(sent[:])
+
+    def received(own: np.ndarray) -> np.ndarray:
+        sent_by_first = next(of_first)
+        assert np.shape(own) == sent_by_first.shape
+        return sent_by_first
+
+    monkeypatch.setattr(sharding.multihost_utils, "broadcast_one_to_all", received)
+    assert sharding.as_first_process_has_it(None) == value

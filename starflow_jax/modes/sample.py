@@ -43,7 +43,7 @@ def sample(config: Config, workdir: Path) -> None:
     try:
         with on_mesh(mesh):
             if config.sample.offload:
-                requests = rewritten(config, requests, lambda *failure: failed.append(failure))
+                requests = rewritten(config, requests, lambda *failure: failed.append(failure), together)
                 encoded = encode_ahead(config, workdir, [request.prompt for request in requests])
             loaded = load_model(model_config, workdir, encoder=not encoded)
             if config.sample.offload and not config.sample.stream:
@@ -51,17 +51,21 @@ def sample(config: Config, workdir: Path) -> None:
             system = dataclasses.replace(resized(loaded.system, config), encoded=encoded)
             print(f"model: {loaded.source}")
             videos = Videos(system, loaded.params, known_THWC, Path(config.sample.output or workdir / "samples"),
-                            origin_of(loaded, system, known_THWC, videos_at_once), writes=not together or process == 0)
+                            origin_of(loaded, system, known_THWC, videos_at_once), together)
             videos.failed += failed
             videos.make(requests)
-    finally:  # the others go on, whatever happens here
-        if jax.process_count() > 1:
+    except BaseException:
+        if not together:  # the others go on, whatever happens here
             _wait_for_the_others()
+        raise
+    _wait_for_the_others()
     _report(videos)
 
 
 def _wait_for_the_others() -> None:
     """Until they are done, or lost. The first process, which the others are connected to, leaves last."""
+    if jax.process_count() == 1:
+        return
     first, devices = jax.process_index() == 0, jax.devices()
     for _ in range(2 if first else 1):  # to the second call the others don't come: it returns once they have left
         with contextlib.suppress(multihost_utils.ProcessFailureError), multihost_utils.live_devices(devices):

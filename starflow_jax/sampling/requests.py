@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from starflow_jax.config import Config, Sample, UserError, changed
@@ -12,6 +13,7 @@ from starflow_jax.io.progress import ProgressBar
 from starflow_jax.model.codec import pixel_frames
 from starflow_jax.sampling import vbench
 from starflow_jax.sampling.conditions import latent_frames, prompt_changes
+from starflow_jax.sharding import as_first_process_has_it
 from starflow_jax.text.rewrite import rewriter
 
 
@@ -87,28 +89,43 @@ def unknown_word_lines(config: Config, requests: Sequence[Request]) -> list[str]
 
 
 def rewritten(config: Config, requests: list[Request],
-              on_failure: Callable[[Request, UserError], None] | None = None) -> list[Request]:
+              on_failure: Callable[[Request, UserError], None] | None = None, together: bool = False) -> list[Request]:
     """The requests with prompts made longer by sample.rewrite, each prompt once.
 
     on_failure: called for each request whose prompt can't be, which is then left out; without it UserError is raised.
+    together: all processes make the same videos, of the first one's prompts.
     """
     if not config.sample.rewrite or all(request.given for request in requests):  # done before
         return requests
-    hook, prompts = rewriter(config.sample.rewrite), dict.fromkeys(request.prompt for request in requests)
     longer: dict[str, str] = {}
+    failures: dict[str, str] = {}
+    if not together or jax.process_index() == 0:
+        longer, failures = _longer(config.sample.rewrite, list(dict.fromkeys(request.prompt for request in requests)))
+    if together:
+        longer, failures = as_first_process_has_it([longer, failures])
+    for request in requests:
+        if request.prompt in failures:
+            error = UserError(failures[request.prompt])
+            if on_failure is None:
+                raise error
+            on_failure(request, error)
+    return [dataclasses.replace(request, prompt=longer[request.prompt], given=request.prompt) for request in requests
+            if request.prompt in longer]
+
+
+def _longer(rewrite: str, prompts: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """(longer prompts by the given ones, why others can't be)."""
+    hook = rewriter(rewrite)
+    longer: dict[str, str] = {}
+    failures: dict[str, str] = {}
     with ProgressBar("rewrite", len(prompts), unit="prompt") as progress:
         for prompt in prompts:
             try:
                 longer[prompt] = hook(prompt)
             except UserError as error:
-                if on_failure is None:
-                    raise
-                for request in requests:
-                    if request.prompt == prompt:
-                        on_failure(request, error)
+                failures[prompt] = str(error)
             progress.update()
-    return [dataclasses.replace(request, prompt=longer[request.prompt], given=request.prompt) for request in requests
-            if request.prompt in longer]
+    return longer, failures
 
 
 def share_of(requests: Sequence[Request], settings: Sample, process: int, processes: int) -> list[Request]:

@@ -9,6 +9,7 @@ late.
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,12 +63,12 @@ def stream_clips(
     index = given.given
     pending: list[jax.Array] = []
     needed = {"flow", "denoiser"} if settings.renoise else {"flow"}
-    deep_params, deep_given = jax.device_put(({part: params[part] for part in needed & set(params)}, given), deep)
+    deep_params, deep_given = _on(deep, ({part: params[part] for part in needed & set(params)}, given))
     for u_BGSK, _ in deep_frames(system, deep_params, deep_given, settings):
         timeline.watch("deep", index, u_BGSK)
         # What was dispatched a step ago is fetched only now, with the deep block at work on the next.
         yield from map(fetch, pending)
-        pending = finish(jax.device_put(u_BGSK, rest))
+        pending = finish(_on(rest, u_BGSK))
         if pending:
             timeline.watch("rest", index, pending)
         index += u_BGSK.shape[1]
@@ -80,10 +81,10 @@ class Finisher:
     def __init__(self, system: System, params: Params, given: Conditions, settings: Sample,
                  device: jax.Device | None = None) -> None:
         model = system.config.model
-        self._system, self._params, self._settings = system, jax.device_put(params, device), settings
+        self._system, self._params, self._settings = system, _on(device, params), settings
         self._shallow_solver = shallow_solver(chosen_solver(system, settings))
-        self._text = jax.device_put(given.text, device)
-        self._codec, self._cache = jax.device_put(system.codec, device), None
+        self._text = _on(device, given.text)
+        self._codec, self._cache = _on(device, system.codec), None
         batch, made = given.noise_BNSK.shape[:2]
         known = given.known_BThwC
         self._window, self._next, self._state = -1, 0, None  # of the denoiser
@@ -92,7 +93,7 @@ class Finisher:
         shape = (batch, self._ready + made, model.height, model.width, model.channels)
         # Frames that are not made yet are 0: nothing that is taken depends on them.
         noisy = jnp.zeros(shape) if known is None else jnp.zeros(shape).at[:, :self._ready].set(known)
-        self._noisy = jax.device_put(lay_out(noisy), device)
+        self._noisy = _on(device, lay_out(noisy))
         self._clean = self._noisy[:, :0]
         self._windows = denoising_windows(system.config, shape[1])
         self._latency = latency(system, settings)
@@ -145,6 +146,11 @@ class Finisher:
                 frames=min(1 + model.denoiser_lookahead, stop - self._next))
             self._next += 1
         return self._noisy[:, frame:frame + 1] - model.denoising_step * score
+
+
+def _on(device: jax.Device | None, tree: Any) -> Any:
+    """Arrays on a device; None: where they are, which may be devices of other processes too."""
+    return tree if device is None else jax.device_put(tree, device)
 
 
 def latency(system: System, settings: Sample) -> int:

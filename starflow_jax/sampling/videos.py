@@ -1,9 +1,11 @@
 """The videos of a list of prompts: what is there already is not made again, and one that fails stops no other."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -23,6 +25,7 @@ from starflow_jax.sampling.origin import Origin, made_before
 from starflow_jax.sampling.requests import Request, rewritten, unknown_word_lines
 from starflow_jax.sampling.stream import stream_clips
 from starflow_jax.sampling.timeline import Timeline, draw_timeline
+from starflow_jax.sharding import as_first_process_has_it
 
 WHOLE = ("video", "bits/dim", "Jacobi steps", "seconds")
 STREAMED = ("video", "seconds to the first frame", "frames per second")
@@ -32,13 +35,15 @@ FAILURES = (UserError, jax.errors.JaxRuntimeError)
 class Videos:
     """Makes videos of one system into a folder. `rows` has a table's row for each that is there, `failed` the others.
 
-    writes: whether this process writes them; others then make the same ones.
+    together: all processes make the same videos, on a mesh over all of them; the first one writes them, and says which
+    of them are there.
     """
 
     def __init__(self, system: System, params: Params, known_THWC: np.ndarray | None, folder: Path, origin: Origin,
-                 writes: bool) -> None:
+                 together: bool = False) -> None:
         self.system, self.params, self.known_THWC = system, params, known_THWC
-        self.folder, self.origin, self.writes = folder, origin, writes
+        self.folder, self.origin, self.together = folder, origin, together
+        self.writes = not together or jax.process_index() == 0
         self.rows: list[Row] = []
         self.failed: list[tuple[Request, Exception]] = []
 
@@ -51,7 +56,7 @@ class Videos:
         """Those that are not there yet. Raises UserError where nothing could be made, all for one reason."""
         config = self.system.config
         todo = self._without_those_made_before(requests)
-        todo = rewritten(config, todo, lambda request, error: self.failed.append((request, error)))
+        todo = rewritten(config, todo, lambda request, error: self.failed.append((request, error)), self.together)
         for line in unknown_word_lines(config, todo):
             print(f"warning: {line}")
         if config.sample.stream:
@@ -79,8 +84,10 @@ class Videos:
         if made:
             print(f"{len(made)} of {len(requests)} videos are there already, of the same model and settings; delete "
                   "one to make it again")
-        return [request for request in requests
-                if not (request.prompt in enough if settings.keep else request in made)]
+        todo = [not (request.prompt in enough if settings.keep else request in made) for request in requests]
+        if self.together:
+            todo = as_first_process_has_it(todo)
+        return list(itertools.compress(requests, todo))
 
     def _video_path(self, request: Request) -> Path:
         return self.folder / f"{request.name}{'_stream' if self.system.config.sample.stream else ''}.mp4"
@@ -114,8 +121,16 @@ class Videos:
 
     def _write(self, made: Sequence[Made], log_likelihoods: Sequence[float]) -> None:
         if self.writes:
-            self.rows += [write_video(self.folder, self.system.config, self.origin, *video)
-                          for video in zip(made, log_likelihoods)]
+            with self._writing():
+                self.rows += [write_video(self.folder, self.system.config, self.origin, *video)
+                              for video in zip(made, log_likelihoods)]
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"sample.output={self.folder}: can't be written to ({error})") from error
 
     def _stream_all(self, requests: Sequence[Request]) -> None:
         """Each batch's videos grow on disk while they are made; a timeline of the pipeline is drawn beside them."""
@@ -129,7 +144,8 @@ class Videos:
         system, settings = self.system, self.system.config.sample
         scale = shown_scale(frame_size(system.config)[0])
         paths = [self._video_path(request) for request in batch] if self.writes else []
-        writers = [growing_mp4(path, file_rate(system.config), scale) for path in paths]
+        with self._writing():
+            writers = [growing_mp4(path, file_rate(system.config), scale) for path in paths]
         timeline, began, first, frames = Timeline(), time.perf_counter(), 0.0, 0
         prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
         with ProgressBar("stream", settings.frames or system.pixel_frames, unit="frame", compiles=True) as progress:

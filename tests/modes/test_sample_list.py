@@ -6,11 +6,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from starflow_jax.io.video import read_video
 from tests.modes.test_processes import free_port
 from tests.sharded_sampling import write_workdir
 from tests.small_run import ROOT, environment, run_here
+from tests.test_sharding import xla_flags
 
 PROMPTS = ["a red seven moves right", "a blue three drifts left", "a green one floats up"]
 
@@ -96,21 +99,79 @@ def test_a_batch_that_fails_is_made_one_by_one(model: Path, tmp_path: Path, monk
     assert code == 2 and error.strip().splitlines()[-1] == "starflow_jax: nothing today"
 
 
+def start_two(arguments: list[str], *of_second: str, devices: int = 1) -> list[subprocess.Popen]:
+    """of_second: arguments of the second process alone."""
+    port = free_port()
+    return [subprocess.Popen([sys.executable, "-m", "starflow_jax.main", *arguments, *more,
+                              f"--distributed=127.0.0.1:{port},2,{index}"], cwd=ROOT, text=True,
+                             env=environment(XLA_FLAGS=xla_flags(devices)), stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT) for index, more in enumerate(((), of_second))]
+
+
+def test_a_process_that_fails_says_why_and_waits_for_the_others(model: Path, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[bool] = []
+    monkeypatch.setattr("starflow_jax.modes.sample._wait_for_the_others", lambda: waited.append(True))
+    (tmp_path / "file").touch()
+    code, out, error = run_here(asked(model, tmp_path, f"--config.sample.output={tmp_path / 'file'}"))
+    assert code == 2 and error.strip().splitlines()[-1].startswith(
+        f"starflow_jax: sample.output={tmp_path / 'file'}: can't be written to"), out + error
+    assert waited == [True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_fails_stops_no_other(model: Path, tmp_path: Path, failing: int) -> None:
+    """It can't write its first video while the other has more to make; also where it is the one that the other is
+    connected to."""
+    arguments = asked(model, tmp_path, "--config.sample.count=2", f"--config.sample.output={tmp_path / 'file'}")
+    (tmp_path / "file").touch()
+    good = f"--config.sample.output={tmp_path / 'videos'}"
+    pair = start_two(arguments, good) if failing == 0 else start_two(
+        [*arguments, good], f"--config.sample.output={tmp_path / 'file'}")
+    said = [process.communicate(timeout=300)[0] for process in pair]
+    assert [process.returncode for process in pair] == ([2, 0] if failing == 0 else [0, 2]), said
+    assert "can't be written to" in said[failing].strip().splitlines()[-1] and len(made(tmp_path)) == 3
+
+
+@pytest.mark.slow  # quick: tests/test_sharding.py, what the first process has is what all have
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_mesh_over_two_processes_makes_the_videos_of_one(model: Path, tmp_path: Path, streams: bool) -> None:
+    """Two devices each, 2 x 2 for data and heads. They have no disk in common: the first one writes, and says what is
+    there of an interrupted list."""
+    mesh = ("--config.mesh.data=2", "--config.mesh.tensor=2", "--config.sample.batch_size=2")
+    arguments = asked(model, tmp_path, f"--config.sample.stream={streams}")
+    assert run_here([*arguments, f"--config.sample.output={tmp_path / 'alone'}", "--config.mesh.data=1"])[0] == 0
+
+    def run_two() -> str:
+        pair = start_two([*arguments, *mesh], f"--config.sample.output={tmp_path / 'second'}", devices=2)
+        said = [process.communicate(timeout=300)[0] for process in pair]
+        assert [process.returncode for process in pair] == [0, 0], said
+        return said[0]
+
+    run_two()
+    before = made(tmp_path)
+    assert len(before) == 3 and not list((tmp_path / "second").glob("*"))
+    for path in (tmp_path / "videos").glob("*.mp4"):
+        ours, alone = (read_video(folder / path.name)[0].astype(int) for folder in (path.parent, tmp_path / "alone"))
+        assert ours.shape == alone.shape and np.abs(ours - alone).max() <= 3  # an MP4 rounds
+    facts = json.loads(next((tmp_path / "videos").glob("*.json")).read_text())
+    assert (facts["mesh"]["data"], facts["mesh"]["tensor"]) == (2, 2)
+    lost = next((tmp_path / "videos").glob("a_blue*.json"))
+    lost.unlink()
+    assert "2 of 3 videos are there already" in run_two()
+    assert {name for name, time in made(tmp_path).items() if time != before[name]} == {lost.stem}
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_list_and_one_that_is_killed_stops_no_other(model: Path, tmp_path: Path) -> None:
     """Twelve videos. The second process is killed after its first one; the first makes its own six to the end; the same
     command makes what is missing, and nothing again."""
     arguments = asked(model, tmp_path, "--config.sample.count=4")
 
-    def start() -> list[subprocess.Popen]:
-        port = free_port()
-        return [subprocess.Popen([sys.executable, "-m", "starflow_jax.main", *arguments,
-                                  f"--distributed=127.0.0.1:{port},2,{index}"], cwd=ROOT, env=environment(), text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for index in range(2)]
-
     shares = [{f"{prompt.replace(' ', '_')}_seed{seed}" for prompt in PROMPTS for seed in seeds}
               for seeds in ((0, 2), (1, 3))]
-    pair = start()
+    pair = start_two(arguments)
     while not shares[1] & {path.stem for path in (tmp_path / "videos").glob("*.json")}:
         assert pair[1].poll() is None, pair[1].communicate()[0]
         time.sleep(0.02)
@@ -119,7 +180,7 @@ def test_two_processes_share_a_list_and_one_that_is_killed_stops_no_other(model:
     assert pair[0].returncode == 0, said
     before = {path.stem: path.stat().st_mtime_ns for path in (tmp_path / "videos").glob("*.json")}
     assert shares[0] <= set(before) and len(before) < 12
-    pair = start()
+    pair = start_two(arguments)
     outputs = [process.communicate(timeout=600)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
     after = {path.stem: path.stat().st_mtime_ns for path in (tmp_path / "videos").glob("*.json")}

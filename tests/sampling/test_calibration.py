@@ -12,6 +12,7 @@ from starflow_jax.config import Sample, Solver, UserError
 from starflow_jax.flow import decode
 from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess, fit_noise
 from starflow_jax.model.calibration import Calibration
+from starflow_jax.model.quantize import quantize_params
 from starflow_jax.model.system import System, load_system, save_system
 from starflow_jax.sampling.calibration import candidates, decode_deep, fit_noise_guess, measure, relative_error
 from starflow_jax.sampling.conditions import make_conditions, noise_for
@@ -125,9 +126,11 @@ def test_tokens_are_fitted_to_their_noise() -> None:
     np.testing.assert_allclose(guess(jnp.asarray(z[:5])), u[:5], atol=1e-2)
 
 
-@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["few", "all"])
-def test_calibration_of_a_small_model(system: System, params, monkeypatch, few: bool) -> None:
+@pytest.mark.parametrize(("few", "weights"), [(True, ""), (True, "int8"), pytest.param(
+    False, "", marks=pytest.mark.slow)], ids=["few", "of int8 weights", "all"])
+def test_calibration_of_a_small_model(system: System, params, monkeypatch, few: bool, weights: str) -> None:
     """Both guesses fitted, each candidate measured against sequential decoding."""
+    params = quantize_params(params) if weights else params
     chosen = candidates(system)
     if few:
         chosen = [Solver("jacobi", 4, 1, start="previous"), Solver("jacobi", 12, 3, start="noise"),
