@@ -32,7 +32,7 @@ class Solver:
     tolerance: float = 1e-3  # 0: until nothing changes, at most block_size steps
     max_steps: int = 0  # 0: block_size, after which the result is exact
     frames: int = 1  # frames that a decoding step solves for; blocks do not reach beyond them
-    updates: int = 0  # > 0: a wavefront, in which each token gets so many; tolerance then only says what converged
+    updates: int = 0  # > 0: a wavefront, in which each token gets so many; tolerance then only says what has converged
     first_block_size: int = 0  # > 0: of a video's first frame, which has no frame before it to start from
 
     @property
@@ -56,7 +56,7 @@ class Report(flax.struct.PyTreeNode):
 
     steps: jax.Array
     residual: jax.Array
-    converged: jax.Array
+    outcome: jax.Array  # int8: a jacobi.Outcome
 
 
 class Known(flax.struct.PyTreeNode):
@@ -122,10 +122,9 @@ def _block_jacobi(predict: Predict, tokens: _Tokens, known: Known, solver: Solve
             return affine.inverse(block.z_BNC), _split_branches(kv, branches)
 
         found = jacobi.solve(update, block.start_BNC, tolerance=solver.tolerance,
-                             max_steps=min(solver.max_steps or size, block.z_BNC.shape[1]),
-                             aux_batch_axis=-4)
+                             max_steps=solver.max_steps or size, aux_batch_axis=-4)
         known = Known(known.cache.append(_join_branches(found.aux)), found.x[:, -1:])
-        return known, _Solved(found.x, Report(found.steps, found.residual, found.converged))
+        return known, _Solved(found.x, Report(found.steps, found.residual, found.outcome))
 
     whole = count // size * size
     known, solved = lax.scan(solve_block, known, tokens.cut(0, whole).blocks(size))
@@ -192,7 +191,7 @@ def _wavefront(predict: Predict, z_BSC, start_BSC, known: Known, rope_2SE, solve
             front, rest = lax.scan(lambda front, low: update(front, low, updates * stride, stride), front, lows)
             residuals += [change[None], rest]
     residual = jnp.concatenate(residuals)
-    converged = (residual < solver.tolerance) | (stride == 1)  # one by one, all before a token is final
-    report = Report(jnp.full(residual.shape, updates, jnp.int32), residual, converged)
+    outcome = jacobi.outcome(residual, solver.tolerance, exact=stride == 1)  # one by one, all before a token is final
+    report = Report(jnp.full(residual.shape, updates, jnp.int32), residual, outcome)
     known = front.known.replace(cache=front.known.cache.append(front.finished))
     return Inverse(front.x_BSC, known, report)

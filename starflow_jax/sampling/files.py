@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from starflow_jax.config import Config, Sample
+from starflow_jax.flow.jacobi import Outcome
 from starflow_jax.io.files import write_text
 from starflow_jax.io.pictures import contact_sheet
 from starflow_jax.io.video import write_mp4
@@ -48,8 +49,9 @@ def write_video(folder: Path, config: Config, origin: Origin, made: Made, log_li
 
 
 def video_row(path: Path, facts: dict[str, Any]) -> Row:
-    """(path, bits per dimension, Jacobi steps, seconds) of a video, from what its JSON file says."""
-    return str(path), f"{facts['bits_per_dim']:.3f}", sum(facts["deep_steps_per_block"]), f"{facts['seconds']:.1f}"
+    """(path, bits per dimension, Jacobi steps, how they ended, seconds) of a video, from what its JSON file says."""
+    return (str(path), f"{facts['bits_per_dim']:.3f}", sum(facts["deep_steps_per_block"]), facts["outcome"],
+            f"{facts['seconds']:.1f}")
 
 
 def describe(config: Config, origin: Origin, made: Made, log_likelihood: float) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def describe(config: Config, origin: Origin, made: Made, log_likelihood: float) 
         "deep_steps_per_block": clips.deep_steps_BK[index].tolist(),
         "deep_residual_per_block": [float(f"{r:.3g}") for r in clips.deep_residual_BK[index]],
         "shallow_steps": int(clips.shallow_steps_B[index]),
-        "converged": bool(clips.converged_B[index]),
+        "outcome": Outcome(clips.outcome_B[index]).words,
         "certificate": None if clips.certificate_B is None else float(clips.certificate_B[index]),
         "seconds": round(made.seconds, 3),
     }

@@ -34,7 +34,7 @@ class Clips:
     deep_steps_BK: np.ndarray  # solver steps of each block of tokens of the deep block
     deep_residual_BK: np.ndarray  # squared relative change in the last of them
     shallow_steps_B: np.ndarray  # summed over the shallow blocks' blocks of tokens; the frames' largest
-    converged_B: np.ndarray  # every block of tokens ended below the tolerance, or exact
+    outcome_B: np.ndarray  # jacobi.Outcome: the worst of all blocks of tokens, the shallow blocks' too
     certificate_B: np.ndarray | None = None  # with sample.certify: see `certificate`
 
 
@@ -117,9 +117,8 @@ def _collect(frames: jax.Array, noisy: jax.Array, text: VideoText, deep: Sequenc
              shallow: Sequence[Report]) -> Clips:
     frames_BTHWC, noisy_BNhwC, deep, shallow = jax.tree.map(fetch, (frames, noisy, deep, shallow))
     batch = len(frames_BTHWC)
-    converged_B = np.all(np.concatenate([report.converged for report in deep]), axis=0)
-    for report in shallow:
-        converged_B &= np.all(report.converged, axis=0).reshape(batch, -1).all(axis=1)
+    worst = [report.outcome.max(axis=0).reshape(batch, -1).max(axis=1) for report in (*deep, *shallow)]
     most_steps = [report.steps.sum(axis=0).reshape(batch, -1).max(axis=1) for report in shallow]
     return Clips(frames_BTHWC, noisy_BNhwC, text, np.concatenate([report.steps for report in deep]).T,
-                 np.concatenate([report.residual for report in deep]).T, np.sum(most_steps, axis=0), converged_B)
+                 np.concatenate([report.residual for report in deep]).T, np.sum(most_steps, axis=0),
+                 np.max(worst, axis=0))

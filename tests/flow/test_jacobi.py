@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from starflow_jax.flow import jacobi
+from starflow_jax.flow.jacobi import Outcome
 
 TOKENS = 6
 
@@ -35,10 +36,10 @@ def test_as_many_steps_as_tokens_are_exact() -> None:
     solution = jax.jit(lambda x: jacobi.solve(updates(matrix, constant), x, tolerance=0.0, max_steps=TOKENS))(start)
     np.testing.assert_allclose(solution.x, exact(matrix, constant), rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(solution.steps, [TOKENS, TOKENS])
-    assert np.all(solution.converged)
+    np.testing.assert_array_equal(solution.outcome, [Outcome.EXACT] * 2)
     fewer = jacobi.solve(updates(matrix, constant), start, tolerance=0.0, max_steps=TOKENS - 1)
     assert np.abs(fewer.x - exact(matrix, constant)).max() > 1e-2
-    assert not np.any(fewer.converged)
+    np.testing.assert_array_equal(fewer.outcome, [Outcome.OUT_OF_STEPS] * 2)
     np.testing.assert_array_equal(fewer.steps, [TOKENS - 1, TOKENS - 1])
 
 
@@ -60,7 +61,34 @@ def test_stops_at_the_tolerance() -> None:
     np.testing.assert_array_equal(solution.steps, steps)
     np.testing.assert_allclose(solution.x, x, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(solution.residual, residuals, rtol=1e-3)
-    assert np.all(solution.converged)
+    np.testing.assert_array_equal(solution.outcome, [Outcome.CONVERGED] * 3)
+
+
+def test_a_sample_that_is_not_finite_ends_and_the_others_go_on() -> None:
+    matrix, constant = system(2)
+    matrix[0] *= 1e15  # squares of what the third update adds are beyond float32
+    calls: list[int] = []
+
+    def counted(matrix: np.ndarray, constant: np.ndarray) -> jacobi.Solution:
+        def update(x: jax.Array) -> tuple[jax.Array, Any]:
+            jax.debug.callback(lambda: calls.append(1))
+            return updates(matrix, constant)(x)
+
+        calls.clear()
+        solution = jacobi.solve(update, jnp.zeros_like(constant), tolerance=0.0, max_steps=TOKENS)
+        jax.effects_barrier()
+        return solution
+
+    both = counted(matrix, constant)
+    np.testing.assert_array_equal(both.outcome, [Outcome.NOT_FINITE, Outcome.EXACT])
+    np.testing.assert_array_equal(both.steps, [3, TOKENS])
+    np.testing.assert_allclose(both.x[1], exact(matrix, constant)[1], rtol=1e-4, atol=1e-4)
+    assert len(calls) == TOKENS
+    np.testing.assert_array_equal(counted(matrix[:1], constant[:1]).outcome, [Outcome.NOT_FINITE])
+    assert len(calls) == 3  # no further updates where no sample needs any
+    nan = counted(matrix, np.full_like(constant, np.nan))
+    np.testing.assert_array_equal(nan.outcome, [Outcome.NOT_FINITE] * 2)
+    assert len(calls) == 1
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates() -> None:

@@ -121,7 +121,7 @@ def test_sample_and_evaluate_the_trained_model(uninterrupted: Path, data: Path) 
              "--config.sample.solver.block_size=12")
     made = uninterrupted / "samples" / "a_blue_three_moves_right_seed0"
     facts = json.loads(made.with_suffix(".json").read_text())
-    assert facts["frames"] == 13 and facts["converged"]
+    assert facts["frames"] == 13 and facts["outcome"] in ("exact", "converged")
     assert len(facts["deep_steps_per_block"]) == len(facts["deep_residual_per_block"]) == 4 * 3
     assert np.isfinite(facts["log_likelihood_nats"])
     assert made.with_suffix(".mp4").exists() and made.with_suffix(".png").exists()

@@ -10,9 +10,10 @@ import pytest
 
 from starflow_jax.config import UserError
 from starflow_jax.flow import decode
+from starflow_jax.flow.jacobi import Outcome
 from starflow_jax.model.parameters import decoding_variables, flow_variables
 from starflow_jax.model.system import System
-from starflow_jax.sampling.conditions import extended, noise_for, shallow_tokens
+from starflow_jax.sampling.conditions import draw, extended, noise_for, shallow_tokens
 from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.generate import Clips, generate_clips, log_likelihood
 from starflow_jax.sampling.likelihood import frame_nll, window_nll
@@ -115,9 +116,23 @@ def test_certificate_of_an_unguided_sample(system: System, params) -> None:
     assert clips.certificate_B is not None and clips.certificate_B.max() < 1e-7
     loose = generate_clips(system, params, CAPTIONS, [5, 6, 7],
                            changed(exact, max_steps=1, block_size=4, tolerance=1e-3))
-    assert loose.certificate_B.min() > 1e-4 and not loose.converged_B.any()
+    assert loose.certificate_B.min() > 1e-4 and (loose.outcome_B == Outcome.OUT_OF_STEPS).all()
     with pytest.raises(UserError, match="sample.certify"):
         generate_clips(system, params, CAPTIONS, [5, 6, 7], changed(SETTINGS, certify=True))
+
+
+def test_a_video_says_how_its_solution_ended(system: System, params, clips: Clips) -> None:
+    np.testing.assert_array_equal(clips.outcome_B, [Outcome.EXACT] * 3)  # blocks of two, at a small tolerance
+    loose = changed(SETTINGS, block_size=4, tolerance=0.1)
+    whole = generate_clips(system, params, CAPTIONS, [5, 6, 7], loose)
+    np.testing.assert_array_equal(whole.outcome_B, [Outcome.CONVERGED] * 3)
+    draws = draw(system, [5, 6, 7], 3)
+    broken = draws.replace(noise_BNSK=draws.noise_BNSK.at[1, 2].set(jnp.nan))
+    made = generate_clips(system, params, CAPTIONS, [5, 6, 7], loose, draws=broken)
+    np.testing.assert_array_equal(made.outcome_B, [Outcome.CONVERGED, Outcome.NOT_FINITE, Outcome.CONVERGED])
+    assert made.deep_steps_BK[1, -1] == 1 and np.isnan(made.deep_residual_BK[1, -1])
+    np.testing.assert_allclose(made.noisy_BNhwC[::2], whole.noisy_BNhwC[::2], atol=1e-5)
+    assert [outcome.words for outcome in Outcome] == ["exact", "converged", "out of steps", "not finite"]
 
 
 def test_negative_prompt_and_metadata_reach_the_model(system: System, params, clips: Clips) -> None:
