@@ -17,12 +17,12 @@ from starflow_jax.settings.data import Convert, Data, Prepare
 from starflow_jax.settings.fields import Settings, UserError, required, type_hints
 from starflow_jax.settings.model import METADATA, REMAT, SEQUENCE_PARALLEL, Codec, Mesh, Model, Text
 from starflow_jax.settings.sampling import EVALUATIONS, Evaluate, Sample, Solver
-from starflow_jax.settings.training import BENCHMARKS, Benchmark, Plan, Train
+from starflow_jax.settings.training import BENCHMARKS, Benchmark, Decoder, Plan, Train
 
 __all__ = [
     "BENCHMARKS", "EVALUATIONS", "METADATA", "REMAT", "SEQUENCE_PARALLEL", "Benchmark", "Codec", "Config", "Convert",
-    "Data", "Evaluate", "Mesh", "Model", "Plan", "Prepare", "Sample", "Solver", "Text", "Train", "UserError", "changed",
-    "choose_variant", "from_config_dict", "from_dict", "to_config_dict", "unknown_setting"]
+    "Data", "Decoder", "Evaluate", "Mesh", "Model", "Plan", "Prepare", "Sample", "Solver", "Text", "Train", "UserError",
+    "changed", "choose_variant", "from_config_dict", "from_dict", "to_config_dict", "unknown_setting"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Config(Settings):
     codec: Codec = Codec()
     data: Data = Data()
     train: Train = Train()
+    decoder: Decoder = Decoder()
     sample: Sample = Sample()
     mesh: Mesh = Mesh()
     plan: Plan = Plan()
@@ -49,6 +50,8 @@ class Config(Settings):
         self.train.require(
             "adherence_prompts", self.data.source == "digits" or not self.train.adherence_prompts,
             "must be 0 with prepared data: only moving digits can be read")
+        self.train.require("target", self.train.target != "decoder" or not self.data.latents,
+                           "needs pixels beside the latents; set data.latents=false")
 
 
 # Settings that were renamed, and what to write instead.

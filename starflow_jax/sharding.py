@@ -46,6 +46,8 @@ PARAMETERS = {
     r"(deep|shallow_\d+|denoiser)/proj_(in|text)/kernel": (None, "width"),
     r"(deep|shallow_\d+|denoiser)/proj_out/kernel": ("width", None),
     r"text/.*": (),  # the encoder that is trained along with the flow
+    r"decoder/.*": (),  # a codec's, fine-tuned on noised latents
+    r"discriminator(_optimizer)?/.*": (),  # which that is trained against
 }
 HOST = "pinned_host"  # JAX's name of memory that devices copy from directly
 LARGEST_UNNAMED = 2**20  # bytes of a parameter that no pattern matches

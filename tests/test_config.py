@@ -50,7 +50,7 @@ BAD = [
     (config.Solver, "max_steps", -1, "block size"),
     (config.Sample, "context_frames", -1, "three quarters"),
     (config.Solver, "kind", "newton", "jacobi, wavefront, sequential"),
-    (config.Sample, "denoise", "blur", "denoiser, score, none"),
+    (config.Sample, "denoise", "blur", "denoiser, score, decoder, none"),
     (config.Evaluate, "prompts", 0, "greater than 0"),
     (config.Sample, "frames", "49", "a whole number"),
     (config.Sample, "frames", 49.0, "a whole number"),

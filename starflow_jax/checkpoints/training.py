@@ -20,35 +20,37 @@ BEST = "validation_bits_per_dim"  # the smaller the better
 
 
 class Checkpoints:
-    """The checkpoints of one model in one folder: the newest `keep`, and also the best by validation.
+    """The checkpoints of one model in one folder: the newest `keep`, and also the best by validation, with the least
+    of the metric `best`.
 
     Raises UserError where the folder holds another model's.
     """
 
-    def __init__(self, directory: Path, *, keep: int, model_fingerprint: dict[str, Any]):
+    def __init__(self, directory: Path, *, keep: int, model_fingerprint: dict[str, Any], best: str = BEST):
         self.directory = Path(directory).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
-        _check_fingerprint(self.directory / "model.json", model_fingerprint)
-        _drop_unreadable_metrics(self.directory)
+        check_fingerprint(self.directory / "model.json", model_fingerprint)
+        _drop_unreadable_metrics(self.directory, best)
+        self._best = best
         self._damaged: list[int] = []
         latest = ocp.checkpoint_managers.LatestN(keep)
-        best = ocp.checkpoint_managers.BestN(
-            get_metric_fn=_bits, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        smallest = ocp.checkpoint_managers.BestN(
+            get_metric_fn=lambda metrics: metrics[best], reverse=True, n=1, keep_checkpoints_without_metrics=False)
         self._manager = ocp.CheckpointManager(epath.Path(self.directory), options=ocp.CheckpointManagerOptions(
-            best_fn=_bits, best_mode="min",  # without best_fn orbax drops the metrics
-            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([latest, best]),
+            best_fn=lambda metrics: metrics[best], best_mode="min",  # without best_fn orbax drops the metrics
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([latest, smallest]),
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums)))
 
     def save(self, step: int, state: Any, data_state: dict[str, Any], metrics: dict[str, float] | None) -> None:
         """Start writing a checkpoint; the folder gets its final name once all of it is on disk.
 
-        metrics[BEST], where given and finite, ranks it. A damaged checkpoint that `restore` passed over is
+        metrics[best], where given and finite, ranks it. A damaged checkpoint that `restore` passed over is
         deleted now, since its step will come again.
         """
         self.wait()
         while self._damaged:
             self._manager.delete(self._damaged.pop())
-        ranked = metrics is not None and math.isfinite(metrics[BEST])
+        ranked = metrics is not None and math.isfinite(metrics[self._best])
         self._manager.save(step, args=ocp.args.Composite(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)),
             metrics=metrics if ranked else None, force=True)
@@ -105,21 +107,18 @@ def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(jax.local_devices()[0]))
 
 
-def _bits(metrics: Any) -> float:
-    return metrics[BEST]
-
-
-def _drop_unreadable_metrics(directory: Path) -> None:
+def _drop_unreadable_metrics(directory: Path, best: str) -> None:
     """Orbax reads every checkpoint's metrics when it opens a folder, and fails on damaged ones."""
     for path in directory.glob("*/metrics/metrics"):
         try:
-            float(json.loads(path.read_text())[BEST])
+            float(json.loads(path.read_text())[best])
         except (ValueError, KeyError, TypeError):
             logging.error("%s is damaged; it is deleted", path)
             path.unlink()
 
 
-def _check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
+def check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
+    """That a model.json, which is written where there is none, is of this model; raises UserError where it isn't."""
     if not path.exists():
         write_text(path, json.dumps(fingerprint, indent=1))
         return

@@ -29,6 +29,13 @@ class LatentCodec(Protocol):
     def decode_next(self, latents_BNhwC: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """The pixels of a video's next latent frames, and the cache for the next call; None where it begins."""
 
+    def fresh_decoder(self, key: jax.Array, width: int, layers: int) -> dict[str, Any]:
+        """The parameters that fine-tuning a decoder for noised latents begins with, float32: those of the codec's own
+        decoder, or of one of so many channels and layers that adds nothing to it yet."""
+
+    def with_decoder(self, params: dict[str, Any]) -> Any:
+        """The codec that encodes as this one does, and decodes with such parameters."""
+
 
 def check_frame_size(pixels_BTHWC: jax.Array, multiple: int) -> None:
     """Raises UserError for frames whose sides are not multiples of so many pixels."""

@@ -212,6 +212,15 @@ class KLCodec(flax.struct.PyTreeNode):
         """The same; frames know nothing of one another."""
         return self.decode(latents_BNhwC), ()
 
+    def fresh_decoder(self, key: jax.Array, width: int, layers: int) -> dict[str, Any]:
+        """The decoder's own parameters, float32."""
+        own = {name: self.params[name] for name in ("decoder", "post_quant_conv")}
+        return jax.tree.map(lambda a: a.astype(jnp.float32), own)
+
+    def with_decoder(self, params: dict[str, Any]) -> "KLCodec":
+        """The codec that decodes with these."""
+        return self.replace(params={**self.params, **params})
+
     def _apply(self, method: Any, x_BTHWC: jax.Array) -> Any:
         """A method on all frames as one batch of pictures."""
         vae = AutoencoderKL(self.config, jnp.dtype(self.dtype))

@@ -5,6 +5,7 @@ unlike it, it is one orthonormal projection, fitted to the training clips in sec
 """
 
 import dataclasses
+from typing import Any
 
 import chex
 import flax.struct
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.codec.interface import check_frame_size, to_float
+from starflow_jax.codec.patch_decoder import PatchDecoder, decoder_of
 from starflow_jax.config import UserError
 
 FITTED_PATCHES = 200_000
@@ -37,12 +39,13 @@ class PatchShape:
 
 
 class PatchCodec(flax.struct.PyTreeNode):
-    """The projection: constants that are kept with the model's parameters."""
+    """The projection, constants that are kept with the model's parameters; and perhaps a decoder for noised latents."""
 
     mean_P: jax.Array  # of a patch, pixels in [-1, 1]
     basis_PC: jax.Array  # orthonormal columns, most variance first
     scale: jax.Array  # latents are coefficients / scale
     shape: PatchShape = flax.struct.field(pytree_node=False)
+    decoder: dict[str, Any] | None = None  # parameters of a PatchDecoder
 
     def encode(self, pixels_BTHWC: jax.Array) -> jax.Array:
         """(B, 1 + k*time, H, W, 3) in [-1, 1] -> latents (B, 1 + k, H/space, W/space, C) float32."""
@@ -55,22 +58,26 @@ class PatchCodec(flax.struct.PyTreeNode):
 
     def decode(self, latents_BNhwC: jax.Array) -> jax.Array:
         """Latents -> pixels (B, 1 + (N-1)*time, H, W, 3), not clamped."""
-        patches = latents_BNhwC * self.scale @ self.basis_PC.T + self.mean_P
-        batch, latent_frames, rows, columns, _ = patches.shape
-        size, time = self.shape.space, self.shape.time
-        patches = patches.reshape(batch, latent_frames, rows, columns, time, size, size, 3)
-        pixels = patches.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(
-            batch, latent_frames, time, rows * size, columns * size, 3)
-        first = pixels[:, 0].mean(axis=1, keepdims=True)  # its patch held the frame `time` times
-        return jnp.concatenate([first, pixels[:, 1:].reshape(batch, -1, *pixels.shape[3:])], axis=1)
+        return self.decode_next(latents_BNhwC, None)[0]
 
-    def decode_next(self, latents_BNhwC: jax.Array, cache: tuple | None) -> tuple[jax.Array, tuple]:
-        """The pixels of a video's next latent frames, and the cache for the next call: nothing but that the first
-        frame has been decoded."""
-        if cache is None:
-            return self.decode(latents_BNhwC), ()
-        first = jnp.zeros_like(latents_BNhwC[:, :1])
-        return self.decode(jnp.concatenate([first, latents_BNhwC], axis=1))[:, 1:], ()
+    def decode_next(self, latents_BNhwC: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+        """The pixels of a video's next latent frames, and the cache for the next call: the past of the decoder for
+        noised latents, () without one."""
+        past: Any = ()
+        patches = latents_BNhwC * self.scale @ self.basis_PC.T + self.mean_P
+        if self.decoder is not None:
+            added, past = decoder_of(self.decoder).apply({"params": self.decoder}, latents_BNhwC, cache)
+            patches += added
+        return _from_patches(patches, self.shape, begins=cache is None), past
+
+    def fresh_decoder(self, key: jax.Array, width: int, layers: int) -> dict[str, Any]:
+        """Parameters of a PatchDecoder, with which this codec decodes as it does without."""
+        latents = jnp.zeros((1, 1, 1, 1, self.basis_PC.shape[1]))
+        return PatchDecoder(width, layers, self.shape.pixels).init(key, latents, None)["params"]
+
+    def with_decoder(self, params: dict[str, Any]) -> "PatchCodec":
+        """The codec that decodes with these parameters of a PatchDecoder."""
+        return self.replace(decoder=params)
 
 
 def fit(frames_BTHWC: np.ndarray, shape: PatchShape, channels: int, seed: int = 0) -> PatchCodec:
@@ -98,3 +105,16 @@ def _to_patches(pixels_BTHWC: jax.Array, shape: PatchShape) -> jax.Array:
     pixels = pixels.reshape(batch, latent_frames, time, height // size, size, width // size, size, 3)
     return pixels.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(
         batch, latent_frames, height // size, width // size, shape.pixels)
+
+
+def _from_patches(patches_BNhwP: jax.Array, shape: PatchShape, begins: bool) -> jax.Array:
+    """(B, T, H, W, 3); begins: the first patches are those of a video's first frame."""
+    batch, latent_frames, rows, columns, _ = patches_BNhwP.shape
+    size, time = shape.space, shape.time
+    pixels = patches_BNhwP.reshape(batch, latent_frames, rows, columns, time, size, size, 3)
+    pixels = pixels.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(
+        batch, latent_frames, time, rows * size, columns * size, 3)
+    if not begins:
+        return pixels.reshape(batch, -1, *pixels.shape[3:])
+    first = pixels[:, 0].mean(axis=1, keepdims=True)  # its patch held the frame `time` times
+    return jnp.concatenate([first, pixels[:, 1:].reshape(batch, -1, *pixels.shape[3:])], axis=1)

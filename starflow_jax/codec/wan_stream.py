@@ -25,6 +25,7 @@ from starflow_jax.config import Codec, UserError
 from starflow_jax.io.tensor_files import open_safetensors
 
 Step = Callable[[jax.Array, Past], tuple[Any, Past]]
+DECODER = ("decoder", "post_quant")  # the parts of the VAE's parameters that decoding needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,14 @@ class WanCodec(flax.struct.PyTreeNode):
         features, low = self._part(WanVAE.decode_low)(latents_BNhwC * self.std_C + self.mean_C, before.low)
         pixels, high = self._tiled(self._part(WanVAE.decode_high), features, before.high, 1, self.config.stride)
         return pixels, Cache(low, high)
+
+    def fresh_decoder(self, key: jax.Array, width: int, layers: int) -> dict[str, Any]:
+        """The decoder's own parameters, float32."""
+        return jax.tree.map(lambda a: a.astype(jnp.float32), {name: self.params[name] for name in DECODER})
+
+    def with_decoder(self, params: dict[str, Any]) -> "WanCodec":
+        """The codec that decodes with these."""
+        return self.replace(params={**self.params, **params})
 
     def _part(self, method: Callable) -> Step:
         """A step of the VAE on a video's next frames."""

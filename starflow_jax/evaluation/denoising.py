@@ -38,7 +38,7 @@ def denoised_real_clips(
             kept = slice(min(len(batch), max(0, PSNR_CLIPS - begin)))
             coded = fetch(system.decode(system.encode(clips)))[kept].astype(np.float64)
             for how in ways if len(coded) else (own,):
-                made = fetch(system.decode(denoise(system, params, noisy, text, how)))[:len(batch)]
+                made = fetch(system.decode(denoise(system, params, noisy, text, how), how))[:len(batch)]
                 errors[how].append(((made[kept] - coded) ** 2).mean(axis=(1, 2, 3, 4)))
                 if how == own:
                     statistics.append(clip_statistics(made))

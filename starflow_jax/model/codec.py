@@ -93,7 +93,7 @@ def read_codec(config: Config, folder: Path) -> LatentCodec:
         return _load_vae(config)
     shape = patch_shape(config)
     arrays = {name: jnp.asarray(value) for name, value in import_arrays(folder / FITTED_CODEC).items()}
-    codec = patch.PatchCodec(**arrays, shape=shape)
+    codec = patch.PatchCodec(arrays["mean_P"], arrays["basis_PC"], arrays["scale"], shape)
     expected = (shape.pixels, config.model.channels)
     if codec.basis_PC.shape != expected:
         raise UserError(f"{folder / FITTED_CODEC}: its projection is {codec.basis_PC.shape}, this config's is "

@@ -17,6 +17,9 @@ from starflow_jax import sharding
 from starflow_jax.config import Config, UserError, changed, from_dict
 from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.io.files import write_text
+from starflow_jax.model.calibration import read_calibration
+from starflow_jax.model.decoder import read_decoder
+from starflow_jax.model.initialise import whole_checkpoint
 from starflow_jax.model.parameters import Params, inference_params, init_params, model_fingerprint
 from starflow_jax.model.quantize import quantize_param, quantize_params
 from starflow_jax.model.system import SETTINGS, System, load_system, save_system
@@ -26,6 +29,7 @@ with epy.lazy_imports():  # orbax, which the model in the package does not need
     from starflow_jax.checkpoints import checksums, parameters, training
 
 PRETRAINED = Path(__file__).parents[1] / "assets" / "tiny"
+PRETRAINED_WEIGHTS = "model.safetensors"
 
 
 class LoadedModel(NamedTuple):
@@ -39,12 +43,17 @@ class LoadedModel(NamedTuple):
 
 def load_model(config: Config, workdir: Path, encoder: bool = True) -> LoadedModel:
     """The workdir's model, or the package's where the workdir holds none, on the mesh in force; its parameters as
-    `inference_params` gives them. encoder: with a frozen text encoder, or without.
+    `inference_params` gives them. Where train.target=decoder made the workdir, the model that it was trained beside,
+    and that decoder. encoder: with a frozen text encoder, or without.
 
     Raises UserError where the workdir holds another model, or none and the package has none of this config.
     """
     int8 = config.sample.weights == "int8"
-    loaded = load_trained(config, workdir, quantize_param if int8 else None) or load_pretrained(config, workdir)
+    convert = quantize_param if int8 else None
+    if config.train.target == "decoder":
+        loaded = load_with_decoder(config, workdir, convert)
+    else:
+        loaded = load_trained(config, workdir, convert) or load_pretrained(config, workdir)
     params = {**loaded.params, **(load_encoder(config) if encoder else {})}
     params = quantize_params(params) if int8 else params
     return loaded._replace(params=inference_params(config, params))
@@ -115,6 +124,9 @@ def own_settings(config: Config, workdir: Path) -> tuple[Config, str]:
         passed_over += [f"{section}.{name}={value} (not {getattr(asked, name)})" for name, value in values.items()
                         if value != getattr(asked, name) and name != "weights"]
         config = changed(config, section, values)
+    if own.train.target != "all":  # made beside a model, which the config may name at another place
+        beside = {"target": own.train.target, "init_from": config.train.init_from or own.train.init_from}
+        config = changed(changed(config, "train", beside), "decoder", dataclasses.asdict(own.decoder))
     line = f"{workdir} holds a model with settings of its own, which are used: {', '.join(passed_over)}"
     return config, line if passed_over else ""
 
@@ -135,35 +147,87 @@ def load_trained(config: Config, workdir: Path, convert: Callable[[str, jax.Arra
     step = checksums.first_whole(checkpoints.directory, steps)
     if step is None:
         return None
-    folder, mesh = checkpoints.directory / str(step), sharding.current_mesh()
+    return _load_checkpoint(config, workdir, checkpoints.directory / str(step), convert)
+
+
+def _load_checkpoint(
+    config: Config, workdir: Path, folder: Path, convert: Callable[[str, jax.Array], Any] | None
+) -> LoadedModel:
+    """The model of one of a workdir's checkpoints."""
+    mesh = sharding.current_mesh()
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     if mesh:
         abstract = sharding.abstract(abstract, mesh)
     abstract = sharding.layers_as(abstract, jnp.dtype(config.model.dtype))
     params = parameters.restore_params(folder, abstract, convert)
-    return LoadedModel(_placed_system(load_system(config, workdir / "system")), params, f"{workdir}, step {step}",
-                       _checksum(folder / checksums.CHECKSUMS))
+    return LoadedModel(_placed_system(load_system(config, workdir / "system")), params,
+                       f"{workdir}, step {folder.name}", _checksum(folder / checksums.CHECKSUMS))
+
+
+def load_with_decoder(
+    config: Config, workdir: Path, convert: Callable[[str, jax.Array], Any] | None = None
+) -> LoadedModel:
+    """The model of train.init_from, or the package's, with the decoder for noised latents that was trained beside it.
+
+    Raises UserError where one of them is missing, and where the decoder was trained beside another model.
+    """
+    if config.train.init_from:
+        folder = backbone_checkpoint(config)
+        backbone = _load_checkpoint(config, folder.parents[1], folder, convert)
+    else:
+        backbone = load_pretrained(config, workdir)
+    decoder, folder = read_decoder(config, workdir, backbone.system.codec, backbone.weights)
+    system = dataclasses.replace(backbone.system, decoder=decoder, calibration=read_calibration(workdir / "system"))
+    both = f"{backbone.weights}{_checksum(folder / checksums.CHECKSUMS)}"
+    return LoadedModel(_placed_system(system), backbone.params,
+                       f"{backbone.source}, with the decoder of {workdir}, step {folder.name}", both)
+
+
+def backbone_checkpoint(config: Config) -> Path:
+    """The checkpoint that train.init_from names. Raises UserError where it holds another model than the config's."""
+    folder = whole_checkpoint(Path(config.train.init_from)).absolute()
+    training.check_fingerprint(folder.parent / "model.json", model_fingerprint(config))
+    return folder
+
+
+def backbone_weights(config: Config) -> str:
+    """`LoadedModel.weights` of train.init_from's model, or the package's. Raises UserError as loading it would."""
+    if config.train.init_from:
+        return _checksum(backbone_checkpoint(config) / checksums.CHECKSUMS)
+    _check_pretrained(config, Path(f"runs/{config.name}"))
+    return _checksum(PRETRAINED / PRETRAINED_WEIGHTS)
+
+
+def backbone_system(config: Config) -> System:
+    """The tokenizer, codec and calibration of that model."""
+    workdir = backbone_checkpoint(config).parents[1] if config.train.init_from else None
+    return load_system(config, workdir / "system" if workdir else PRETRAINED)
 
 
 def load_pretrained(config: Config, workdir: Path) -> LoadedModel:
     """The same of the pretrained model in the package. Raises UserError where that is another config's."""
-    description, weights = PRETRAINED / "model.json", PRETRAINED / "model.safetensors"
+    _check_pretrained(config, workdir)
+    params, mesh = import_arrays(PRETRAINED / PRETRAINED_WEIGHTS), sharding.current_mesh()
+    params = jax.device_put(params, sharding.parameter_shardings(params, mesh) if mesh else None)
+    return LoadedModel(_placed_system(load_system(config, PRETRAINED)), params, "the pretrained model",
+                       _checksum(PRETRAINED / PRETRAINED_WEIGHTS))
+
+
+def _check_pretrained(config: Config, workdir: Path) -> None:
+    description = PRETRAINED / "model.json"
     if not description.exists() or json.loads(description.read_text())["fingerprint"] != model_fingerprint(config):
         raise UserError(f"{workdir} holds no checkpoint, and the package carries none of {config.name}; "
                         "train one (--mode=train), convert released weights (--mode=convert "
                         "--config.convert.source=FILE_OR_DIR), or name the folder of one with --workdir")
-    params, mesh = import_arrays(weights), sharding.current_mesh()
-    params = jax.device_put(params, sharding.parameter_shardings(params, mesh) if mesh else None)
-    return LoadedModel(_placed_system(load_system(config, PRETRAINED)), params, "the pretrained model",
-                       _checksum(weights))
 
 
 def _placed_system(system: System) -> System:
-    """With a copy of the codec on every device of the mesh in force."""
+    """With a copy of the codec, and of a decoder trained for it, on every device of the mesh in force."""
     mesh = sharding.current_mesh()
     if mesh is None:
         return system
-    return dataclasses.replace(system, codec=jax.device_put(system.codec, sharding.replicated(mesh)))
+    codec, decoder = jax.device_put((system.codec, system.decoder), sharding.replicated(mesh))
+    return dataclasses.replace(system, codec=codec, decoder=decoder)
 
 
 def _checksum(path: Path) -> str:
@@ -173,6 +237,6 @@ def _checksum(path: Path) -> str:
 def save_pretrained(config: Config, system: System, params: Params, facts: dict[str, Any]) -> None:
     """Write a model into the package: parameters in float16, the system, and `facts` about its making."""
     PRETRAINED.mkdir(parents=True, exist_ok=True)
-    export_arrays(PRETRAINED / "model.safetensors", jax.tree.map(np.asarray, params), dtype=np.float16)
+    export_arrays(PRETRAINED / PRETRAINED_WEIGHTS, jax.tree.map(np.asarray, params), dtype=np.float16)
     save_system(system, PRETRAINED)
     write_text(PRETRAINED / "model.json", json.dumps({"fingerprint": model_fingerprint(config), **facts}, indent=1))

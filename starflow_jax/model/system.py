@@ -16,7 +16,7 @@ import numpy as np
 from etils import epy
 
 from starflow_jax.codec.interface import LatentCodec, decode_latents, encode_frames
-from starflow_jax.config import Config
+from starflow_jax.config import Config, UserError
 from starflow_jax.data.batch import Batch
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.io.files import atomic_path, write_text
@@ -51,6 +51,7 @@ class System:
     codec: LatentCodec
     calibration: Calibration = Calibration()
     encoded: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # features of whole prompts, made ahead
+    decoder: Params | None = None  # the codec's, fine-tuned on noised latents; where train.target=decoder trained one
 
     @property
     def flow(self) -> STARFlow:
@@ -113,9 +114,19 @@ class System:
         """uint8 frames -> latents (B, N, h, w, C) float32."""
         return encode_frames(to_devices(self.codec), frames_BTHWC, self.config.codec.later_frames_scale)
 
-    def decode(self, latents_BNhwC: jax.Array) -> jax.Array:
-        """Latents -> frames (B, T, H, W, 3) uint8."""
-        codec = to_devices(self.codec, after=latents_BNhwC)
+    def codec_behind(self, denoise: str) -> LatentCodec:
+        """The codec that decodes latents which went through a way of denoising, of sample.denoise: with `decoder` they
+        still have their noise. Raises UserError where the model has no such decoder."""
+        if denoise != "decoder":
+            return self.codec
+        if self.decoder is None:
+            raise UserError("sample.denoise=decoder: this model has no decoder for noised latents; train one with "
+                            "--config.train.target=decoder --config.train.init_from=WORKDIR in a workdir of its own")
+        return self.codec.with_decoder(self.decoder)
+
+    def decode(self, latents_BNhwC: jax.Array, denoise: str = "none") -> jax.Array:
+        """Latents -> frames (B, T, H, W, 3) uint8. denoise: as for `codec_behind`."""
+        codec = to_devices(self.codec_behind(denoise), after=latents_BNhwC)
         return decode_latents(codec, latents_BNhwC, self.config.codec.later_frames_scale, self.as_released)
 
 

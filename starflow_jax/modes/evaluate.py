@@ -15,7 +15,7 @@ from starflow_jax.data.digits.captions import ATTRIBUTES
 from starflow_jax.evaluation import classify, horizon, likelihood, quality
 from starflow_jax.evaluation.denoising import denoised_real_clips
 from starflow_jax.evaluation.measures import psnr
-from starflow_jax.evaluation.split import DENOISE_CHOICES, SHOWN, generate_and_read, read, real_clips, split_likelihood
+from starflow_jax.evaluation.split import SHOWN, denoise_choices, generate_and_read, read, real_clips, split_likelihood
 from starflow_jax.evaluation.two_sample import balanced_accuracy
 from starflow_jax.evaluation.videos import folder_of_videos
 from starflow_jax.io.files import write_text
@@ -56,7 +56,8 @@ def evaluate_test_set(config: Config, workdir: Path) -> None:
     contact_sheet(workdir / "evaluate_samples.png", shown, captions[:SHOWN], scale=3)
     write_gif(workdir / "evaluate_samples.gif", shown, captions[:SHOWN], config.text.fps or 1, columns=3, scale=8)
     real_labels, real_frames = real_clips(system, config.evaluate.prompts)
-    quality_of_denoising, real_statistics = denoised_real_clips(system, params, captions, real_frames, DENOISE_CHOICES)
+    quality_of_denoising, real_statistics = denoised_real_clips(system, params, captions, real_frames,
+                                                                 denoise_choices(system))
     results = {
         "model": source,
         **bits,

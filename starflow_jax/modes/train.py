@@ -8,7 +8,9 @@ from starflow_jax import sharding
 from starflow_jax.checkpoints.licences import carry_licence
 from starflow_jax.checkpoints.training import BEST
 from starflow_jax.config import Config
+from starflow_jax.model.decoder import BEST as BEST_OF_DECODERS
 from starflow_jax.model.initialise import refuse_converted
+from starflow_jax.training.decoder_target import DecoderTarget
 from starflow_jax.training.loop import train_to_end
 from starflow_jax.training.metrics import read_metrics
 from starflow_jax.training.run import Run, open_run
@@ -35,18 +37,29 @@ def train(config: Config, workdir: Path) -> None:
 def _say_how_it_starts(config: Config, run: Run) -> None:
     if run.resumed:
         print(f"resuming from step {int(run.state.step)}")
+    elif isinstance(run.target, DecoderTarget):
+        print(f"a decoder beside {config.train.init_from or 'the model in the package'}, which stays as it is")
     elif config.train.init_from:
         print(f"starting from {config.train.init_from}" + (":" if run.changes else ""))
         for name, old, now, effect in run.changes:
             print(f"  {name} {old} -> {now}: {effect}")
+    if isinstance(run.target, DecoderTarget) and run.target.left_out:
+        print(run.target.left_out)
 
 
 def _say_what_next(config: Config, workdir: Path, step: int) -> None:
     if step < config.train.steps:
         print(f"stopped at step {step} of {config.train.steps}, saved; the same command resumes from there")
         return
-    bits = next(row[BEST] for row in reversed(read_metrics(workdir)) if BEST in row)
+    rows = read_metrics(workdir)[::-1]
+    command = (f"next: the same --config with --workdir={workdir} --mode=sample "
+               f'--config.sample.prompt="{DIGITS_SHEET[0]}"')
+    if config.train.target == "decoder":
+        found = next(row for row in rows if BEST_OF_DECODERS in row)
+        print(f"trained {step} steps: noised validation clips come out with a PSNR of {found['validation_psnr']:.2f} "
+              f"dB, {found['validation_psnr_of_the_codecs_own']:.2f} dB by the codec's own decoder\n"
+              f"clips: {workdir / 'sheets'}\n{command} --config.sample.denoise=decoder")
+        return
+    bits = next(row[BEST] for row in rows if BEST in row)
     print(f"trained {step} steps: validation {bits:.4f} bits per dimension of the noised latents\n"
-          f"samples: {workdir / 'sheets'}\n"
-          f"next: the same --config with --workdir={workdir} --mode=sample "
-          f'--config.sample.prompt="{DIGITS_SHEET[0]}"')
+          f"samples: {workdir / 'sheets'}\n{command}")

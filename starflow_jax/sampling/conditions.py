@@ -101,8 +101,10 @@ def make_conditions(
     """Captions, seeds and given frames, (B, T, H, W, 3) uint8, as the flow takes them. draws: in place of the seeds'.
     changes: each video's other captions by the latent frame from which on they hold, in place of sample.changes.
 
-    Raises UserError for a length that can't be, and where the given frames fill it or their prompt is changed.
+    Raises UserError for a length that can't be, where the given frames fill it or their prompt is changed, and for a
+    way of denoising that the model lacks.
     """
+    system.codec_behind(settings.denoise)  # raises now, not once the latents are made
     total = latent_frames(system.config, settings)
     known, known_latents = None, None
     given = 0 if known_BTHWC is None else 1 + (known_BTHWC.shape[1] - 1) // system.config.codec.time_stride

@@ -1,4 +1,5 @@
-"""Samples without the training noise: by the denoiser, by the flow's own score, or as they are."""
+"""Samples without the training noise: by the denoiser, by the flow's own score, or as they are, also for a decoder
+that was trained on noised latents."""
 
 from functools import partial
 
@@ -13,9 +14,14 @@ from starflow_jax.sampling.likelihood import window_nll
 from starflow_jax.sampling.windows import denoising_windows
 from starflow_jax.sharding import to_devices
 
+AS_THEY_ARE = ("none", "decoder")  # ways that leave the latents' noise in them
+
 
 def denoise(system: System, params: Params, noisy: jax.Array, text: Text, how: str) -> jax.Array:
-    """Latents (B, N, h, w, C) of any length without the training noise. how: of sample.denoise."""
+    """Latents (B, N, h, w, C) of any length without the training noise. how: of sample.denoise; none and decoder leave
+    them as they are."""
+    if how in AS_THEY_ARE:
+        return noisy
     clean = noisy[:, :0]
     for start, stop, begin, end in denoising_windows(system.config, noisy.shape[1]):
         window = window_input(system, noisy, clean, start, stop, begin)
@@ -39,7 +45,7 @@ def denoise_window(
 ) -> jax.Array:
     """The same for a window of at most the training length, which begins with frame `start`; `frame` is the first that
     is wanted from it."""
-    if how == "none" or (how == "denoiser" and system.config.model.denoiser == "none"):
+    if how in AS_THEY_ARE or (how == "denoiser" and system.config.model.denoiser == "none"):
         return noisy
     step = denoiser_step if how == "denoiser" else score_step
     return step(system.flow, to_devices(params, after=noisy), noisy, text_at(text, frame, start))

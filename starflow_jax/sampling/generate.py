@@ -60,7 +60,7 @@ def generate_clips(
         solver=shallow_solver(chosen_solver(system, settings)), token_grid=system.token_grid)
     if given.known_BThwC is not None:
         noisy = joined(given.known_BThwC, noisy)
-    frames = system.decode(denoise(system, params, noisy, given.text, settings.denoise))
+    frames = system.decode(denoise(system, params, noisy, given.text, settings.denoise), settings.denoise)
     clips = _collect(frames, noisy, given.text, reports, shallow)
     if not settings.certify:
         return clips

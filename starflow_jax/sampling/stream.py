@@ -22,7 +22,7 @@ from starflow_jax.flow.denoiser_stream import score_next
 from starflow_jax.model.parameters import Params, decoding_variables
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Conditions, make_conditions, text_at
-from starflow_jax.sampling.denoise import denoise_window, window_input
+from starflow_jax.sampling.denoise import AS_THEY_ARE, denoise_window, window_input
 from starflow_jax.sampling.generate import deep_frames
 from starflow_jax.sampling.solver import chosen_solver, shallow_solver
 from starflow_jax.sampling.timeline import Timeline
@@ -84,7 +84,7 @@ class Finisher:
         self._system, self._params, self._settings = system, _on(device, params), settings
         self._shallow_solver = shallow_solver(chosen_solver(system, settings))
         self._text = _on(device, given.text)
-        self._codec, self._cache = _on(device, system.codec), None
+        self._codec, self._cache = _on(device, system.codec_behind(settings.denoise)), None
         batch, made = given.noise_BNSK.shape[:2]
         known = given.known_BThwC
         self._window, self._next, self._state = -1, 0, None  # of the denoiser
@@ -156,11 +156,11 @@ def _on(device: jax.Device | None, tree: Any) -> Any:
 def latency(system: System, settings: Sample) -> int:
     """Latent frames that must be known beyond the one emitted. Raises UserError for sample.denoise=score."""
     model = system.config.model
-    if settings.denoise == "none" or model.denoiser == "none":
+    if settings.denoise in AS_THEY_ARE or model.denoiser == "none":
         return 0
     if settings.denoise == "score":
         raise UserError("sample.denoise=score: the score of a frame depends on all frames after it; "
-                        "stream with denoiser or none")
+                        "stream with denoiser, decoder or none")
     return model.denoiser_lookahead * (model.denoiser_layers if model.denoiser == "every_layer" else 1)
 
 

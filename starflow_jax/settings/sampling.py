@@ -71,8 +71,9 @@ class Sample(Settings):
     context_frames: int = setting(0, "latent frames re-encoded when the window moves on; 0: three quarters of it",
                                   at_least(0, "three quarters"))
     renoise: bool = setting(False, "frames that are encoded again are denoised and given the training noise anew")
-    denoise: str = setting("denoiser", "what removes the noise that training added",
-                           one_of("denoiser", "score", "none"))
+    denoise: str = setting("denoiser", "what removes the noise that training added: the denoiser, a step along the "
+                           "score, or a decoder that was trained for it (train.target=decoder)",
+                           one_of("denoiser", "score", "decoder", "none"))
     as_released: bool = setting(False, "follow the release's own sampling program in details where ours differs")
     checkpoint: str = setting("newest", "the newest, or the best by validation; also for evaluation and packaging",
                               one_of("newest", "best"))
@@ -86,7 +87,7 @@ class Sample(Settings):
             self.require(field, not (self.stream and getattr(self, field)),
                          "needs whole clips; leave it out, or set sample.stream=false")
         self.require("keep", not (self.vbench and self.keep), "sample.vbench needs every video; leave one of them out")
-        self.require("renoise", not (self.renoise and (self.denoise == "none" or self.as_released)),
+        self.require("renoise", not (self.renoise and (self.denoise in ("none", "decoder") or self.as_released)),
                      "needs sample.denoise=denoiser or score, and sample.as_released=false")
 
     @property

@@ -4,6 +4,8 @@ import dataclasses
 
 from starflow_jax.settings.fields import POSITIVE, Allowed, Settings, at_least, names, one_of, setting
 
+TARGETS = ("all", "decoder")
+
 
 @dataclasses.dataclass(frozen=True)
 class Train(Settings):
@@ -29,8 +31,11 @@ class Train(Settings):
     ema: float = setting(0.9999, "decay of the averaged parameters",
                          Allowed("at least 0 and below 1", lambda value: 0 <= value < 1))
     seed: int = setting(0, "of parameters, data order and noise")
+    target: str = setting("all", "what is trained: the flow with its denoiser and text encoder; or, beside the model "
+                          "of init_from, which stays as it is, the codec's decoder on noised latents",
+                          one_of(*TARGETS))
     init_from: str = setting("", "a workdir, or one of its checkpoints, whose model training starts from; empty: "
-                             "random parameters")
+                             "random parameters, and for train.target=decoder the model in the package")
     log_every: int = setting(20, "steps between lines of metrics", POSITIVE)
     checkpoint_every: int = setting(500, "steps between checkpoints", POSITIVE)
     evaluate_every: int = setting(1_000, "steps between validations", POSITIVE)
@@ -44,6 +49,24 @@ class Train(Settings):
         for field in ("batch_size", "image_batch_size"):
             self.require(field, getattr(self, field) % self.accumulate == 0,
                          f"must be a multiple of accumulate={self.accumulate}")
+        self.require("accumulate", self.target == "all" or self.accumulate == 1,
+                     f"must be 1 with train.target={self.target}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder(Settings):
+    """The decoder for noised latents that train.target=decoder fine-tunes, and its loss: L1 plus what has a weight."""
+
+    noise: str = setting("fixed", "of the latents: model.noise_std, as samples have it, or for each clip uniform from "
+                         "0 to that", one_of("fixed", "uniform"))
+    width: int = setting(64, "patch codec: channels of its convolutional decoder; a VAE's has its own", POSITIVE)
+    layers: int = setting(2, "patch codec: residuals of that decoder", POSITIVE)
+    lpips: float = setting(0.1, "weight of LPIPS, of one frame of each clip; left out where the extra `quality` is not "
+                           "installed", at_least(0, "none"))
+    adversarial: float = setting(0.01, "weight of the hinge loss against a discriminator of patches in space and time",
+                                 at_least(0, "none"))
+    discriminator_width: int = setting(32, "channels of the discriminator's first layer", POSITIVE)
+    discriminator_learning_rate: float = setting(2e-4, "of the discriminator's own optimizer", POSITIVE)
 
 
 @dataclasses.dataclass(frozen=True)

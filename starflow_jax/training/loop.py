@@ -1,6 +1,5 @@
 """The training loop: data in, checkpoints, metrics and sample sheets out; killed and restarted at will."""
 
-import dataclasses
 import time
 from pathlib import Path
 
@@ -10,12 +9,10 @@ import jax.numpy as jnp
 from starflow_jax import sharding
 from starflow_jax.config import UserError
 from starflow_jax.io.progress import ProgressBar
-from starflow_jax.model.text import frozen_encoder_params
 from starflow_jax.training.metrics import MetricWriter
 from starflow_jax.training.optimizer import schedule
 from starflow_jax.training.run import Run
-from starflow_jax.training.step import encoded, make_train_step, tokens_of
-from starflow_jax.training.validation import validate
+from starflow_jax.training.step import tokens_of
 
 
 def train_to_end(run: Run, workdir: Path) -> int:
@@ -41,26 +38,24 @@ def train_to_end(run: Run, workdir: Path) -> int:
 
 
 def _steps(run: Run, writer: MetricWriter) -> int:
-    system, settings = run.system, run.system.config.train
-    step_fn, rate = make_train_step(system.config, run.mesh), schedule(settings)
-    system = dataclasses.replace(system, codec=jax.device_put(system.codec, sharding.replicated(run.mesh)))
-    frozen = sharding.spread(frozen_encoder_params(system.config), run.mesh)
+    target, config, settings = run.target, run.system.config, run.system.config.train
+    rate = schedule(settings)
     since, tokens, step = time.perf_counter(), 0, int(run.state.step)
     with ProgressBar("train", settings.steps, initial=step, shown=writer.writes, compiles=True) as progress:
         while step < settings.steps and not run.stop.agreed():
             batch = sharding.put_batch(next(run.batches), run.mesh)
-            tokens += tokens_of(batch, system.config)
-            run.state, scalars = step_fn(run.state, encoded(system, batch, frozen))
+            tokens += tokens_of(batch, config)
+            run.state, scalars = target.step(run.state, batch)
             step += 1
             if step % settings.log_every == 0 or step == settings.steps:
                 learning_rate = float(rate(step - 1 - int(scalars["skipped"])))
                 row = _row(scalars, learning_rate, time.perf_counter() - since, tokens)
                 since, tokens = time.perf_counter(), 0
                 writer.scalars(step, row)
-                progress.update(0, row["bits_per_dim"])
+                progress.update(0, row[target.shown])
             progress.update()
             validated = step % settings.evaluate_every == 0 or step == settings.steps
-            metrics = validate(system, {**run.state.ema, **frozen}, step, writer) if validated else None
+            metrics = target.validate(run.state, writer) if validated else None
             if validated or step % settings.checkpoint_every == 0:
                 _save(run, step, metrics)
         if step < settings.steps and run.checkpoints.latest_step() != step:

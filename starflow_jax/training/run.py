@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from starflow_jax import sharding
@@ -14,12 +13,15 @@ from starflow_jax.checkpoints.training import Checkpoints
 from starflow_jax.config import Config
 from starflow_jax.data.examples import ClipLength, TextInput
 from starflow_jax.data.pipeline import BatchIterator, train_batches
-from starflow_jax.model.initialise import inherited_system, initial_params
+from starflow_jax.model.decoder import open_decoder_checkpoints, settings_beside
+from starflow_jax.model.initialise import inherited_system
 from starflow_jax.model.parameters import model_fingerprint
+from starflow_jax.model.store import backbone_system, backbone_weights
 from starflow_jax.model.system import System, load_system, make_system, save_system, training_source
 from starflow_jax.model.text import prompt_text
-from starflow_jax.training.state import TrainState, abstract_state, create_state
+from starflow_jax.training.decoder_target import DecoderTarget
 from starflow_jax.training.stopping import StopOnTerm
+from starflow_jax.training.target import FlowTarget, Target
 
 
 @dataclasses.dataclass
@@ -28,7 +30,8 @@ class Run:
 
     system: System
     mesh: Mesh
-    state: TrainState
+    target: Target
+    state: Any
     batches: BatchIterator
     checkpoints: Checkpoints
     stop: StopOnTerm
@@ -39,19 +42,25 @@ class Run:
 def open_run(mesh: Mesh, config: Config, workdir: Path) -> Run:
     """The run of a workdir. Raises UserError where the workdir, the data or train.init_from does not fit it."""
     stop = StopOnTerm(mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
-                              model_fingerprint=model_fingerprint(config))
+    checkpoints = _open_checkpoints(config, workdir)
     system = sharding.on_every_process(open_system, config, workdir)
     batches = open_batches(system, mesh)
     training_source(system, "validation")  # fails now rather than at the first validation
-    abstract = sharding.abstract(abstract_state(config), mesh)
-    restored = checkpoints.restore(abstract)
+    target: Target = (FlowTarget if config.train.target == "all" else DecoderTarget)(system, mesh)
+    restored = checkpoints.restore(target.abstract_state())
     if restored is not None:
         state, position, _ = restored
         batches.set_state(position)
-        return Run(system, mesh, state, batches, checkpoints, stop, resumed=True, changes=[])
-    state, changes = _initial_state(config, abstract)
-    return Run(system, mesh, state, batches, checkpoints, stop, resumed=False, changes=changes)
+        return Run(system, mesh, target, state, batches, checkpoints, stop, resumed=True, changes=[])
+    state, changes = target.initial_state()
+    return Run(system, mesh, target, state, batches, checkpoints, stop, resumed=False, changes=changes)
+
+
+def _open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
+    if config.train.target == "decoder":
+        return open_decoder_checkpoints(config, workdir, backbone_weights(config))
+    return Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
+                       model_fingerprint=model_fingerprint(config))
 
 
 def open_system(config: Config, workdir: Path) -> System:
@@ -59,8 +68,12 @@ def open_system(config: Config, workdir: Path) -> System:
     folder = workdir / "system"
     if (folder / "tokenizer.model").exists():
         return load_system(config, folder)
-    system = inherited_system(config) or make_system(config)
-    save_system(system, folder)
+    if config.train.target == "decoder":
+        system = backbone_system(config)
+        save_system(dataclasses.replace(system, config=settings_beside(config)), folder)
+    else:
+        system = inherited_system(config) or make_system(config)
+        save_system(system, folder)
     return system
 
 
@@ -75,9 +88,3 @@ def open_batches(system: System, mesh: Mesh) -> BatchIterator:
     return train_batches(
         training_source(system), config.data, ClipLength(system.pixel_frames, config.codec.time_stride), text,
         batch_size=train.batch_size, image_batch_size=images, seed=train.seed, share=sharding.data_process(mesh))
-
-
-def _initial_state(config: Config, abstract: Any) -> tuple[TrainState, list[Change]]:
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    params, changes = initial_params(config, jax.random.key(config.train.seed), placed.params)
-    return jax.jit(lambda params: create_state(params, config.train), out_shardings=placed)(params), changes

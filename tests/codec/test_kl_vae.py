@@ -144,3 +144,12 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, codec) -> None:
         check_released(tensors, SIZES, "a file")
     with pytest.raises(UserError, match="a file: is no AutoencoderKL under diffusers' names"):
         config_of({"x": tensors["quant_conv.bias"]}, 4, "a file")
+
+
+def test_a_fine_tuned_decoder_takes_the_place_of_the_own_one(codec) -> None:
+    x, fresh = jnp.asarray(pictures()), codec.fresh_decoder(jax.random.key(0), width=8, layers=1)
+    z = encode(codec, x)
+    np.testing.assert_array_equal(decode(codec.with_decoder(fresh), z), decode(codec, z))
+    other = codec.with_decoder(jax.tree.map(lambda a: 0.5 * a, fresh))
+    assert np.abs(decode(other, z) - decode(codec, z)).max() > 1e-3
+    np.testing.assert_array_equal(encode(other, x), z)

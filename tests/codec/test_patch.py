@@ -1,5 +1,6 @@
 """The patch codec: an orthonormal projection, causal in time."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -115,3 +116,36 @@ def test_frames_one_after_the_other_decode_as_all_at_once() -> None:
         parts.append(part)
     assert [part.shape[1] for part in parts] == [1, 2, 2]
     np.testing.assert_allclose(np.concatenate(parts, axis=1), codec.decode(latents), atol=1e-5)
+
+
+def noise_decoder(codec: patch.PatchCodec, seed: int = 3) -> dict:
+    """Its parameters, with a last layer that isn't 0."""
+    params = codec.fresh_decoder(jax.random.key(seed), width=8, layers=1)
+    kernel = 0.1 * jax.random.normal(jax.random.key(seed), params["head"]["kernel"].shape)
+    return {**params, "head": {**params["head"], "kernel": kernel}}
+
+
+def test_a_fresh_decoder_for_noised_latents_adds_nothing() -> None:
+    codec = patch.fit(clips(), SHAPE, channels=5)
+    latents = codec.encode(jnp.asarray(to_float(clips(seed=7))))
+    fresh = codec.with_decoder(codec.fresh_decoder(jax.random.key(0), width=8, layers=1))
+    np.testing.assert_array_equal(fresh.decode(latents), codec.decode(latents))
+    other = codec.with_decoder(noise_decoder(codec))
+    assert np.abs(other.decode(latents) - codec.decode(latents)).max() > 0.01
+    np.testing.assert_array_equal(other.encode(jnp.asarray(to_float(clips()))), codec.encode(to_float(clips())))
+
+
+def test_that_decoder_is_causal_and_decodes_a_stream_as_it_does_a_whole_video() -> None:
+    codec = patch.fit(clips(frames=9), SHAPE, channels=5)
+    codec = codec.with_decoder(noise_decoder(codec))
+    latents = codec.encode(jnp.asarray(to_float(clips(count=2, frames=9, seed=7))))
+    whole = codec.decode(latents)
+    cache, parts = None, []
+    for index in range(latents.shape[1]):
+        part, cache = codec.decode_next(latents[:, index:index + 1], cache)
+        parts.append(part)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=1e-5)
+    later = codec.decode(latents.at[:, 3].add(1.0))
+    np.testing.assert_array_equal(later[:, :5], whole[:, :5])  # the pixels of latent frames 0, 1 and 2
+    earlier = codec.decode(latents.at[:, 1].add(1.0))
+    assert np.abs(earlier - whole).max(axis=(0, 2, 3, 4))[3:].min() > 1e-4  # which frame 2 and 3 look back to

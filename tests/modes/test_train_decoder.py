@@ -1,0 +1,142 @@
+"""--config.train.target=decoder as its users run it: beside a model, resumed, sampled, streamed, measured, refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import traverse_util
+
+import starflow_jax as sf
+from starflow_jax.checkpoints.parameters import save_params, stored_params
+from starflow_jax.checkpoints.training import check_fingerprint
+from starflow_jax.config import Config, Data, Decoder, Train, UserError, changed
+from starflow_jax.evaluation.split import denoise_choices
+from starflow_jax.model.parameters import model_fingerprint
+from starflow_jax.model.store import load_model, settings_of
+from starflow_jax.model.system import make_system, save_system
+from starflow_jax.modes.evaluate import evaluate
+from starflow_jax.modes.train import train
+from starflow_jax.training.metrics import read_metrics
+from starflow_jax.training.stopping import StopOnTerm
+from tests.helpers import random_params
+from tests.small_model import CAPTIONS, CONFIG
+from tests.small_run import run_here
+
+PROMPT = CAPTIONS[0]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    data = Data(size=12, digit_size=8, train_clips=40, validation_clips=8, test_clips=8,
+                directory=str(tmp_path_factory.mktemp("data")))
+    model = dataclasses.replace(CONFIG.model, height=3, width=3)
+    return dataclasses.replace(CONFIG, data=data, model=model, sample=dataclasses.replace(CONFIG.sample, batch_size=4),
+                               evaluate=dataclasses.replace(CONFIG.evaluate, clips=4, prompts=4, batch_size=4))
+
+
+def write_model(config: Config, workdir: Path, seed: int) -> Path:
+    """A workdir with a random model."""
+    arrays = traverse_util.flatten_dict(random_params(config, scale=0.3, seed=seed), sep="/")
+    save_params(workdir / "checkpoints", {name: np.asarray(value) for name, value in arrays.items()}, {"batches": 0})
+    check_fingerprint(workdir / "checkpoints" / "model.json", model_fingerprint(config))
+    save_system(make_system(config), workdir / "system")
+    return workdir
+
+
+def beside(config: Config, model: Path) -> Config:
+    settings = Train(target="decoder", init_from=str(model), steps=4, batch_size=4, image_batch_size=4,
+                     learning_rate=1e-2, warmup_steps=1, log_every=1, checkpoint_every=2, evaluate_every=4, ema=0.5,
+                     validation_clips=4, sheet_clips=1)
+    return dataclasses.replace(config, train=settings,
+                               decoder=Decoder(width=8, layers=1, lpips=0.0, discriminator_width=4))
+
+
+@pytest.fixture(scope="module")
+def model(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(config, tmp_path_factory.mktemp("model"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def workdir(config: Config, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("decoder")
+    train(beside(config, model), workdir)
+    return workdir
+
+
+def test_checkpoints_hold_the_new_parameters_alone(config: Config, workdir: Path) -> None:
+    assert {name.split("/")[0] for name in stored_params(workdir / "checkpoints" / "4")} == {"decoder"}
+    state = ocp.StandardCheckpointer().restore((workdir / "checkpoints" / "4" / "state").absolute())
+    assert "flow" not in json.dumps(jax.tree_util.keystr(jax.tree_util.tree_flatten_with_path(state)[0][0][0]))
+    held = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state))
+    params = stored_params(workdir / "checkpoints" / "4")
+    decoder = sum(4 * int(np.prod(array.shape)) for array in params.values())
+    discriminator = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state["discriminator"]))
+    # Parameters, their average and AdamW's two moments; the discriminator and Adam's two; counters and a key.
+    assert 4 * decoder + 3 * discriminator <= held < 4 * decoder + 3 * discriminator + 64
+    rows = {name for row in read_metrics(workdir) for name in row}
+    assert {"l1", "adversarial", "discriminator_loss", "validation_l1", "validation_psnr"} <= rows
+    assert (workdir / "sheets" / "decoded_step_0000004.png").exists()
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_parameters(
+    config: Config, model: Path, workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture
+) -> None:
+    calls = iter([False, False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(StopOnTerm, "agreed", lambda _: next(calls))
+        train(beside(config, model), tmp_path)
+    train(beside(config, model), tmp_path)
+    said = capsys.readouterr().out
+    assert "stopped at step 2 of 4" in said and "resuming from step 2" in said and "PSNR" in said
+    states = [ocp.StandardCheckpointer().restore((folder / "checkpoints" / "4" / "state").absolute())
+              for folder in (workdir, tmp_path)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_samples_and_streams_go_through_the_decoder(workdir: Path) -> None:
+    loaded = sf.load(workdir)
+    assert loaded.config.sample.denoise == "decoder" and "with the decoder of" in loaded.source
+    tuned = loaded.generate(PROMPT, seed=3).frames
+    assert np.abs(tuned.astype(int) - loaded.generate(PROMPT, seed=3, denoise="none").frames).max() > 0
+    streamed = np.concatenate(list(loaded.stream(PROMPT, seed=3)))
+    assert np.abs(tuned.astype(int) - streamed).max() <= 1
+
+
+def test_evaluation_knows_all_ways_of_denoising(config: Config, model: Path, workdir: Path) -> None:
+    ways = ("denoiser", "score", "none")
+    assert denoise_choices(load_model(config, model).system) == ways
+    assert denoise_choices(load_model(beside(config, model), workdir).system) == (*ways, "decoder")
+
+
+@pytest.mark.slow  # its sibling above is quick
+def test_evaluation_measures_it_beside_the_other_ways(config: Config, model: Path, workdir: Path) -> None:
+    evaluate(changed(beside(config, model), "sample", {"denoise": "decoder"}), workdir)
+    found = json.loads((workdir / "evaluate.json").read_text())
+    ways = {"denoiser", "score", "none", "decoder"}
+    assert set(found["denoising"]) == set(found["psnr_of_denoised_test_clips"]) == ways
+    assert found["psnr_of_denoised_test_clips"]["decoder"] != found["psnr_of_denoised_test_clips"]["none"]
+
+
+def test_another_model_is_refused_in_one_line(config: Config, workdir: Path, tmp_path: Path) -> None:
+    other = write_model(config, tmp_path / "other", seed=2)
+    code, _, err = run_here([f"--workdir={workdir}", "--mode=sample", f"--config.sample.prompt={PROMPT}",
+                             f"--config.train.init_from={other}"])
+    line, = err.splitlines()
+    assert code == 2 and "its decoder was trained beside other weights" in line and str(other) in line
+    with pytest.raises(UserError, match="trained beside other weights"):
+        train(beside(config, other), workdir)
+
+
+def test_what_is_missing_is_said(config: Config, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no decoder; train one there"):
+        load_model(beside(config, model), tmp_path)
+    with pytest.raises(UserError, match="neither a workdir that holds a checkpoint nor"):
+        train(beside(config, tmp_path / "nothing"), tmp_path)
+    with pytest.raises(UserError, match="sample.denoise=decoder: this model has no decoder for noised latents"):
+        sf.load(model).generate(PROMPT, denoise="decoder")
+    assert settings_of(model).train.target == "all"
