@@ -7,8 +7,10 @@ A record is a dict of
     caption_short  str or UTF-8 bytes
 
 and, where there are any, `fps` and `aspect_ratio`, which go into the prompt; `latents`, which are trained on
-instead of frames; `text`, features by prompt, instead of token ids. A source is anything with `len(source)` and
-`source[i]` -> record. One of several sizes has them in `videos` and `images`, sources of one size each.
+instead of frames; `text`, features by prompt, instead of token ids; `change`, the first frame that
+`later_caption_long` and `later_caption_short` describe (none where it is the number of frames). A source is anything
+with `len(source)` and `source[i]` -> record. One of several sizes has them in `videos` and `images`, sources of one
+size each.
 """
 
 import dataclasses
@@ -86,28 +88,40 @@ class MakeExample:
     text: TextInput
 
     def video(self, record: dict[str, Any], rng: np.random.Generator) -> Example:
-        caption = self._caption(record, rng)
+        wording = self._wording(rng)
         drop_first = bool(rng.random() < self.data.first_frame_drop)
-        if drop_first and caption:
-            caption = EXTEND + caption
         length = self.length.with_one_more
         if "latents" in record:
+            caption = _caption(record, wording, extends=drop_first)
             return self._example("latents_BNhwC", record["latents"][:length.latents], record, caption, drop_first)
-        start = rng.integers(len(record["frames"]) - length.pixel_frames + 1)
+        start = self._start(record, rng)
+        # Of a clip whose caption changes, the later one says what follows, as when a video goes on with another prompt.
+        begin, end = start + drop_first, start + (length if drop_first else self.length).pixel_frames
+        change = _change(record)
+        caption = _caption(record, wording, extends=drop_first or begin < change < end, later=change < end)
         clip = record["frames"][start:start + length.pixel_frames]
         return self._example("frames_BTHWC", clip, record, caption, drop_first)
 
     def image(self, record: dict[str, Any], rng: np.random.Generator) -> Example:
-        caption = self._caption(record, rng)
+        wording = self._wording(rng)
         if "latents" in record:  # the codec is causal: the first latent is that of the first frame alone
-            return self._example("latents_BNhwC", record["latents"][:1], record, caption, None)
-        frame = rng.integers(len(record["frames"]))
+            return self._example("latents_BNhwC", record["latents"][:1], record, _caption(record, wording), None)
+        frame = int(rng.integers(len(record["frames"])))
+        caption = _caption(record, wording, later=frame >= _change(record))
         return self._example("frames_BTHWC", record["frames"][frame:frame + 1], record, caption, None)
 
-    def _caption(self, record: dict[str, Any], rng: np.random.Generator) -> str:
+    def _start(self, record: dict[str, Any], rng: np.random.Generator) -> int:
+        """The first frame; of a clip that changes, one from which it does so between two latent frames."""
+        starts = np.arange(len(record["frames"]) - self.length.with_one_more.pixel_frames + 1)
+        if _change(record) < len(record["frames"]):
+            starts = starts[(_change(record) - 1 - starts) % self.length.latent_stride == 0]
+        return int(starts[rng.integers(len(starts))])
+
+    def _wording(self, rng: np.random.Generator) -> str:
+        """Which of a record's captions, "" for none."""
         short = rng.random() < self.data.short_caption
         dropped = rng.random() < self.data.caption_drop
-        return "" if dropped else decoded(record["caption_short" if short else "caption_long"])
+        return "" if dropped else "caption_short" if short else "caption_long"
 
     def _example(self, kind: str, clip: np.ndarray, record: dict[str, Any], caption: str, drop_first: bool | None
                  ) -> Example:
@@ -120,6 +134,17 @@ class MakeExample:
         if examples[0].drop_first is None:
             return Batch(**clips, **text)
         return Batch(**clips, **text, drop_first_B=np.array([example.drop_first for example in examples]))
+
+
+def _change(record: dict[str, Any]) -> int:
+    """The first frame that the later captions describe; the number of frames where there is none."""
+    return int(record.get("change", len(record["frames"])))
+
+
+def _caption(record: dict[str, Any], wording: str, extends: bool = False, later: bool = False) -> str:
+    """extends: the clip goes on from frames before it; later: the caption is that of what it changes to."""
+    caption = decoded(record[("later_" if later else "") + wording]) if wording else ""
+    return EXTEND + caption if extends and caption else caption
 
 
 def metadata(record: dict[str, Any]) -> dict[str, Any]:

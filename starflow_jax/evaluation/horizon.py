@@ -23,9 +23,9 @@ from starflow_jax.io.pictures import Diagram
 from starflow_jax.io.progress import ProgressBar
 from starflow_jax.model.codec import frame_size
 from starflow_jax.model.parameters import Params
-from starflow_jax.model.sources import data_source
+from starflow_jax.model.sources import long_clips
 from starflow_jax.model.system import System
-from starflow_jax.sampling.batches import filled, in_batches
+from starflow_jax.sampling.batches import filled
 from starflow_jax.sampling.conditions import Text, caption_text, make_conditions, noised
 from starflow_jax.sampling.generate import deep_frames
 from starflow_jax.sampling.likelihood import frame_nll
@@ -168,11 +168,10 @@ def bits_of(system: System, params: Params, noisy_BNhwC: jax.Array, text: Text) 
     return nll_BN / np.prod(noisy_BNhwC.shape[2:]) / np.log(2)
 
 
-def recorded_clips(system: System, count: int) -> Iterator[RealClips]:
-    """The first test clips of the model's size, as long as they are, sample.batch_size at a time."""
-    source, size = data_source(system.config, "test"), system.config.sample.batch_size
-    for indices in in_batches(range(min(count, len(source))), size):
-        examples = [source[index] for index in indices]
+def real_clips(system: System, count: int, frames: int) -> Iterator[RealClips]:
+    """Test clips of the model's size, of `frames` pixel frames where the data has such, sample.batch_size at a time."""
+    clips, size = long_clips(system.config, "test", count, frames), system.config.sample.batch_size
+    while examples := list(itertools.islice(clips, size)):
         examples = [example for example in examples if example["frames"].shape[1:3] == frame_size(system.config)]
         if examples:
             captions = [decoded(example["caption_long"]) for example in examples]
@@ -217,7 +216,8 @@ def measure(system: System, params: Params, captions: Sequence[str], labels_B3: 
     missing: list[str] = []
     i3d = if_installed(I3D, missing) if labels_B3 is None and shortest >= LEAST_FRAMES else None
     measures = Measures(labels_B3 is not None, i3d, shortest)
-    real = measure_real(system, params, recorded_clips(system, len(captions)), stretches, measures)
+    real_frames = 1 + (stretches * length - 1) * config.codec.time_stride
+    real = measure_real(system, params, real_clips(system, len(captions), real_frames), stretches, measures)
     made, shown = measure_samples(system, params, plain_prompts(captions, labels_B3, stretches), stretches, measures,
                                   "samples")
     rows = made.means()

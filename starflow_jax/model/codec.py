@@ -47,8 +47,8 @@ def make_codec(config: Config) -> LatentCodec:
     if config.codec.kind != "patch":
         return _load_vae(config)
     source = data_source(config, "train")
-    frames = np.stack([source[i]["frames"] for i in range(min(FITTED_CLIPS, len(source)))])
-    return patch.fit(frames[:, :pixel_frames(config)], patch_shape(config), config.model.channels)
+    frames = np.stack([source[i]["frames"][:pixel_frames(config)] for i in range(min(FITTED_CLIPS, len(source)))])
+    return patch.fit(frames, patch_shape(config), config.model.channels)
 
 
 def _load_vae(config: Config) -> LatentCodec:

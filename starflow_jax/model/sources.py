@@ -1,6 +1,6 @@
 """The examples that a config reads."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epy
@@ -16,13 +16,27 @@ with epy.lazy_imports():  # TFDS and grain, which sampling does not need
 def data_source(config: Config, split: str) -> Sequence[dict[str, Any]]:
     """The examples of the built-in data set, made on first use, or prepared ones. Clips are one latent frame longer
     than those trained on. Raises UserError where there is no such data."""
-    data, stride = config.data, config.codec.time_stride
+    data = config.data
     if data.source == "prepared":
         return prepared.source(data.directory, split)
-    settings = moving_digits.MovingDigitsConfig(
-        size=data.size, digit_size=data.digit_size, frames=1 + config.model.frames * stride,
-        train_clips=data.train_clips, validation_clips=data.validation_clips, test_clips=data.test_clips)
-    return moving_digits.source(settings, split, data.directory or default_data_directory())
+    return moving_digits.source(_digits(config), split, data.directory or default_data_directory())
+
+
+def long_clips(config: Config, split: str, count: int, frames: int) -> Iterator[dict[str, Any]]:
+    """Clips of `frames` pixel frames: digits that wrap are made that long, other clips are as long as they are."""
+    if config.data.source == "digits" and config.data.wraps:
+        yield from moving_digits.long_clips(_digits(config), split, count, frames)
+        return
+    source = data_source(config, split)
+    yield from (source[index] for index in range(min(count, len(source))))
+
+
+def _digits(config: Config) -> "moving_digits.MovingDigitsConfig":
+    data = config.data
+    return moving_digits.MovingDigitsConfig(
+        size=data.size, digit_size=data.digit_size, frames=1 + config.model.frames * config.codec.time_stride,
+        train_clips=data.train_clips, validation_clips=data.validation_clips, test_clips=data.test_clips,
+        wraps=data.wraps)
 
 
 def default_data_directory() -> str:

@@ -25,6 +25,8 @@ class Data(Settings):
     latents: bool = setting(False, "train on prepared latents (and a frozen text encoder's features), not on pixels")
     size: int = setting(24, "digits: pixels of a frame's side", POSITIVE)
     digit_size: int = setting(15, "digits: pixels of a digit's side", POSITIVE)
+    wraps: bool = setting(False, "digits: what leaves a frame on one side comes back on the other; with longer clips, "
+                          "some of which change")
     train_clips: int = setting(40_000, "digits: clips of the training split", POSITIVE)
     validation_clips: int = setting(500, "digits: clips of the validation split", POSITIVE)
     test_clips: int = setting(1_000, "digits: clips of the test split", POSITIVE)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from starflow_jax.config import UserError
-from starflow_jax.data.digits import captions
+from starflow_jax.data.digits import captions, reader
 from starflow_jax.data.digits import dataset as md
 from starflow_jax.data.digits.dataset import MovingDigitsConfig
 
-SMALL = MovingDigitsConfig(train_clips=40, validation_clips=5, test_clips=10)
+SMALL = MovingDigitsConfig(train_clips=40, validation_clips=5, test_clips=10, wraps=True)
 
 
 def test_no_scan_is_in_two_splits_and_every_digit_has_400_30_70():
@@ -31,38 +31,103 @@ def test_scans_are_the_grid_cells_of_the_picture():
 def test_rendered_centroid_moves_at_constant_velocity():
     scan = md.load_scans(md.split_scan_ids("train")[:3], 15)
     start = np.array([[0.0, 9.0], [3.25, 1.5], [8.4, 0.0]], np.float32)
-    travel = np.array([[8.0, -8.0], [0.0, 7.3], [-7.9, 7.9]], np.float32)
-    clips = md.render_clips(scan, np.array([0, 6, 3]), start, travel, frames=17, size=24)
+    motion = md.Motion(start, np.array([[0.5, -0.5], [0.0, 0.45], [-0.49, 0.49]], np.float32))
+    clips = md.render_clips(scan, np.array([0, 6, 3]), motion.positions(17), size=24)
     ink_BTHW = clips.max(-1).astype(float)
     grid = np.arange(24)
     rows_BT = (ink_BTHW.sum(3) @ grid) / ink_BTHW.sum((2, 3))
     columns_BT = (ink_BTHW.sum(2) @ grid) / ink_BTHW.sum((2, 3))
     moved = np.stack([rows_BT - rows_BT[:, :1], columns_BT - columns_BT[:, :1]], -1)
-    expected = np.linspace(0, 1, 17)[:, None] * travel[:, None]
+    expected = np.arange(17)[:, None] * motion.velocity_B2[:, None]
     np.testing.assert_allclose(moved, expected, atol=0.02)  # rounding to uint8
 
 
 def test_at_a_whole_pixel_the_scan_itself_is_painted_in_its_colour():
     scan = md.load_scans(md.split_scan_ids("test")[:1], 15)
-    clip = md.render_clips(scan, np.array([3]), np.array([[2, 5]]), np.array([[0, 4]]), frames=5, size=24)[0]
+    motion = md.Motion(np.array([[2, 5]]), np.array([[0, 1]]))
+    clip = md.render_clips(scan, np.array([3]), motion.positions(5), size=24)[0]
     for frame in range(5):
         expected = np.zeros((24, 24, 3), np.uint8)
         expected[2:17, 5 + frame : 20 + frame, :2] = scan[0, :, :, None]  # yellow: red and green
         np.testing.assert_array_equal(clip[frame], expected)
 
 
-@pytest.mark.parametrize("size,digit_size", [(24, 15), (32, 20)])
-def test_the_whole_path_stays_inside_and_is_long_enough_to_see(size, digit_size):
-    room = size - digit_size
+def test_what_leaves_on_one_side_comes_back_on_the_other():
+    scan = md.load_scans(md.split_scan_ids("test")[:1], 15)
+    at = np.array([[[2.25, 5.5]]], np.float32)
+    (inside,), (around,) = (md.render_clips(scan, np.array([0]), at + shift, size=24)
+                            for shift in (0, np.array([-7.0, 24 + 13.0], np.float32)))
+    np.testing.assert_array_equal(around, np.roll(inside, (-7, 13), axis=(1, 2)))
+
+
+@pytest.mark.parametrize("size", [24, 32])
+def test_clips_begin_anywhere_and_move_at_a_speed_of_the_canvas(size):
     directions = np.arange(4000) % 8
-    start, travel = md.random_starts_and_travels(np.random.default_rng(0), directions, room)
-    for position in (start, start + travel):
-        assert position.min() >= -1e-5 and position.max() <= room + 1e-5
+    motion = md.random_motion(np.random.default_rng(0), directions, MovingDigitsConfig(size=size, wraps=True))
+    assert motion.start_B2.min() < 0.01 * size and motion.start_B2.max() > 0.99 * size
+    steps = np.array(list(captions.DIRECTIONS.values()))[directions]
+    np.testing.assert_array_equal(np.sign(motion.velocity_B2), steps)
+    speeds = np.abs(motion.velocity_B2[steps != 0]) / size
+    assert md.SPEED[0] - 1e-6 <= speeds.min() and speeds.max() <= md.SPEED[1] + 1e-6
+    assert speeds.std() > 0.25 * (md.SPEED[1] - md.SPEED[0])
+
+
+@pytest.mark.parametrize("size,digit_size", [(24, 15), (32, 20)])
+def test_without_wrapping_the_whole_path_stays_inside_and_is_long_enough_to_see(size, digit_size):
+    room, directions = size - digit_size, np.arange(4000) % 8
+    config = MovingDigitsConfig(size=size, digit_size=digit_size)
+    position = md.random_motion(np.random.default_rng(0), directions, config).positions(config.frames)
+    assert position.min() >= -1e-5 and position.max() <= room + 1e-5
+    travel = position[:, -1] - position[:, 0]
     steps = np.array(list(captions.DIRECTIONS.values()))[directions]
     np.testing.assert_array_equal(np.sign(travel), steps)
     distances = np.abs(travel[steps != 0])
-    assert 0.78 * room <= distances.min() and distances.max() <= room
+    assert 0.78 * room - 1e-5 <= distances.min() and distances.max() <= room + 1e-5
     assert distances.std() > 0.03 * room
+
+
+def test_without_wrapping_clips_are_short_and_nothing_changes():
+    for example in md.generate_clips(dataclasses.replace(SMALL, wraps=False), "train"):
+        assert len(example["frames"]) == example["change"] == 17
+        assert all(example[name] == example[f"later_{name}"] for name in captions.ATTRIBUTES)
+
+
+def test_half_of_the_clips_are_long_half_of_these_change_and_say_so():
+    examples = list(md.generate_clips(dataclasses.replace(SMALL, train_clips=1000), "train"))
+    lengths = np.array([len(example["frames"]) for example in examples])
+    changes = np.array([example["change"] for example in examples])
+    assert set(lengths) == {17, 33} and abs((lengths == 33).mean() - 0.5) < 0.07
+    assert abs((changes < lengths).mean() - 0.25) < 0.06
+    for example in examples:
+        before, after = ([example[name + key] for key in captions.ATTRIBUTES] for name in ("", "later_"))
+        assert list(captions.parse_caption(example["later_caption_long"])) == after
+        assert list(captions.parse_caption(example["later_caption_short"])) == after
+        assert (before != after) == (example["change"] < len(example["frames"]))
+        assert example["change"] in (17, len(example["frames"]))
+
+
+def test_a_clip_that_changes_goes_on_from_where_it_was():
+    examples = [example for example in md.generate_clips(dataclasses.replace(SMALL, train_clips=400), "train")
+                if example["change"] < len(example["frames"])]
+    for example in examples:
+        ink, shift = reader._centred_ink(example["frames"][None])
+        centre = reader._centre(ink)[0] + shift[0]
+        step = (np.diff(centre, axis=0) + 12) % 24 - 12  # around the torus
+        same_digit = example["digit"] == example["later_digit"]
+        moved = np.array(list(captions.DIRECTIONS.values()))[[example["direction"], example["later_direction"]]]
+        np.testing.assert_array_equal(np.sign(np.rint(step[:16].mean(0) * 4)), moved[0])
+        np.testing.assert_array_equal(np.sign(np.rint(step[17:].mean(0) * 4)), moved[1])
+        if same_digit:  # another digit has its centre elsewhere in its box
+            np.testing.assert_allclose(step[16], step[17:].mean(0), atol=0.35)  # ink has a threshold
+
+
+def test_long_clips_are_as_long_as_asked_and_read_as_they_are_captioned():
+    (clip,) = md.long_clips(SMALL, "test", 1, 101)
+    assert clip["frames"].shape == (101, 24, 24, 3)
+    label = tuple(clip[key] for key in captions.ATTRIBUTES)
+    assert captions.parse_caption(clip["caption_long"]) == label
+    (again,) = md.long_clips(SMALL, "test", 1, 101)
+    np.testing.assert_array_equal(clip["frames"], again["frames"])
 
 
 @pytest.mark.parametrize(
@@ -97,10 +162,13 @@ def test_source_gives_back_the_generated_clips(data_dir, split):
     for index in reversed(range(len(source))):
         stored, made = source[index], examples[index]
         np.testing.assert_array_equal(stored["frames"], made["frames"])
-        assert stored["frames"].dtype == np.uint8 and stored["frames"].shape == (17, 24, 24, 3)
-        label = tuple(int(stored[key]) for key in ("digit", "colour", "direction"))
-        for key in ("caption_long", "caption_short"):
+        assert stored["frames"].dtype == np.uint8 and stored["frames"].shape[1:] == (24, 24, 3)
+        label = tuple(int(stored[key]) for key in captions.ATTRIBUTES)
+        for key in ("caption_long", "caption_short", "later_caption_long", "later_caption_short"):
             assert stored[key].decode() == made[key]
+        for key in ("change", *captions.ATTRIBUTES, *(f"later_{name}" for name in captions.ATTRIBUTES)):
+            assert stored[key] == made[key]
+        for key in ("caption_long", "caption_short"):
             assert captions.parse_caption(made[key]) == label
         assert stored["scan"] in md.split_scan_ids(split)
         assert stored["scan"] // 500 == label[0]
@@ -108,7 +176,7 @@ def test_source_gives_back_the_generated_clips(data_dir, split):
 
 def test_splits_and_seeds_differ_and_the_same_seed_repeats():
     def first(seed, split):
-        return next(md.generate_clips(dataclasses.replace(SMALL, seed=seed), split))["frames"]
+        return next(md.generate_clips(dataclasses.replace(SMALL, seed=seed), split))["frames"][:17]
 
     np.testing.assert_array_equal(first(0, "train"), first(0, "train"))
     assert (first(0, "train") != first(1, "train")).any()
@@ -117,7 +185,7 @@ def test_splits_and_seeds_differ_and_the_same_seed_repeats():
 
 def test_every_setting_has_its_own_folder():
     changed = [
-        MovingDigitsConfig(**{field: getattr(SMALL, field) + 1})
+        MovingDigitsConfig(**{field: getattr(MovingDigitsConfig(), field) + 1})
         for field in MovingDigitsConfig.__dataclass_fields__
     ]
     assert len({config.name for config in [*changed, MovingDigitsConfig()]}) == len(changed) + 1
@@ -141,8 +209,8 @@ def test_after_a_kill_the_next_run_starts_over_cleanly(tmp_path, monkeypatch):
         yield next(made(config, split))
         # What SIGKILL leaves behind: TFDS's clean-up did not run.
         (leftover,) = tmp_path.glob("*/*/incomplete.*")
-        leftover.with_name("incomplete.KILLED_1.0.0").mkdir()
-        (leftover.with_name("incomplete.KILLED_1.0.0") / "half.array_record").write_bytes(b"half")
+        leftover.with_name("incomplete.KILLED_2.0.0").mkdir()
+        (leftover.with_name("incomplete.KILLED_2.0.0") / "half.array_record").write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(md, "generate_clips", dies_half_way)
@@ -168,7 +236,7 @@ def test_two_processes_at_once_share_one_data_set(tmp_path):
         process.join()
         assert process.exitcode == 0
     (folder,) = pathlib.Path(tmp_path, "moving_digits").iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["1.0.0", "lock"]
+    assert sorted(path.name for path in folder.iterdir()) == ["2.0.0", "lock"]
 
 
 def test_an_existing_data_set_is_not_made_again(data_dir, monkeypatch):

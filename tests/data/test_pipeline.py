@@ -105,6 +105,31 @@ def test_every_caption_belongs_to_its_clip_and_its_kind():
     assert len(seen) == 8
 
 
+class ChangingSource(FakeSource):
+    """Clips that another caption describes from frame 17 on."""
+
+    def __getitem__(self, index):
+        later = {"later_caption_long": f"then {index}".encode(), "later_caption_short": f"then {index}"}
+        return {**super().__getitem__(index), "change": 17, **later}
+
+
+def test_a_clip_that_changes_has_the_caption_of_its_end_and_changes_between_latent_frames():
+    seen = set()
+    for batch in take(train(ChangingSource(40, frames=33), caption_drop=0.0, short_caption=0.0), 60):
+        drops = [None] * 12 if batch.is_image else batch.drop_first_B
+        for clip, text, drop in zip(batch.frames_BTHWC[:, :, 0, 0], texts_of(batch), drops, strict=True):
+            shown = clip[:, 1].tolist() if drop is None else (clip[1:] if drop else clip[:13])[:, 1].tolist()
+            later = shown[-1] >= 17
+            mixed = shown[0] < 17 <= shown[-1]
+            caption = f"{'then' if later else 'long'} {clip[0, 0]}"
+            kind = "image:" if drop is None else "video:(extend) " if drop or mixed else "video:"
+            assert text == kind + caption
+            assert drop is None or (17 - shown[0]) % 4 == (0 if drop else 1)  # of its first latent frame
+            seen.add((drop, later, mixed))
+    assert seen == {(None, False, False), (None, True, False), (False, False, False), (False, True, True),
+                    (True, False, False), (True, True, True), (True, True, False)}
+
+
 def test_rates_are_the_given_probabilities():
     batches = take(train(FakeSource(250), batch_size=50, image_batch_size=50), 100)
     videos = [batch for batch in batches if not batch.is_image]

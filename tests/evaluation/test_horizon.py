@@ -66,12 +66,12 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, system: System, params) -> None:
     monkeypatch.setattr("starflow_jax.modes.evaluate.fixed_captions", lambda config, split, count: CAPTIONS[:count])
     frames = np.random.default_rng(0).integers(0, 256, (3, 25, 8, 8, 3), np.uint8)
 
-    def recorded(system: System, count: int):
+    def recorded(system: System, count: int, pixel_frames: int):
         labels = np.zeros((3, 3), int) if system.config.data.source == "digits" else None
         for part in (slice(2), slice(2, 3)):
             yield CAPTIONS[part], frames[part], None if labels is None else labels[part]
 
-    monkeypatch.setattr(horizon, "recorded_clips", recorded)
+    monkeypatch.setattr(horizon, "real_clips", recorded)
 
 
 def test_files_of_moving_digits(tmp_path: Path, stand_ins: None, capsys: pytest.CaptureFixture,

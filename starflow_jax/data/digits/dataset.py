@@ -1,8 +1,11 @@
-"""The built-in data set: handwritten digits in colour, moving in straight lines over a black canvas.
+"""The built-in data set: handwritten digits in colour, moving over a black canvas.
 
 Every clip shows one scan of `assets/digits.png` in one of seven colours, moving in one of eight
-directions, with a short and a long caption. Train, validation and test use different scans. The clips
-are written once, as a TFDS data set in ArrayRecord files, and read back by index:
+directions, with a short and a long caption. With `wraps` the canvas is a torus: what leaves on one side comes back
+on the other, so that "moves right" stays true for ever; half of the clips are then twice as long, and half of these
+change in the middle: the digit takes another direction or colour or becomes another digit, and a caption of its own
+says so. Without it no digit reaches the border. Train, validation and test use different scans. The clips are written
+once, as a TFDS data set in ArrayRecord files, and read back by index:
 
     source = moving_digits.source(MovingDigitsConfig(), "train", data_dir)
     source[7]["frames"]  # uint8 (T, H, W, 3)
@@ -16,7 +19,7 @@ import io
 import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -25,7 +28,7 @@ from absl import logging
 from PIL import Image
 
 from starflow_jax.config import Data, UserError
-from starflow_jax.data.digits.captions import COLOURS, DIRECTIONS, caption
+from starflow_jax.data.digits.captions import COLOURS, DIGIT_WORDS, DIRECTIONS, caption
 
 SPLITS = ("train", "validation", "test")
 # The split by scan never varies, also when `MovingDigitsConfig.seed` does: a model trained anywhere
@@ -36,6 +39,9 @@ _DIGITS_PNG = pathlib.Path(__file__).parent / "assets" / "digits.png"
 # TFDS gathers a split in memory, compressed to some 3 kB a clip, and above 1 GB asks for TensorFlow.
 _MAX_CLIPS = 200_000
 _RENDER_CHUNK = 500  # clips rendered at once: bounds the memory to some ten megabytes
+SPEED = (0.018, 0.0235)  # of a moving axis, in sides of the canvas per frame
+_LONG_SHARE, _CHANGED_SHARE = 0.5, 0.5  # of all clips; of the long ones
+_CHANGES = {"direction": 0.7, "colour": 0.4, "digit": 0.2}  # how often what has changed where something does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +49,8 @@ class MovingDigitsConfig:
     """What the clips look like and how many there are; raises UserError for values that can't be.
 
     size: height and width of the canvas in pixels. digit_size: of the digit's box in pixels.
-    frames: recorded frames per clip. seed: of everything drawn at random but the split of the scans.
+    frames: recorded frames of a short clip; long ones have one less than twice as many. wraps: the canvas is a torus.
+    seed: of everything drawn at random but the split of the scans.
     """
 
     size: int = Data.size
@@ -52,6 +59,7 @@ class MovingDigitsConfig:
     train_clips: int = Data.train_clips
     validation_clips: int = Data.validation_clips
     test_clips: int = Data.test_clips
+    wraps: bool = Data.wraps
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -80,7 +88,8 @@ class MovingDigitsConfig:
     def name(self) -> str:
         """Names the folder of the data, so every field is in it."""
         counts = "_".join(str(self.clips(split)) for split in SPLITS)
-        return f"{self.size}px_digit{self.digit_size}_{self.frames}frames_{counts}_seed{self.seed}"
+        wraps = "_wraps" if self.wraps else ""
+        return f"{self.size}px_digit{self.digit_size}_{self.frames}frames_{counts}{wraps}_seed{self.seed}"
 
 
 @functools.cache
@@ -107,44 +116,46 @@ def load_scans(scan_ids: np.ndarray, digit_size: int) -> np.ndarray:
     return np.stack(resized)
 
 
-def random_starts_and_travels(
-    rng: np.random.Generator, directions_B: np.ndarray, room: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draws where clips start and how far they go, so that every position stays in [0, room].
+class Motion(NamedTuple):
+    """How clips move: places on a torus whose side is the canvas's."""
 
-    room: canvas size less digit size, in pixels. A moving axis travels 0.78 to 1 times the room.
-    Returns start and travel, each float32 (B, 2) as (down, right) in pixels.
-    """
-    distance_B1 = room * rng.uniform(0.78, 1.0, (len(directions_B), 1))
-    travel_B2 = distance_B1 * np.array(list(DIRECTIONS.values()))[directions_B]
-    low_B2, high_B2 = np.maximum(0, -travel_B2), room - np.maximum(0, travel_B2)
-    start_B2 = rng.uniform(low_B2, high_B2)
-    return start_B2.astype(np.float32), travel_B2.astype(np.float32)
+    start_B2: np.ndarray  # float32 (down, right) of the digit's box in the first frame, in pixels
+    velocity_B2: np.ndarray  # float32, pixels per frame
+
+    def positions(self, frames: int) -> np.ndarray:
+        """(B, T, 2) of each frame."""
+        return self.start_B2[:, None] + np.arange(frames, dtype=np.float32)[:, None] * self.velocity_B2[:, None]
 
 
-def render_clips(
-    scans_BDD: np.ndarray,
-    colours_B: np.ndarray,
-    start_B2: np.ndarray,
-    travel_B2: np.ndarray,
-    *,
-    frames: int,
-    size: int,
-) -> np.ndarray:
-    """Moves scans over a black canvas at constant velocity; positions are exact to the subpixel.
+def random_motion(rng: np.random.Generator, directions_B: np.ndarray, config: MovingDigitsConfig) -> Motion:
+    """Anywhere on the torus, at a speed in SPEED along each axis that moves; or within the borders for a short clip,
+    over 0.78 to 1 times the room that they leave."""
+    if config.wraps:
+        start_B2 = rng.uniform(0, config.size, (len(directions_B), 2))
+        velocity_B2 = _velocities(directions_B, config.size * rng.uniform(*SPEED, (len(directions_B), 1)))
+        return Motion(start_B2.astype(np.float32), velocity_B2)
+    room, steps = config.size - config.digit_size, config.frames - 1
+    travel_B2 = steps * _velocities(directions_B, room / steps * rng.uniform(0.78, 1.0, (len(directions_B), 1)))
+    start_B2 = rng.uniform(np.maximum(0, -travel_B2), room - np.maximum(0, travel_B2))
+    return Motion(start_B2.astype(np.float32), travel_B2 / steps)
 
-    scans_BDD: uint8. colours_B: indices into COLOUR_NAMES. start_B2, travel_B2: the position (down,
-    right) of the scan's corner in the first frame, and the way from the first to the last, in pixels.
-    Returns uint8 (B, T, H, W, 3).
+
+def _velocities(directions_B: np.ndarray, speed_B1: np.ndarray) -> np.ndarray:
+    return (speed_B1 * np.array(list(DIRECTIONS.values()))[directions_B]).astype(np.float32)
+
+
+def render_clips(scans_BDD: np.ndarray, colours_B: np.ndarray, position_BT2: np.ndarray, *, size: int) -> np.ndarray:
+    """Scans on a black canvas without borders; positions are exact to the subpixel.
+
+    scans_BDD: uint8. colours_B: indices into COLOUR_NAMES. position_BT2: (down, right) of the scan's corner in each
+    frame, in pixels; any number, taken modulo the canvas. Returns uint8 (B, T, H, W, 3).
     """
     lit_C3 = np.array(list(COLOURS.values())) > 0
-    clips = np.empty((len(scans_BDD), frames, size, size, 3), np.uint8)
+    clips = np.empty((*position_BT2.shape[:2], size, size, 3), np.uint8)
     for begin in range(0, len(scans_BDD), _RENDER_CHUNK):
         chunk = slice(begin, begin + _RENDER_CHUNK)
-        time_T1 = np.linspace(0, 1, frames, dtype=np.float32)[:, None]
-        position_BT2 = start_B2[chunk, None] + time_T1 * travel_B2[chunk, None]
-        rows_BTHD = _bilinear_weights(position_BT2[..., 0], scans_BDD.shape[1], size)
-        columns_BTWD = _bilinear_weights(position_BT2[..., 1], scans_BDD.shape[2], size)
+        rows_BTHD = _bilinear_weights(position_BT2[chunk, :, 0], scans_BDD.shape[1], size)
+        columns_BTWD = _bilinear_weights(position_BT2[chunk, :, 1], scans_BDD.shape[2], size)
         grey_BTHW = rows_BTHD @ scans_BDD[chunk, None].astype(np.float32) @ columns_BTWD.swapaxes(2, 3)
         grey_BTHW = (grey_BTHW + 0.5).astype(np.uint8)
         for channel in range(3):
@@ -154,38 +165,90 @@ def render_clips(
 
 
 def _bilinear_weights(position_BT: np.ndarray, scan_size: int, canvas_size: int) -> np.ndarray:
-    """(B, T, canvas, scan): how much of the scan's line i lands on the canvas's line h."""
+    """(B, T, canvas, scan): how much of the scan's line i lands on the canvas's line h, around the torus."""
     offset_HD = np.arange(canvas_size, dtype=np.float32)[:, None] - np.arange(scan_size, dtype=np.float32)
-    distance_BTHD = np.abs(offset_HD - position_BT[:, :, None, None])
-    return np.maximum(0, 1 - distance_BTHD)
+    around_BTHD = np.mod(offset_HD - position_BT[:, :, None, None], canvas_size)
+    return np.maximum(0, 1 - np.minimum(around_BTHD, canvas_size - around_BTHD))
 
 
 def generate_clips(config: MovingDigitsConfig, split: str) -> Iterator[dict[str, Any]]:
-    """The examples of a split, in order, the same for the same config; keys as in MovingDigits."""
+    """The examples of a split, in order, the same for the same config; keys as `source` gives them."""
     rng = np.random.default_rng([config.seed, SPLITS.index(split)])
     all_ids = split_scan_ids(split)
     all_scans = load_scans(all_ids, config.digit_size)
     for begin in range(0, config.clips(split), _RENDER_CHUNK):
         count = min(_RENDER_CHUNK, config.clips(split) - begin)
-        which_B = rng.integers(len(all_ids), size=count)
-        colours_B = rng.integers(len(COLOURS), size=count)
-        directions_B = rng.integers(len(DIRECTIONS), size=count)
-        start_B2, travel_B2 = random_starts_and_travels(rng, directions_B, config.size - config.digit_size)
-        frames_BTHWC = render_clips(
-            all_scans[which_B], colours_B, start_B2, travel_B2, frames=config.frames, size=config.size
-        )
-        scan_ids_B = all_ids[which_B]
-        for frames, scan, colour, direction in zip(frames_BTHWC, scan_ids_B, colours_B, directions_B):
-            label = (int(scan) // 500, int(colour), int(direction))
-            yield {
-                "frames": frames,
-                "caption_long": caption(*label, rng, long=True),
-                "caption_short": caption(*label, rng, long=False),
-                "digit": label[0],
-                "colour": label[1],
-                "direction": label[2],
-                "scan": int(scan),
-            }
+        which_B, labels_B3 = _random_labels(rng, all_ids, count)
+        motion = random_motion(rng, labels_B3[:, 2], config)
+        later_which_B, later_B3, long_B = which_B, labels_B3, np.zeros(count, bool)
+        if config.wraps:
+            long_B = rng.random(count) < _LONG_SHARE
+            changes_B = long_B & (rng.random(count) < _CHANGED_SHARE)
+            later_which_B, later_B3 = _changed(rng, all_ids, which_B, labels_B3, changes_B)
+        changed_B = (later_B3 != labels_B3).any(1)
+        first = render_clips(all_scans[which_B], labels_B3[:, 1], motion.positions(config.frames), size=config.size)
+        later = _second_halves(all_scans[later_which_B], later_B3, motion, config) if config.wraps else first
+        for clip in range(count):
+            frames = np.concatenate([first[clip], later[clip]]) if long_B[clip] else first[clip]
+            described = _described(labels_B3[clip], rng)
+            later_described = _described(later_B3[clip], rng) if changed_B[clip] else described
+            yield {"frames": frames, **described, "scan": int(all_ids[which_B[clip]]),
+                   "change": config.frames if changed_B[clip] else len(frames),
+                   **{f"later_{name}": value for name, value in later_described.items()}}
+
+
+def _described(label_3: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    digit, colour, direction = map(int, label_3)
+    return {"caption_long": caption(digit, colour, direction, rng, long=True),
+            "caption_short": caption(digit, colour, direction, rng, long=False),
+            "digit": digit, "colour": colour, "direction": direction}
+
+
+def _random_labels(rng: np.random.Generator, all_ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of a split's scans clips show, and (digit, colour, direction) of each, (B, 3)."""
+    which_B = rng.integers(len(all_ids), size=count)
+    colours_B, directions_B = (rng.integers(len(kinds), size=count) for kinds in (COLOURS, DIRECTIONS))
+    return which_B, np.stack([all_ids[which_B] // 500, colours_B, directions_B], axis=1)
+
+
+def _changed(
+    rng: np.random.Generator, all_ids: np.ndarray, which_B: np.ndarray, labels_B3: np.ndarray, changes_B: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What clips show in the end, as `_random_labels`: those that change, another direction, colour or digit, one of
+    them or several."""
+    shares_3 = np.array([_CHANGES[name] for name in ("digit", "colour", "direction")])
+    turns_B3 = rng.random((len(which_B), 3)) < shares_3
+    turns_B3[~turns_B3.any(1), 2] = True
+    turns_B3 &= changes_B[:, None]
+    kinds_3 = np.array([len(DIGIT_WORDS), len(COLOURS), len(DIRECTIONS)])
+    step_B3 = rng.integers(1, kinds_3, (len(which_B), 3))
+    later_B3 = np.where(turns_B3, (labels_B3 + step_B3) % kinds_3, labels_B3)
+    per_digit = len(all_ids) // len(DIGIT_WORDS)  # a split has its scans digit by digit, as many of each
+    another_B = later_B3[:, 0] * per_digit + rng.integers(per_digit, size=len(which_B))
+    return np.where(turns_B3[:, 0], another_B, which_B), later_B3
+
+
+def _second_halves(
+    scans_BDD: np.ndarray, labels_B3: np.ndarray, motion: Motion, config: MovingDigitsConfig
+) -> np.ndarray:
+    """What long clips have after the frames of short ones: the place goes on, the speed stays."""
+    velocity_B2 = _velocities(labels_B3[:, 2], np.abs(motion.velocity_B2).max(1, keepdims=True))
+    start_B2 = motion.positions(config.frames)[:, -1] + velocity_B2
+    return render_clips(scans_BDD, labels_B3[:, 1], Motion(start_B2, velocity_B2).positions(config.frames - 1),
+                        size=config.size)
+
+
+def long_clips(config: MovingDigitsConfig, split: str, count: int, frames: int) -> Iterator[dict[str, Any]]:
+    """Clips of any length that never change, of a canvas that wraps, made as they are asked for, with the keys of
+    `source` but the later ones."""
+    rng = np.random.default_rng([config.seed, SPLITS.index(split), frames])
+    all_ids = split_scan_ids(split)
+    for _ in range(count):
+        which_B, labels_B3 = _random_labels(rng, all_ids, 1)
+        position_BT2 = random_motion(rng, labels_B3[:, 2], config).positions(frames)
+        scans_BDD = load_scans(all_ids[which_B], config.digit_size)
+        clip = render_clips(scans_BDD, labels_B3[:, 1], position_BT2, size=config.size)[0]
+        yield {"frames": clip, **_described(labels_B3[0], rng), "scan": int(all_ids[which_B[0]])}
 
 
 @dataclasses.dataclass(eq=False)
@@ -196,25 +259,30 @@ class _BuilderConfig(tfds.core.BuilderConfig):
 class MovingDigits(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of the data set; `prepare` and `source` are the doors to it."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
     # TFDS's own way to find this file needs importlib_resources, which it forgets to require.
     code_path = pathlib.Path(__file__)
 
     def _info(self) -> tfds.core.DatasetInfo:
         settings = self.builder_config.settings
-        clip_shape = (settings.frames, settings.size, settings.size, 3)
-        features = {
-            "frames": tfds.features.Tensor(shape=clip_shape, dtype=np.uint8, encoding="zlib"),
+        clip_shape = (None, settings.size, settings.size, 3)
+        described = {
             "caption_long": tfds.features.Text(),
             "caption_short": tfds.features.Text(),
             "digit": np.int64,
             "colour": np.int64,
             "direction": np.int64,
+        }
+        features = {
+            "frames": tfds.features.Tensor(shape=clip_shape, dtype=np.uint8, encoding="zlib"),
+            **described,
             "scan": np.int64,
+            "change": np.int64,
+            **{f"later_{name}": feature for name, feature in described.items()},
         }
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Handwritten digits in colour, moving in straight lines over a black canvas.",
+            description="Handwritten digits in colour, moving over a black canvas.",
             features=tfds.features.FeaturesDict(features),
             disable_shuffling=True,  # the examples are drawn at random already
         )
@@ -256,7 +324,8 @@ def source(config: MovingDigitsConfig, split: str, data_dir: str) -> Sequence[di
     """Random access to a split's examples, made on first use: `len(s)`, `s[i]` -> dict.
 
     frames: uint8 (T, H, W, 3). caption_long, caption_short: UTF-8 bytes. digit, colour, direction,
-    scan: int64; colour and direction index COLOUR_NAMES and DIRECTION_NAMES.
+    scan: int64; colour and direction index COLOUR_NAMES and DIRECTION_NAMES. change: the first frame of which
+    later_caption_long, later_digit and so on are true; the number of frames where nothing changes.
     """
     if split not in SPLITS:
         raise UserError(f'there is no split "{split}" in the moving digits: use one of {", ".join(SPLITS)}')

@@ -36,11 +36,10 @@ class Reader:
         digit_size = scans_NDD.shape[1]
         start_N2 = np.random.default_rng(0).uniform(0, 1, (len(scans_NDD), 2)).astype(np.float32)
         white_N = np.full(len(scans_NDD), COLOUR_NAMES.index("white"))
-        frames_NTHWC = moving_digits.render_clips(
-            scans_NDD, white_N, start_N2, 1 - 2 * start_N2, frames=_TRAINING_FRAMES, size=digit_size + 1
-        )
+        position_NT2 = moving_digits.Motion(start_N2, 1 - 2 * start_N2).positions(_TRAINING_FRAMES)
+        frames_NTHWC = moving_digits.render_clips(scans_NDD, white_N, position_NT2, size=2 * digit_size)
         classifier = svm.SVC(kernel="rbf", C=10.0, gamma="scale")
-        classifier.fit(_cutouts(_ink(frames_NTHWC)), np.repeat(digits_N, _TRAINING_FRAMES))
+        classifier.fit(_cutouts(_centred_ink(frames_NTHWC)[0]), np.repeat(digits_N, _TRAINING_FRAMES))
         return cls(classifier)
 
     def read(self, frames_BTHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -49,13 +48,13 @@ class Reader:
         Colour and direction index `COLOUR_NAMES` and `DIRECTION_NAMES`. What cannot be read, in a
         clip without ink or without movement, is -1.
         """
-        ink_BTHW = _ink(frames_BTHWC)
+        ink_BTHW, shift_BT2 = _centred_ink(frames_BTHWC)
         blank_B = ink_BTHW.max((1, 2, 3)) == 0
         digit_B = self._read_digits(ink_BTHW)
         digit_B[blank_B] = -1
-        colour_B = _read_colours(frames_BTHWC, ink_BTHW)
+        colour_B = _read_colours(frames_BTHWC, _rolled(ink_BTHW, -shift_BT2))
         colour_B[blank_B] = -1
-        return digit_B, colour_B, _read_directions(ink_BTHW)
+        return digit_B, colour_B, _read_directions(ink_BTHW, shift_BT2)
 
     def adherence(self, labels_B3: np.ndarray, frames_BTHWC: np.ndarray) -> dict[str, float]:
         """Share of clips, 0 to 1, whose digit, colour and direction match its caption.
@@ -84,13 +83,36 @@ def labels_of(captions: list[str]) -> np.ndarray:
     return np.array([parse_caption(caption) for caption in captions])
 
 
-def _ink(frames_BTHWC: np.ndarray) -> np.ndarray:
-    """Brightness float32 (B, T, H, W), 0..1 of each clip's brightest; background and specks are 0."""
+def _centred_ink(frames_BTHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Brightness float32 (B, T, H, W), 0..1 of each clip's brightest; background and specks are 0. Each frame is
+    rolled around the torus, by the int64 (B, T, 2) that is returned too, so that its ink is whole and in the middle."""
     brightest_BTHW = frames_BTHWC.max(-1).astype(np.float32)
     peak_B111 = np.maximum(brightest_BTHW.max((1, 2, 3), keepdims=True), 1)
     ink_BTHW = brightest_BTHW / peak_B111
     ink_BTHW[ink_BTHW < _INK_THRESHOLD] = 0
-    return np.where(_is_speck(ink_BTHW), 0, ink_BTHW)
+    shift_BT2 = np.rint(_centre(ink_BTHW) - np.array(ink_BTHW.shape[2:]) / 2).astype(np.int64)
+    centred_BTHW = _rolled(ink_BTHW, shift_BT2)
+    return np.where(_is_speck(centred_BTHW), 0, centred_BTHW), shift_BT2
+
+
+def _centre(ink_BTHW: np.ndarray) -> np.ndarray:
+    """(B, T, 2): centre of the ink (down, right) on the torus, by the angle of its circular mean; anywhere where there
+    is none."""
+    centres = []
+    for lines_BTN in (ink_BTHW.sum(3), ink_BTHW.sum(2)):
+        side = lines_BTN.shape[2]
+        mean_BT = lines_BTN @ np.exp(2j * np.pi * np.arange(side) / side)
+        centres.append(np.angle(mean_BT) * side / (2 * np.pi) % side)
+    return np.stack(centres, axis=-1)
+
+
+def _rolled(ink_BTHW: np.ndarray, shift_BT2: np.ndarray) -> np.ndarray:
+    """Each frame with its pixel at `shift` in the corner."""
+    height, width = ink_BTHW.shape[2:]
+    rows_BTH = (np.arange(height) + shift_BT2[..., :1]) % height
+    columns_BTW = (np.arange(width) + shift_BT2[..., 1:]) % width
+    down = np.take_along_axis(ink_BTHW, rows_BTH[..., None], axis=2)
+    return np.take_along_axis(down, columns_BTW[:, :, None, :], axis=3)
 
 
 def _is_speck(ink_BTHW: np.ndarray) -> np.ndarray:
@@ -130,18 +152,18 @@ def _read_colours(frames_BTHWC: np.ndarray, ink_BTHW: np.ndarray) -> np.ndarray:
     return (total_B3 @ (named_C3 / np.linalg.norm(named_C3, axis=1, keepdims=True)).T).argmax(1)
 
 
-def _read_directions(ink_BTHW: np.ndarray) -> np.ndarray:
-    """The direction nearest to the way of the ink's centroid over the clip; -1 below half a pixel.
+def _read_directions(ink_BTHW: np.ndarray, shift_BT2: np.ndarray) -> np.ndarray:
+    """The direction nearest to the way of the ink's centre over the clip, around the torus; -1 below half a pixel.
 
-    The way is the slope of the least-squares line through all frames that have ink.
+    The way is the slope of the least-squares line through all frames that have ink, which were rolled by `shift`.
     """
     frames, height, width = ink_BTHW.shape[1:]
-    mass_BT = ink_BTHW.sum((2, 3))
-    safe_BT = np.maximum(mass_BT, 1e-6)
-    position_BT2 = np.stack(
-        [ink_BTHW.sum(3) @ np.arange(height) / safe_BT, ink_BTHW.sum(2) @ np.arange(width) / safe_BT], -1
-    )
-    weight_BT = (mass_BT > 0).astype(np.float64)
+    seen_BT = ink_BTHW.max((2, 3)) > 0
+    last_seen_BT = np.maximum.accumulate(np.where(seen_BT, np.arange(frames), 0), axis=1)
+    around_BT2 = np.take_along_axis(_centre(ink_BTHW) + shift_BT2, last_seen_BT[..., None], axis=1)
+    position_BT2 = np.stack([np.unwrap(around_BT2[..., axis], period=side, axis=1)
+                             for axis, side in enumerate((height, width))], axis=-1)
+    weight_BT = seen_BT.astype(np.float64)
     total_B1 = np.maximum(weight_BT.sum(1, keepdims=True), 1)
     time_BT = np.arange(frames) - (weight_BT @ np.arange(frames))[:, None] / total_B1
     moment_B = np.maximum((weight_BT * time_BT**2).sum(1), 1e-6)
