@@ -152,10 +152,10 @@ def measure_real(
     length, stride, found = system.config.model.frames, system.config.codec.time_stride, Stretches(measures)
     size = system.config.sample.batch_size
     for begin, (captions, frames_BTHWC, labels_B3) in zip(itertools.count(step=size), clips):
-        parts = in_stretches([frames_BTHWC], system.pixel_frames, length * stride)
-        for stretch, frames in enumerate(itertools.islice(parts, stretches)):
+        parts = list(itertools.islice(in_stretches([frames_BTHWC], system.pixel_frames, length * stride), stretches))
+        for stretch, frames in enumerate(parts):
             found.add(stretch, frames, labels_B3)
-        whole = np.stack(filled(list(frames_BTHWC[:, :1 + (len(found) * length - 1) * stride]), size))
+        whole = np.stack(filled(list(np.concatenate(parts, axis=1)), size))
         noisy = noised(system, whole, range(begin, begin + size))
         text = caption_text(system, params, filled(captions, size), noisy.shape[1])
         found.add_bits(bits_of(system, params, noisy, text)[:len(captions)], length)
@@ -176,7 +176,8 @@ def real_clips(system: System, count: int, frames: int) -> Iterator[RealClips]:
         if examples:
             captions = [decoded(example["caption_long"]) for example in examples]
             labels = [[example[name] for name in ATTRIBUTES] for example in examples if ATTRIBUTES[0] in example]
-            yield (captions, np.stack([example["frames"] for example in examples]),
+            together = min(len(example["frames"]) for example in examples)
+            yield (captions, np.stack([example["frames"][:together] for example in examples]),
                    np.array(labels) if labels else None)
 
 

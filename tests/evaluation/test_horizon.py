@@ -107,3 +107,15 @@ def test_any_other_data_set_has_drift_in_place_of_adherence(tmp_path: Path, stan
     found = json.loads((tmp_path / "horizon.json").read_text())
     assert {"frechet_distance", "bits_per_dim"} <= set(found["stretches"][2]) and "change" not in found
     assert not {"digit", "frechet_distance"} & set(found["real_stretches"][0])
+
+
+def test_real_clips_are_cut_to_the_shortest_of_their_batch(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two and one; one of another size is left out."""
+    shapes = [(13, 8, 8, 3), (9, 8, 8, 3), (5, 16, 8, 3), (17, 8, 8, 3)]
+    clips = [{"frames": np.full(shape, index, np.uint8), "caption_long": f"clip {index}".encode()}
+             for index, shape in enumerate(shapes)]
+    monkeypatch.setattr(horizon, "long_clips", lambda config, split, count, frames: iter(clips[:count]))
+    found = list(horizon.real_clips(of(system), 4, 100))
+    assert [(captions, frames.shape, labels) for captions, frames, labels in found] == [
+        (["clip 0", "clip 1"], (2, 9, 8, 8, 3), None), (["clip 3"], (1, 17, 8, 8, 3), None)]
+    assert [int(frames[-1].max()) for _, frames, _ in found] == [1, 3]
