@@ -4,6 +4,8 @@ linear classifier separates two sets of clips by them."""
 import numpy as np
 from etils import epy
 
+from starflow_jax.data.digits.reader import circular_means
+
 with epy.lazy_imports():  # a second
     from sklearn import linear_model, model_selection, pipeline, preprocessing
 
@@ -39,12 +41,8 @@ def clip_statistics(frames_BTHWC: np.ndarray) -> np.ndarray:
 
 def _way_of_centre(value_BTHW: np.ndarray) -> np.ndarray:
     """(B, T - 1) pixels from one frame's circular mean of places to the next one's."""
-    steps = []
-    for along in (2, 3):
-        size = value_BTHW.shape[along]
-        mass_BTN = value_BTHW.sum(axis=5 - along, dtype=np.float64)
-        centre_BT = mass_BTN @ np.exp(2j * np.pi * np.arange(size) / size)
-        steps.append(np.angle(centre_BT[:, 1:] * centre_BT[:, :-1].conj()) * size / (2 * np.pi))
+    steps = [np.angle(mean_BT[:, 1:] * mean_BT[:, :-1].conj()) * side / (2 * np.pi)
+             for mean_BT, side in zip(circular_means(value_BTHW), value_BTHW.shape[2:])]
     return np.hypot(*steps)
 
 

@@ -194,7 +194,7 @@ def backbone_weights(config: Config) -> str:
     """`LoadedModel.weights` of train.init_from's model, or the package's. Raises UserError as loading it would."""
     if config.train.init_from:
         return _checksum(backbone_checkpoint(config) / checksums.CHECKSUMS)
-    _check_pretrained(config, Path(f"runs/{config.name}"))
+    _check_pretrained(config, "train.init_from is empty", "--config.train.init_from")
     return _checksum(PRETRAINED / PRETRAINED_WEIGHTS)
 
 
@@ -206,19 +206,19 @@ def backbone_system(config: Config) -> System:
 
 def load_pretrained(config: Config, workdir: Path) -> LoadedModel:
     """The same of the pretrained model in the package. Raises UserError where that is another config's."""
-    _check_pretrained(config, workdir)
+    _check_pretrained(config, f"{workdir} holds no checkpoint")
     params, mesh = import_arrays(PRETRAINED / PRETRAINED_WEIGHTS), sharding.current_mesh()
     params = jax.device_put(params, sharding.parameter_shardings(params, mesh) if mesh else None)
     return LoadedModel(_placed_system(load_system(config, PRETRAINED)), params, "the pretrained model",
                        _checksum(PRETRAINED / PRETRAINED_WEIGHTS))
 
 
-def _check_pretrained(config: Config, workdir: Path) -> None:
+def _check_pretrained(config: Config, why: str, setting: str = "--workdir") -> None:
     description = PRETRAINED / "model.json"
     if not description.exists() or json.loads(description.read_text())["fingerprint"] != model_fingerprint(config):
-        raise UserError(f"{workdir} holds no checkpoint, and the package carries none of {config.name}; "
+        raise UserError(f"{why}, and the package carries no model of {config.name}; "
                         "train one (--mode=train), convert released weights (--mode=convert "
-                        "--config.convert.source=FILE_OR_DIR), or name the folder of one with --workdir")
+                        f"--config.convert.source=FILE_OR_DIR), or name the folder of one with {setting}")
 
 
 def _placed_system(system: System) -> System:

@@ -10,7 +10,7 @@ import numpy as np
 
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.system import System
-from starflow_jax.sampling.conditions import noised_latents
+from starflow_jax.sampling.conditions import noised_by_seeds
 from starflow_jax.sampling.generate import Clips, generate_clips
 from starflow_jax.sampling.requests import Request
 
@@ -42,7 +42,7 @@ def noised_draws(system: System, frames_THWC: np.ndarray, draws: int) -> Iterato
     """A video's latents with so many draws of the training noise, evaluate.batch_size of them at a time."""
     latents = system.encode(frames_THWC[None])
     for seeds in in_batches(range(draws), system.config.evaluate.batch_size):
-        yield noised_latents(system, latents, seeds)
+        yield noised_by_seeds(system, latents, seeds)
 
 
 def filled(batch: Sequence[Item], size: int) -> list[Item]:

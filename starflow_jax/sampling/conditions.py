@@ -22,7 +22,6 @@ from starflow_jax.text.prompt import EXTEND
 
 GIVEN_NOISE = 0x5EED  # turns a video's seed into that of the noise on its given frames
 POSTERIOR_NOISE = 0xC0DEC  # and into that of the codec's own
-
 RENOISE = 0xF4E5  # and into that of the noise on frames that are encoded again
 
 
@@ -250,11 +249,11 @@ def noised_given(system: System, frames_BTHWC: np.ndarray, draws: Draws) -> jax.
 def noised(system: System, frames_BTHWC: np.ndarray, seeds: Sequence[int]) -> jax.Array:
     """(B, N, h, w, C): uint8 frames as the flow sees them: encoded, with the training noise of each seed added. One
     video may have any number of seeds."""
-    return noised_latents(system, system.encode(frames_BTHWC), seeds)
+    return noised_by_seeds(system, system.encode(frames_BTHWC), seeds)
 
 
-def noised_latents(system: System, latents: jax.Array, seeds: Sequence[int]) -> jax.Array:
-    """The same of latents."""
+def noised_by_seeds(system: System, latents: jax.Array, seeds: Sequence[int]) -> jax.Array:
+    """Latents with the training noise of each seed added; one video may have any number of seeds."""
     _, frames, height, width, channels = latents.shape
     noise = noise_for(seeds, (frames, height * width, channels))
     return with_noise(latents, noise, system.config.model.noise_std)
@@ -262,6 +261,7 @@ def noised_latents(system: System, latents: jax.Array, seeds: Sequence[int]) -> 
 
 @jax.jit
 def with_noise(latents: jax.Array, noise: jax.Array, noise_std: float) -> jax.Array:
+    """Latents (B, N, h, w, C) with standard normal noise, in tokens or latents, times noise_std added."""
     return latents + noise_std * noise.reshape(noise.shape[0], *latents.shape[1:])
 
 

@@ -17,7 +17,7 @@ from starflow_jax.config import Decoder as Settings
 from starflow_jax.model.decoder import initial_decoder
 from starflow_jax.model.parameters import Params
 from starflow_jax.training.discriminator import discriminator_loss, fresh_discriminator, generator_loss
-from starflow_jax.training.optimizer import flow_optimizer
+from starflow_jax.training.optimizer import averaged, flow_optimizer
 
 # (variables, first, second): distances (B,) of pictures (B, H, W, 3) in [-1, 1].
 Perceptual = Callable[[Any, jax.Array, jax.Array], jax.Array]
@@ -105,9 +105,7 @@ def _update(config: Config, state: DecoderState, grads: Params, discriminator_gr
     params = optax.apply_updates(state.params, changes)
     judge_changes, judge_optimizer = discriminator_optimizer(config.decoder).update(
         discriminator_grads, state.discriminator_optimizer, state.discriminator)
-    accepted = state.step - state.skipped
-    decay = jnp.minimum(settings.ema, (1 + accepted) / (10 + accepted))
-    ema = jax.tree.map(lambda old, now: old + (1 - decay) * (now - old), state.ema, params)
+    ema = averaged(state.ema, params, state.step - state.skipped, settings)
     return state.replace(
         params=params, ema=ema, optimizer=optimizer, discriminator_optimizer=judge_optimizer,
         discriminator=optax.apply_updates(state.discriminator, judge_changes))

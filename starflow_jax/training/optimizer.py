@@ -1,5 +1,7 @@
 """Learning-rate schedule and the two optimizers (DESIGN: training constants)."""
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from starflow_jax.config import Train
@@ -28,6 +30,13 @@ def denoiser_optimizer(settings: Train) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(settings.clip),
         optax.adamw(rate, b1=0.9, b2=settings.denoiser_beta2, weight_decay=settings.weight_decay))
+
+
+def averaged(ema: Params, params: Params, accepted: jax.Array, settings: Train) -> Params:
+    """The moving average of the parameters after an update; accepted: updates before it, of which it remembers few at
+    first."""
+    decay = jnp.minimum(settings.ema, (1 + accepted) / (10 + accepted))
+    return jax.tree.map(lambda old, now: old + (1 - decay) * (now - old), ema, params)
 
 
 def split(params: Params) -> tuple[Params, Params]:

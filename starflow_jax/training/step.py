@@ -12,7 +12,7 @@ from starflow_jax.model.parameters import Params
 from starflow_jax.model.system import System
 from starflow_jax.sharding import parameter_shardings, replicated
 from starflow_jax.training.losses import accumulated_gradients, to_bits
-from starflow_jax.training.optimizer import denoiser_optimizer, flow_optimizer, split
+from starflow_jax.training.optimizer import averaged, denoiser_optimizer, flow_optimizer, split
 from starflow_jax.training.state import TrainState
 
 NORM_MEMORY = 0.98  # of the running mean of gradient norms
@@ -65,11 +65,10 @@ def _update(state: TrainState, grads: Params, norm: jax.Array, settings: Train) 
         denoiser_grads, state.denoiser_optimizer, denoiser)
     params = optax.apply_updates(state.params, {**changes, **denoiser_changes})
     accepted = state.step - state.skipped
-    decay = jnp.minimum(settings.ema, (1 + accepted) / (10 + accepted))
-    ema = jax.tree.map(lambda old, now: old + (1 - decay) * (now - old), state.ema, params)
     memory = jnp.where(accepted == 0, 0.0, NORM_MEMORY)
     return state.replace(
-        params=params, ema=ema, flow_optimizer=flow_state, denoiser_optimizer=denoiser_state,
+        params=params, ema=averaged(state.ema, params, accepted, settings), flow_optimizer=flow_state,
+        denoiser_optimizer=denoiser_state,
         norm_mean=memory * state.norm_mean + (1 - memory) * norm)
 
 

@@ -122,12 +122,16 @@ def test_a_clip_that_changes_goes_on_from_where_it_was():
 
 
 def test_long_clips_are_as_long_as_asked_and_read_as_they_are_captioned():
-    (clip,) = md.long_clips(SMALL, "test", 1, 101)
-    assert clip["frames"].shape == (101, 24, 24, 3)
-    label = tuple(clip[key] for key in captions.ATTRIBUTES)
-    assert captions.parse_caption(clip["caption_long"]) == label
+    clips = list(md.long_clips(SMALL, "test", 20, 101))
+    frames = np.stack([clip["frames"] for clip in clips])
+    assert frames.shape == (20, 101, 24, 24, 3)
+    labels = reader.labels_of([clip["caption_long"] for clip in clips])
+    np.testing.assert_array_equal(labels, [[clip[key] for key in captions.ATTRIBUTES] for clip in clips])
+    for stretch in (frames[:, :13], frames[:, -13:]):
+        _, colours, directions = reader.default_reader().read(stretch)
+        np.testing.assert_array_equal(np.stack([colours, directions], axis=1), labels[:, 1:])
     (again,) = md.long_clips(SMALL, "test", 1, 101)
-    np.testing.assert_array_equal(clip["frames"], again["frames"])
+    np.testing.assert_array_equal(frames[0], again["frames"])
 
 
 @pytest.mark.parametrize(

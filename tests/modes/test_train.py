@@ -147,3 +147,17 @@ def test_the_horizon_of_the_trained_model(uninterrupted: Path, data: Path) -> No
     assert all(np.isfinite(row["bits_per_dim"]) for row in (*found["stretches"], *found["real_stretches"]))
     assert found["real_stretches"][0]["colour"] == 1.0 and "samples, 3" in said
     assert read_image(uninterrupted / "horizon.png").shape[1] > 1000
+
+
+@pytest.mark.slow  # quick: tests/data/test_pipeline.py (clips that change), tests/evaluation/test_horizon.py
+def test_a_model_of_a_world_that_wraps_is_trained_and_measured_far_beyond_its_length(data: Path, tmp_path: Path
+                                                                                     ) -> None:
+    wraps = "--config.data.wraps=true"
+    succeeds(tmp_path, data, wraps, "--config.train.steps=3")
+    assert np.isfinite(losses(tmp_path)[3]["bits_per_dim"])
+    succeeds(tmp_path, data, wraps, "--mode=evaluate", "--config.evaluate.task=horizon",
+             "--config.evaluate.latent_frames=12")
+    found = json.loads((tmp_path / "horizon.json").read_text())
+    assert len(found["stretches"]) == len(found["real_stretches"]) == 3
+    for row in found["real_stretches"]:  # real clips hold on
+        assert row["colour"] == row["direction"] == 1 and row["digit"] >= 0.75

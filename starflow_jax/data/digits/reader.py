@@ -98,12 +98,15 @@ def _centred_ink(frames_BTHWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _centre(ink_BTHW: np.ndarray) -> np.ndarray:
     """(B, T, 2): centre of the ink (down, right) on the torus, by the angle of its circular mean; anywhere where there
     is none."""
-    centres = []
-    for lines_BTN in (ink_BTHW.sum(3), ink_BTHW.sum(2)):
-        side = lines_BTN.shape[2]
-        mean_BT = lines_BTN @ np.exp(2j * np.pi * np.arange(side) / side)
-        centres.append(np.angle(mean_BT) * side / (2 * np.pi) % side)
-    return np.stack(centres, axis=-1)
+    sides_2 = np.array(ink_BTHW.shape[2:])
+    return np.angle(np.stack(circular_means(ink_BTHW), axis=-1)) * sides_2 / (2 * np.pi) % sides_2
+
+
+def circular_means(weight_BTHW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """complex (B, T), down and right: sums of the weights with their places as angles, a turn to a side of the frame.
+    """
+    down, right = (np.exp(2j * np.pi * np.arange(side) / side) for side in weight_BTHW.shape[2:])
+    return weight_BTHW.sum(3) @ down, weight_BTHW.sum(2) @ right
 
 
 def _rolled(ink_BTHW: np.ndarray, shift_BT2: np.ndarray) -> np.ndarray:
