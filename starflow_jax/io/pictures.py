@@ -217,6 +217,8 @@ def _draw_diagram(axes: Any, diagram: Diagram) -> None:
         axes.plot(diagram.places or range(len(values)), values, marker=".", label=label)
     axes.set_title(diagram.title, fontsize=8)
     axes.tick_params(labelsize=7)
+    if diagram.places:
+        axes.set_xlim(-0.1, max(diagram.places) + 0.5)  # a single place has no range of its own
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     if len(diagram.curves) > 1:

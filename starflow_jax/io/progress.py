@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 class ProgressBar:
-    """A tqdm bar: how much is done, the loss in bits per dimension, the rate and the time left.
+    """A tqdm bar: how much is done, the loss, the rate and the time left.
 
     compiles: it says "compiling" until the first update, because JAX compiles what the first step runs. Where stderr
     is not a terminal (a log file) it prints a line every 30 seconds at most.
@@ -30,13 +30,13 @@ class ProgressBar:
             postfix="compiling" if compiles else None,
         )
 
-    def update(self, count: int = 1, bits_per_dim: float | None = None) -> None:
-        """Moves on by `count`; a new `bits_per_dim` is shown at the right."""
+    def update(self, count: int = 1, loss: str = "") -> None:
+        """Moves on by `count`; a new `loss`, with its unit, is shown at the right."""
         if self._compiling:
             self._compiling = False
             self._bar.set_postfix_str("", refresh=False)
-        if bits_per_dim is not None:
-            self._bar.set_postfix_str(f"{bits_per_dim:.4f} bits/dim", refresh=False)
+        if loss:
+            self._bar.set_postfix_str(loss, refresh=False)
         self._bar.update(count)
 
     def write(self, message: str) -> None:

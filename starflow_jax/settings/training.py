@@ -63,7 +63,7 @@ class Decoder(Settings):
     layers: int = setting(2, "patch codec: residuals of that decoder", POSITIVE)
     lpips: float = setting(0.1, "weight of LPIPS, of one frame of each clip; left out where the extra `quality` is not "
                            "installed", at_least(0, "none"))
-    adversarial: float = setting(0.01, "weight of the hinge loss against a discriminator of patches in space and time",
+    adversarial: float = setting(0.01, "weight of the hinge loss against a discriminator of patches",
                                  at_least(0, "none"))
     discriminator_width: int = setting(32, "channels of the discriminator's first layer", POSITIVE)
     discriminator_learning_rate: float = setting(2e-4, "of the discriminator's own optimizer", POSITIVE)

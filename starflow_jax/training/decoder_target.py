@@ -29,7 +29,7 @@ SHEET_SCALE = 3  # by which the sheet enlarges small frames
 class DecoderTarget:
     """The decoder and its discriminator."""
 
-    shown = "l1"
+    shown, unit = "l1", "L1"
 
     def __init__(self, system: System, mesh: Mesh) -> None:
         self._mesh, self._config = mesh, system.config

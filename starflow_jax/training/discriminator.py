@@ -1,4 +1,4 @@
-"""Real frames or decoded ones? A small discriminator of patches in space and time, and both sides' hinge losses."""
+"""Real frames or decoded ones? A small discriminator of patches, and both sides' hinge losses."""
 
 from typing import Any
 
@@ -10,17 +10,22 @@ SLOPE = 0.2  # of the leaky ReLU
 
 
 class PatchDiscriminator(nn.Module):
-    """Pixels in [-1, 1], (B, T, H, W, 3) -> a logit for each patch, (B, T, H/4, W/4, 1), of 3 x 4 x 4 convolutions."""
+    """Pixels in [-1, 1], (B, T, H, W, 3) -> a logit for each patch, (B, T, H/4, W/4, 1), sides rounded up.
+
+    It sees a frame and its difference from the one before, in which flicker shows. Strided convolutions in time, too,
+    would be slow to differentiate on a CPU.
+    """
 
     width: int
 
     @nn.compact
     def __call__(self, pixels_BTHWC: jax.Array) -> jax.Array:
-        x = pixels_BTHWC
+        change = jnp.diff(pixels_BTHWC, axis=1, prepend=pixels_BTHWC[:, :1])
+        x = jnp.concatenate([pixels_BTHWC, change], axis=-1)
         for index, features in enumerate((self.width, 2 * self.width)):
-            x = nn.Conv(features, (3, 4, 4), (1, 2, 2), name=f"conv_{index}")(x)
+            x = nn.Conv(features, (4, 4), (2, 2), name=f"conv_{index}")(x)
             x = nn.leaky_relu(x, SLOPE)
-        return nn.Conv(1, (3, 3, 3), name="logits")(x)
+        return nn.Conv(1, (3, 3), name="logits")(x)
 
 
 def fresh_discriminator(key: jax.Array, width: int) -> dict[str, Any]:

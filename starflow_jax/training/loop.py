@@ -52,7 +52,7 @@ def _steps(run: Run, writer: MetricWriter) -> int:
                 row = _row(scalars, learning_rate, time.perf_counter() - since, tokens)
                 since, tokens = time.perf_counter(), 0
                 writer.scalars(step, row)
-                progress.update(0, row[target.shown])
+                progress.update(0, f"{row[target.shown]:.4f} {target.unit}")
             progress.update()
             validated = step % settings.evaluate_every == 0 or step == settings.steps
             metrics = target.validate(run.state, writer) if validated else None

@@ -24,6 +24,7 @@ class Target(Protocol):
     """What is trained: its state, a step of it and its validation. States have `step` and `skipped`."""
 
     shown: str  # which of a step's scalars stands beside the progress bar
+    unit: str  # and in what
 
     def abstract_state(self) -> Any:
         """Shapes, dtypes and shardings of the state."""
@@ -41,7 +42,7 @@ class Target(Protocol):
 class FlowTarget:
     """The flow, its denoiser and a trained text encoder."""
 
-    shown = "bits_per_dim"
+    shown, unit = "bits_per_dim", "bits/dim"
 
     def __init__(self, system: System, mesh: Mesh) -> None:
         self._mesh = mesh

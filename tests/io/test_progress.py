@@ -22,8 +22,8 @@ def test_a_bar_says_compiling_until_its_first_update(capsys: pytest.CaptureFixtu
 
 def test_a_bar_that_compiles_nothing_does_not_say_so(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBar("convert", 2) as progress:
-        progress.update(bits_per_dim=1.25)
-        progress.update(bits_per_dim=0.5)
+        progress.update(loss="1.2500 bits/dim")
+        progress.update(loss="0.5000 bits/dim")
     shown = capsys.readouterr().err
     assert "compiling" not in shown and "0.5000 bits/dim" in states(shown)[-1]
 

@@ -91,8 +91,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_parameters(
         patch.setattr(StopOnTerm, "agreed", lambda _: next(calls))
         train(beside(config, model), tmp_path)
     train(beside(config, model), tmp_path)
-    said = capsys.readouterr().out
+    said, bar = capsys.readouterr()
     assert "stopped at step 2 of 4" in said and "resuming from step 2" in said and "PSNR" in said
+    assert " L1]" in bar and "bits/dim" not in bar
     states = [ocp.StandardCheckpointer().restore((folder / "checkpoints" / "4" / "state").absolute())
               for folder in (workdir, tmp_path)]
     jax.tree.map(np.testing.assert_array_equal, *states)

@@ -82,7 +82,7 @@ def test_progress_in_a_log_is_a_few_lines(monkeypatch):
     monkeypatch.setattr(sys, "stderr", log)
     with ProgressBar("train", total=5000, initial=1000) as bar:
         for _ in range(4000):
-            bar.update(bits_per_dim=1.23456)
+            bar.update(loss="1.2346 bits/dim")
     text = log.getvalue()
     assert "train" in text and "5000/5000" in text and "1.2346 bits/dim" in text and "step/s" in text
     assert text.count("\r") + text.count("\n") < 12
