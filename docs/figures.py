@@ -14,6 +14,7 @@ from starflow_jax.kernels.mask import FrameWindow, seen
 from starflow_jax.model.parameters import decoding_variables
 from starflow_jax.model.store import load_model
 from starflow_jax.sampling.conditions import make_conditions
+from starflow_jax.sampling.solver import TOLERANCE
 
 PICTURES = Path(__file__).parent / "pages" / "pictures"
 PROMPTS = ["a blue three moves right", "a red seven moves left", "a green two moves up", "a white nine moves down",
@@ -94,7 +95,7 @@ def jacobi(updates: int = 16) -> plt.Figure:
         line, = axes.semilogy(steps, np.median(residual_UB, axis=1), marker="o", markersize=3,
                               label=f"latent frame {frame}")
         axes.fill_between(steps, residual_UB.min(axis=1), residual_UB.max(axis=1), color=line.get_color(), alpha=0.12)
-    axes.axhline(tiny().sample.solver.tolerance, color="black", linestyle=":", linewidth=1)
+    axes.axhline(TOLERANCE, color="black", linestyle=":", linewidth=1)
     axes.set(xlabel="updates", ylabel="residual", xticks=steps[::2])
     axes.grid(alpha=0.3)
     axes.legend()

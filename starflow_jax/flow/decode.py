@@ -60,7 +60,7 @@ def start_window(
 
 
 # The state is donated: its cache, most of what decoding holds, is written in place.
-@partial(jax.jit, static_argnames=("model", "solver", "window", "token_grid", "branches"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "window", "token_grid", "branches"), donate_argnames="state")
 def decode_frames(
     model: STARFlow,
     params: Any,
@@ -151,7 +151,7 @@ def generate(
         yield made_BGSK, report
 
 
-@partial(jax.jit, static_argnames=("model", "solver", "token_grid"))
+@partial(jax.jit, static_argnames=("model", "token_grid"))
 def invert_shallow(
     model: STARFlow, params: Any, u_BTSK: jax.Array, *, solver: Solver, token_grid: tuple[int, int]
 ) -> tuple[jax.Array, tuple[Report, ...]]:

@@ -2,7 +2,7 @@
 
 Either a guess of the first frame from its text: later frames start from the one before, the first has none, and from
 zero the solver needs most of its passes to find its digit, face or horizon. Or a guess of every token from its own
-noise, for frames that do not wait for one another.
+noise and that of the token before it, for frames that do not wait for one another.
 """
 
 import flax.struct
@@ -28,22 +28,32 @@ class FirstGuess(flax.struct.PyTreeNode):
 
 
 class NoiseGuess(flax.struct.PyTreeNode):
-    """u ~ mean + z @ weights, the same for every token."""
+    """u_s ~ mean + z_s @ weights + z_(s-1) @ before, the same for every token; the first has none before it."""
 
     mean_K: jax.Array
     weights_KK: jax.Array
+    before_KK: jax.Array
 
-    def __call__(self, z: jax.Array) -> jax.Array:
-        """(..., K) tokens of u from those of z."""
-        return self.mean_K + z @ self.weights_KK
+    def __call__(self, z_BNSK: jax.Array) -> jax.Array:
+        """(B, N, S, K) tokens of u from those of z."""
+        return self.mean_K + z_BNSK @ self.weights_KK + _token_before(z_BNSK) @ self.before_KK
 
 
-def fit_noise(z_MK: np.ndarray, u_MK: np.ndarray) -> NoiseGuess:
+def fit_noise(z_BNSK: np.ndarray, u_BNSK: np.ndarray) -> NoiseGuess:
     """Ridge regression of decoded tokens on the noise that they were decoded from."""
-    z, u = z_MK.astype(np.float64), u_MK.astype(np.float64)
+    channels = z_BNSK.shape[-1]
+    seen = np.concatenate([z_BNSK, _token_before(z_BNSK)], axis=-1)
+    z, u = (a.reshape(-1, a.shape[-1]).astype(np.float64) for a in (seen, u_BNSK))
     z_mean, u_mean = z.mean(axis=0), u.mean(axis=0)
     weights = _ridge(z - z_mean, u - u_mean)
-    return NoiseGuess(jnp.asarray(u_mean - z_mean @ weights, jnp.float32), jnp.asarray(weights, jnp.float32))
+    return NoiseGuess(*(jnp.asarray(a, jnp.float32) for a in (
+        u_mean - z_mean @ weights, weights[:channels], weights[channels:])))
+
+
+def _token_before(z_BNSK: jax.Array | np.ndarray) -> jax.Array:
+    """The token before each one, also across frames; zero before the first."""
+    tokens = z_BNSK.reshape(z_BNSK.shape[0], -1, z_BNSK.shape[-1])
+    return jnp.pad(tokens[:, :-1], ((0, 0), (1, 0), (0, 0))).reshape(z_BNSK.shape)
 
 
 def fit(text_MTD: np.ndarray, u_MSK: np.ndarray, rank: int = 64) -> FirstGuess:

@@ -9,6 +9,7 @@ few updates and the last of them sees final tokens in front of its stride.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -24,12 +25,15 @@ from starflow_jax.nn.cache import KVCache
 Predict = Callable[[jax.Array, jax.Array, KVCache], tuple[Affine, Any]]
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["tolerance"],
+         meta_fields=["block_size", "max_steps", "frames", "updates", "first_block_size"])
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """How tokens are solved for: block_size tokens at once until the residual is below tolerance."""
+    """How tokens are solved for: block_size tokens at once until the residual is below tolerance. A pytree, so that one
+    program serves any tolerance."""
 
     block_size: int = 1
-    tolerance: float = 1e-3  # 0: until nothing changes, at most block_size steps
+    tolerance: float | jax.Array = 1e-3  # 0: until nothing changes, at most block_size steps
     max_steps: int = 0  # 0: block_size, after which the result is exact
     frames: int = 1  # frames that a decoding step solves for; blocks do not reach beyond them
     updates: int = 0  # > 0: a wavefront, in which each token gets so many; tolerance then only says what has converged

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Solver, UserError
@@ -12,7 +14,8 @@ from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.io.files import write_text
 
 FIRST_GUESS, NOISE_GUESS, SOLVER = "first_guess.safetensors", "noise_guess.safetensors", "decoding.json"
-MEASURED = ("kind", "block_size", "frames_per_step", "updates", "start")  # the solver's settings that are calibrated
+# The solver's settings that are calibrated.
+MEASURED = ("kind", "block_size", "frames_per_step", "updates", "start", "tolerance")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,7 +24,7 @@ class Calibration:
 
     solver: Solver = Solver()
     first_guess: FirstGuess | None = None  # of the first frame from its text
-    noise_guess: NoiseGuess | None = None  # of each token from its noise
+    noise_guess: NoiseGuess | None = None  # of each token from its noise and the one before
 
 
 def save_calibration(calibration: Calibration, folder: Path) -> None:
@@ -46,10 +49,15 @@ def read_calibration(folder: Path) -> Calibration:
             found["updates"] = found.get("updates") or Solver.updates
         solver, noise = Solver(**found), folder / NOISE_GUESS
         return Calibration(solver, FirstGuess(**import_arrays(folder / FIRST_GUESS)),
-                           NoiseGuess(**import_arrays(noise)) if noise.exists() else None)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+                           _noise_guess(import_arrays(noise)) if noise.exists() else None)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{folder / SOLVER}: can't be read as a calibration ({error}); make it anew with "
                         "--mode=calibrate, or delete it") from error
+
+
+def _noise_guess(arrays: dict[str, Any]) -> NoiseGuess:
+    """From a file's arrays, which may be of each token's own noise alone."""
+    return NoiseGuess(**{"before_KK": jnp.zeros_like(arrays["weights_KK"]), **arrays})
 
 
 def remove_calibration(folder: Path) -> None:

@@ -7,7 +7,7 @@ from starflow_jax.config import Config, UserError
 from starflow_jax.io.progress import table
 from starflow_jax.model.calibration import Calibration, save_calibration
 from starflow_jax.model.store import PRETRAINED, load_model
-from starflow_jax.sampling.calibration import ERROR, PROMPTS, Measured, fit_guess, fit_noise_guess, measure
+from starflow_jax.sampling.calibration import ERROR, PROMPTS, TOLERANCES, Measured, fit_guess, fit_noise_guess, measure
 from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
 
 
@@ -28,17 +28,19 @@ def _calibrate(config: Config, workdir: Path) -> None:
     found = dataclasses.replace(system.calibration, noise_guess=fit_noise_guess(system, params))
     rows = measure(dataclasses.replace(system, calibration=found), params)
     print(table([_cells(row) for row in rows],
-                ("solver", "block", "frames per step", "start", "passes", "seconds", "error")))
+                ("solver", "block", "frames per step", "start", "tolerance", "passes", "seconds", "error")))
     good = [row for row in rows if row.error <= ERROR]
     if not good:
-        raise UserError(f"nothing came within {ERROR} of sequential decoding; lower sample.solver.tolerance")
+        raise UserError(f"no solver came within {ERROR} of sequential decoding, at tolerances down to "
+                        f"{TOLERANCES[-1]}; train the model for longer, or sample with sample.solver.tolerance=0")
     best = min(good, key=lambda row: row.seconds).solver
     save_calibration(dataclasses.replace(found, solver=best), folder)
     print(f"chosen: {best.kind}, blocks of {best.block_size}, {best.frames_per_step} frames per step, started from the "
-          f"{best.start}; written to {folder}")
+          f"{best.start}, tolerance {best.tolerance}; written to {folder}")
 
 
 def _cells(row: Measured) -> tuple:
     solver = row.solver
     name = f"wavefront, {solver.updates} updates" if solver.kind == "wavefront" else solver.kind
-    return (name, solver.block_size, solver.frames_per_step, solver.start, row.passes, row.seconds, row.error)
+    return (name, solver.block_size, solver.frames_per_step, solver.start,
+            "any" if solver.kind == "wavefront" else solver.tolerance, row.passes, row.seconds, row.error)

@@ -6,6 +6,7 @@ from starflow_jax.config import Model, Sample, Solver
 from starflow_jax.flow import inversion
 from starflow_jax.model.system import System
 
+TOLERANCE = 1e-3  # where none was calibrated for the blocks in use
 SHALLOW_TOLERANCE = 0.1  # of the deep block's: shallow blocks are cheap and feed one another
 WHOLE_FRAME = 1 << 30  # a block that no frame fills
 
@@ -17,21 +18,26 @@ def chosen_solver(system: System, settings: Sample) -> Solver:
 
 
 def complete(asked: Solver, calibrated: Solver, model: Model, stream: bool = False) -> Solver:
-    """Every setting of a solver. The calibrated kind and its settings were measured on whole videos and within a
-    tolerance: they are used only there, and only where no kind is asked for."""
-    measured = calibrated if not asked.kind and not stream and asked.tolerance > 0 else Solver()
+    """Every setting of a solver. The calibrated kind and its settings were measured on whole videos and within an
+    error: they are used only there, and only where no kind is asked for; the tolerance only with the calibrated blocks
+    and start."""
+    measured = calibrated if not asked.kind and not stream and asked.tolerance != 0 else Solver()
     kind = asked.kind or measured.kind or "jacobi"
     frames = asked.frames_per_step or (0 if stream else calibrated.frames_per_step) or 1
     block = asked.block_size or calibrated.block_size or frames * model.tokens_per_frame
     updates = asked.updates if asked.kind == "wavefront" else measured.updates
+    start = asked.start or measured.start or "previous"
+    as_measured = (block, frames, start) == (measured.block_size, measured.frames_per_step, measured.start)
+    tolerance = measured.tolerance if asked.tolerance < 0 and as_measured else asked.tolerance
     return dataclasses.replace(asked, kind=kind, block_size=block, frames_per_step=frames, updates=updates,
-                               start=asked.start or measured.start or "previous")
+                               start=start, tolerance=TOLERANCE if tolerance < 0 else tolerance)
 
 
 def deep_solver(solver: Solver) -> inversion.Solver:
     """The deep block's solver, from complete settings."""
     if solver.kind == "sequential":
         return inversion.SEQUENTIAL
+    assert solver.tolerance >= 0, solver
     updates = solver.updates if solver.kind == "wavefront" else 0
     first_block = 0 if solver.kind == "wavefront" else solver.first_block_size
     return inversion.Solver(solver.block_size, solver.tolerance, solver.max_steps, solver.frames_per_step, updates,

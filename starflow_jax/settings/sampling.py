@@ -21,15 +21,16 @@ class Solver(Settings):
     updates: int = setting(3, "updates of each token by the wavefront, whatever the tolerance", POSITIVE)
     start: str = setting("", "where the solver starts: the previous frame, or the noise; empty: as calibrated, or "
                          "previous", one_of("", "previous", "noise"))
-    tolerance: float = setting(1e-3, "largest relative change at which a block is solved; 0: exact",
-                               at_least(0, "exact"))
+    tolerance: float = setting(-1.0, "largest relative change at which a block is solved; 0: exact; -1: as calibrated, "
+                               "or 1e-3", Allowed("-1 (as calibrated), 0 (exact) or more",
+                                                  lambda value: value == -1 or 0 <= value < math.inf))
     max_steps: int = setting(0, "updates of a block; 0: the block size, which is exact",
                              at_least(0, "the block size"))
     first_block_size: int = setting(0, "tokens solved for at once in a video's first frame; 0: block_size",
                                     at_least(0, "block_size"))
 
     def check(self) -> None:
-        self.require("kind", self.kind != "wavefront" or self.tolerance > 0,
+        self.require("kind", self.kind != "wavefront" or self.tolerance != 0,
                      "is not exact, which sample.solver.tolerance=0 asks for; use jacobi or sequential")
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from docs.figures import denoiser_mask, orders, residuals
-from starflow_jax.config import Solver
+from starflow_jax.sampling.solver import TOLERANCE
 
 
 def test_orders_of_the_blocks() -> None:
@@ -24,5 +24,5 @@ def test_only_the_first_layer_looks_ahead() -> None:
 def test_updates_until_a_frame_stands_still() -> None:
     """Of the pretrained model: eleven for the first frame, four for a later one."""
     median_NU = np.median(residuals(updates=11), axis=2)
-    below = median_NU < Solver().tolerance
+    below = median_NU < TOLERANCE
     assert list(below.argmax(axis=1) + 1) == [11, 4, 4, 4]

@@ -99,6 +99,15 @@ def test_several_frames_a_step_are_the_same_frames(setting: tuple[STARFlow, Any]
         np.testing.assert_allclose(together, one_by_one, atol=1e-4)
 
 
+def test_one_program_serves_any_tolerance(setting: tuple[STARFlow, Any]) -> None:
+    loose = run(setting, noise(1, 1), solver=Solver(block_size=6, tolerance=0.3))
+    programs = decode.decode_frames._cache_size()
+    exact = run(setting, noise(1, 1), solver=Solver(block_size=6, tolerance=0.0))
+    assert decode.decode_frames._cache_size() == programs
+    np.testing.assert_allclose(exact, run(setting, noise(1, 1)), atol=1e-4)
+    assert np.abs(exact - loose).max() > 1e-2
+
+
 @pytest.mark.parametrize("solver", [pytest.param(SEQUENTIAL, marks=pytest.mark.slow),
                                     Solver(block_size=4, tolerance=1e-12)], ids=["one", "blocks"])
 def test_unstacked_layers_give_the_same(solver: Solver) -> None:
