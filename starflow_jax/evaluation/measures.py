@@ -1,8 +1,13 @@
-"""Small measures of videos: temporal flickering and PSNR."""
+"""Small measures of videos, temporal flickering and PSNR; and intervals of means."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+from etils import epy
+
+with epy.lazy_imports():
+    from scipy import special
 
 
 def temporal_flickering(frames_THWC: np.ndarray) -> float:
@@ -26,3 +31,12 @@ def psnr(reference: np.ndarray, made: np.ndarray) -> float:
 def psnr_of(squared_error: float) -> float:
     """The same of a mean squared error."""
     return float(10 * np.log10(255**2 / squared_error)) if squared_error else math.inf
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """(mean, half the width of Student's interval for it) of independent values, such as those of several seeds; half
+    is NaN for fewer than two."""
+    count, mean = len(values), float(np.mean(values))
+    if count < 2:
+        return mean, math.nan
+    return mean, float(special.stdtrit(count - 1, (1 + level) / 2) * np.std(values, ddof=1) / math.sqrt(count))

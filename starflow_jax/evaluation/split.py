@@ -31,11 +31,11 @@ def denoise_choices(system: System) -> tuple[str, ...]:
 
 
 def generate_and_read(
-    system: System, params: Params, captions: list[str], labels_B3: np.ndarray | None
+    system: System, params: Params, captions: list[str], labels_B3: np.ndarray | None, seed: int = 0
 ) -> tuple[dict[str, dict[str, float]], np.ndarray, np.ndarray]:
-    """One clip per caption, seeds 0, 1, 2, ..., denoised in every way: {way: what `read` finds in its clips}; and of
-    those that are denoised as the config says the first clips' frames (SHOWN, T, H, W, 3) uint8, and all clips'
-    `clip_statistics`.
+    """One clip per caption, of `seed` and the seeds after it, denoised in every way: {way: what `read` finds in its
+    clips}; and of those that are denoised as the config says the first clips' frames (SHOWN, T, H, W, 3) uint8, and all
+    clips' `clip_statistics`.
 
     One batch after another, of which only the figures and those first frames are kept.
     """
@@ -44,7 +44,8 @@ def generate_and_read(
     scores: dict[str, dict[str, float]] = {how: {} for how in choices}
     with ProgressBar("samples", len(captions), unit="clip", compiles=True) as progress:
         for begin, batch in zip(itertools.count(step=size), in_batches(captions, size)):
-            clips = generate_clips(system, params, filled(batch, size), range(begin, begin + size), settings)
+            first = seed + begin
+            clips = generate_clips(system, params, filled(batch, size), range(first, first + size), settings)
             for how in choices:
                 clean = denoise(system, params, jnp.asarray(clips.noisy_BNhwC), clips.text, how)
                 frames = np.asarray(system.decode(clean, how))[:len(batch)]

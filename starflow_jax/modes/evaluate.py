@@ -1,9 +1,11 @@
-"""--mode=evaluate: a model on its test split or far beyond its training length, one video, captions by likelihood, or
-folders of any system's videos."""
+"""--mode=evaluate: a model on its test split or far beyond its training length, one video, captions by likelihood,
+folders of any system's videos, or one of the paper's experiments (experiments.py)."""
 
 import dataclasses
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from starflow_jax.io.video import write_mp4
 from starflow_jax.model.sources import fixed_captions
 from starflow_jax.model.store import load_model
 from starflow_jax.model.system import System
+from starflow_jax.modes.experiments import evaluate_ablations, evaluate_denoisers, evaluate_guidance
 from starflow_jax.sampling import vbench
 from starflow_jax.sampling.given import read_given
 from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
@@ -34,12 +37,16 @@ SHOWN_PIXELS = 96  # small models' frames are enlarged to about this height
 
 def evaluate(config: Config, workdir: Path) -> None:
     """Measure what config.evaluate.task names: files in the workdir and a table."""
-    measure, together = {
+    tasks: dict[str, tuple[Callable[[Config, Path], None], int]] = {
         "test_set": (evaluate_test_set, config.evaluate.batch_size),
         "horizon": (evaluate_horizon, config.sample.batch_size),
         "video": (evaluate_video, min(config.evaluate.draws, config.evaluate.batch_size)),
         "classify": (classify_by_likelihood, config.evaluate.batch_size),
-        "quality": (evaluate_quality, 1)}[config.evaluate.task]
+        "denoisers": (evaluate_denoisers, config.sample.batch_size),
+        "guidance": (evaluate_guidance, config.sample.batch_size),
+        "ablations": (partial(evaluate_ablations, measure=evaluate_test_set), config.evaluate.batch_size),
+        "quality": (evaluate_quality, 1)}
+    measure, together = tasks[config.evaluate.task]
     with on_mesh(sampling_mesh(config, together)):
         measure(config, workdir)
 

@@ -112,7 +112,7 @@ class Sample(Settings):
                             "or a file of them, one per line, with --config.sample.prompts_file=FILE")
 
 
-EVALUATIONS = ("test_set", "horizon", "video", "classify", "quality")
+EVALUATIONS = ("test_set", "horizon", "video", "classify", "quality", "denoisers", "guidance", "ablations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +134,9 @@ class Evaluate(Settings):
                          Allowed("2 or more: both ends are included", lambda value: value >= 2))
     draws: int = setting(8, "draws of the training noise over which a video's likelihood is averaged", POSITIVE)
     every_caption: bool = setting(False, "score all captions, not only those that the search visits (classify)")
+    guidance: tuple[float, ...] = setting((0.0, 1.0, 2.0, 3.0, 5.0), "weights of guidance that are compared (guidance)",
+                                          Allowed("a tuple of numbers, 0 or more",
+                                                  lambda value: len(value) > 0 and min(value) >= 0))
     folder: str = setting("", "comma-separated folders of videos of any system (quality)")
     reference: str = setting("", "a folder of real videos; without `folder`: how well the codec reconstructs them "
                              "(quality)")

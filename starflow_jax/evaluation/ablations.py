@@ -1,0 +1,138 @@
+"""The runs of configs/ablations.py read together: what is there, what is missing, and what each ablation changes.
+
+Runs lie in one folder as VARIANT-SEED, each with what --mode=evaluate wrote into it. Likelihoods are compared between
+runs of the same seed, and only where they are of the same latents: with another training noise they are not.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from starflow_jax.data.digits.captions import ATTRIBUTES
+from starflow_jax.evaluation.measures import interval
+from starflow_jax.io.charts import Chart, series
+
+BASE = "base"
+SEEDS = 3  # of each variant, where all are there
+NOISE = ("noise_0", "noise_0.05", BASE, "noise_0.3")
+LEVELS = (0.001, 0.05, 0.15, 0.3)  # theirs
+WIDTHS = ("width_128", BASE, "width_256", "width_384")
+PLAIN = ("global_shallow", "no_images", "no_drop")  # compared with the base alone
+VARIANTS = (BASE, *PLAIN, *(name for name in (*NOISE, *WIDTHS) if name != BASE))
+MEASURES = ("bits_per_dim", "bits_below_gaussian", *ATTRIBUTES, "temporal_flickering", "parameters")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained and measured run."""
+
+    variant: str
+    seed: int
+    figures: dict[str, float]  # of MEASURES
+    horizon: dict[str, float] | None  # of the last training length of horizon.json, where that is there
+
+
+class Found(NamedTuple):
+    """The runs of a folder."""
+
+    runs: list[Run]
+    missing: list[str]  # VARIANT-SEED of those that are not trained
+
+    def of(self, variant: str) -> dict[int, Run]:
+        """Those of a variant, by seed."""
+        return {run.seed: run for run in self.runs if run.variant == variant}
+
+
+def trained(folder: Path) -> list[Path]:
+    """The workdirs VARIANT-SEED in a folder that hold a model, in the order of VARIANTS."""
+    return [folder / f"{variant}-{seed}" for variant in VARIANTS for seed in range(SEEDS)
+            if (folder / f"{variant}-{seed}" / "checkpoints").is_dir()]
+
+
+def read_run(workdir: Path, parameters: int) -> Run:
+    """A run from its evaluate.json and, where it is there, its horizon.json."""
+    variant, _, seed = workdir.name.rpartition("-")
+    held = json.loads((workdir / "evaluate.json").read_text())
+    figures = {"bits_per_dim": held["bits_per_dim"], **held["adherence"],
+               "bits_below_gaussian": held["baselines"]["gaussian"] - held["bits_per_dim"],
+               "temporal_flickering": held["temporal_flickering"], "parameters": parameters}
+    path = workdir / "horizon.json"
+    horizon = json.loads(path.read_text())["stretches"][-1] if path.exists() else None
+    return Run(variant, int(seed), figures, horizon)
+
+
+def collect(folder: Path, parameters: Mapping[Path, int]) -> Found:
+    """The runs of a folder, each with its number of parameters."""
+    runs = [read_run(workdir, count) for workdir, count in parameters.items()]
+    there = {f"{run.variant}-{run.seed}" for run in runs}
+    wanted = [f"{variant}-{seed}" for variant in VARIANTS for seed in range(SEEDS)]
+    return Found(runs, [name for name in wanted if name not in there])
+
+
+def summary(found: Found) -> dict[str, dict[str, Any]]:
+    """{variant: {"seeds": [...], measure: (mean, half of its 95 % interval over seeds)}, ...}; bits_above_base: of
+    the differences in bits per dimension from the base of the same seed."""
+    rows: dict[str, dict[str, Any]] = {}
+    for variant in VARIANTS:
+        runs, bases = found.of(variant), found.of(BASE)
+        if not runs:
+            continue
+        rows[variant] = {"seeds": sorted(runs), **{
+            name: interval([run.figures[name] for run in runs.values()]) for name in MEASURES}}
+        both = sorted(runs.keys() & bases.keys())
+        if both and variant not in NOISE:
+            rows[variant]["bits_above_base"] = interval(
+                [runs[seed].figures["bits_per_dim"] - bases[seed].figures["bits_per_dim"] for seed in both])
+        far = [run.horizon for run in runs.values() if run.horizon is not None]
+        if far:
+            rows[variant]["last_training_length"] = {name: interval([one[name] for one in far]) for name in far[0]}
+    return rows
+
+
+def charts(rows: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
+    """The comparisons that the runs allow."""
+    found = []
+    if plain := [name for name in (*PLAIN, *WIDTHS) if "bits_above_base" in rows.get(name, ()) and name != BASE]:
+        found.append(Chart("bits per dimension above the base of the same seed", plain,
+                           {"": series([rows[name]["bits_above_base"] for name in plain])}, level=0.0))
+    there = [name for name in VARIANTS if name in rows]
+    found.append(Chart("read as asked", there, {name: series([rows[one][name] for one in there])
+                                                for name in ATTRIBUTES}))
+    if len(noises := [name for name in NOISE if name in rows]) > 1:
+        levels = [LEVELS[NOISE.index(name)] for name in noises]
+        found += [_over("bits per dimension below a Gaussian's", rows, noises, levels, ("bits_below_gaussian",),
+                        "noise"),
+                  _over("read as asked", rows, noises, levels, ATTRIBUTES, "noise")]
+    if len(widths := [name for name in WIDTHS if name in rows]) > 1:
+        counts = [rows[name]["parameters"][0] for name in widths]
+        label = "parameters, at equal compute"
+        found += [_over("bits per dimension", rows, widths, counts, ("bits_per_dim",), label, log=True),
+                  _over("read as asked", rows, widths, counts, ATTRIBUTES, label, log=True)]
+    return found
+
+
+def _over(title: str, rows: Mapping[str, Mapping[str, Any]], variants: Sequence[str], x: Sequence[float],
+          names: Sequence[str], label: str, log: bool = False) -> Chart:
+    return Chart(title, x, {name: series([rows[one][name] for one in variants]) for name in names}, label, log)
+
+
+def cells(name: str, row: Mapping[str, Any]) -> list[str]:
+    """A row of the table."""
+    pairs = [row.get(measure) for measure in ("bits_per_dim", "bits_above_base", "bits_below_gaussian", *ATTRIBUTES,
+                                              "temporal_flickering")]
+    return [name, ",".join(map(str, row["seeds"])), f"{row['parameters'][0]:,.0f}", *map(in_words, pairs)]
+
+
+HEADERS = ("variant", "seeds", "parameters", "bits/dim", "above the base", "below a Gaussian", *ATTRIBUTES,
+           "flickering")
+
+
+def in_words(pair: Sequence[float] | None) -> str:
+    """A mean with its interval."""
+    if pair is None:
+        return ""
+    mean, half = pair
+    return f"{mean:.3f}" if math.isnan(half) else f"{mean:.3f} ± {half:.3f}"

@@ -1,0 +1,142 @@
+"""--mode=evaluate, the paper's experiments: denoisers side by side, guidance, and the runs of configs/ablations.py."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from starflow_jax.config import Config, UserError
+from starflow_jax.data.digits import reader
+from starflow_jax.evaluation import ablations, denoisers, guidance
+from starflow_jax.evaluation.ablations import in_words
+from starflow_jax.evaluation.causality import dependence
+from starflow_jax.evaluation.split import real_clips
+from starflow_jax.io.charts import draw_charts
+from starflow_jax.io.files import write_text
+from starflow_jax.io.pictures import HeatMap, contact_sheet, draw_heat_maps
+from starflow_jax.io.progress import table
+from starflow_jax.model.sources import fixed_captions
+from starflow_jax.model.store import load_model, settings_of
+from starflow_jax.sampling.conditions import noised
+
+SHEET_SEED, SHEET_SCALE = 0, 4
+CAUSALITY_RUNS = ("base-0", "global_shallow-0")
+
+
+def evaluate_denoisers(config: Config, workdir: Path) -> None:
+    """Every way of denoising that the model has: WORKDIR/denoisers.json, and a sheet of consecutive frames."""
+    began = time.perf_counter()
+    system, params, source, _ = load_model(config, workdir)
+    print(f"model: {source}")
+    captions = fixed_captions(config, "test", config.evaluate.prompts)
+    labels = reader.labels_of(captions) if config.data.source == "digits" else None
+    found = denoisers.measure(system, params, captions, labels, real_clips(system, len(captions))[1])
+    shown = denoisers.side_by_side(system, params, captions[0], SHEET_SEED)
+    names = list(next(iter(found.values())))
+    titles = [f"{how}: " + ", ".join(f"{name.replace('_', ' ')} {in_words(found[how][name])}" for name in names
+                                     if name.startswith(("psnr_to_the_clip", "temporal"))) for how in shown]
+    contact_sheet(workdir / "denoisers.png", np.stack(list(shown.values())), titles, scale=SHEET_SCALE)
+    _write(workdir, "denoisers", {"model": source, "prompts": len(captions), "sets": denoisers.SEEDS, "ways": found,
+                                  "caption_of_the_sheet": captions[0]}, began)
+    print(table([(how, *(in_words(row[name]) for name in names)) for how, row in found.items()],
+                ("denoise", *(name.replace("_", " ") for name in names))))
+    print(f"\nwritten to {workdir}: denoisers.json, denoisers.png")
+
+
+def evaluate_guidance(config: Config, workdir: Path) -> None:
+    """Adherence and diversity at the weights of evaluate.guidance: WORKDIR/guidance.json and a picture."""
+    began = time.perf_counter()
+    system, params, source, _ = load_model(config, workdir)
+    print(f"model: {source}")
+    captions = fixed_captions(config, "test", config.evaluate.prompts)
+    labels = reader.labels_of(captions) if config.data.source == "digits" else None
+    rows = guidance.measure(system, params, captions, labels, config.evaluate.guidance)
+    draw_charts(workdir / "guidance.png", guidance.charts(rows),
+                f"{len(captions)} test prompts, {guidance.SEEDS} videos of each")
+    _write(workdir, "guidance", {"model": source, "prompts": len(captions), "videos_of_each": guidance.SEEDS,
+                                 "weights": rows}, began)
+    names = [name for name in rows[0] if name != "guidance"]
+    print(table([(row["guidance"], *(in_words(row[name]) for name in names)) for row in rows], ("guidance", *names)))
+    print(f"\nwritten to {workdir}: guidance.json, guidance.png")
+
+
+def evaluate_ablations(config: Config, workdir: Path, measure: Callable[[Config, Path], None]) -> None:
+    """Table and picture of the runs VARIANT-SEED in this folder, WORKDIR/ablations.json and .png; those that were not
+    measured since they were trained are measured first. Raises UserError where there is none."""
+    began, runs = time.perf_counter(), ablations.trained(workdir)
+    if not runs:
+        raise UserError(f"{workdir} holds no run of configs/ablations.py; train some, such as "
+                        f"--config=configs/ablations.py:base-0 --workdir={workdir / 'base-0'}")
+    parameters = {run: _measured(config, run, measure) for run in runs}
+    found = ablations.collect(workdir, parameters)
+    rows = ablations.summary(found)
+    draw_charts(workdir / "ablations.png", ablations.charts(rows),
+                "means over training seeds, with 95 % intervals where there are several")
+    causality = _causality(workdir)
+    _write(workdir, "ablations", {"variants": rows, "missing": found.missing, "causality": causality}, began)
+    print(table([ablations.cells(name, row) for name, row in rows.items()], ablations.HEADERS))
+    _print_far(rows)
+    if found.missing:
+        print(f"\nnot trained yet: {', '.join(found.missing)} (--config=configs/ablations.py:NAME "
+              f"--workdir={workdir}/NAME)")
+    also = ", ablations_causality.png" if causality else ""
+    print(f"\nwritten to {workdir}: ablations.json, ablations.png{also}")
+
+
+def _measured(config: Config, run: Path, measure: Callable[[Config, Path], None]) -> int:
+    """A run's number of parameters, once its evaluate.json is of its newest checkpoint."""
+    settings = dataclasses.replace(settings_of(run), evaluate=dataclasses.replace(config.evaluate, task="test_set"))
+    _, params, source, _ = load_model(settings, run)
+    path = run / "evaluate.json"
+    if not path.exists() or _step(json.loads(path.read_text())["model"]) != _step(source):
+        measure(settings, run)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _step(source: str) -> str:
+    """Of "WORKDIR, step STEP"; a folder of runs may be moved."""
+    return source.rpartition(" ")[2]
+
+
+def _print_far(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """What was measured past the training length."""
+    far = {name: row["last_training_length"] for name, row in rows.items() if "last_training_length" in row}
+    if not far:
+        print("\nnothing measured past the training length yet: --mode=evaluate --config.evaluate.task=horizon "
+              "in the runs base-SEED and no_drop-SEED")
+        return
+    names = list(next(iter(far.values())))
+    print("\n" + table([(name, *(in_words(row.get(one)) for one in names)) for name, row in far.items()],
+                       ("the last training length", *(name.replace("_", " ") for name in names))))
+
+
+def _causality(folder: Path) -> dict[str, list[list[float]]]:
+    """ablations_causality.png: which frames' noise each frame's latents move, with local shallow blocks and global
+    ones; {} unless both runs are there."""
+    runs = [folder / name for name in CAUSALITY_RUNS]
+    if not all((run / "checkpoints").is_dir() for run in runs):
+        return {}
+    found, maps = {}, []
+    for run in runs:
+        own = settings_of(run)
+        system, params, *_ = load_model(own, run)
+        frames, caption = real_clips(system, 1)[1], fixed_captions(own, "test", 1)
+        matrix = dependence(system, params, noised(system, frames, [0]), system.caption_features(params, caption))
+        found[run.name] = matrix.tolist()
+        maps.append(np.log10(np.maximum(matrix, 1e-6)))
+    picture = np.full((2, *maps[0].shape, 3), 255, np.uint8)
+    draw_heat_maps(folder / "ablations_causality.png", picture, list(CAUSALITY_RUNS),
+                   [HeatMap(np.stack(maps), "viridis", -6, 1, "log10")],
+                   "how far z of frame i (row) moves with the latents of frame j (column); darkest: not at all")
+    return found
+
+
+def _write(workdir: Path, name: str, results: dict[str, Any], began: float) -> None:
+    results["seconds"] = round(time.perf_counter() - began, 1)
+    write_text(workdir / f"{name}.json", json.dumps(results, indent=1))

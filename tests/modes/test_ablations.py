@@ -1,0 +1,61 @@
+"""configs/ablations.py: what each variant changes, and nothing else."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from configs.ablations import VARIANTS, get_config, multiply_adds
+from starflow_jax.config import Config, UserError, from_config_dict
+from starflow_jax.evaluation import ablations
+
+
+def variant(name: str) -> Config:
+    return from_config_dict(get_config(name))
+
+
+def differences(config: Config, other: Config) -> dict[str, Any]:
+    """{"model.noise_std": value of `config`, ...}."""
+    found = {}
+    for section in dataclasses.fields(Config):
+        ours, theirs = getattr(config, section.name), getattr(other, section.name)
+        if ours == theirs:
+            continue
+        fields = dataclasses.fields(ours) if dataclasses.is_dataclass(ours) else []
+        found |= {f"{section.name}.{field.name}": getattr(ours, field.name) for field in fields
+                  if getattr(ours, field.name) != getattr(theirs, field.name)}
+    return found
+
+
+def test_each_variant_changes_one_thing() -> None:
+    base = variant("base")
+    assert {name: differences(variant(name), base) for name in VARIANTS if not name.startswith("width")} == {
+        "base": {}, "global_shallow": {"model.local_shallow": False},
+        "noise_0": {"model.noise_std": 0.001, "model.reference_noise": 0.0},
+        "noise_0.05": {"model.noise_std": 0.05, "model.reference_noise": 0.0},
+        "noise_0.3": {"model.noise_std": 0.3, "model.reference_noise": 0.0},
+        "no_images": {"data.image_probability": 0.0}, "no_drop": {"data.first_frame_drop": 0.0},
+        "decoder": {"train.target": "decoder"}}
+    assert set(ablations.VARIANTS) | {"decoder"} == set(VARIANTS)
+    assert dict(zip(ablations.NOISE, ablations.LEVELS)) == {
+        name: variant(name).model.noise_std for name in ablations.NOISE}
+
+
+def test_widths_differ_at_equal_compute() -> None:
+    work = {}
+    for name in ablations.WIDTHS:
+        config = variant(name)
+        assert name == "base" or config.model.deep_width == int(name.removeprefix("width_"))
+        work[name] = config.train.steps * multiply_adds(config.model)
+    for value in work.values():
+        assert abs(value / work["base"] - 1) < 0.01
+
+
+def test_seeds_and_names() -> None:
+    config = variant("no_drop-2")
+    assert (config.name, config.train.seed) == ("ablations/no_drop-2", 2)
+    assert variant("no_drop").name == "ablations/no_drop-0"
+    with pytest.raises(UserError, match="base-two: the seed behind the variant must be a whole number"):
+        get_config("base-two")
+    with pytest.raises(UserError, match="no such variant; there are base, "):
+        get_config("nothing")
