@@ -17,7 +17,7 @@ from jax import lax
 from starflow_jax.flow.inversion import SEQUENTIAL, Inverse, Known, Report, Solver
 from starflow_jax.flow.schedule import schedule
 from starflow_jax.flow.starflow import STARFlow, apply_flow
-from starflow_jax.sharding import constrain
+from starflow_jax.sharding import constrain, to_devices
 
 
 class WindowState(flax.struct.PyTreeNode):
@@ -121,7 +121,7 @@ def generate(
     frame from which on they hold (0 must be there). Past `window` frames (default: all fit), or with
     another text, the last `context` frames are encoded again at positions from 0 and generation continues, as `later`
     says. The solver starts at `start`, shaped as the noise, or each frame at the one before (the first at `guess`).
-    cache: see `start_window`.
+    cache: see `start_window`. Parameters in the hosts' memory (`sharding.to_host`) are on the devices for a step only.
     Raises ValueError where the known frames or the context do not fit the window.
     """
     batch, total, tokens, channels = noise_BTSK.shape
@@ -140,10 +140,10 @@ def generate(
             text_GBTD = text_of[step.text]
             if step.later and not step.text and later.text_GBTD is not None:
                 text_GBTD = later.text_GBTD
-            state = start_window(model, params, kept_BTSK, text_GBTD, window=window, token_grid=token_grid,
-                                 guess_BSK=guess_BSK, cache=cache)
+            state = start_window(model, to_devices(params, after=kept_BTSK), kept_BTSK, text_GBTD, window=window,
+                                 token_grid=token_grid, guess_BSK=guess_BSK, cache=cache)
         made_BGSK, state, report = decode_frames(
-            model, params, state, noise_BTSK[:, now],
+            model, to_devices(params, after=(state, u_BTSK)), state, noise_BTSK[:, now],
             jnp.float32(guidance if later.guidance is None or not step.later else later.guidance),
             None if start_BTSK is None else start_BTSK[:, now], solver=step.solver, window=window,
             token_grid=token_grid, branches=1 if text_GBTD is None else text_GBTD.shape[0])

@@ -43,6 +43,11 @@ def decoding_variables(params: Params) -> dict[str, Any]:
     return {"params": params["flow"]}
 
 
+def shallow_variables(params: Params) -> dict[str, Any]:
+    """What the shallow blocks take: theirs alone."""
+    return {"params": {name: part for name, part in params["flow"].items() if name != "deep"}}
+
+
 def inference_params(config: Config, params: Params) -> Params:
     """Parameters as sampling uses them: the flow's layers one by one where the config unrolls them, since on a
     CPU XLA copies a layer's weights out of a stack at each use. Sharded ones stay stacked, as their shardings are."""

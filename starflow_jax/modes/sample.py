@@ -16,7 +16,7 @@ from starflow_jax.io.progress import table
 from starflow_jax.model.store import load_model
 from starflow_jax.sampling.given import given_frames
 from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
-from starflow_jax.sampling.offload import encode_ahead, last_parts_aside, with_tiles
+from starflow_jax.sampling.offload import encode_ahead, takes_turns, with_parts_aside, with_tiles
 from starflow_jax.sampling.origin import origin_of
 from starflow_jax.sampling.requests import Request, read_requests, rewritten, share_of, with_length
 from starflow_jax.sampling.sizes import at_asked_size, resized
@@ -46,8 +46,8 @@ def sample(config: Config, workdir: Path) -> None:
                 requests = rewritten(config, requests, lambda *failure: failed.append(failure), together)
                 encoded = encode_ahead(config, workdir, [request.prompt for request in requests])
             loaded = load_model(model_config, workdir, encoder=not encoded)
-            if config.sample.offload and not config.sample.stream:
-                loaded = last_parts_aside(loaded)
+            if takes_turns(config.sample):
+                loaded = with_parts_aside(loaded, config.sample)
             system = dataclasses.replace(resized(loaded.system, config), encoded=encoded)
             print(f"model: {loaded.source}")
             videos = Videos(system, loaded.params, known_THWC, Path(config.sample.output or workdir / "samples"),

@@ -18,17 +18,17 @@ from starflow_jax.flow import decode, inversion
 from starflow_jax.flow.denoiser_stream import score_next
 from starflow_jax.flow.schedule import Step, schedule
 from starflow_jax.flow.starflow import STARFlow
-from starflow_jax.model.parameters import decoding_variables
+from starflow_jax.model.parameters import decoding_variables, shallow_variables
 from starflow_jax.model.text import encode_text
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.planning.abstract import abstract_model, abstract_text_encoder
 from starflow_jax.planning.chain import Chain
 from starflow_jax.planning.program import Program
 from starflow_jax.sampling.conditions import draw_noise, latent_frames, stack_branches
-from starflow_jax.sampling.denoise import denoiser_step, score_step
+from starflow_jax.sampling.denoise import denoiser_alone, denoiser_step, score_step
 from starflow_jax.sampling.generate import joined
 from starflow_jax.sampling.likelihood import window_nll
-from starflow_jax.sampling.offload import with_tiles
+from starflow_jax.sampling.offload import takes_turns, with_tiles
 from starflow_jax.sampling.renoise import encode_again
 from starflow_jax.sampling.shallow import frames_at_once, part_of, parts_together
 from starflow_jax.sampling.solver import complete, deep_solver, shallow_solver
@@ -44,21 +44,23 @@ class Sampling:
         self.config, self.mesh, self.flow = config, mesh, STARFlow(config.model)
         self.total = latent_frames(config, config.sample)
         self.params, self.codec = abstract_model(config, mesh)
-        self.variables = decoding_variables(self.params)
-        # As sampling/offload.py: what works last is in the host's memory until then.
-        self.aside = config.sample.offload and not config.sample.stream
-        if self.aside:
-            self.denoiser = self.params.pop("denoiser", None)
-        self.chain = Chain({"params": self.params, "codec": None if self.aside else self.codec})
+        self.variables, self.shallow_blocks = decoding_variables(self.params), shallow_variables(self.params)
+        # As sampling/offload.py: what waits in the host's memory is on the devices as an argument alone.
+        self.in_turns = takes_turns(config.sample)
+        resident: dict[str, Any] = {"params": self.params, "codec": self.codec}
+        if self.in_turns:
+            resident = {"params": self._without_denoiser()}
+            if config.sample.stream:
+                resident["params"]["flow"] = self.shallow_blocks["params"]
+        self.chain = Chain(resident)
         self.shallow: dict[str, Any] = dict(solver=shallow_solver(self.solver), token_grid=config.model.token_grid)
+
+    def _without_denoiser(self) -> dict[str, Any]:
+        return {name: part for name, part in self.params.items() if name != "denoiser"}
 
     @property
     def solver(self) -> Solver:
         return complete(self.config.sample.solver, Solver(), self.config.model, stream=self.config.sample.stream)
-
-    @property
-    def params_and_denoiser(self) -> dict[str, Any]:
-        return {**self.params, "denoiser": self.denoiser} if self.aside else self.params
 
     @property
     def window(self) -> int:
@@ -83,7 +85,7 @@ class Sampling:
             captions = 2 if self.total > model.frames else 1  # of a window that has moved on, others
             features = run("text encoder", encode_text, encoder, self.params["text"], ids, times=captions)
             if ahead:
-                self.chain.resident = {**held, "params": {**self.params, "text": None}}
+                self.chain.resident = {**held, "params": {**held["params"], "text": None}}
             text = run("text by branches", stack_branches, features, videos, times=captions)
         seeds = jax.ShapeDtypeStruct((videos,), jnp.uint32)
         noise = run("noise", draw_noise, seeds, (self.total, model.tokens_per_frame, model.token_channels))
@@ -137,11 +139,12 @@ class Sampling:
         """As sampling/renoise.py does."""
         sample, text = self.config.sample, _conditional(texts)
         noisy = self.shallow_frames(u, "of a window", times)
-        step = score_step if sample.denoise == "score" else denoiser_step
-        clean = self.chain.run(f"{sample.denoise}, frames encoded again", step, self.flow, self.params_and_denoiser,
-                               noisy, text, times=times)
-        return self.chain.run("shallow blocks, frames encoded again", encode_again, self.flow, self.params, clean,
-                              self.fresh, 0, frames=frames, times=times)
+        step, needed = (score_step, self.params) if sample.denoise == "score" else (
+            denoiser_step, denoiser_alone(self.params))
+        clean = self.chain.run(f"{sample.denoise}, frames encoded again", step, self.flow, needed, noisy, text,
+                               times=times)
+        return self.chain.run("shallow blocks, frames encoded again", encode_again, self.flow, self.shallow_blocks,
+                              clean, self.fresh, 0, frames=frames, times=times)
 
     def whole(self) -> list[Program]:
         """As sampling/generate.py does."""
@@ -154,17 +157,17 @@ class Sampling:
         noisy = self.shallow_frames(u)
         window, text = _frames(noisy, self.window), _conditional(texts)
         if config.sample.denoise == "denoiser" and config.model.denoiser != "none":
-            run("denoiser, a window", denoiser_step, self.flow, self.params_and_denoiser, window, text,
+            run("denoiser, a window", denoiser_step, self.flow, denoiser_alone(self.params), window, text,
                 times=self.windows)
         run("codec, all frames", decode_latents, self.codec, noisy, config.codec.later_frames_scale,
             config.sample.as_released, options=effort(config))
         whole = jax.ShapeDtypeStruct(window.shape, window.dtype, sharding=sharding.replicated(self.mesh))
-        run("likelihood, a window", window_nll, self.flow, self.params, whole, text, times=self.windows)
+        run("likelihood, a window", window_nll, self.flow, self._without_denoiser(), whole, text, times=self.windows)
         return self.chain.programs
 
     def shallow_frames(self, u: Any, which: str = "all", runs: int = 1) -> Any:
         """Latents of whole videos, in shapes, as sampling/shallow.py makes them, so often."""
-        run, flow, variables = self.chain.run, self.flow, self.variables
+        run, flow, variables = self.chain.run, self.flow, self.shallow_blocks
         invert = dict(unknown_trips=self.config.plan.updates, **self.shallow)
         videos, frames = u.shape[:2]
         at_once = frames_at_once(self.config.model, videos, frames)
@@ -188,15 +191,15 @@ class Sampling:
         times_of = collections.Counter(self.steps)
         for step, u in self.deep_frames(texts, noise).items():
             times = times_of[step]
-            latents, _ = run("shallow blocks, a step", decode.invert_shallow, self.flow, self.variables, u,
+            latents, _ = run("shallow blocks, a step", decode.invert_shallow, self.flow, self.shallow_blocks, u,
                              times=times, unknown_trips=config.plan.updates, **self.shallow)
             noisy = run("frames in their places", place, noisy, latents, 0, times=times)
         denoises = config.sample.denoise == "denoiser" and model.denoiser != "none"
         if denoises and model.denoiser == "first_layer" and not config.sample.as_released:
             self._denoiser_stream(noisy, text)
         elif denoises:
-            run("denoiser, a window", denoiser_step, self.flow, self.params, _frames(noisy, self.window), text,
-                times=self.total)
+            run("denoiser, a window", denoiser_step, self.flow, denoiser_alone(self.params),
+                _frames(noisy, self.window), text,                times=self.total)
         self._codec_stream(_frames(noisy, 1))
         return self.chain.programs
 
@@ -208,7 +211,8 @@ class Sampling:
                 _, state = self.chain.run(
                     f"denoiser, {name}", score_next, self.flow, self.params["denoiser"], state, noisy, 0, text,
                     frames=min(frames, self.total), times=times)
-                self.chain.resident["denoiser"] = state
+                if not self.in_turns:
+                    self.chain.resident["denoiser"] = state
 
     def _codec_stream(self, latent: Any) -> None:
         cache: Any = None
@@ -217,7 +221,8 @@ class Sampling:
                 _, cache = self.chain.run(
                     f"codec, {name}", decode_next, self.codec, latent, cache, self.config.codec.later_frames_scale,
                     self.config.sample.as_released, times=times, options=effort(self.config))
-                self.chain.resident["codec's cache"] = cache
+                if not self.in_turns:
+                    self.chain.resident["codec's cache"] = cache
 
 
 def sampling_programs(config: Config, mesh: Mesh) -> list[Program]:

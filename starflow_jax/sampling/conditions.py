@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -13,7 +14,7 @@ from starflow_jax.config import Config, Sample, UserError
 from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.codec import pixel_frames
-from starflow_jax.model.parameters import Params, flow_variables
+from starflow_jax.model.parameters import Params, shallow_variables
 from starflow_jax.model.system import System
 from starflow_jax.model.text import prompt_text
 from starflow_jax.sampling.solver import chosen_solver
@@ -265,10 +266,14 @@ def with_noise(latents: jax.Array, noise: jax.Array, noise_std: float) -> jax.Ar
     return latents + noise_std * noise.reshape(noise.shape[0], *latents.shape[1:])
 
 
-@partial(jax.jit, static_argnums=0)
 def shallow_tokens(flow: STARFlow, params: Params, x: jax.Array) -> jax.Array:
     """Noised latents -> u, the tokens that the deep block sees, (B, T, S, K)."""
-    return apply_flow(flow, flow_variables(params), STARFlow.shallow_forward, x)[0][-1]
+    return _shallow_tokens(flow, shallow_variables(params), x)
+
+
+@partial(jax.jit, static_argnums=0)
+def _shallow_tokens(flow: STARFlow, shallow: dict[str, Any], x: jax.Array) -> jax.Array:
+    return apply_flow(flow, shallow, STARFlow.shallow_forward, x)[0][-1]
 
 
 def text_at(text: Text, frame: int, start: int) -> jax.Array:

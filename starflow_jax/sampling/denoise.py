@@ -47,8 +47,15 @@ def denoise_window(
     is wanted from it."""
     if how in AS_THEY_ARE or (how == "denoiser" and system.config.model.denoiser == "none"):
         return noisy
-    step = denoiser_step if how == "denoiser" else score_step
-    return step(system.flow, to_devices(params, after=noisy), noisy, text_at(text, frame, start))
+    step, needed = score_step, params
+    if how == "denoiser":
+        step, needed = denoiser_step, denoiser_alone(params)
+    return step(system.flow, to_devices(needed, after=noisy), noisy, text_at(text, frame, start))
+
+
+def denoiser_alone(params: Params) -> Params:
+    """Of the flow's parameters and the denoiser's, what `denoiser_step` needs."""
+    return {"flow": {}, "denoiser": params["denoiser"]}
 
 
 @partial(jax.jit, static_argnums=0)

@@ -12,7 +12,7 @@ from starflow_jax.config import Sample, UserError
 from starflow_jax.flow import decode
 from starflow_jax.flow.inversion import Report
 from starflow_jax.flow.starflow import STARFlow, apply_flow
-from starflow_jax.model.parameters import Params, decoding_variables, flow_variables
+from starflow_jax.model.parameters import Params, decoding_variables, flow_variables, shallow_variables
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Conditions, Draws, VideoText, make_conditions
 from starflow_jax.sampling.denoise import denoise
@@ -56,7 +56,7 @@ def generate_clips(
     given = make_conditions(system, params, captions, seeds, settings, known_BTHWC, draws)
     made, reports = zip(*deep_frames(system, params, given, settings))
     noisy, shallow = invert_all(
-        system.flow, decoding_variables(params), joined(*made),
+        system.flow, shallow_variables(params), joined(*made),
         solver=shallow_solver(chosen_solver(system, settings)), token_grid=system.token_grid)
     if given.known_BThwC is not None:
         noisy = joined(given.known_BThwC, noisy)

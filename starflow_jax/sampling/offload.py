@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.config import Config, changed
+from starflow_jax.config import Config, Sample, changed
 from starflow_jax.io.progress import ProgressBar
 from starflow_jax.model.store import LoadedModel, load_encoder
 from starflow_jax.model.text import encode_text, read_tokenizer, text_encoder
@@ -28,10 +28,17 @@ def with_tiles(config: Config) -> Config:
     return changed(config, "codec", {"tile": TILE}) if tiles else config
 
 
-def last_parts_aside(loaded: LoadedModel) -> LoadedModel:
-    """The model with what works last, denoiser and codec, in the host's memory. They are copied to the devices for as
-    long as they work, by `denoise_window` and the system. Not for a stream, which needs them for every frame."""
+def takes_turns(sample: Sample) -> bool:
+    """Whether parts of the model wait in the hosts' memory; not those of a stream that has a device for each half."""
+    return sample.offload and not (sample.stream and sample.devices > 1)
+
+
+def with_parts_aside(loaded: LoadedModel, sample: Sample) -> LoadedModel:
+    """The model with denoiser and codec in the hosts' memory, and the deep block too for a stream, in which they take
+    turns. Each is copied to the devices for as long as it works. A deep block that makes a whole video stays there."""
     params = {name: to_host(part) if name == "denoiser" else part for name, part in loaded.params.items()}
+    if sample.stream:
+        params["flow"] = {**params["flow"], "deep": to_host(params["flow"]["deep"])}
     codec = to_host(jax.tree.map(jnp.asarray, loaded.system.codec))
     return loaded._replace(params=params, system=dataclasses.replace(loaded.system, codec=codec))
 

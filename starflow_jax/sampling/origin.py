@@ -66,7 +66,8 @@ def cache_bytes_per_device(system: System, params: Params, videos: int) -> int:
         lambda params, known, text: decode.start_window(
             system.flow, params, known, text, window=model.frames, token_grid=system.token_grid,
             cache=settings.cache).known.cache,
-        decoding_variables(params), known, text if model.text_length else None)
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), decoding_variables(params)),
+        known, text if model.text_length else None)
     leaves = jax.tree.leaves(cache)
     shapes = [leaf.shape for leaf in leaves] if mesh is None else [
         placed.shard_shape(leaf.shape) for leaf, placed in zip(leaves, jax.tree.leaves(cache.shardings(mesh)))]

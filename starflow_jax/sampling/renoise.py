@@ -3,13 +3,14 @@ however often it has moved on (sample.renoise)."""
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 from jax import lax
 
 from starflow_jax.config import Sample, UserError
 from starflow_jax.flow.starflow import STARFlow, apply_flow
-from starflow_jax.model.parameters import Params, decoding_variables
+from starflow_jax.model.parameters import Params, shallow_variables
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Conditions
 from starflow_jax.sampling.denoise import denoise_window
@@ -35,21 +36,22 @@ def refresher(
     solver, text = shallow_solver(chosen_solver(system, settings)), given.text
 
     def refresh(u_BTSK: jax.Array, frames: int, made: int) -> jax.Array:
-        noisy, _ = invert_all(system.flow, decoding_variables(params), u_BTSK, solver=solver,
+        noisy, _ = invert_all(system.flow, shallow_variables(params), u_BTSK, solver=solver,
                               token_grid=system.token_grid)
         done = given.given + made
         clean = denoise_window(system, params, noisy, done - 1, text, settings.denoise, done - noisy.shape[1])
-        return encode_again(system.flow, params, clean, given.fresh_BNhwC, done - frames, frames=frames)
+        return encode_again(system.flow, shallow_variables(params), clean, given.fresh_BNhwC, done - frames,
+                            frames=frames)
 
     return refresh
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="frames")
 def encode_again(
-    flow: STARFlow, params: Params, clean_BThwC: jax.Array, fresh_BNhwC: jax.Array, first: int, *, frames: int
+    flow: STARFlow, shallow: Any, clean_BThwC: jax.Array, fresh_BNhwC: jax.Array, first: int, *, frames: int
 ) -> jax.Array:
     """u of the last `frames` latents with their noise, (B, frames, S, K); `first`: the first one's place in the video.
-    """
+    shallow: as `shallow_variables` gives them."""
     noise = lax.dynamic_slice_in_dim(fresh_BNhwC, first, frames, axis=1)
     noisy = clean_BThwC[:, clean_BThwC.shape[1] - frames:] + flow.config.noise_std * noise
-    return apply_flow(flow, decoding_variables(params), STARFlow.shallow_forward, noisy)[0][-1]
+    return apply_flow(flow, shallow, STARFlow.shallow_forward, noisy)[0][-1]

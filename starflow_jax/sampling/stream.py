@@ -5,6 +5,9 @@ there is one. On a mesh each stage is sharded over all its devices. JAX dispatch
 block's next frame is dispatched before the one before it is fetched, and it never waits for the rest. The frames
 equal those of the whole clip: each stage is causal, and the denoiser, which looks one frame ahead, is one frame
 late.
+
+With sample.offload nothing works beside the deep block: its weights, and the weights and caches of denoiser and
+codec, are on the device in turns. The deep block's cache stays there.
 """
 
 from collections.abc import Iterator
@@ -19,15 +22,16 @@ from starflow_jax.codec.interface import decode_next
 from starflow_jax.config import Sample, UserError
 from starflow_jax.flow import decode
 from starflow_jax.flow.denoiser_stream import score_next
-from starflow_jax.model.parameters import Params, decoding_variables
+from starflow_jax.model.parameters import Params, shallow_variables
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Conditions, make_conditions, text_at
 from starflow_jax.sampling.denoise import AS_THEY_ARE, denoise_window, window_input
 from starflow_jax.sampling.generate import deep_frames
+from starflow_jax.sampling.offload import takes_turns
 from starflow_jax.sampling.solver import chosen_solver, shallow_solver
 from starflow_jax.sampling.timeline import Timeline
 from starflow_jax.sampling.windows import denoising_windows
-from starflow_jax.sharding import constrain, current_mesh, fetch, lay_out
+from starflow_jax.sharding import constrain, current_mesh, fetch, is_on_host, lay_out, to_devices, to_host
 
 
 def stream_devices(count: int) -> tuple[jax.Device | None, jax.Device | None]:
@@ -82,6 +86,7 @@ class Finisher:
                  device: jax.Device | None = None) -> None:
         model = system.config.model
         self._system, self._params, self._settings = system, _on(device, params), settings
+        self._in_turns = takes_turns(settings)
         self._shallow_solver = shallow_solver(chosen_solver(system, settings))
         self._text = _on(device, given.text)
         self._codec, self._cache = _on(device, system.codec_behind(settings.denoise)), None
@@ -106,7 +111,7 @@ class Finisher:
     def __call__(self, u_BGSK: jax.Array) -> list[jax.Array]:
         """Take the next frames of u; returns the pixels that they complete."""
         noisy, _ = decode.invert_shallow(
-            self._system.flow, decoding_variables(self._params), u_BGSK, solver=self._shallow_solver,
+            self._system.flow, shallow_variables(self._params), u_BGSK, solver=self._shallow_solver,
             token_grid=self._system.token_grid)
         self._noisy = place(self._noisy, noisy, self._ready)
         self._ready += u_BGSK.shape[1]
@@ -130,9 +135,15 @@ class Finisher:
             latent = clean[:, frame - start:frame - start + 1]
         if self._system.as_released:
             self._clean = jnp.concatenate([self._clean, latent], axis=1)
-        frames, self._cache = decode_next(self._codec, latent, self._cache,
-                                          self._system.config.codec.later_frames_scale, self._system.as_released)
+        frames, cache = decode_next(
+            to_devices(self._codec, after=latent), latent, to_devices(self._cache),
+            self._system.config.codec.later_frames_scale, self._system.as_released)
+        self._cache = self._kept(cache)
         return frames
+
+    def _kept(self, state: Any) -> Any:
+        """A stage's state until its next turn, and the stage done with this one."""
+        return jax.block_until_ready(to_host(state)) if self._in_turns else state
 
     def _denoised(self, frame: int, start: int, stop: int, begin: int) -> jax.Array:
         """A frame of a window, denoised with the cache, which the window's context fills first."""
@@ -140,17 +151,21 @@ class Finisher:
         if self._window != start:
             self._window, self._next, self._state = start, start, None
         while self._next <= frame:
-            score, self._state = score_next(
-                self._system.flow, self._params["denoiser"], self._state, self._noisy, self._next,
-                text_at(self._text, begin, start) if model.text_length else None,
+            score, state = score_next(
+                self._system.flow, to_devices(self._params["denoiser"], after=self._noisy), to_devices(self._state),
+                self._noisy, self._next, text_at(self._text, begin, start) if model.text_length else None,
                 frames=min(1 + model.denoiser_lookahead, stop - self._next))
+            self._state = self._kept(state)
             self._next += 1
         return self._noisy[:, frame:frame + 1] - model.denoising_step * score
 
 
 def _on(device: jax.Device | None, tree: Any) -> Any:
-    """Arrays on a device; None: where they are, which may be devices of other processes too."""
-    return tree if device is None else jax.device_put(tree, device)
+    """Arrays on a device, but for those in the host's memory; None: where they are, which may be devices of other
+    processes too."""
+    if device is None:
+        return tree
+    return jax.tree.map(lambda leaf: leaf if is_on_host(leaf) else jax.device_put(leaf, device), tree)
 
 
 def latency(system: System, settings: Sample) -> int:

@@ -61,8 +61,9 @@ class Sample(Settings):
     side: int = setting(0, "pixels of a 1:1 frame's side; frames of another aspect ratio keep its area; 0: always the "
                         "training size", at_least(0, "the training size"))
     offload: bool = setting(False, "one part of the model after the other: a frozen text encoder is read, used and "
-                            "dropped before the flow is read; for whole videos denoiser and codec lie in the host's "
-                            "memory until the flow is done, and the Wan VAE works on tiles")
+                            "dropped before the flow is read; denoiser and codec lie in the host's memory until the "
+                            "flow is done, and the Wan VAE works on tiles; in a stream they and the deep block take "
+                            "turns on the device, frame by frame")
     batch_size: int = setting(32, "videos made together", POSITIVE)
     stream: bool = setting(False, "write each video while it is being made")
     devices: int = setting(1, "of a stream; with 2 or more the deep block is on the first, the rest on the second",

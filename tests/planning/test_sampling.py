@@ -49,8 +49,10 @@ def by_function(texts: list[str]) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(("streams", "offload", "frames"), [
-    (False, False, 0), (True, False, 0), (False, True, 25), pytest.param(True, False, 25, marks=pytest.mark.slow)],
-    ids=["whole videos", "a stream", "past the window, one part after the other", "a stream past the window"])
+    (False, False, 0), (True, False, 0), (False, True, 25), pytest.param(True, False, 25, marks=pytest.mark.slow),
+    pytest.param(True, True, 25, marks=pytest.mark.slow)],
+    ids=["whole videos", "a stream", "past the window, one part after the other", "a stream past the window",
+         "a stream past the window, one part after the other"])
 def test_the_plans_programs_are_those_that_sampling_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                          streams: bool, offload: bool, frames: int) -> None:
     """The user's command on four devices, two guided videos, two frames at once in shallow blocks; past the window,
