@@ -113,9 +113,13 @@ FREE = {"model": ("dtype", "remat", "sequence_parallel", "unroll_layers"), "text
 
 def own_settings(config: Config, workdir: Path) -> tuple[Config, str]:
     """The settings with those of a workdir's model in place of what contradicts them, and a line that says so, "" where
-    nothing does or the workdir holds no model. Files that the config does not name are the model's."""
+    nothing does or the workdir holds no model. Files that the config does not name are the model's; and so is
+    data.first_frame_drop, also of the package's model: whether its prompts say "(extend)" is not the config's choice.
+    """
     if not (workdir / "system" / SETTINGS).exists():
-        return config, ""
+        uses_pretrained = not (workdir / "checkpoints").exists() and _is_pretrained(config)
+        return _with_its_prompts(config, PRETRAINED) if uses_pretrained else config, ""
+    config = _with_its_prompts(config, workdir)
     own, passed_over = settings_of(workdir), []
     for section, free in FREE.items():
         asked, held = getattr(config, section), getattr(own, section)
@@ -129,6 +133,10 @@ def own_settings(config: Config, workdir: Path) -> tuple[Config, str]:
         config = changed(changed(config, "train", beside), "decoder", dataclasses.asdict(own.decoder))
     line = f"{workdir} holds a model with settings of its own, which are used: {', '.join(passed_over)}"
     return config, line if passed_over else ""
+
+
+def _with_its_prompts(config: Config, workdir: Path) -> Config:
+    return changed(config, "data", {"first_frame_drop": settings_of(workdir).data.first_frame_drop})
 
 
 def load_trained(config: Config, workdir: Path, convert: Callable[[str, jax.Array], Any] | None = None
@@ -213,9 +221,13 @@ def load_pretrained(config: Config, workdir: Path) -> LoadedModel:
                        _checksum(PRETRAINED / PRETRAINED_WEIGHTS))
 
 
-def _check_pretrained(config: Config, why: str, setting: str = "--workdir") -> None:
+def _is_pretrained(config: Config) -> bool:
     description = PRETRAINED / "model.json"
-    if not description.exists() or json.loads(description.read_text())["fingerprint"] != model_fingerprint(config):
+    return description.exists() and json.loads(description.read_text())["fingerprint"] == model_fingerprint(config)
+
+
+def _check_pretrained(config: Config, why: str, setting: str = "--workdir") -> None:
+    if not _is_pretrained(config):
         raise UserError(f"{why}, and the package carries no model of {config.name}; "
                         "train one (--mode=train), convert released weights (--mode=convert "
                         f"--config.convert.source=FILE_OR_DIR), or name the folder of one with {setting}")

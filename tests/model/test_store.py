@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import ti2v
 from configs.t2v import tiny
-from starflow_jax.config import UserError
+from starflow_jax.config import UserError, from_config_dict
 from starflow_jax.data.batch import Batch
 from starflow_jax.evaluation.adherence import adherence_of_samples
 from starflow_jax.model.parameters import init_params
-from starflow_jax.model.store import PRETRAINED, load_model, load_pretrained, settings_of
+from starflow_jax.model.store import PRETRAINED, load_model, load_pretrained, own_settings, settings_of
 from starflow_jax.modes.package import LARGEST, package
 from starflow_jax.sampling.likelihood import bits_per_frame
+from tests.small_run import run_here
 
 
 def test_the_pretrained_model_is_tiny_and_small_enough(tmp_path: Path) -> None:
@@ -65,3 +67,24 @@ def test_it_shows_what_the_prompt_asks_for(tmp_path: Path) -> None:
     system, params, *_ = load_model(config, tmp_path)
     shares = adherence_of_samples(system, params, "validation", 16)
     assert min(shares.values()) > 0.8
+
+
+def test_how_later_windows_are_prompted_is_the_models_choice(tmp_path: Path) -> None:
+    """configs/ti2v.py shows every clip with its first frame; the model in the package was trained on others too."""
+    asked = from_config_dict(ti2v.get_config())
+    trained = settings_of(PRETRAINED).data.first_frame_drop
+    assert asked.data.first_frame_drop == 0 < trained
+    config, line = own_settings(asked, tmp_path)
+    assert config.data == dataclasses.replace(asked.data, first_frame_drop=trained) and not line
+    other = dataclasses.replace(asked, model=dataclasses.replace(asked.model, deep_layers=5))
+    assert own_settings(other, tmp_path) == (other, "")
+
+
+@pytest.mark.slow
+def test_both_configs_of_the_pretrained_model_make_the_same_long_video(tmp_path: Path) -> None:
+    for config in ("t2v", "ti2v"):
+        code, _, error = run_here([f"--config=configs/{config}.py", "--mode=sample", f"--workdir={tmp_path / config}",
+                                   "--config.sample.prompt=a red seven moves left", "--config.sample.frames=21"])
+        assert code == 0, error
+    video, other = (next((tmp_path / config).glob("samples/*.mp4")).read_bytes() for config in ("t2v", "ti2v"))
+    assert video == other
