@@ -136,7 +136,7 @@ def measure_samples(
                                     changes=batch.changes)
             finish = Finisher(system, params, given, settings)
             frames = (fetch(part) for u_BGSK, _ in deep_frames(system, params, given, settings)
-                      for part in finish(u_BGSK))
+                      for part in finish(u_BGSK)[0])
             for stretch, frames_BTHWC in enumerate(in_stretches(frames, system.pixel_frames, length * stride)):
                 found.add(stretch, frames_BTHWC[:kept], batch.labels_of(stretch))
                 shown.add(stretch, frames_BTHWC[:kept])

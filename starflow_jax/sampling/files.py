@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from starflow_jax.config import Config, Sample
-from starflow_jax.flow.jacobi import Outcome
 from starflow_jax.io.files import write_text
 from starflow_jax.io.pictures import contact_sheet
 from starflow_jax.io.video import write_mp4
@@ -63,10 +62,7 @@ def describe(config: Config, origin: Origin, made: Made, log_likelihood: float) 
         "log_likelihood_nats": log_likelihood,
         "log_likelihood_of": f"the sampled latents with noise {config.model.noise_std}, given the prompt",
         "bits_per_dim": -log_likelihood / clips.noisy_BNhwC[index].size / np.log(2),
-        "deep_steps_per_block": clips.deep_steps_BK[index].tolist(),
-        "deep_residual_per_block": [float(f"{r:.3g}") for r in clips.deep_residual_BK[index]],
-        "shallow_steps": int(clips.shallow_steps_B[index]),
-        "outcome": Outcome(clips.outcome_B[index]).words,
+        **clips.solved.facts(index),
         "certificate": None if clips.certificate_B is None else float(clips.certificate_B[index]),
         "seconds": round(made.seconds, 3),
     }

@@ -19,6 +19,7 @@ from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.likelihood import frame_nll
 from starflow_jax.sampling.renoise import refresher
 from starflow_jax.sampling.shallow import invert_all
+from starflow_jax.sampling.solved import Solved, solved
 from starflow_jax.sampling.solver import chosen_solver, deep_solver, shallow_solver
 from starflow_jax.sampling.windows import context_frames
 from starflow_jax.sharding import fetch
@@ -26,15 +27,12 @@ from starflow_jax.sharding import fetch
 
 @dataclasses.dataclass(frozen=True)
 class Clips:
-    """Generated clips and how they were made; B clips, T pixel frames, N latent frames, K blocks of tokens."""
+    """Generated clips and how they were made; B clips, T pixel frames, N latent frames."""
 
     frames_BTHWC: np.ndarray  # uint8
     noisy_BNhwC: np.ndarray  # the flow's own sample, before denoising
     text: VideoText  # the prompts' features (B, S, D)
-    deep_steps_BK: np.ndarray  # solver steps of each block of tokens of the deep block
-    deep_residual_BK: np.ndarray  # squared relative change in the last of them
-    shallow_steps_B: np.ndarray  # summed over the shallow blocks' blocks of tokens; the frames' largest
-    outcome_B: np.ndarray  # jacobi.Outcome: the worst of all blocks of tokens, the shallow blocks' too
+    solved: Solved
     certificate_B: np.ndarray | None = None  # with sample.certify: see `certificate`
 
 
@@ -61,7 +59,7 @@ def generate_clips(
     if given.known_BThwC is not None:
         noisy = joined(given.known_BThwC, noisy)
     frames = system.decode(denoise(system, params, noisy, given.text, settings.denoise), settings.denoise)
-    clips = _collect(frames, noisy, given.text, reports, shallow)
+    clips = Clips(fetch(frames), fetch(noisy), given.text, solved(reports, [shallow]))
     if not settings.certify:
         return clips
     return dataclasses.replace(clips, certificate_B=certificate(system, params, clips, given))
@@ -111,14 +109,3 @@ def encode_z(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) 
 def joined(*parts_BN: jax.Array) -> jax.Array:
     """Frames made one step after the other, together."""
     return jnp.concatenate(parts_BN, axis=1)
-
-
-def _collect(frames: jax.Array, noisy: jax.Array, text: VideoText, deep: Sequence[Report],
-             shallow: Sequence[Report]) -> Clips:
-    frames_BTHWC, noisy_BNhwC, deep, shallow = jax.tree.map(fetch, (frames, noisy, deep, shallow))
-    batch = len(frames_BTHWC)
-    worst = [report.outcome.max(axis=0).reshape(batch, -1).max(axis=1) for report in (*deep, *shallow)]
-    most_steps = [report.steps.sum(axis=0).reshape(batch, -1).max(axis=1) for report in shallow]
-    return Clips(frames_BTHWC, noisy_BNhwC, text, np.concatenate([report.steps for report in deep]).T,
-                 np.concatenate([report.residual for report in deep]).T, np.sum(most_steps, axis=0),
-                 np.max(worst, axis=0))

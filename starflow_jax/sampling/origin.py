@@ -81,6 +81,7 @@ def made_before(path: Path, request: Request, settings: Sample, origin: Origin) 
         facts = json.loads(path.read_text())
         same = (facts["weights"], facts["given"], facts["dtype"], facts["prompt_given"], facts["seed"]) == (
             origin.weights, origin.given, origin.dtype, request.given or request.prompt, request.seed)
+        same = same and "outcome" in facts
         # Which of a prompt's videos is kept depends on which were made.
         left_out = set(OF_THE_LIST) - ({"count", "keep", "seed"} if settings.keep else set())
         return facts if same and _without(facts["settings"], left_out) == _without(plain(settings), left_out) else None

@@ -22,6 +22,7 @@ from starflow_jax.codec.interface import decode_next
 from starflow_jax.config import Sample, UserError
 from starflow_jax.flow import decode
 from starflow_jax.flow.denoiser_stream import score_next
+from starflow_jax.flow.inversion import Report
 from starflow_jax.model.parameters import Params, shallow_variables
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Conditions, make_conditions, text_at
@@ -68,11 +69,13 @@ def stream_clips(
     pending: list[jax.Array] = []
     needed = {"flow", "denoiser"} if settings.renoise else {"flow"}
     deep_params, deep_given = _on(deep, ({part: params[part] for part in needed & set(params)}, given))
-    for u_BGSK, _ in deep_frames(system, deep_params, deep_given, settings):
+    for u_BGSK, report in deep_frames(system, deep_params, deep_given, settings):
         timeline.watch("deep", index, u_BGSK)
+        timeline.deep_reports.append(report)
         # What was dispatched a step ago is fetched only now, with the deep block at work on the next.
         yield from map(fetch, pending)
-        pending = finish(_on(rest, u_BGSK))
+        pending, reports = finish(_on(rest, u_BGSK))
+        timeline.shallow_reports.append(reports)
         if pending:
             timeline.watch("rest", index, pending)
         index += u_BGSK.shape[1]
@@ -108,9 +111,9 @@ class Finisher:
         """The latents with their noise; of frames that are not made yet 0."""
         return self._noisy
 
-    def __call__(self, u_BGSK: jax.Array) -> list[jax.Array]:
-        """Take the next frames of u; returns the pixels that they complete."""
-        noisy, _ = decode.invert_shallow(
+    def __call__(self, u_BGSK: jax.Array) -> tuple[list[jax.Array], tuple[Report, ...]]:
+        """Take the next frames of u; returns the pixels that they complete, and the shallow blocks' reports."""
+        noisy, reports = decode.invert_shallow(
             self._system.flow, shallow_variables(self._params), u_BGSK, solver=self._shallow_solver,
             token_grid=self._system.token_grid)
         self._noisy = place(self._noisy, noisy, self._ready)
@@ -121,7 +124,7 @@ class Finisher:
         while self._emitted < done:
             out.append(self._pixels(self._emitted))
             self._emitted += 1
-        return out
+        return out, reports
 
     def _pixels(self, frame: int) -> jax.Array:
         start, stop, begin, _ = next(window for window in self._windows if window.begin <= frame < window.end)

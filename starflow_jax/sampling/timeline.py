@@ -1,15 +1,17 @@
-"""When each stage of a stream worked on which frame, and a picture of it."""
+"""When each stage of a stream worked on which frame, how its solver ended, and a picture of it."""
 
 import dataclasses
 import queue
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from PIL import Image, ImageDraw
 
+from starflow_jax.flow.inversion import Report
 from starflow_jax.io.files import atomic_path
 
 
@@ -30,6 +32,8 @@ class Timeline:
         self._began = time.perf_counter()
         self.events: list[Event] = []
         self.asked: dict[str, int] = {}  # results dispatched so far, by stage
+        self.deep_reports: list[Report] = []  # of each step of the deep block
+        self.shallow_reports: list[Sequence[Report]] = []  # of the shallow blocks, for each of those
         self._queues: dict[str, queue.Queue] = {}
         self._threads: list[threading.Thread] = []
 

@@ -23,12 +23,13 @@ from starflow_jax.sampling.files import Row, described, details_path, file_rate,
 from starflow_jax.sampling.generate import log_likelihood
 from starflow_jax.sampling.origin import Origin, made_before
 from starflow_jax.sampling.requests import Request, rewritten, unknown_word_lines
+from starflow_jax.sampling.solved import solved
 from starflow_jax.sampling.stream import stream_clips
 from starflow_jax.sampling.timeline import Timeline, draw_timeline
 from starflow_jax.sharding import as_first_process_has_it
 
 WHOLE = ("video", "bits/dim", "Jacobi steps", "outcome", "seconds")
-STREAMED = ("video", "seconds to the first frame", "frames per second")
+STREAMED = ("video", "outcome", "seconds to the first frame", "frames per second")
 FAILURES = (UserError, jax.errors.JaxRuntimeError)
 
 
@@ -157,11 +158,11 @@ class Videos:
                     writer.write(part_THWC)
                 progress.update(part_BTHWC.shape[1])
         seconds = time.perf_counter() - began
-        events = timeline.close()
-        for writer, path, request in zip(writers, paths, batch):
+        events, ended = timeline.close(), solved(timeline.deep_reports, timeline.shallow_reports)
+        for index, (writer, path, request) in enumerate(zip(writers, paths, batch)):
             writer.close()
-            facts = {**described(system.config, self.origin, request), "frames": frames, "seconds": round(seconds, 3),
-                     "seconds_to_first_frame": round(first, 3),
+            facts = {**described(system.config, self.origin, request), "frames": frames, **ended.facts(index),
+                     "seconds": round(seconds, 3), "seconds_to_first_frame": round(first, 3),
                      "timeline": [dataclasses.asdict(event) for event in events]}
             draw_timeline(path.with_suffix(".timeline.png"), events)
             write_text(details_path(self.folder, settings, request), json.dumps(facts, indent=1))
@@ -169,4 +170,5 @@ class Videos:
 
 
 def _stream_row(path: Path, facts: dict) -> Row:
-    return str(path), f"{facts['seconds_to_first_frame']:.2f}", f"{facts['frames'] / facts['seconds']:.2f}"
+    return (str(path), facts["outcome"], f"{facts['seconds_to_first_frame']:.2f}",
+            f"{facts['frames'] / facts['seconds']:.2f}")

@@ -200,7 +200,7 @@ def test_its_samples_show_the_same(loaded: dict[str, sf.Model]) -> None:
         settings = dataclasses.replace(system.config.sample, cache=cache)
         clips = generate_clips(system, params, captions, range(16), settings)
         adherence = default_reader().adherence(labels_of(captions), clips.frames_BTHWC)
-        found[weights, cache] = clips.frames_BTHWC, float(clips.deep_steps_BK.sum(axis=1).mean()), adherence
+        found[weights, cache] = clips.frames_BTHWC, float(clips.solved.deep_steps_BK.sum(axis=1).mean()), adherence
     frames, steps, adherence = found[("", "")]
     for key, lowest in ((("int8", ""), 44), (("", "int8"), 51)):
         frames_int8, steps_int8, adherence_int8 = found[key]

@@ -14,6 +14,7 @@ from starflow_jax.sampling.batches import Made, most_likely
 from starflow_jax.sampling.generate import Clips
 from starflow_jax.sampling.given import given_frames, read_given
 from starflow_jax.sampling.requests import Request, extended, read_requests, rewritten
+from starflow_jax.sampling.solved import Solved
 from tests.small_model import CONFIG
 
 
@@ -65,7 +66,7 @@ def test_given_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 def test_the_most_likely_of_each_prompt_are_kept() -> None:
     empty = np.zeros((5, 1))
-    clips = Clips(empty, empty, {}, empty, empty, empty, empty)
+    clips = Clips(empty, empty, {}, Solved(empty, empty, empty, empty))
     made = [Made(Request("a" if i < 3 else "b", i), clips, i, 0.0) for i in range(5)]
     assert most_likely(made, [-3.0, -1.0, -2.0, -9.0, -8.0], keep=2) == [1, 2, 4, 3]
 

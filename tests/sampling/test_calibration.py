@@ -153,7 +153,7 @@ def test_a_calibrated_wavefront_serves_whole_videos_within_a_tolerance(system: S
     np.testing.assert_allclose(make_conditions(of, params, CAPTIONS, [5, 6, 7], named).start_BNSK,
                                of.calibration.noise_guess(noise_for([5, 6, 7], (3, 4, 4))), atol=1e-6)
     clips = generate_clips(of, params, CAPTIONS, [5, 6, 7], asked)
-    assert clips.deep_steps_BK.shape == (3, 6) and (clips.deep_steps_BK == 3).all()
+    assert clips.solved.deep_steps_BK.shape == (3, 6) and (clips.solved.deep_steps_BK == 3).all()
     exact = generate_clips(of, params, CAPTIONS, [5, 6, 7], changed(asked, tolerance=0.0))
     assert 0 < relative_error(clips.noisy_BNhwC, exact.noisy_BNhwC) < 0.1
     alone = generate_clips(of, params, CAPTIONS[:1], [5], asked)

@@ -52,7 +52,7 @@ def test_sample_encodes_back_to_its_noise(system: System, params, clips: Clips) 
 def test_sequential_equals_jacobi(system: System, params, clips: Clips) -> None:
     sequential = generate_clips(system, params, CAPTIONS, [5, 6, 7], changed(SETTINGS, kind="sequential"))
     np.testing.assert_allclose(sequential.noisy_BNhwC, clips.noisy_BNhwC, atol=2e-2)
-    assert sequential.deep_steps_BK.max() == 1 and clips.deep_steps_BK.max() > 1
+    assert sequential.solved.deep_steps_BK.max() == 1 and clips.solved.deep_steps_BK.max() > 1
 
 
 def test_the_start_does_not_change_the_end(system: System, params, clips: Clips) -> None:
@@ -116,21 +116,21 @@ def test_certificate_of_an_unguided_sample(system: System, params) -> None:
     assert clips.certificate_B is not None and clips.certificate_B.max() < 1e-7
     loose = generate_clips(system, params, CAPTIONS, [5, 6, 7],
                            changed(exact, max_steps=1, block_size=4, tolerance=1e-3))
-    assert loose.certificate_B.min() > 1e-4 and (loose.outcome_B == Outcome.OUT_OF_STEPS).all()
+    assert loose.certificate_B.min() > 1e-4 and (loose.solved.outcome_B == Outcome.OUT_OF_STEPS).all()
     with pytest.raises(UserError, match="sample.certify"):
         generate_clips(system, params, CAPTIONS, [5, 6, 7], changed(SETTINGS, certify=True))
 
 
 def test_a_video_says_how_its_solution_ended(system: System, params, clips: Clips) -> None:
-    np.testing.assert_array_equal(clips.outcome_B, [Outcome.EXACT] * 3)  # blocks of two, at a small tolerance
+    np.testing.assert_array_equal(clips.solved.outcome_B, [Outcome.EXACT] * 3)  # blocks of two, at a small tolerance
     loose = changed(SETTINGS, block_size=4, tolerance=0.1)
     whole = generate_clips(system, params, CAPTIONS, [5, 6, 7], loose)
-    np.testing.assert_array_equal(whole.outcome_B, [Outcome.CONVERGED] * 3)
+    np.testing.assert_array_equal(whole.solved.outcome_B, [Outcome.CONVERGED] * 3)
     draws = draw(system, [5, 6, 7], 3)
     broken = draws.replace(noise_BNSK=draws.noise_BNSK.at[1, 2].set(jnp.nan))
     made = generate_clips(system, params, CAPTIONS, [5, 6, 7], loose, draws=broken)
-    np.testing.assert_array_equal(made.outcome_B, [Outcome.CONVERGED, Outcome.NOT_FINITE, Outcome.CONVERGED])
-    assert made.deep_steps_BK[1, -1] == 1 and np.isnan(made.deep_residual_BK[1, -1])
+    np.testing.assert_array_equal(made.solved.outcome_B, [Outcome.CONVERGED, Outcome.NOT_FINITE, Outcome.CONVERGED])
+    assert made.solved.deep_steps_BK[1, -1] == 1 and np.isnan(made.solved.deep_residual_BK[1, -1])
     np.testing.assert_allclose(made.noisy_BNhwC[::2], whole.noisy_BNhwC[::2], atol=1e-5)
     assert [outcome.words for outcome in Outcome] == ["exact", "converged", "out of steps", "not finite"]
 

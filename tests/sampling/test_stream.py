@@ -11,6 +11,7 @@ from starflow_jax.config import UserError
 from starflow_jax.io.pictures import read_image
 from starflow_jax.model.system import System
 from starflow_jax.sampling.generate import generate_clips
+from starflow_jax.sampling.solved import solved
 from starflow_jax.sampling.stream import latency, stream_clips, stream_devices
 from starflow_jax.sampling.timeline import Event, Timeline, draw_timeline
 from tests.helpers import changed
@@ -23,14 +24,17 @@ SEEDS = [5, 6, 7]
     (9, 1, False), (9, 2, False), (21, 2, False), (21, 2, True), (9, 4, False)])
 def test_stream_equals_the_whole_clip(system: System, params, frames: int, devices: int, renoise: bool) -> None:
     """Within the window and beyond it, also with another caption meanwhile and noised anew; bit for bit but for the
-    denoiser, which has its own order of additions."""
+    denoiser, which has its own order of additions. The solver ends alike."""
     for denoise in ("denoiser",) if renoise else ("denoiser", "none"):
         settings = changed(SETTINGS, frames=frames, devices=devices, frames_per_step=1, denoise=denoise,
                            renoise=renoise, changes=f"13: {CAPTIONS[1]}" if renoise else "")
-        whole = generate_clips(system, params, CAPTIONS, SEEDS, settings).frames_BTHWC
-        parts = list(stream_clips(system, params, CAPTIONS, SEEDS, settings))
+        made, timeline = generate_clips(system, params, CAPTIONS, SEEDS, settings), Timeline()
+        parts = list(stream_clips(system, params, CAPTIONS, SEEDS, settings, timeline=timeline))
+        ended = solved(timeline.deep_reports, timeline.shallow_reports)
+        for field in dataclasses.fields(ended):
+            np.testing.assert_array_equal(getattr(ended, field.name), getattr(made.solved, field.name), field.name)
         assert [part.shape[1] for part in parts] == [1] + [4] * ((frames - 1) // 4)
-        difference = np.abs(np.int32(np.concatenate(parts, axis=1)) - np.int32(whole))
+        difference = np.abs(np.int32(np.concatenate(parts, axis=1)) - np.int32(made.frames_BTHWC))
         assert difference.max() <= (denoise == "denoiser") and (difference > 0).mean() < 1e-3
 
 
