@@ -1,15 +1,19 @@
 """Settings: bad ones fail when they are made, naming field and value."""
 
+import contextlib
 import dataclasses
+import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs.t2v import tiny
 from starflow_jax import config
-from starflow_jax.config import Config, UserError, from_config_dict, to_config_dict
+from starflow_jax.config import Config, UserError, from_config_dict, from_dict, to_config_dict
 from starflow_jax.settings import listing
 from tests.helpers import tiny_model
 
@@ -22,7 +26,7 @@ BAD = [
     (config.Model, "shallow_layers", (), "layer counts"),
     (config.Model, "shallow_layers", (2, 0), "layer counts"),
     (config.Model, "head_dim", 22, "multiple of 4"),
-    (config.Model, "head_dim", 16, ">= 20"),
+    (config.Model, "head_dim", 16, "20 to 1024"),
     (config.Model, "shallow_width", 50, "head_dim=20"),
     (config.Model, "deep_width", 50, "head_dim=20"),
     (config.Model, "text_length", -1, "no text"),
@@ -74,6 +78,37 @@ def test_a_bad_value_names_itself(kind: Any, field: str, value: Any, allowed: st
     assert message.startswith(f"{kind.path or kind.__name__.lower()}.{field}={value!r}: ")
     assert allowed in message
     assert "\n" not in message
+
+
+def numbers(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of each setting that is a number or holds numbers."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{path}{name}.")
+        elif isinstance(value, (int, float, tuple)) and not isinstance(value, bool):
+            yield path + name, value
+
+
+@pytest.mark.parametrize("bad", [10**30, -10**30, math.nan, math.inf, -math.inf])
+def test_every_number_has_a_lower_and_an_upper_bound(bad: float) -> None:
+    taken = []
+    for name, value in numbers(dataclasses.asdict(tiny())):
+        if isinstance(value, int) and not isinstance(bad, int):
+            continue
+        values = section = dataclasses.asdict(tiny())
+        *parents, last = name.split(".")
+        for parent in parents:
+            section = section[parent]
+        section[last] = (bad,) if isinstance(value, tuple) else type(value)(bad)
+        with contextlib.suppress(UserError):
+            taken.append((name, getattr(from_dict(values), parents[0])))
+    assert taken == []
+
+
+def test_the_last_seed_is_one_too() -> None:
+    assert config.Sample(seed=2**32 - 3, count=3)
+    with pytest.raises(UserError, match="sample.seed=4294967294: with count=3 the last seed must"):
+        config.Sample(seed=2**32 - 2, count=3)
 
 
 @pytest.mark.parametrize("field, value", [("height", 3), ("width", 5)])
@@ -165,7 +200,7 @@ def test_every_setting_is_described() -> None:
     assert len({one.name for one in described}) == len(described) > 150
     assert [one.name for one in described if not one.description] == []
     assert next(one for one in described if one.name == "sample.guidance") == listing.Described(
-        "sample.guidance", "a number", 2.5, "0 (none) or more", "weight of classifier-free guidance")
+        "sample.guidance", "a number", 2.5, "0 (none) or more, at most 100", "weight of classifier-free guidance")
     assert next(one for one in described if one.name == "model.channels").default is dataclasses.MISSING
 
 

@@ -50,7 +50,7 @@ def test_one_line_and_exit_code_2(name: str, tmp_path: Path) -> None:
 def test_a_process_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
     result = run(tmp_path / "work", tmp_path, "--config.train.batch_size=-3")
     assert result.returncode == 2
-    assert result.stderr == "starflow_jax: train.batch_size=-3: must be greater than 0\n"
+    assert result.stderr == "starflow_jax: train.batch_size=-3: must be greater than 0, at most 1000000\n"
 
 
 def test_every_mode_is_a_function_of_its_name() -> None:

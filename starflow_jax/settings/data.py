@@ -4,13 +4,13 @@ import dataclasses
 
 from starflow_jax.settings.fields import (
     NAMES,
-    POSITIVE,
     PROBABILITY,
     Allowed,
     Settings,
     at_least,
     names,
     one_of,
+    positive,
     setting,
 )
 
@@ -23,19 +23,19 @@ class Data(Settings):
     directory: str = setting("", "digits: the data set's folder; empty: in the user's cache; prepared: one folder, or "
                              "several, comma-separated")
     latents: bool = setting(False, "train on prepared latents (and a frozen text encoder's features), not on pixels")
-    size: int = setting(24, "digits: pixels of a frame's side", POSITIVE)
-    digit_size: int = setting(15, "digits: pixels of a digit's side", POSITIVE)
+    size: int = setting(24, "digits: pixels of a frame's side", positive(1024))
+    digit_size: int = setting(15, "digits: pixels of a digit's side", positive(1024))
     wraps: bool = setting(False, "digits: what leaves a frame on one side comes back on the other; with longer clips, "
                           "some of which change")
-    train_clips: int = setting(40_000, "digits: clips of the training split", POSITIVE)
-    validation_clips: int = setting(500, "digits: clips of the validation split", POSITIVE)
-    test_clips: int = setting(1_000, "digits: clips of the test split", POSITIVE)
+    train_clips: int = setting(40_000, "digits: clips of the training split", positive(100_000_000))
+    validation_clips: int = setting(500, "digits: clips of the validation split", positive(100_000_000))
+    test_clips: int = setting(1_000, "digits: clips of the test split", positive(100_000_000))
     image_probability: float = setting(0.2, "share of steps that train on images", PROBABILITY)
     first_frame_drop: float = setting(0.25, "share of clips that are shown without their first frame", PROBABILITY)
     caption_drop: float = setting(0.1, "share of clips that are shown without their caption", PROBABILITY)
     short_caption: float = setting(0.1, "share of captions that are the short ones", PROBABILITY)
     workers: int = setting(0, "processes that decode clips; 0: threads of the training process",
-                           at_least(0, "threads"))
+                           at_least(0, "threads", most=1000))
 
     def check(self) -> None:
         self.require("directory", bool(self.directory) or self.source == "digits",
@@ -74,28 +74,30 @@ class Prepare(Settings):
     short_captions: str = setting("caption_short,short_caption,raw_caption,txt,caption,text,title",
                                   "the same; txt is the file KEY.txt", NAMES)
     frames: int = setting(0, "frames of a clip; 0: the model's and one latent frame's more, so that the first can go",
-                          at_least(0, "the model's"))
-    fps: int = setting(16, "frame rate of a clip, stated in the prompt; 0: the source's", at_least(0, "the source's"))
+                          at_least(0, "the model's", most=100_000))
+    fps: int = setting(16, "frame rate of a clip, stated in the prompt; 0: the source's",
+                       at_least(0, "the source's", most=1000))
     resolution: int = setting(480, "as in 384p, 480p: the height of a 16:9 frame; those of other aspect ratios have as "
-                              "many pixels", POSITIVE)
+                              "many pixels", positive(16_384))
     aspect_ratios: str = setting("21:9,16:9,3:2,4:3,1:1,3:4,2:3,9:16", "buckets; a video goes into the nearest", NAMES)
-    clips_per_video: int = setting(0, "most clips taken from one video; 0: all", at_least(0, "all"))
-    max_upscale: float = setting(1.25, "largest enlargement; smaller sources are left out", POSITIVE)
-    min_brightness: float = setting(12.0, "mean of a clip, 0 to 255; darker ones are left out", at_least(0))
+    clips_per_video: int = setting(0, "most clips taken from one video; 0: all", at_least(0, "all", most=1_000_000))
+    max_upscale: float = setting(1.25, "largest enlargement; smaller sources are left out", positive(1000))
+    min_brightness: float = setting(12.0, "mean of a clip, 0 to 255; darker ones are left out", at_least(0, most=255))
     min_motion: float = setting(0.4, "mean change from frame to frame, 0 to 255; stiller ones are left out",
-                                at_least(0))
+                                at_least(0, most=255))
     cut_threshold: float = setting(25.0, "the same: a cut is above it, and far above the frames before; 0: no cuts",
-                                   at_least(0, "none"))
+                                   at_least(0, "none", most=255))
     crf: int = setting(10, "H.264's quality", Allowed("0 (lossless) to 51", lambda value: 0 <= value <= 51))
     validation_share: float = setting(0.01, "of the videos, by a hash of their names", _SHARE)
     test_share: float = setting(0.01, "of the videos, by a hash of their names", _SHARE)
-    items_per_part: int = setting(16, "videos of a folder or list that one process takes at a time", POSITIVE)
-    clips_per_shard: int = setting(256, "clips per file", POSITIVE)
-    processes: int = setting(0, "processes that cut clips; 0: one per core", at_least(0, "one per core"))
+    items_per_part: int = setting(16, "videos of a folder or list that one process takes at a time",
+                                  positive(1_000_000))
+    clips_per_shard: int = setting(256, "clips per file", positive(1_000_000))
+    processes: int = setting(0, "processes that cut clips; 0: one per core", at_least(0, "one per core", most=10_000))
     beam: str = setting("none", 'flags of an Apache Beam pipeline, such as "--runner=FlinkRunner ..."')
     latents: bool = setting(False, "encode the clips with the workdir's codec")
     text_features: bool = setting(False, "encode their prompts with the workdir's text encoder")
-    batch_size: int = setting(8, "clips that are encoded at once", POSITIVE)
+    batch_size: int = setting(8, "clips that are encoded at once", positive(10_000))
 
     def check(self) -> None:
         self.require("test_share", self.validation_share + self.test_share < 1,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import numbers
 import typing
 from collections.abc import Callable
@@ -21,9 +20,14 @@ class Allowed:
     holds: Callable[[Any], bool]
 
 
-def at_least(low: float, zero: str = "") -> Allowed:
-    """Any finite number from `low` on. zero: what the value 0 stands for, where low is 0."""
-    return Allowed(f"0 ({zero}) or more" if zero else f"{low} or more", lambda value: low <= value < math.inf)
+def at_least(low: float, zero: str = "", *, most: float) -> Allowed:
+    """Any number from `low` to `most`. zero: what the value 0 stands for, where low is 0."""
+    return Allowed(f"{f'0 ({zero})' if zero else low} or more, at most {most}", lambda value: low <= value <= most)
+
+
+def positive(most: float) -> Allowed:
+    """Any number above 0, up to `most`."""
+    return Allowed(f"greater than 0, at most {most}", lambda value: 0 < value <= most)
 
 
 def one_of(*choices: str) -> Allowed:
@@ -31,7 +35,7 @@ def one_of(*choices: str) -> Allowed:
     return Allowed(f"one of {', '.join(choice or '(empty)' for choice in choices)}", lambda value: value in choices)
 
 
-POSITIVE = Allowed("greater than 0", lambda value: 0 < value < math.inf)
+SEED = Allowed("0 to 4294967295 (2^32 - 1)", lambda value: 0 <= value < 2**32)
 PROBABILITY = Allowed("a probability, 0 to 1", lambda value: 0 <= value <= 1)
 NAMES = Allowed("comma-separated names", lambda value: all(names(value)))
 

@@ -1,10 +1,9 @@
 """Sampling, the solver, and evaluation."""
 
 import dataclasses
-import math
 from typing import ClassVar
 
-from starflow_jax.settings.fields import POSITIVE, Allowed, Settings, UserError, at_least, one_of, setting
+from starflow_jax.settings.fields import SEED, Allowed, Settings, UserError, at_least, one_of, positive, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,19 +14,19 @@ class Solver(Settings):
 
     kind: str = setting("", "empty: as calibrated, or jacobi", one_of("", "jacobi", "wavefront", "sequential"))
     block_size: int = setting(0, "tokens solved for at once; 0: as calibrated, or those of a step's frames",
-                              at_least(0, "as calibrated"))
+                              at_least(0, "as calibrated", most=1_000_000))
     frames_per_step: int = setting(0, "frames solved for at once; 0: as calibrated, or one",
-                                   at_least(0, "as calibrated"))
-    updates: int = setting(3, "updates of each token by the wavefront, whatever the tolerance", POSITIVE)
+                                   at_least(0, "as calibrated", most=10_000))
+    updates: int = setting(3, "updates of each token by the wavefront, whatever the tolerance", positive(10_000))
     start: str = setting("", "where the solver starts: the previous frame, or the noise; empty: as calibrated, or "
                          "previous", one_of("", "previous", "noise"))
     tolerance: float = setting(-1.0, "largest relative change at which a block is solved; 0: exact; -1: as calibrated, "
-                               "or 1e-3", Allowed("-1 (as calibrated), 0 (exact) or more",
-                                                  lambda value: value == -1 or 0 <= value < math.inf))
+                               "or 1e-3", Allowed("-1 (as calibrated), 0 (exact) or more, at most 1000000",
+                                                  lambda value: value == -1 or 0 <= value <= 1e6))
     max_steps: int = setting(0, "updates of a block; 0: the block size, which is exact",
-                             at_least(0, "the block size"))
+                             at_least(0, "the block size", most=1_000_000))
     first_block_size: int = setting(0, "tokens solved for at once in a video's first frame; 0: block_size",
-                                    at_least(0, "block_size"))
+                                    at_least(0, "block_size", most=1_000_000))
 
     def check(self) -> None:
         self.require("kind", self.kind != "wavefront" or self.tolerance != 0,
@@ -46,32 +45,34 @@ class Sample(Settings):
     changes: str = setting("", 'other prompts from later frames on: "25: a red seven moves left; 49: ..."')
     image: str = setting("", "a picture file: the video's first frame")
     video: str = setting("", "a video file to extend")
-    count: int = setting(1, "videos per prompt", POSITIVE)
-    keep: int = setting(0, "how many of these to keep, the most likely ones; 0: all", at_least(0, "all"))
-    seed: int = setting(0, "seed of the first video; each further one takes the next")
-    guidance: float = setting(2.5, "weight of classifier-free guidance", at_least(0, "none"))
+    count: int = setting(1, "videos per prompt", positive(1_000_000))
+    keep: int = setting(0, "how many of these to keep, the most likely ones; 0: all",
+                        at_least(0, "all", most=1_000_000))
+    seed: int = setting(0, "seed of the first video; each further one takes the next", SEED)
+    guidance: float = setting(2.5, "weight of classifier-free guidance", at_least(0, "none", most=100))
     later_guidance: float = setting(-1.0, "that weight once the window has moved on or the prompt has changed; -1: the "
-                                    "same", Allowed("0 or more, or -1 (that of guidance)",
-                                                    lambda value: value == -1 or 0 <= value < math.inf))
+                                    "same", Allowed("0 or more, at most 100, or -1 (that of guidance)",
+                                                    lambda value: value == -1 or 0 <= value <= 100))
     frames: int = setting(0, "pixel frames, given ones included; 0: the training length, after a given video",
-                          at_least(0, "the training length"))
-    fps: int = setting(0, "frame rate of the prompt and of the file; 0: as trained", at_least(0, "as trained"))
+                          at_least(0, "the training length", most=1_000_000))
+    fps: int = setting(0, "frame rate of the prompt and of the file; 0: as trained",
+                       at_least(0, "as trained", most=1000))
     aspect_ratio: str = setting("", "aspect ratio of the frames, where `side` is given, and in the prompt; empty: as "
                                 "trained")
     side: int = setting(0, "pixels of a 1:1 frame's side; frames of another aspect ratio keep its area; 0: always the "
-                        "training size", at_least(0, "the training size"))
+                        "training size", at_least(0, "the training size", most=16_384))
     offload: bool = setting(False, "one part of the model after the other: a frozen text encoder is read, used and "
                             "dropped before the flow is read; denoiser and codec lie in the host's memory until the "
                             "flow is done, and the Wan VAE works on tiles; in a stream they and the deep block take "
                             "turns on the device, frame by frame")
-    batch_size: int = setting(32, "videos made together", POSITIVE)
+    batch_size: int = setting(32, "videos made together", positive(10_000))
     stream: bool = setting(False, "write each video while it is being made")
     devices: int = setting(1, "of a stream; with 2 or more the deep block is on the first, the rest on the second",
-                           POSITIVE)
+                           positive(10_000))
     solver: Solver = setting(Solver(), "how the flow is inverted")
     certify: bool = setting(False, "encode the sample again and report the distance to the noise it was made from")
     context_frames: int = setting(0, "latent frames re-encoded when the window moves on; 0: three quarters of it",
-                                  at_least(0, "three quarters"))
+                                  at_least(0, "three quarters", most=10_000))
     renoise: bool = setting(False, "frames that are encoded again are denoised and given the training noise anew")
     denoise: str = setting("denoiser", "what removes the noise that training added: the denoiser, a step along the "
                            "score, or a decoder that was trained for it (train.target=decoder)",
@@ -85,6 +86,8 @@ class Sample(Settings):
 
     def check(self) -> None:
         self.require("keep", self.keep <= self.count, f"must be at most count={self.count}")
+        self.require("seed", SEED.holds(self.seed + self.count - 1),
+                     f"with count={self.count} the last seed must be at most {2**32 - 1}")
         for field in ("keep", "certify", "vbench"):
             self.require(field, not (self.stream and getattr(self, field)),
                          "needs whole clips; leave it out, or set sample.stream=false")
@@ -123,28 +126,31 @@ class Evaluate(Settings):
 
     task: str = setting("test_set", "what is measured", one_of(*EVALUATIONS))
     clips: int = setting(1_000, "test clips whose likelihood is measured, or whose caption is chosen by it (classify)",
-                         POSITIVE)
-    batch_size: int = setting(64, "clips at once, and draws of one video", POSITIVE)
-    prompts: int = setting(500, "test prompts whose samples are measured (test_set, horizon)", POSITIVE)
-    latent_frames: int = setting(128, "latent frames of each of them (horizon)", POSITIVE)
+                         positive(10_000_000))
+    batch_size: int = setting(64, "clips at once, and draws of one video", positive(10_000))
+    prompts: int = setting(500, "test prompts whose samples are measured (test_set, horizon)", positive(1_000_000))
+    latent_frames: int = setting(128, "latent frames of each of them (horizon)", positive(100_000))
     video: str = setting("", "a video file: its exact likelihood given `caption`, and its way to z and back (video)")
     caption: str = setting("", "caption of that video")
     other: str = setting("", "another video file: interpolation in z from `video` to it")
     other_caption: str = setting("", "caption of that other video; empty: the same one")
     steps: int = setting(7, "videos of an interpolation, both ends included",
-                         Allowed("2 or more: both ends are included", lambda value: value >= 2))
-    draws: int = setting(8, "draws of the training noise over which a video's likelihood is averaged", POSITIVE)
+                         Allowed("2 or more, at most 1000: both ends are included", lambda value: 2 <= value <= 1000))
+    draws: int = setting(8, "draws of the training noise over which a video's likelihood is averaged", positive(10_000))
     every_caption: bool = setting(False, "score all captions, not only those that the search visits (classify)")
-    guidance: tuple[float, ...] = setting((0.0, 1.0, 2.0, 3.0, 5.0), "weights of guidance that are compared (guidance)",
-                                          Allowed("a tuple of numbers, 0 or more",
-                                                  lambda value: len(value) > 0 and min(value) >= 0))
+    guidance: tuple[float, ...] = setting(
+        (0.0, 1.0, 2.0, 3.0, 5.0), "weights of guidance that are compared (guidance)",
+        Allowed("a tuple of numbers, 0 or more, at most 100",
+                lambda value: len(value) > 0 and 0 <= min(value) <= max(value) <= 100))
     folder: str = setting("", "comma-separated folders of videos of any system (quality)")
     reference: str = setting("", "a folder of real videos; without `folder`: how well the codec reconstructs them "
                              "(quality)")
     vbench: str = setting("", 'VBench\'s prompt list, a file or "installed", that names the videos (quality)')
     frames: int = setting(16, "first frames of each video that Frechet video distance compares",
-                          Allowed("9 or more: fewer vanish in I3D's strides", lambda value: value >= 9))
-    fps: int = setting(0, "frame rate at which folders are compared; 0: their own", at_least(0, "the videos' own"))
+                          Allowed("9 or more, at most 10000: fewer vanish in I3D's strides",
+                                  lambda value: 9 <= value <= 10_000))
+    fps: int = setting(0, "frame rate at which folders are compared; 0: their own",
+                       at_least(0, "the videos' own", most=1000))
 
     def check(self) -> None:
         for task, fields in {"video": ("video", "caption", "other", "other_caption"), "classify": ("every_caption",),

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from starflow_jax.settings.fields import POSITIVE, Allowed, Settings, at_least, names, one_of, setting
+from starflow_jax.settings.fields import SEED, Allowed, Settings, at_least, names, one_of, positive, setting
 
 TARGETS = ("all", "decoder")
 
@@ -11,39 +11,39 @@ TARGETS = ("all", "decoder")
 class Train(Settings):
     """The training loop."""
 
-    steps: int = setting(100_000, "optimizer steps", POSITIVE)
-    batch_size: int = setting(192, "clips per step", POSITIVE)
+    steps: int = setting(100_000, "optimizer steps", positive(1_000_000_000))
+    batch_size: int = setting(192, "clips per step", positive(1_000_000))
     image_batch_size: int = setting(0, "images per step; 0: as many as a batch of clips has frames",
-                                    at_least(0, "as many as frames"))
-    accumulate: int = setting(1, "microbatches per step", POSITIVE)
-    learning_rate: float = setting(5e-5, "after warm-up", POSITIVE)
-    final_learning_rate: float = setting(1e-6, "at the end of the cosine decay", POSITIVE)
+                                    at_least(0, "as many as frames", most=10_000_000))
+    accumulate: int = setting(1, "microbatches per step", positive(1_000_000))
+    learning_rate: float = setting(5e-5, "after warm-up", positive(1000))
+    final_learning_rate: float = setting(1e-6, "at the end of the cosine decay", positive(1000))
     warmup_steps: int = setting(1_000, "steps of linear warm-up; a run of fewer steps is all warm-up",
-                                at_least(0, "none"))
-    weight_decay: float = setting(1e-4, "of AdamW", at_least(0))
-    clip: float = setting(1.0, "largest gradient norm; a larger one is scaled down", POSITIVE)
+                                at_least(0, "none", most=1_000_000_000))
+    weight_decay: float = setting(1e-4, "of AdamW", at_least(0, most=1000))
+    clip: float = setting(1.0, "largest gradient norm; a larger one is scaled down", positive(1_000_000_000))
     outlier_factor: float = setting(8.0, "a step whose gradient norm is this many times its running mean is skipped",
-                                    Allowed("greater than 1", lambda value: value > 1))
+                                    Allowed("greater than 1, at most 1000000", lambda value: 1 < value <= 1e6))
     skip_over_clip: bool = setting(False, "also skip a step whose gradient norm is over `clip`")
-    denoiser_learning_rate: float = setting(1e-4, "of the denoiser's own optimizer", POSITIVE)
+    denoiser_learning_rate: float = setting(1e-4, "of the denoiser's own optimizer", positive(1000))
     denoiser_beta2: float = setting(0.95, "decay of the squared gradients in that optimizer",
                                     Allowed("at least 0 and below 1", lambda value: 0 <= value < 1))
     ema: float = setting(0.9999, "decay of the averaged parameters",
                          Allowed("at least 0 and below 1", lambda value: 0 <= value < 1))
-    seed: int = setting(0, "of parameters, data order and noise")
+    seed: int = setting(0, "of parameters, data order and noise", SEED)
     target: str = setting("all", "what is trained: the flow with its denoiser and text encoder; or, beside the model "
                           "of init_from, which stays as it is, the codec's decoder on noised latents",
                           one_of(*TARGETS))
     init_from: str = setting("", "a workdir, or one of its checkpoints, whose model training starts from; empty: "
                              "random parameters, and for train.target=decoder the model in the package")
-    log_every: int = setting(20, "steps between lines of metrics", POSITIVE)
-    checkpoint_every: int = setting(500, "steps between checkpoints", POSITIVE)
-    evaluate_every: int = setting(1_000, "steps between validations", POSITIVE)
-    keep_checkpoints: int = setting(3, "newest checkpoints to keep, besides the best", POSITIVE)
-    validation_clips: int = setting(128, "clips whose likelihood each validation measures", POSITIVE)
+    log_every: int = setting(20, "steps between lines of metrics", positive(1_000_000_000))
+    checkpoint_every: int = setting(500, "steps between checkpoints", positive(1_000_000_000))
+    evaluate_every: int = setting(1_000, "steps between validations", positive(1_000_000_000))
+    keep_checkpoints: int = setting(3, "newest checkpoints to keep, besides the best", positive(1_000_000))
+    validation_clips: int = setting(128, "clips whose likelihood each validation measures", positive(10_000_000))
     adherence_prompts: int = setting(0, "validation captions whose samples are read at each validation; 0: none",
-                                     at_least(0, "none"))
-    sheet_clips: int = setting(8, "samples drawn at each validation; 0: none", at_least(0, "none"))
+                                     at_least(0, "none", most=1_000_000))
+    sheet_clips: int = setting(8, "samples drawn at each validation; 0: none", at_least(0, "none", most=1000))
 
     def check(self) -> None:
         for field in ("batch_size", "image_batch_size"):
@@ -59,14 +59,15 @@ class Decoder(Settings):
 
     noise: str = setting("fixed", "of the latents: model.noise_std, as samples have it, or for each clip uniform from "
                          "0 to that", one_of("fixed", "uniform"))
-    width: int = setting(64, "patch codec: channels of its convolutional decoder; a VAE's has its own", POSITIVE)
-    layers: int = setting(2, "patch codec: residuals of that decoder", POSITIVE)
+    width: int = setting(64, "patch codec: channels of its convolutional decoder; a VAE's has its own",
+                         positive(65_536))
+    layers: int = setting(2, "patch codec: residuals of that decoder", positive(10_000))
     lpips: float = setting(0.1, "weight of LPIPS, of one frame of each clip; left out where the extra `quality` is not "
-                           "installed", at_least(0, "none"))
+                           "installed", at_least(0, "none", most=1_000_000))
     adversarial: float = setting(0.01, "weight of the hinge loss against a discriminator of patches",
-                                 at_least(0, "none"))
-    discriminator_width: int = setting(32, "channels of the discriminator's first layer", POSITIVE)
-    discriminator_learning_rate: float = setting(2e-4, "of the discriminator's own optimizer", POSITIVE)
+                                 at_least(0, "none", most=1_000_000))
+    discriminator_width: int = setting(32, "channels of the discriminator's first layer", positive(65_536))
+    discriminator_learning_rate: float = setting(2e-4, "of the discriminator's own optimizer", positive(1000))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +79,9 @@ class Plan(Settings):
     step: str = setting("train", "a training step; all programs that make videos of the training length; "
                         "those that measure a given one (evaluate.task=video); or the Wan VAE's on one chip",
                         one_of("train", "sample", "likelihood", "codec"))
-    videos: int = setting(1, "videos sampled, or coded, together", POSITIVE)
+    videos: int = setting(1, "videos sampled, or coded, together", positive(1_000_000))
     updates: int = setting(8, "updates of the solver per block of tokens, assumed in the bound on sampling",
-                           POSITIVE)
+                           positive(1_000_000))
     search: bool = setting(False, "try meshes and rematerialisations, and rank what fits")
 
 

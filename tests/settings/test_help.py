@@ -3,7 +3,7 @@
 import dataclasses
 
 from starflow_jax.config import Config, Sample
-from starflow_jax.settings.fields import POSITIVE, Settings, one_of, required, setting
+from starflow_jax.settings.fields import Settings, one_of, positive, required, setting
 from starflow_jax.settings.help import settings_text
 from tests.helpers import tiny_model
 
@@ -19,7 +19,7 @@ class Inner(Settings):
 class Outer(Settings):
     """Of the outside."""
 
-    size: int = required("how large", POSITIVE)
+    size: int = required("how large", positive(9))
     inner: Inner = Inner()
 
 
@@ -36,7 +36,7 @@ def test_text_of_nested_sections() -> None:
         "  flag=true                   whether (true or false)",
         "",
         "outer: Of the outside.",
-        "  size=...                    how large (a whole number, greater than 0)",
+        "  size=...                    how large (a whole number, greater than 0, at most 9)",
         "",
         "outer.inner: Of the inside.",
         "  kind=a                      which one (one of a, b)"])
