@@ -46,8 +46,10 @@ def damage_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files; None where nothing is."""
     try:
         expected = json.loads((folder / CHECKSUMS).read_text())
+        if not (isinstance(expected, dict) and expected and all(type(value) is int for value in expected.values())):
+            return f"{CHECKSUMS} does not hold a checksum for each file"
         found = _checksums(folder, expected)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return first_line(error)
     for name, value in expected.items():
         if found[name] != value:

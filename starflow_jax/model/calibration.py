@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.config import Solver, UserError
+from starflow_jax.config import Model, Solver, UserError
 from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess
 from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.io.files import write_text
@@ -38,8 +38,9 @@ def save_calibration(calibration: Calibration, folder: Path) -> None:
     write_text(folder / SOLVER, json.dumps({name: getattr(calibration.solver, name) for name in MEASURED}, indent=1))
 
 
-def read_calibration(folder: Path) -> Calibration:
-    """What `save_calibration` wrote; Calibration() where there is nothing. Raises UserError for a damaged file."""
+def read_calibration(folder: Path, model: Model) -> Calibration:
+    """What `save_calibration` wrote for a model; Calibration() where there is nothing. Raises UserError for a damaged
+    file, and for one of another model."""
     if not (folder / SOLVER).exists():
         return Calibration()
     try:
@@ -48,11 +49,26 @@ def read_calibration(folder: Path) -> Calibration:
             found["kind"] = "wavefront" if found.get("updates") else "jacobi"
             found["updates"] = found.get("updates") or Solver.updates
         solver, noise = Solver(**found), folder / NOISE_GUESS
-        return Calibration(solver, FirstGuess(**import_arrays(folder / FIRST_GUESS)),
-                           _noise_guess(import_arrays(noise)) if noise.exists() else None)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        return Calibration(solver, FirstGuess(**_fitting(folder / FIRST_GUESS, model)),
+                           _noise_guess(_fitting(noise, model)) if noise.exists() else None)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, UserError) as error:
         raise UserError(f"{folder / SOLVER}: can't be read as a calibration ({error}); make it anew with "
                         "--mode=calibrate, or delete it") from error
+
+
+def _fitting(path: Path, model: Model) -> dict[str, Any]:
+    """A guess's arrays. Raises ValueError where their shapes, by the letters of their names, are not the model's, and
+    for values that are not finite."""
+    arrays = import_arrays(path)
+    sizes = {"D": model.text_dim, "S": model.tokens_per_frame, "K": model.token_channels}
+    for name, array in arrays.items():
+        letters = name.rpartition("_")[2]
+        if not isinstance(array, np.ndarray) or array.ndim != len(letters) or any(
+                size != sizes.setdefault(letter, size) for letter, size in zip(letters, array.shape)):
+            raise ValueError(f"{path.name}: {name} is not of this model's shape")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{path.name}: {name} holds values that are not finite")
+    return arrays
 
 
 def _noise_guess(arrays: dict[str, Any]) -> NoiseGuess:

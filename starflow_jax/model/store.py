@@ -185,7 +185,8 @@ def load_with_decoder(
     else:
         backbone = load_pretrained(config, workdir)
     decoder, folder = read_decoder(config, workdir, backbone.system.codec, backbone.weights)
-    system = dataclasses.replace(backbone.system, decoder=decoder, calibration=read_calibration(workdir / "system"))
+    system = dataclasses.replace(backbone.system, decoder=decoder,
+                                 calibration=read_calibration(workdir / "system", config.model))
     both = f"{backbone.weights}{_checksum(folder / checksums.CHECKSUMS)}"
     return LoadedModel(_placed_system(system), backbone.params,
                        f"{backbone.source}, with the decoder of {workdir}, step {folder.name}", both)

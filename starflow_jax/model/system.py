@@ -164,7 +164,8 @@ def save_system(system: System, folder: Path) -> None:
 
 def load_system(config: Config, folder: Path) -> System:
     """Read what `save_system` wrote. Raises UserError where a file is missing, damaged or another model's."""
-    return System(config, read_tokenizer(config, folder), read_codec(config, folder), read_calibration(folder))
+    return System(config, read_tokenizer(config, folder), read_codec(config, folder),
+                  read_calibration(folder, config.model))
 
 
 def training_source(system: System, split: str = "train") -> Sequence[dict[str, Any]]:
