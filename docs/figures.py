@@ -68,7 +68,7 @@ def residuals(updates: int) -> np.ndarray:
     """(frames, updates, prompts): residual of each update of each frame of the pretrained model, given the exact ones
     before it."""
     config = tiny()
-    system, params, _ = load_model(config, Path("no workdir"))
+    system, params, *_ = load_model(config, Path("no workdir"))
     given = make_conditions(system, params, PROMPTS, range(len(PROMPTS)), config.sample)
     variables, grid, frames = decoding_variables(params), system.token_grid, given.noise_BNSK.shape[1]
     exact = decode.generate(system.flow, variables, given.noise_BNSK, given.texts.first,

@@ -87,8 +87,8 @@ check() {
     [[ $project ]] || project=$(setting project)
     [[ $zone ]] || zone=$(setting compute/zone)
     given project zone
-    [[ $slices =~ ^[1-9][0-9]*$ ]] || die "--slices=$slices: must be a number, 1 or more"
-    [[ $max_restarts =~ ^[0-9]+$ ]] || die "--max-restarts=$max_restarts: must be a number"
+    [[ $slices =~ ^[1-9][0-9]{0,5}$ ]] || die "--slices=$slices: must be a number, 1 or more"
+    [[ $max_restarts =~ ^(0|[1-9][0-9]{0,8})$ ]] || die "--max-restarts=$max_restarts: must be a number"
     case $command in
         fetch) given name workdir ;;
         image) given image ;;

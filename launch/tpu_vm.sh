@@ -93,7 +93,7 @@ check() {
     [[ $zone ]] || die '--zone is missing, and gcloud has no compute/zone set'
     [[ $project ]] || project=$(setting project)
     [[ $project ]] || die '--project is missing, and gcloud has no project set'
-    [[ $max_restarts =~ ^[0-9]+$ ]] || die "--max-restarts=$max_restarts: must be a number"
+    [[ $max_restarts =~ ^(0|[1-9][0-9]{0,8})$ ]] || die "--max-restarts=$max_restarts: must be a number"
     [[ $poll =~ ^[0-9]+$ ]] || die "--poll=$poll: must be a number of seconds"
     [[ $queue || ! $valid_until ]] || die '--valid-until-duration needs --queue'
     [[ ! $queue || $capacity != --preemptible ]] || die '--queue takes no --preemptible; use --spot'

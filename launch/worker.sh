@@ -162,12 +162,19 @@ status() {
     fi
 }
 
+# A number that bash arithmetic and `tail` may see: nothing else is evaluated there.
+check_number() {
+    [[ $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || die "$1=$2: must be a whole number"
+}
+
 follow() {
+    [[ -z ${1:-} ]] || check_number 'follow: LINES' "$1"
     [[ -e $job/pid ]] || die "no job was started on $(hostname)" 1
     tail --lines="${1:-+1}" --follow --sleep-interval=0.5 --pid="$(cat "$job/pid")" "$job/log"
 }
 
 stop() {
+    check_number 'stop: SECONDS' "${1:-300}"
     running || return 0
     touch "$job/stopped"
     kill -TERM "$(cat "$job/pid")"

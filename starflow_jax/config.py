@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from starflow_jax.settings import listing
 from starflow_jax.settings.data import Convert, Data, Prepare
-from starflow_jax.settings.fields import Settings, UserError, required, type_hints
+from starflow_jax.settings.fields import Settings, UserError, required, type_hints, whole_number
 from starflow_jax.settings.model import METADATA, REMAT, SEQUENCE_PARALLEL, Codec, Mesh, Model, Text
 from starflow_jax.settings.sampling import EVALUATIONS, Evaluate, Sample, Solver
 from starflow_jax.settings.training import BENCHMARKS, Benchmark, Decoder, Plan, Train
@@ -22,7 +22,7 @@ from starflow_jax.settings.training import BENCHMARKS, Benchmark, Decoder, Plan,
 __all__ = [
     "BENCHMARKS", "EVALUATIONS", "METADATA", "REMAT", "SEQUENCE_PARALLEL", "Benchmark", "Codec", "Config", "Convert",
     "Data", "Decoder", "Evaluate", "Mesh", "Model", "Plan", "Prepare", "Sample", "Solver", "Text", "Train", "UserError",
-    "changed", "choose_variant", "from_config_dict", "from_dict", "to_config_dict", "unknown_setting"]
+    "changed", "choose_variant", "from_config_dict", "from_dict", "to_config_dict", "unknown_setting", "whole_number"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,11 @@ def to_config_dict(config: Config) -> ConfigDict:
 
 
 def from_config_dict(settings: ConfigDict) -> Config:
-    """The checked settings. Raises UserError for unknown or missing fields and bad values."""
+    """The checked settings. Raises UserError for unknown or missing fields and bad values, and for what is no settings.
+    """
+    if not isinstance(settings, ConfigDict):
+        raise UserError(f"a config gave {settings!r:.60}: its get_config must return settings, as in configs/t2v.py: "
+                        "to_config_dict(Config(...))")
     return _build(Config, settings.to_dict(), "")
 
 

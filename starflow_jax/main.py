@@ -3,6 +3,7 @@
 In short:  starflow MODE [PROMPT] [--config=configs/t2v.py[:VARIANT]] [--workdir=DIR] [--SETTING=VALUE ...]
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -12,11 +13,14 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from starflow_jax import modes
-from starflow_jax.config import Config, UserError, from_config_dict
+from starflow_jax.config import Config, UserError, from_config_dict, whole_number
 from starflow_jax.io import command_line
 from starflow_jax.modes import MODES
 from starflow_jax.settings.help import entry, settings_text
 
+# What storage may answer, whatever is written: no room, no right, no such place.
+OF_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
+              errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR}
 LOST_AFTER = 20  # seconds without a sign of life, after which a process that works alone is not waited for
 CONFIG = config_flags.DEFINE_config_file("config", None, "A config (configs/t2v.py) and, after a colon, its variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and results; default: runs/NAME.")
@@ -53,15 +57,23 @@ def join(distributed: str, alone: bool = False) -> None:
 
     given: dict[str, Any] = {"heartbeat_timeout_seconds": LOST_AFTER} if alone else {}
     if distributed != "true":
-        address, *numbers = distributed.split(",")
-        if len(numbers) != 2 or not all(number.isdigit() for number in numbers) or ":" not in address:
-            raise UserError(f"--distributed={distributed}: must be true or HOST:PORT,COUNT,INDEX")
-        given |= dict(coordinator_address=address, num_processes=int(numbers[0]), process_id=int(numbers[1]))
+        given |= coordinator(distributed)
     try:
         jax.distributed.initialize(**given)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--distributed={distributed}: can't connect to the other processes "
                         f"({str(error).splitlines()[0]}); start all with the same HOST:PORT and COUNT") from error
+
+
+def coordinator(distributed: str) -> dict[str, Any]:
+    """What jax.distributed takes of HOST:PORT,COUNT,INDEX. Raises UserError for anything else."""
+    address, *numbers = distributed.split(",")
+    host, _, port = address.rpartition(":")
+    count, index = map(whole_number, numbers) if len(numbers) == 2 else (None, None)
+    if not host or not 0 < (whole_number(port) or 0) < 2**16 or not count or index is None or index >= count:
+        raise UserError(f"--distributed={distributed}: must be true or HOST:PORT,COUNT,INDEX, with ports of 1 to 65535 "
+                        "and an INDEX from 0 to COUNT - 1")
+    return dict(coordinator_address=address, num_processes=count, process_id=index)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -71,7 +83,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     command_line.check_names(arguments)
     try:
         rest = flags.FLAGS([argv[0], *arguments])
-    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # a config is a program: whatever it raises
         raise command_line.in_words(error) from error
     if asked:
         topic = asked[0].partition("=")[2] or (MODE.value if flags.FLAGS["mode"].present else "")
@@ -114,6 +128,15 @@ def run() -> None:
         app.run(main, flags_parser=parse_flags)
     except UserError as error:
         _leave(error)
+    except OSError as error:
+        if error.errno not in OF_STORAGE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _leave(UserError(f"{where}{(error.strerror or str(error)).lower()}; make room there, or name another folder "
+                         "with --workdir"))
+    except KeyboardInterrupt:
+        print("starflow_jax: interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)  # as a shell has it
 
 
 def starflow() -> None:

@@ -44,7 +44,8 @@ def run(workdir: Path, data: Path, *arguments: str) -> subprocess.CompletedProce
 
 def run_here(arguments: Sequence[str]) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of starflow_jax.main, run in this process: no seconds for starting another one."""
-    out, err, on_term = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
+    out, err = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for name in [name for name in flags.FLAGS if name.startswith("config.")]:
         delattr(flags.FLAGS, name)  # overrides of an earlier call
     flags.FLAGS.unparse_flags()
@@ -57,5 +58,6 @@ def run_here(arguments: Sequence[str]) -> tuple[int, str, str]:
         except SystemExit as ended:
             code = int(ended.code or 0)
         finally:
-            signal.signal(signal.SIGTERM, on_term)  # training has one of its own
+            for number, handler in handlers.items():  # training has its own
+                signal.signal(number, handler)
     return code, out.getvalue(), err.getvalue()

@@ -1,12 +1,15 @@
 """The command line: bad input is one line that names it, exit code 2, no traceback; --help lists every setting."""
 
+import errno
 import importlib
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from starflow_jax import main
-from starflow_jax.config import Config
+from starflow_jax.config import Config, UserError
 from starflow_jax.settings.listing import describe, sections
 from tests.small_run import run, run_here
 
@@ -30,6 +33,15 @@ CASES = {
     "missing prompts": ([*SAMPLE, "--config.sample.prompts_file=no_such_prompts.txt"], "no_such_prompts.txt"),
     "missing image": ([*SAMPLE, "--config.sample.prompt=x", "--config.sample.image=none.png"], "none.png"),
     "no prompt": (SAMPLE, "sample.prompt"),
+    "blank prompt": ([*SAMPLE, "--config.sample.prompt=\n\n "], "there is no prompt"),
+    "prompt of other bytes": ([*SAMPLE, "--config.sample.prompt=\udcff"],
+                              "sample.prompt='\\udcff': must be text in UTF-8"),
+    "changes": ([*SAMPLE, "--config.sample.prompt=x", "--config.sample.changes=²: x"], "sample.changes='²: x'"),
+    "aspect ratio": ([*SAMPLE, "--config.sample.prompt=x", f"--config.sample.aspect_ratio={'1' * 5_000}:1"],
+                     "W:H, such as 16:9"),
+    "rewriter": ([*SAMPLE, "--config.sample.prompt=x", "--config.sample.rewrite= "], "names no command"),
+    "no config at all": (["--config="], "configs/t2v.py"),
+    "folder": (["--config=configs"], "configs/t2v.py"),
     "length": ([*SAMPLE, "--config.sample.prompt=x", "--config.sample.frames=12"], "sample.frames=12"),
     "no checkpoint": ([T2V + ":7b", "--mode=sample", "--config.sample.prompt=x", "--workdir={tmp}/none"],
                       "--config.convert.source=FILE_OR_DIR"),
@@ -45,6 +57,54 @@ def test_one_line_and_exit_code_2(name: str, tmp_path: Path) -> None:
     code, out, err = run_here([argument.replace("{tmp}", str(tmp_path)) for argument in arguments])
     assert code == 2 and out == "", (out, err)
     assert len(err.splitlines()) == 1 and err.startswith("starflow_jax: ") and named in err, err
+
+
+CONFIGS = {
+    "def get_config(: pass": "config.py, line 1: ",
+    "raise ValueError('a line\\nand another')": "and another",
+    "import sys; sys.exit(3)": "sys.exit",
+    "def get_config(): return 5": "get_config must return settings",
+    "def get_config(): raise ValueError('x')": "x",
+}
+
+
+@pytest.mark.parametrize("program", CONFIGS)
+@pytest.mark.parametrize("setting", ["--config.sample.prompt=x", "--mode=sample"])
+def test_a_config_that_is_none_is_one_line(program: str, setting: str, tmp_path: Path) -> None:
+    (tmp_path / "config.py").write_text(program)
+    code, out, err = run_here([f"--config={tmp_path / 'config.py'}", setting])
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and CONFIGS[program] in err, err
+
+
+@pytest.mark.parametrize("distributed", ["127.0.0.1:4567,²,0", ":,1,0", ":4567,1,0", "h:0,1,0", "h:65536,1,0",
+                                         "h:1,2,2", "h:1,0,0", "h:1,2", "h,2,1", "h:1,2,-1",
+                                         f"h:1,{'9' * 5_000},0"])
+def test_other_processes_are_named_as_they_can_be_reached(distributed: str) -> None:
+    with pytest.raises(UserError, match="must be true or HOST:PORT,COUNT,INDEX"):
+        main.coordinator(distributed)
+    assert main.coordinator("[::1]:4567,2,1") == dict(coordinator_address="[::1]:4567", num_processes=2, process_id=1)
+
+
+@pytest.mark.parametrize("mode", ["train", "sample", "evaluate"])
+@pytest.mark.parametrize("where", ["file", "file/below", "/proc/starflow", "x" * 5_000, "a/" * 3_000])
+def test_a_workdir_that_cannot_be_written_is_found_at_once(mode: str, where: str, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(f"starflow_jax.modes.{mode}.{mode}", lambda *_: pytest.fail("it began"))
+    code, out, err = run_here([T2V, f"--mode={mode}", f"--workdir={tmp_path / where}", "--config.sample.prompt=x"])
+    assert code == 2 and out == "" and len(err.splitlines()) == 1 and len(err) < 500, err
+    assert err.startswith("starflow_jax: --workdir=/") and "can't be written to (" in err
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EROFS])
+def test_what_storage_refuses_is_one_line(error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(error, os.strerror(error), "/data/run/x.mp4")
+
+    monkeypatch.setattr(main.modes, "run", full)
+    code, out, err = run_here([*SAMPLE, "--config.sample.prompt=x", f"--workdir={tmp_path}"])
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert err.startswith(f"starflow_jax: /data/run/x.mp4: {os.strerror(error).lower()}; ")
 
 
 def test_a_process_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:

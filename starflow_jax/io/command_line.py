@@ -8,6 +8,8 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import flags
+
 from starflow_jax.config import Config, UserError, changed, from_config_dict, unknown_setting
 from starflow_jax.settings.listing import describe, sections
 
@@ -15,6 +17,7 @@ from starflow_jax.settings.listing import describe, sections
 PACKAGE = Path(__file__).parents[1]
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 DEFAULT_CONFIG = "configs/t2v.py"
+NO_CONFIG = "its get_config must return settings, as in configs/t2v.py: to_config_dict(Config(...))"
 HELP = ("--help", "-h")
 
 
@@ -117,15 +120,23 @@ def _find_config(given: str) -> str:
     return f"{path}{colon}{variant}"
 
 
-def in_words(error: Exception) -> UserError:
+def in_words(error: BaseException) -> UserError:
     """absl's error about a flag, or Python's about a config, as one line about the setting."""
     line = " ".join(str(error).split())
+    if isinstance(error, SyntaxError):
+        return UserError(f"--config: {error.filename}, line {error.lineno}: {error.msg}")
+    if isinstance(error, SystemExit):
+        return UserError("--config: the config ended the program (sys.exit); it must return its settings")
+    if "Attribute <class" in line or "has no attribute 'get_config'" in line:
+        return UserError(f"--config: {NO_CONFIG}")
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", line)
     names = {section.__name__: f"{name}." for name, section in sections(Config)} | {Config.__name__: ""}
     if unknown and unknown[1] in names:
         return unknown_setting(names[unknown[1]] + unknown[2])
     if "Error whilst parsing config file" in line:
         return UserError(f"--config: the config can't be used: {str(error).strip().splitlines()[-1]}")
+    if not isinstance(error, flags.Error):
+        return UserError(f"--config: the config can't be used: {type(error).__name__}: {line}")
     found = re.match(r"flag --config\.([\w.]+)=(.*?): ", line)
     kinds = [one.type for one in describe(Config) if found and one.name == found[1]]
     return UserError(f"{found[1]}={found[2]}: must be {kinds[0]}" if found and kinds else line)

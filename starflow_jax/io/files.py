@@ -1,10 +1,13 @@
 """Files and folders that are whole or not there at all."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from starflow_jax.config import UserError
 
 ARRIVING = ".arriving-"  # prefix of the names of what is not whole yet; a killed process leaves such files behind
 
@@ -37,6 +40,25 @@ def atomic_path(path: str | os.PathLike[str], keep: bool = False) -> Iterator[Pa
             except OSError:
                 if not (keep and final.exists()):
                     raise
+
+
+def check_writable(folder: str | os.PathLike[str], setting: str) -> None:
+    """Raises UserError, which names the setting, where a folder can't be written to, or can't be made; makes nothing.
+    """
+    if "://" in os.fspath(folder):
+        return
+    path = Path(folder).absolute()
+    try:
+        there = next(part for part in (path, *path.parents) if part.exists())
+        longest = os.pathconf(there, "PC_NAME_MAX")
+        if any(len(os.fsencode(part)) > longest for part in path.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except (OSError, ValueError) as error:
+        words = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
+        shown = os.fspath(folder)[:200] + ("..." if len(os.fspath(folder)) > 200 else "")
+        raise UserError(f"{setting}={shown}: can't be written to ({words}); name another folder") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -11,7 +11,19 @@ from typing import Any
 
 import yaml
 
-from starflow_jax.config import Codec, Config, Data, Model, Prepare, Sample, Solver, Text, Train, UserError
+from starflow_jax.config import (
+    Codec,
+    Config,
+    Data,
+    Model,
+    Prepare,
+    Sample,
+    Solver,
+    Text,
+    Train,
+    UserError,
+    whole_number,
+)
 from starflow_jax.text.prompt import frame_size
 
 # Context beyond the window, guidance and Jacobi as the release's sampling program and script have them; the YAML's
@@ -262,19 +274,20 @@ def _number(name: str, value: Any, source: str) -> Any:
 
 def _layers(value: Any, source: str) -> tuple[int, ...]:
     words = str(value).split()
-    if len(words) < 2 or not all(word.isdigit() for word in words):
+    layers = [whole_number(word) for word in words]
+    if len(words) < 2 or not all(layers):
         raise UserError(f"{source}: layers_per_block={value!r}: must be numbers of layers, of one shallow block or "
                         "more and of the deep block, such as 2 2 2 2 2 24")
-    return tuple(map(int, words))
+    return tuple(filter(None, layers))
 
 
 def _length(vid_size: str, source: str) -> tuple[int, int]:
     """(latent frames, frames per second) of "81:16"."""
-    frames, _, fps = str(vid_size).partition(":")
-    if not (frames.isdigit() and fps.isdigit() and int(frames) % 4 == 1):
+    frames, fps = map(whole_number, str(vid_size).partition(":")[::2])
+    if frames is None or fps is None or frames % 4 != 1:
         raise UserError(f"{source}: vid_size={vid_size!r}: must be frames:fps, frames 1 + a multiple of 4, such as "
                         "81:16")
-    return 1 + (int(frames) - 1) // 4, int(fps)
+    return 1 + (frames - 1) // 4, fps
 
 
 def _text_channels(text: str, source: str) -> int:

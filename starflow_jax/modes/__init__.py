@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 from starflow_jax.config import Config, UserError
+from starflow_jax.io.files import check_writable
 
 # Each mode is the function of its name in the module of its name. Here: what it does, and the main sections of settings
 # that it reads, of which the first is its own.
@@ -32,6 +33,7 @@ def run(mode: str, config: Config, workdir: str | Path) -> None:
     if mode not in MODES:
         raise UserError(f"{mode}: no such mode; there are {', '.join(MODES)}")
     check(mode, config)
+    check_writable(workdir, "--workdir")
     module = importlib.import_module(f"{__name__}.{mode}")
     if mode in OF_A_MODEL:
         config, line = importlib.import_module("starflow_jax.model.store").own_settings(config, Path(workdir))

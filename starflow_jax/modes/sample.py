@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from starflow_jax.config import Config, UserError
+from starflow_jax.io.files import check_writable
 from starflow_jax.io.progress import table
 from starflow_jax.model.store import load_model
 from starflow_jax.sampling.given import given_frames
@@ -21,6 +22,7 @@ from starflow_jax.sampling.origin import origin_of
 from starflow_jax.sampling.requests import Request, read_requests, rewritten, share_of, with_length
 from starflow_jax.sampling.sizes import at_asked_size, resized
 from starflow_jax.sampling.videos import Videos
+from starflow_jax.text.rewrite import rewriter
 
 
 def sample(config: Config, workdir: Path) -> None:
@@ -29,6 +31,8 @@ def sample(config: Config, workdir: Path) -> None:
     Raises UserError for what can't be, and where a video failed, once the others are made.
     """
     requests = read_requests(config)  # what can't be is found before anything is loaded
+    if config.sample.rewrite:
+        rewriter(config.sample.rewrite)
     model_config, config = config, at_asked_size(config)
     known_THWC = given_frames(config)
     config = with_length(config, known_THWC, extends=bool(config.sample.video))
@@ -41,6 +45,7 @@ def sample(config: Config, workdir: Path) -> None:
     encoded: dict[str, np.ndarray] = {}
     videos_at_once = max(1, min(len(requests), config.sample.batch_size))
     try:
+        check_writable(config.sample.output or workdir / "samples", "sample.output")
         with on_mesh(mesh):
             if config.sample.offload:
                 requests = rewritten(config, requests, lambda *failure: failed.append(failure), together)
@@ -53,7 +58,11 @@ def sample(config: Config, workdir: Path) -> None:
             videos = Videos(system, loaded.params, known_THWC, Path(config.sample.output or workdir / "samples"),
                             origin_of(loaded, system, known_THWC, videos_at_once), together)
             videos.failed += failed
-            videos.make(requests)
+            try:
+                videos.make(requests)
+            except KeyboardInterrupt:
+                _report_interrupted(videos, len(requests))
+                raise
     except BaseException:
         if not together:  # the others go on, whatever happens here
             _wait_for_the_others()
@@ -72,6 +81,16 @@ def _wait_for_the_others() -> None:
             pass
     if not first:
         jax.distributed.shutdown()
+
+
+def _report_interrupted(videos: Videos, asked: int) -> None:
+    """What is there; the same command makes the rest."""
+    if videos.rows:
+        print(table(videos.rows, videos.headers))
+    for path, frames in videos.cut_short:
+        print(f"{path}: cut short after {frames} frames")
+    print(f"interrupted: {len(videos.rows)} of {asked} videos are in {videos.folder}; the same command makes the rest",
+          flush=True)
 
 
 def _report(videos: Videos) -> None:

@@ -8,7 +8,6 @@ from starflow_jax import sharding
 from starflow_jax.checkpoints.licences import carry_licence
 from starflow_jax.checkpoints.training import BEST
 from starflow_jax.config import Config
-from starflow_jax.model.decoder import BEST as BEST_OF_DECODERS
 from starflow_jax.model.initialise import refuse_converted
 from starflow_jax.training.decoder_target import DecoderTarget
 from starflow_jax.training.loop import train_to_end
@@ -32,6 +31,8 @@ def train(config: Config, workdir: Path) -> None:
         step = train_to_end(run, workdir)
     if first:
         _say_what_next(config, workdir, step)
+    if run.stop.interrupted and step < config.train.steps:
+        raise KeyboardInterrupt
 
 
 def _say_how_it_starts(config: Config, run: Run) -> None:
@@ -51,15 +52,19 @@ def _say_what_next(config: Config, workdir: Path, step: int) -> None:
     if step < config.train.steps:
         print(f"stopped at step {step} of {config.train.steps}, saved; the same command resumes from there")
         return
-    rows = read_metrics(workdir)[::-1]
     command = (f"next: the same --config with --workdir={workdir} --mode=sample "
                f'--config.sample.prompt="{DIGITS_SHEET[0]}"')
     if config.train.target == "decoder":
-        found = next(row for row in rows if BEST_OF_DECODERS in row)
-        print(f"trained {step} steps: noised validation clips come out with a PSNR of {found['validation_psnr']:.2f} "
-              f"dB, {found['validation_psnr_of_the_codecs_own']:.2f} dB by the codec's own decoder\n"
+        psnr = _last_of(workdir, "validation_psnr")
+        print(f"trained {step} steps: noised validation clips come out with a PSNR of {psnr} dB, "
+              f"{_last_of(workdir, 'validation_psnr_of_the_codecs_own')} dB by the codec's own decoder\n"
               f"clips: {workdir / 'sheets'}\n{command} --config.sample.denoise=decoder")
         return
-    bits = next(row[BEST] for row in rows if BEST in row)
-    print(f"trained {step} steps: validation {bits:.4f} bits per dimension of the noised latents\n"
-          f"samples: {workdir / 'sheets'}\n{command}")
+    print(f"trained {step} steps: validation {_last_of(workdir, BEST, digits=4)} bits per dimension of the noised "
+          f"latents\nsamples: {workdir / 'sheets'}\n{command}")
+
+
+def _last_of(workdir: Path, name: str, digits: int = 2) -> str:
+    """The newest figure of that name in the metrics, as text; "?" where they have been lost, or it was not finite."""
+    values = [row[name] for row in read_metrics(workdir) if isinstance(row.get(name), int | float)]
+    return f"{values[-1]:.{digits}f}" if values else "?"

@@ -169,6 +169,8 @@ class Model:
         made: list[Made] = []
         log_likelihoods: list[float] = []
         for batch in generate(system, self.params, requests, known_THWC):
+            for video in batch:
+                video.check()
             made += batch
             if keep:
                 log_likelihoods += log_likelihood(system, self.params, batch[0].clips).tolist()

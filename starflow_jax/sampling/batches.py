@@ -26,6 +26,10 @@ class Made:
     index: int  # in the batch
     seconds: float  # its share of the batch's
 
+    def check(self) -> None:
+        """Raises UserError where the solution is not finite: what it decodes to shows nothing."""
+        self.clips.solved.check(self.index, f"{self.request.prompt!r}, seed {self.request.seed}")
+
     @property
     def frames_THWC(self) -> np.ndarray:
         """uint8."""

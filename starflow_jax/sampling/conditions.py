@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.codec.interface import encode_drawn
-from starflow_jax.config import Config, Sample, UserError
+from starflow_jax.config import Config, Sample, UserError, whole_number
 from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.codec import pixel_frames
@@ -210,10 +210,11 @@ def prompt_changes(config: Config, settings: Sample) -> dict[int, str]:
     changes = {}
     for part in filter(str.strip, settings.changes.split(";")):
         frame, colon, prompt = part.partition(":")
-        if not colon or not frame.strip().isdigit() or int(frame) < 1:
+        number = whole_number(frame.strip())
+        if not colon or not number:
             raise UserError(f'sample.changes={settings.changes!r}: must be such as "25: a prompt; 49: another one", '
                             "with frames from 1 on")
-        changes[-(-int(frame) // config.codec.time_stride)] = prompt.strip()
+        changes[-(-number // config.codec.time_stride)] = prompt.strip()
     return changes
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from starflow_jax.config import UserError
 from starflow_jax.flow.inversion import Report
 from starflow_jax.flow.jacobi import Outcome
 from starflow_jax.sharding import fetch
@@ -20,6 +21,12 @@ class Solved:
     deep_residual_BK: np.ndarray  # squared relative change in the last of them
     shallow_steps_B: np.ndarray  # summed over the shallow blocks' blocks of tokens; the frames' largest
     outcome_B: np.ndarray  # jacobi.Outcome: the worst of all blocks of tokens, the shallow blocks' too
+
+    def check(self, index: int, what: str) -> None:
+        """Raises UserError, which begins with `what`, where a video's solution is not finite."""
+        if self.outcome_B[index] == Outcome.NOT_FINITE:
+            raise UserError(f"{what}: the solver's result is not finite; lower sample.guidance and "
+                            "sample.later_guidance, and use model.dtype=float32")
 
     def facts(self, index: int) -> dict[str, Any]:
         """What the JSON file of a video says of it."""

@@ -47,6 +47,7 @@ class Videos:
         self.writes = not together or jax.process_index() == 0
         self.rows: list[Row] = []
         self.failed: list[tuple[Request, Exception]] = []
+        self.cut_short: list[tuple[Path, int]] = []  # streams that were interrupted, and their frames until then
 
     @property
     def headers(self) -> tuple[str, ...]:
@@ -102,6 +103,7 @@ class Videos:
             for batch in in_batches(requests, config.sample.batch_size):
                 for part in self._batches_that_work(batch):
                     of_batch = log_likelihood(self.system, self.params, part[0].clips).tolist()
+                    part, of_batch = self._finite(part, of_batch)
                     if config.sample.keep:
                         made, log_likelihoods = [*made, *part], [*log_likelihoods, *of_batch]
                     else:
@@ -119,6 +121,17 @@ class Videos:
                 return [part for request in batch for part in self._batches_that_work([request])]
             self.failed.append((batch[0], error))
             return []
+
+    def _finite(self, made: Sequence[Made], log_likelihoods: Sequence[float]) -> tuple[list[Made], list[float]]:
+        """Those that are finite; the others have failed."""
+        kept: list[tuple[Made, float]] = []
+        for video, likelihood in zip(made, log_likelihoods):
+            try:
+                video.check()
+                kept.append((video, likelihood))
+            except UserError as error:
+                self.failed.append((video.request, error))
+        return [video for video, _ in kept], [likelihood for _, likelihood in kept]
 
     def _write(self, made: Sequence[Made], log_likelihoods: Sequence[float]) -> None:
         if self.writes:
@@ -145,22 +158,32 @@ class Videos:
         system, settings = self.system, self.system.config.sample
         scale = shown_scale(frame_size(system.config)[0])
         paths = [self._video_path(request) for request in batch] if self.writes else []
-        with self._writing():
-            writers = [growing_mp4(path, file_rate(system.config), scale) for path in paths]
         timeline, began, first, frames = Timeline(), time.perf_counter(), 0.0, 0
         prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
-        with ProgressBar("stream", settings.frames or system.pixel_frames, unit="frame", compiles=True) as progress:
-            for part_BTHWC in stream_clips(system, self.params, prompts, seeds, settings,
-                                           for_each(self.known_THWC, len(batch)), timeline):
-                first = first or time.perf_counter() - began
-                frames += part_BTHWC.shape[1]
-                for writer, part_THWC in zip(writers, part_BTHWC):
-                    writer.write(part_THWC)
-                progress.update(part_BTHWC.shape[1])
+        with self._writing(), contextlib.ExitStack() as opened, ProgressBar(
+                "stream", settings.frames or system.pixel_frames, unit="frame", compiles=True) as progress:
+            writers = [opened.enter_context(contextlib.closing(growing_mp4(path, file_rate(system.config), scale)))
+                       for path in paths]
+            try:
+                for part_BTHWC in stream_clips(system, self.params, prompts, seeds, settings,
+                                               for_each(self.known_THWC, len(batch)), timeline):
+                    first = first or time.perf_counter() - began
+                    frames += part_BTHWC.shape[1]
+                    for writer, part_THWC in zip(writers, part_BTHWC):
+                        writer.write(part_THWC)
+                    progress.update(part_BTHWC.shape[1])
+            except KeyboardInterrupt:
+                self.cut_short += [(path, frames) for path in paths]
+                raise
         seconds = time.perf_counter() - began
         events, ended = timeline.close(), solved(timeline.deep_reports, timeline.shallow_reports)
-        for index, (writer, path, request) in enumerate(zip(writers, paths, batch)):
-            writer.close()
+        for index, (path, request) in enumerate(zip(paths, batch)):
+            try:
+                ended.check(index, f"{request.prompt!r}, seed {request.seed}")
+            except UserError as error:
+                path.unlink()
+                self.failed.append((request, error))
+                continue
             facts = {**described(system.config, self.origin, request), "frames": frames, **ended.facts(index),
                      "seconds": round(seconds, 3), "seconds_to_first_frame": round(first, 3),
                      "timeline": [dataclasses.asdict(event) for event in events]}

@@ -5,6 +5,7 @@ import dataclasses
 from starflow_jax.settings.fields import (
     NAMES,
     PROBABILITY,
+    RATIOS,
     Allowed,
     Settings,
     at_least,
@@ -79,7 +80,7 @@ class Prepare(Settings):
                        at_least(0, "the source's", most=1000))
     resolution: int = setting(480, "as in 384p, 480p: the height of a 16:9 frame; those of other aspect ratios have as "
                               "many pixels", positive(16_384))
-    aspect_ratios: str = setting("21:9,16:9,3:2,4:3,1:1,3:4,2:3,9:16", "buckets; a video goes into the nearest", NAMES)
+    aspect_ratios: str = setting("21:9,16:9,3:2,4:3,1:1,3:4,2:3,9:16", "buckets; a video goes into the nearest", RATIOS)
     clips_per_video: int = setting(0, "most clips taken from one video; 0: all", at_least(0, "all", most=1_000_000))
     max_upscale: float = setting(1.25, "largest enlargement; smaller sources are left out", positive(1000))
     min_brightness: float = setting(12.0, "mean of a clip, 0 to 255; darker ones are left out", at_least(0, most=255))

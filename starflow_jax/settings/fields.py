@@ -45,6 +45,19 @@ def names(listed: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in listed.split(","))
 
 
+def whole_number(text: str) -> int | None:
+    """The whole number that a text of at most nine digits is; None for any other text."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 9 else None
+
+
+def is_ratio(text: str) -> bool:
+    """Whether it is W:H, of whole numbers greater than 0."""
+    width, colon, height = text.partition(":")
+    return bool(colon and whole_number(width) and whole_number(height))
+
+
+RATIO = Allowed("empty, or W:H, such as 16:9", lambda value: not value or is_ratio(value))
+RATIOS = Allowed("comma-separated ratios W:H, such as 16:9,1:1", lambda value: all(map(is_ratio, names(value))))
 DTYPES = one_of("float32", "bfloat16")
 
 
@@ -69,6 +82,8 @@ class Settings:
         for field in dataclasses.fields(section):
             value, kind = getattr(self, field.name), hints[field.name]
             self.require(field.name, _is_a(value, kind), f"must be {type_words(kind)}")
+            if kind is str:
+                self.require(field.name, _is_utf8(value), "must be text in UTF-8")
             allowed = field.metadata.get("allowed")
             if allowed:
                 self.require(field.name, allowed.holds(value), f"must be {allowed.words}")
@@ -80,7 +95,9 @@ class Settings:
     def require(self, field: str, holds: bool, words: str) -> None:
         """Raises UserError, which names the field and its value, unless `holds`."""
         if not holds:
-            raise UserError(f"{self.path or type(self).__name__.lower()}.{field}={getattr(self, field)!r}: {words}")
+            shown = repr(getattr(self, field))
+            shown = shown if len(shown) <= 200 else shown[:200] + "..."
+            raise UserError(f"{self.path or type(self).__name__.lower()}.{field}={shown}: {words}")
 
 
 def type_words(kind: Any) -> str:
@@ -96,6 +113,14 @@ def type_hints(section: Any) -> dict[str, Any]:
     """The type of each field of a section."""
     hints = typing.get_type_hints(section)
     return {field.name: hints[field.name] for field in dataclasses.fields(section)}
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a byte of the command line that was none
+        return False
+    return True
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -5,6 +5,7 @@ import math
 
 from starflow_jax.settings.fields import (
     DTYPES,
+    RATIO,
     Allowed,
     Settings,
     at_least,
@@ -111,7 +112,7 @@ class Text(Settings):
                             "nothing", Allowed(f"comma-separated parts of {', '.join(METADATA)}",
                                                lambda value: not value or set(names(value)) <= set(METADATA)))
     fps: int = setting(8, "frame rate of training, which the prompt states", at_least(0, "an image model", most=1000))
-    aspect_ratio: str = setting("1:1", "aspect ratio of training, which the prompt states")
+    aspect_ratio: str = setting("1:1", "aspect ratio of training, which the prompt states", RATIO)
     weights: str = setting("", "of the frozen encoder: a folder as flan-t5-xl is published, which also sets the sizes")
 
     def states(self, name: str) -> bool:

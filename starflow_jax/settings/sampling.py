@@ -3,7 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
-from starflow_jax.settings.fields import SEED, Allowed, Settings, UserError, at_least, one_of, positive, setting
+from starflow_jax.settings.fields import RATIO, SEED, Allowed, Settings, UserError, at_least, one_of, positive, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Sample(Settings):
     fps: int = setting(0, "frame rate of the prompt and of the file; 0: as trained",
                        at_least(0, "as trained", most=1000))
     aspect_ratio: str = setting("", "aspect ratio of the frames, where `side` is given, and in the prompt; empty: as "
-                                "trained")
+                                "trained", RATIO)
     side: int = setting(0, "pixels of a 1:1 frame's side; frames of another aspect ratio keep its area; 0: always the "
                         "training size", at_least(0, "the training size", most=16_384))
     offload: bool = setting(False, "one part of the model after the other: a frozen text encoder is read, used and "
@@ -111,7 +111,7 @@ class Sample(Settings):
             raise UserError("sample.vbench is a list of prompts; leave out sample.prompt and sample.prompts_file")
         if self.prompt and self.prompts_file:
             raise UserError("sample.prompt and sample.prompts_file are both given; leave one out")
-        if not (self.vbench or self.prompt or self.prompts_file):
+        if not (self.vbench or self.prompt.strip() or self.prompts_file):
             raise UserError('there is no prompt; give one with --config.sample.prompt="a blue three moves right" '
                             "or a file of them, one per line, with --config.sample.prompts_file=FILE")
 

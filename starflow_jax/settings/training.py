@@ -79,7 +79,7 @@ class Plan(Settings):
     step: str = setting("train", "a training step; all programs that make videos of the training length; "
                         "those that measure a given one (evaluate.task=video); or the Wan VAE's on one chip",
                         one_of("train", "sample", "likelihood", "codec"))
-    videos: int = setting(1, "videos sampled, or coded, together", positive(1_000_000))
+    videos: int = setting(1, "videos sampled, or coded, together", positive(1_000_000_000))
     updates: int = setting(8, "updates of the solver per block of tokens, assumed in the bound on sampling",
                            positive(1_000_000))
     search: bool = setting(False, "try meshes and rematerialisations, and rank what fits")

@@ -2,7 +2,7 @@
 
 import math
 
-from starflow_jax.config import UserError
+from starflow_jax.config import UserError, whole_number
 
 EXTEND = "(extend) "  # begins the caption of a clip that goes on from frames given before it
 
@@ -10,13 +10,10 @@ EXTEND = "(extend) "  # begins the caption of a clip that goes on from frames gi
 def parse_aspect_ratio(aspect_ratio: str) -> tuple[int, int]:
     """Splits "W:H" into two positive integers; raises UserError on anything else."""
     width, colon, height = aspect_ratio.partition(":")
-    if not (colon and _is_positive(width) and _is_positive(height)):
-        raise UserError(f"aspect ratio {aspect_ratio!r} is not of the form W:H; write for example 16:9")
-    return int(width), int(height)
-
-
-def _is_positive(digits: str) -> bool:
-    return digits.isascii() and digits.isdigit() and int(digits) > 0
+    columns, rows = whole_number(width), whole_number(height)
+    if not (colon and columns and rows):
+        raise UserError(f"aspect ratio {aspect_ratio[:40]!r} is not of the form W:H; write for example 16:9")
+    return columns, rows
 
 
 def format_prompt(

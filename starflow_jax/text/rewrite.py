@@ -34,14 +34,14 @@ def rewriter(hook: str) -> Callable[[str], str]:
 def _function(hook: str, module: str, name: str) -> Callable[[str], str]:
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise UserError(f"sample.rewrite={hook!r}: there is no such function ({error}); its module must be "
                         "importable: set PYTHONPATH to its folder") from error
 
     def call(prompt: str) -> str:
         try:
             return function(prompt)
-        except Exception as error:  # whatever the user's function raises
+        except (Exception, SystemExit) as error:  # whatever the user's function raises
             raise UserError(f"sample.rewrite={hook!r}: failed on the prompt {prompt!r} "
                             f"({type(error).__name__}: {error})") from error
 
@@ -53,11 +53,13 @@ def _command(hook: str) -> Callable[[str], str]:
         words = shlex.split(hook)
     except ValueError as error:
         raise UserError(f"sample.rewrite={hook!r}: can't be read as a command ({error})") from error
+    if not words:
+        raise UserError(f"sample.rewrite={hook!r}: names no command")
 
     def call(prompt: str) -> str:
         try:
             done = subprocess.run(words, input=prompt, capture_output=True, text=True, check=False)
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # also what is no UTF-8
             raise UserError(f"sample.rewrite={hook!r}: can't be run ({error})") from error
         if done.returncode:
             said = " ".join(done.stderr.split()[-30:])

@@ -76,6 +76,12 @@ ERRORS = {
     "gke: no bucket": ("gke.sh", ["cluster", "--cluster=c", "--project=lab", "--zone=z", "--type=v5p-128",
                                   "--workdir=/disk"], "/disk"),
     "worker: no workdir": ("worker.sh", ["run"], "WORKDIR"),
+    "worker: no number": ("worker.sh", ["stop", "BASH_VERSINFO[$(touch X)]"], "must be a whole number"),
+    "worker: octal": ("worker.sh", ["stop", "09"], "stop: SECONDS=09"),
+    "worker: no lines": ("worker.sh", ["follow", "x[$(touch X)]"], "follow: LINES"),
+    "too many restarts": ("tpu_vm.sh", ["launch", *RUN, f"--max-restarts={10**20}", *FLAGS], "--max-restarts"),
+    "gke: no slices": ("gke.sh", ["launch", "--cluster=c", "--project=lab", "--zone=z", "--slices=a[$(touch X)]"],
+                       "--slices"),
     "worker: unknown command": ("worker.sh", ["fly"], "fly"),
 }
 

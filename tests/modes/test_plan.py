@@ -1,10 +1,12 @@
 """--mode=plan: plan.json, the table, and what it says where it can't."""
 
+import dataclasses
 import importlib.util
 import json
 
 import pytest
 
+from starflow_jax.config import Mesh
 from starflow_jax.modes.plan import plan
 from tests.planning.test_meshes import with_plan
 from tests.planning.test_plan import ALWAYS_KNOWN, COST, small, small_codec
@@ -28,9 +30,12 @@ def test_training_is_planned_for_a_pod_that_is_not_there(tmp_path, capsys) -> No
 @pytest.mark.slow
 def test_sampling_is_planned_program_by_program(tmp_path) -> None:
     needs_libtpu()
-    plan(with_plan(small(), topology="v5e:2x2", step="sample"), tmp_path)
+    config = with_plan(small(), topology="v5e:2x2", step="sample")
+    plan(dataclasses.replace(config, mesh=Mesh(data=1, fsdp=4)), tmp_path)
     row = json.loads((tmp_path / "plan.json").read_text())
-    assert row["fits"] and row["mesh"]["tensor"] == 4 and len(row["memory"]) == 3
+    assert row["fits"] and row["mesh"]["fsdp"] == 4 and [part["program"] for part in row["memory"]] == [
+        "text encoder", "text by branches", "noise", "deep block, the text", "deep block, a step", "frames together",
+        "shallow blocks, all frames", "denoiser, a window", "codec, all frames", "likelihood, a window"]
 
 
 def test_what_the_compiler_refuses_is_a_plan_that_does_not_fit(tmp_path, capsys) -> None:

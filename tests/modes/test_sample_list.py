@@ -1,15 +1,21 @@
 """A list of prompts: what is there is not made again, one that fails stops no other, and processes share it."""
 
+import dataclasses
+import itertools
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from starflow_jax.config import UserError
+from starflow_jax.flow.jacobi import Outcome
 from starflow_jax.io.video import read_video
+from starflow_jax.sampling import generate, videos
 from tests.modes.test_processes import free_port
 from tests.sharded_sampling import write_workdir
 from tests.small_run import ROOT, environment, run_here
@@ -80,9 +86,6 @@ def test_a_prompt_that_fails_is_listed_and_the_others_are_made(model: Path, tmp_
 
 
 def test_a_batch_that_fails_is_made_one_by_one(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from starflow_jax.config import UserError
-    from starflow_jax.sampling import videos
-
     make_batch = videos.make_batch
 
     def failing(system, params, batch, known):
@@ -117,6 +120,55 @@ def test_a_process_that_fails_says_why_and_waits_for_the_others(model: Path, tmp
     assert code == 2 and error.strip().splitlines()[-1].startswith(
         f"starflow_jax: sample.output={tmp_path / 'file'}: can't be written to"), out + error
     assert waited == [True]
+
+
+def test_ctrl_c_ends_what_is_written_and_says_what_is_there(model: Path, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole videos: the second is interrupted; the same command makes two. A stream is cut short, and plays."""
+    make_batch, stream_clips, calls = videos.make_batch, videos.stream_clips, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return make_batch(*args)
+
+    monkeypatch.setattr(videos, "make_batch", interrupted)
+    code, out, error = run_here(asked(model, tmp_path))
+    assert code == 130 and error.strip().splitlines()[-1] == "starflow_jax: interrupted", error
+    assert out.splitlines()[-1] == (f"interrupted: 1 of 3 videos are in {tmp_path / 'videos'}; the same command makes "
+                                    "the rest")
+    code, out, error = run_here(asked(model, tmp_path))
+    assert code == 0 and "1 of 3 videos are there already" in out and len(calls) == 4
+
+    def cut_short(*args: Any) -> Any:
+        yield from itertools.islice(stream_clips(*args), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(videos, "stream_clips", cut_short)
+    code, out, error = run_here(asked(model, tmp_path, "--config.sample.stream=true"))
+    path = tmp_path / "videos" / "a_red_seven_moves_right_seed0_stream.mp4"
+    assert code == 130 and f"{path}: cut short after 5 frames" in out.splitlines(), out + error
+    assert len(read_video(path)[0]) == 5
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_what_is_not_finite_is_no_video(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                        streams: bool) -> None:
+    solved, of_streams = generate.solved, videos.solved
+
+    def second(deep: Any, shallow: Any) -> Any:
+        found = (of_streams if streams else solved)(deep, shallow)
+        outcome_B = np.where(np.arange(len(found.outcome_B)) == 1, Outcome.NOT_FINITE, found.outcome_B)
+        return dataclasses.replace(found, outcome_B=outcome_B)
+
+    monkeypatch.setattr(videos if streams else generate, "solved", second)
+    code, out, error = run_here(asked(model, tmp_path, "--config.sample.batch_size=3",
+                                      f"--config.sample.stream={streams}"))
+    assert code == 2 and "'a blue three drifts left', seed 0: the solver's result is not finite" in error, out + error
+    assert {name.removesuffix("_stream") for name in made(tmp_path)} == {
+        "a_red_seven_moves_right_seed0", "a_green_one_floats_up_seed0"}
+    assert len(list((tmp_path / "videos").glob("*.json"))) == 2
 
 
 @pytest.mark.slow

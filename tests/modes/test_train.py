@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -14,7 +15,6 @@ import pytest
 
 import starflow_jax as sf
 from starflow_jax.io.pictures import read_image
-from starflow_jax.training.metrics import read_metrics
 from tests.small_run import ROOT, command, environment, run_here
 
 TIMES = ("seconds", "tokens_per_second")
@@ -56,12 +56,15 @@ def succeeds(workdir: Path, data: Path, *arguments: str) -> str:
 
 
 def interrupt(workdir: Path, data: Path, how: signal.Signals, after_step: int) -> tuple[int, str]:
-    """Start a run and send it a signal once it has logged a step and saved one; returns (exit status, output)."""
+    """Start a run and send it a signal once it has logged a step and saved one; returns (exit status, output). What an
+    earlier run logged does not count: the file is replaced when another one starts."""
     process = subprocess.Popen(command(workdir, data), cwd=ROOT, env=environment(), text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     metrics, saved = workdir / "metrics.jsonl", workdir / "checkpoints" / "3"
-    while process.poll() is None and not (saved.exists() and f'"step": {after_step}' in metrics.read_text()):
-        time.sleep(0.02)
+    earlier = metrics.stat().st_ino if metrics.exists() else None
+    while process.poll() is None and not (saved.exists() and metrics.stat().st_ino != earlier
+                                          and f'"step": {after_step}' in metrics.read_text()):
+        time.sleep(0.001)
     process.send_signal(how)
     out, _ = process.communicate()
     return process.returncode, out
@@ -87,18 +90,24 @@ def test_metrics_have_every_key(uninterrupted: Path) -> None:
 
 
 def test_killed_then_stopped_equals_uninterrupted(uninterrupted: Path, data: Path, tmp_path: Path) -> None:
-    """SIGKILL loses the steps since the last checkpoint, SIGTERM saves first, and nothing of either is left at the
-    end."""
+    """SIGKILL loses the steps since the last checkpoint, Ctrl-C saves first (as SIGTERM does: test_processes.py), and
+    nothing of either is left at the end."""
     assert interrupt(tmp_path, data, signal.SIGKILL, after_step=4)[0] == -signal.SIGKILL
-    reached = read_metrics(tmp_path)[-1]["step"]
-    code, said = interrupt(tmp_path, data, signal.SIGTERM, after_step=reached + 1)
-    assert code == 0 and re.search(r"resuming from step [3-6]\n", said), said
+    code, said = interrupt(tmp_path, data, signal.SIGINT, after_step=5)
+    assert code == 130 and "saved; the same command resumes from there" in said, said
+    assert re.search(r"resuming from step [36]\n", said), said
     saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit())
-    assert saved > reached and saved == max(losses(tmp_path))
+    assert 5 <= saved < 8 and saved == max(losses(tmp_path))
     assert f"resuming from step {saved}\n" in succeeds(tmp_path, data)
     assert losses(tmp_path) == losses(uninterrupted)
     for ours, expected in zip(final_arrays(tmp_path), final_arrays(uninterrupted), strict=True):
         np.testing.assert_array_equal(ours, expected)
+
+
+def test_a_finished_run_started_again_needs_no_metrics(uninterrupted: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{}\n[3\n{"step": 8, "validation_bits_per_dim": null}\n')
+    assert "trained 8 steps: validation ? bits per dimension" in succeeds(tmp_path / "run", data)
 
 
 @pytest.mark.slow  # its sibling in training/test_optimizer.py is quick
