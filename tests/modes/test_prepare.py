@@ -91,7 +91,7 @@ def test_latents_of_another_codec_are_refused(config, tmp_path):
 @pytest.mark.parametrize("changes,message", [
     (dict(crf=60), "prepare.crf=60"), (dict(frames=-1), "prepare.frames=-1"), (dict(test_share=1.0), "below 1"),
     (dict(validation_share=0.5, test_share=0.5), "leaves nothing to train on"),
-    (dict(aspect_ratios="1:1,,"), "comma-separated names"), (dict(max_upscale=0.0), "prepare.max_upscale=0.0"),
+    (dict(aspect_ratios="1:1,,"), "comma-separated ratios"), (dict(max_upscale=0.0), "prepare.max_upscale=0.0"),
     (dict(resolution=0), "prepare.resolution=0")])
 def test_settings_are_checked(changes, message):
     with pytest.raises(UserError, match=message):
