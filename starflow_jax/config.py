@@ -17,12 +17,13 @@ from starflow_jax.settings.data import Convert, Data, Prepare
 from starflow_jax.settings.fields import Settings, UserError, required, type_hints, whole_number
 from starflow_jax.settings.model import METADATA, REMAT, SEQUENCE_PARALLEL, Codec, Mesh, Model, Text
 from starflow_jax.settings.sampling import EVALUATIONS, Evaluate, Sample, Solver
-from starflow_jax.settings.training import BENCHMARKS, Benchmark, Decoder, Plan, Train
+from starflow_jax.settings.training import BENCHMARKS, Benchmark, Decoder, Lora, Plan, Train
 
 __all__ = [
     "BENCHMARKS", "EVALUATIONS", "METADATA", "REMAT", "SEQUENCE_PARALLEL", "Benchmark", "Codec", "Config", "Convert",
-    "Data", "Decoder", "Evaluate", "Mesh", "Model", "Plan", "Prepare", "Sample", "Solver", "Text", "Train", "UserError",
-    "changed", "choose_variant", "from_config_dict", "from_dict", "to_config_dict", "unknown_setting", "whole_number"]
+    "Data", "Decoder", "Evaluate", "Lora", "Mesh", "Model", "Plan", "Prepare", "Sample", "Solver", "Text", "Train",
+    "UserError", "changed", "choose_variant", "from_config_dict", "from_dict", "to_config_dict", "unknown_setting",
+    "whole_number"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Config(Settings):
     codec: Codec = Codec()
     data: Data = Data()
     train: Train = Train()
+    lora: Lora = Lora()
     decoder: Decoder = Decoder()
     sample: Sample = Sample()
     mesh: Mesh = Mesh()
@@ -52,6 +54,8 @@ class Config(Settings):
             "must be 0 with prepared data: only moving digits can be read")
         self.train.require("target", self.train.target != "decoder" or not self.data.latents,
                            "needs pixels beside the latents; set data.latents=false")
+        self.lora.require("blocks", "denoiser" not in self.lora.blocks or self.model.denoiser != "none",
+                          "this model has no denoiser")
 
 
 # Settings that were renamed, and what to write instead.

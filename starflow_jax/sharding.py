@@ -43,6 +43,11 @@ PARAMETERS = {
     r"layers/layer/mlp_in/kernel": ("width", "hidden"),
     r"layers/layer/mlp_in/bias": ("hidden",),
     r"layers/layer/mlp_out/kernel": ("hidden", "width"),
+    r"layers/layer/(qkv|mlp_in)/(kernel/)?lora_a": ("width", None),
+    r"layers/layer/(proj|mlp_out)/(kernel/)?lora_a": ("hidden", None),
+    r"layers/layer/qkv/(kernel/)?lora_b": (None, None, "hidden"),
+    r"layers/layer/mlp_in/(kernel/)?lora_b": (None, "hidden"),
+    r"layers/layer/(proj|mlp_out)/(kernel/)?lora_b": (None, "width"),
     r"(deep|shallow_\d+|denoiser)/proj_(in|text)/kernel": (None, "width"),
     r"(deep|shallow_\d+|denoiser)/proj_out/kernel": ("width", None),
     r"text/.*": (),  # the encoder that is trained along with the flow

@@ -90,7 +90,7 @@ def stack_released(tensors: Mapping[str, Any], model: Model, source: str) -> dic
     tensors = {name: tensor for name, tensor in tensors.items() if not BUFFERS.fullmatch(name)}
     missing: list[str] = []
     misshapen: list[str] = []
-    for ours, theirs, layers in _names(model):
+    for ours, theirs, layers in released_names(model):
         shape = shapes[ours][1:] if layers else shapes[ours]
         released = _released_shape(ours, shape)
         wanted = [theirs.format(layer=index) for index in range(layers)] if layers else [theirs]
@@ -120,10 +120,10 @@ def _stack(name: str, shape: tuple[int, ...], parts: list[Any], head_dim: int) -
 
     def read() -> np.ndarray:
         if "/layers/" not in name:
-            return _from_torch(name, np.asarray(parts[0]), head_dim)
+            return from_torch(name, np.asarray(parts[0]), head_dim)
         stacked = np.empty(shape, dtype)
         for index, part in enumerate(parts):
-            stacked[index] = _from_torch(name, np.asarray(part), head_dim)
+            stacked[index] = from_torch(name, np.asarray(part), head_dim)
         return stacked
 
     return StoredArray(shape, dtype, read)
@@ -134,13 +134,13 @@ def unstack_to_released(arrays: Mapping[str, Any], model: Model) -> dict[str, St
     read last is kept in memory."""
     read = _last_kept(arrays)
     tensors = {}
-    for ours, theirs, layers in _names(model):
+    for ours, theirs, layers in released_names(model):
         shape = arrays[ours].shape[1:] if layers else arrays[ours].shape
         released = _released_shape(ours, shape)
         for index in range(layers or 1):
             def part(ours: str = ours, index: int | None = index if layers else None) -> np.ndarray:
                 value = read(ours) if index is None else read(ours)[index]
-                return _to_torch(ours, value, model.head_dim)
+                return to_torch(ours, value, model.head_dim)
 
             tensors[theirs.format(layer=index)] = StoredArray(released, arrays[ours].dtype, part)
     return tensors
@@ -158,7 +158,7 @@ def _last_kept(arrays: Mapping[str, Any]) -> Callable[[str], np.ndarray]:
     return read
 
 
-def _names(model: Model) -> Iterator[tuple[str, str, int]]:
+def released_names(model: Model) -> Iterator[tuple[str, str, int]]:
     """(our name, released name, layers stacked in ours or 0) of every parameter."""
     blocks = [(f"shallow_{i}", f"blocks.{i}", n, False) for i, n in enumerate(model.shallow_layers)]
     blocks.append(("deep", f"blocks.{len(model.shallow_layers)}", model.deep_layers, model.text_length > 0))
@@ -180,13 +180,15 @@ def _released_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[::-1] if name.endswith("kernel") else shape
 
 
-def _from_torch(name: str, value: np.ndarray, head_dim: int) -> np.ndarray:
+def from_torch(name: str, value: np.ndarray, head_dim: int) -> np.ndarray:
+    """One layer's tensor of the release in our layout; name: ours."""
     if "/qkv/" in name:
         value = value[_qkv_order(value.shape[0], head_dim)].reshape(3, -1, *value.shape[1:])
     return np.moveaxis(value, -1, 0) if name.endswith("kernel") else value
 
 
-def _to_torch(name: str, value: np.ndarray, head_dim: int) -> np.ndarray:
+def to_torch(name: str, value: np.ndarray, head_dim: int) -> np.ndarray:
+    """The inverse of `from_torch`."""
     value = np.moveaxis(value, 0, -1) if name.endswith("kernel") else value
     if "/qkv/" in name:
         value = value.reshape(-1, *value.shape[2:])

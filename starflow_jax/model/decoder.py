@@ -1,6 +1,5 @@
 """The decoder for noised latents that --config.train.target=decoder trains beside a model that stays as it is."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,8 @@ import jax
 from etils import epy
 
 from starflow_jax.codec.interface import LatentCodec
-from starflow_jax.config import Config, UserError, changed
+from starflow_jax.config import Config, UserError
+from starflow_jax.model.beside import check_backbone
 from starflow_jax.model.parameters import Params, model_fingerprint
 
 with epy.lazy_imports():
@@ -30,30 +30,9 @@ def decoder_fingerprint(config: Config, backbone: str) -> dict[str, Any]:
 
 def open_decoder_checkpoints(config: Config, workdir: Path, backbone: str) -> "training.Checkpoints":
     """The workdir's. Raises UserError where they are another model's, or were trained beside other weights."""
-    held = _backbone_of(workdir / "checkpoints" / "model.json")
-    if held not in ("", backbone):
-        raise UserError(f"{workdir}: its decoder was trained beside other weights (checksum {held}) than those of "
-                        f"{config.train.init_from or 'the model in the package'} ({backbone}); name them with "
-                        "--config.train.init_from=WORKDIR, or WORKDIR/checkpoints/STEP")
+    check_backbone(workdir, "decoder was", config, backbone)
     return training.Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints, best=BEST,
                                 model_fingerprint=decoder_fingerprint(config, backbone))
-
-
-def _backbone_of(path: Path) -> str:
-    """What the file of a decoder's fingerprint says; "" where there is none, or where it can't be read, which
-    Checkpoints then reports."""
-    try:
-        return str(json.loads(path.read_text()).get("backbone", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
-
-
-def settings_beside(config: Config) -> Config:
-    """The settings that a decoder's workdir keeps: it samples through the decoder, and finds its model from anywhere.
-    """
-    source = config.train.init_from
-    config = changed(config, "train", {"init_from": str(Path(source).absolute()) if source else ""})
-    return changed(config, "sample", {"denoise": "decoder", "renoise": False})
 
 
 def read_decoder(config: Config, workdir: Path, codec: LatentCodec, backbone: str) -> tuple[Params, Path]:

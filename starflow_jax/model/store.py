@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epy
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from starflow_jax import sharding
 from starflow_jax.config import Config, UserError, changed, from_dict
 from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.io.files import write_text
+from starflow_jax.io.tensor_files import open_safetensors
+from starflow_jax.model import lora
+from starflow_jax.model.beside import fingerprint_of
 from starflow_jax.model.calibration import read_calibration
 from starflow_jax.model.decoder import read_decoder
 from starflow_jax.model.initialise import whole_checkpoint
@@ -24,12 +28,15 @@ from starflow_jax.model.parameters import Params, inference_params, init_params,
 from starflow_jax.model.quantize import quantize_param, quantize_params
 from starflow_jax.model.system import SETTINGS, System, load_system, save_system
 from starflow_jax.model.text import frozen_encoder_params
+from starflow_jax.nn.lora import Adapted
 
 with epy.lazy_imports():  # orbax, which the model in the package does not need
     from starflow_jax.checkpoints import checksums, parameters, training
 
 PRETRAINED = Path(__file__).parents[1] / "assets" / "tiny"
 PRETRAINED_WEIGHTS = "model.safetensors"
+NO_BACKBONE = "train.init_from is empty"
+Convert = Callable[[str, jax.Array], Any]  # (name, parameter) -> what is kept of it
 
 
 class LoadedModel(NamedTuple):
@@ -42,21 +49,49 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(config: Config, workdir: Path, encoder: bool = True) -> LoadedModel:
-    """The workdir's model, or the package's where the workdir holds none, on the mesh in force; its parameters as
-    `inference_params` gives them. Where train.target=decoder made the workdir, the model that it was trained beside,
-    and that decoder. encoder: with a frozen text encoder, or without.
+    """The workdir's model, or the package's where the workdir holds none, on the mesh in force, with the LoRA factors
+    of sample.lora; its parameters as `inference_params` gives them. Where another train.target made the workdir, the
+    model that it was trained beside, and what was. encoder: with a frozen text encoder, or without.
 
     Raises UserError where the workdir holds another model, or none and the package has none of this config.
     """
-    int8 = config.sample.weights == "int8"
-    convert = quantize_param if int8 else None
+    loras = lora.read_all(config, workdir)
+    convert = _as_kept(config.sample.weights == "int8", lora.combined(loras), merge=config.sample.merge_lora)
     if config.train.target == "decoder":
         loaded = load_with_decoder(config, workdir, convert)
+    elif config.train.target == "lora":
+        loaded = load_backbone(config, convert)
+        loaded = loaded._replace(system=dataclasses.replace(
+            loaded.system, calibration=read_calibration(workdir / "system")))
     else:
-        loaded = load_trained(config, workdir, convert) or load_pretrained(config, workdir)
+        loaded = load_trained(config, workdir, convert) or load_pretrained(config, workdir, convert)
     params = {**loaded.params, **(load_encoder(config) if encoder else {})}
-    params = quantize_params(params) if int8 else params
-    return loaded._replace(params=inference_params(config, params))
+    return _named_with(loras, loaded)._replace(params=inference_params(config, params))
+
+
+def _as_kept(int8: bool, factors: Mapping[str, lora.Factors], merge: bool) -> Convert | None:
+    """What is kept of each parameter: with its factors, in int8; None where all stay as they are."""
+    def convert(name: str, param: jax.Array) -> Any:
+        own = factors.get(name)
+        if own and merge:
+            param = lora.merge(param, own)
+        kept = quantize_param(name, param) if int8 else param
+        return Adapted(kept, *own) if own and not merge else kept
+
+    return convert if factors or int8 else None
+
+
+def _named_with(loras: Sequence[lora.Lora], loaded: LoadedModel) -> LoadedModel:
+    """The model with what was added to it in its name and checksum. Raises UserError for what belongs to another."""
+    if not loras:
+        return loaded
+    backbone = fingerprint_of(traverse_util.flatten_dict(loaded.params, sep="/"))
+    for one in loras:
+        if one.backbone not in ("", backbone):
+            raise UserError(f"{one.source}: was trained beside other weights (checksum {one.backbone}) than those of "
+                            f"{loaded.source} ({backbone})")
+    return loaded._replace(source=", with ".join([loaded.source, *(one.source for one in loras)]),
+                           weights=loaded.weights + "".join(one.checksum for one in loras))
 
 
 def load_encoder(config: Config) -> Params:
@@ -71,11 +106,12 @@ def load_encoder(config: Config) -> Params:
     return frozen_encoder_params(config, placed)
 
 
-def abstract_params(config: Config, mesh: Mesh) -> Params:
-    """What `load_model` gives of flow, denoiser and a trained text encoder on a mesh, in shapes."""
+def abstract_params(config: Config, mesh: Mesh, weights: str) -> Params:
+    """What `load_model` gives of flow, denoiser and a trained text encoder on a mesh, in shapes. weights: as
+    sample.weights is."""
     params = sharding.layers_as(jax.eval_shape(lambda: init_params(config, jax.random.key(0))),
                                 jnp.dtype(config.model.dtype))
-    if config.sample.weights == "int8":
+    if weights == "int8":
         params = jax.eval_shape(quantize_params, params)
     return sharding.abstract(params, mesh)
 
@@ -130,7 +166,7 @@ def own_settings(config: Config, workdir: Path) -> tuple[Config, str]:
         config = changed(config, section, values)
     if own.train.target != "all":  # made beside a model, which the config may name at another place
         beside = {"target": own.train.target, "init_from": config.train.init_from or own.train.init_from}
-        config = changed(changed(config, "train", beside), "decoder", dataclasses.asdict(own.decoder))
+        config = dataclasses.replace(changed(config, "train", beside), decoder=own.decoder, lora=own.lora)
     line = f"{workdir} holds a model with settings of its own, which are used: {', '.join(passed_over)}"
     return config, line if passed_over else ""
 
@@ -139,8 +175,7 @@ def _with_its_prompts(config: Config, workdir: Path) -> Config:
     return changed(config, "data", {"first_frame_drop": settings_of(workdir).data.first_frame_drop})
 
 
-def load_trained(config: Config, workdir: Path, convert: Callable[[str, jax.Array], Any] | None = None
-                 ) -> LoadedModel | None:
+def load_trained(config: Config, workdir: Path, convert: Convert | None = None) -> LoadedModel | None:
     """A workdir's newest or best checkpoint, its averaged parameters on the mesh in force, without a frozen text
     encoder's; None where there is none.
 
@@ -158,9 +193,7 @@ def load_trained(config: Config, workdir: Path, convert: Callable[[str, jax.Arra
     return _load_checkpoint(config, workdir, checkpoints.directory / str(step), convert)
 
 
-def _load_checkpoint(
-    config: Config, workdir: Path, folder: Path, convert: Callable[[str, jax.Array], Any] | None
-) -> LoadedModel:
+def _load_checkpoint(config: Config, workdir: Path, folder: Path, convert: Convert | None) -> LoadedModel:
     """The model of one of a workdir's checkpoints."""
     mesh = sharding.current_mesh()
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
@@ -172,18 +205,21 @@ def _load_checkpoint(
                        f"{workdir}, step {folder.name}", _checksum(folder / checksums.CHECKSUMS))
 
 
-def load_with_decoder(
-    config: Config, workdir: Path, convert: Callable[[str, jax.Array], Any] | None = None
-) -> LoadedModel:
+def load_backbone(config: Config, convert: Convert | None = None) -> LoadedModel:
+    """The model of train.init_from, or the package's. Raises UserError where it is missing, or another config's."""
+    if config.train.init_from:
+        folder = backbone_checkpoint(config)
+        return _load_checkpoint(config, folder.parents[1], folder, convert)
+    _check_pretrained(config, NO_BACKBONE, "--config.train.init_from")
+    return load_pretrained(config, PRETRAINED, convert)
+
+
+def load_with_decoder(config: Config, workdir: Path, convert: Convert | None = None) -> LoadedModel:
     """The model of train.init_from, or the package's, with the decoder for noised latents that was trained beside it.
 
     Raises UserError where one of them is missing, and where the decoder was trained beside another model.
     """
-    if config.train.init_from:
-        folder = backbone_checkpoint(config)
-        backbone = _load_checkpoint(config, folder.parents[1], folder, convert)
-    else:
-        backbone = load_pretrained(config, workdir)
+    backbone = load_backbone(config, convert)
     decoder, folder = read_decoder(config, workdir, backbone.system.codec, backbone.weights)
     system = dataclasses.replace(backbone.system, decoder=decoder,
                                  calibration=read_calibration(workdir / "system", config.model))
@@ -203,8 +239,16 @@ def backbone_weights(config: Config) -> str:
     """`LoadedModel.weights` of train.init_from's model, or the package's. Raises UserError as loading it would."""
     if config.train.init_from:
         return _checksum(backbone_checkpoint(config) / checksums.CHECKSUMS)
-    _check_pretrained(config, "train.init_from is empty", "--config.train.init_from")
+    _check_pretrained(config, NO_BACKBONE, "--config.train.init_from")
     return _checksum(PRETRAINED / PRETRAINED_WEIGHTS)
+
+
+def backbone_fingerprint(config: Config) -> str:
+    """`fingerprint_of` that model, of which few arrays are read. Raises UserError as loading it would."""
+    if config.train.init_from:
+        return fingerprint_of(parameters.stored_params(backbone_checkpoint(config)))
+    _check_pretrained(config, NO_BACKBONE, "--config.train.init_from")
+    return fingerprint_of(open_safetensors(PRETRAINED / PRETRAINED_WEIGHTS))
 
 
 def backbone_system(config: Config) -> System:
@@ -213,11 +257,14 @@ def backbone_system(config: Config) -> System:
     return load_system(config, workdir / "system" if workdir else PRETRAINED)
 
 
-def load_pretrained(config: Config, workdir: Path) -> LoadedModel:
+def load_pretrained(config: Config, workdir: Path, convert: Convert | None = None) -> LoadedModel:
     """The same of the pretrained model in the package. Raises UserError where that is another config's."""
     _check_pretrained(config, f"{workdir} holds no checkpoint")
     params, mesh = import_arrays(PRETRAINED / PRETRAINED_WEIGHTS), sharding.current_mesh()
     params = jax.device_put(params, sharding.parameter_shardings(params, mesh) if mesh else None)
+    if convert:
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: convert(sharding.parameter_name(path), leaf), params)
     return LoadedModel(_placed_system(load_system(config, PRETRAINED)), params, "the pretrained model",
                        _checksum(PRETRAINED / PRETRAINED_WEIGHTS))
 

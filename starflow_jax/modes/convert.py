@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from starflow_jax.checkpoints import peft
 from starflow_jax.checkpoints.growth import Change
 from starflow_jax.checkpoints.licences import KEPT, beside, keep_licence, licence_text
 from starflow_jax.checkpoints.parameters import save_params, stored_params
@@ -29,6 +30,7 @@ from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.io.tensor_files import StoredArray, check_shapes, write_safetensors
 from starflow_jax.model.codec import released_codec, sizes_of_codec
 from starflow_jax.model.initialise import inherited_arrays, is_ours, whole_checkpoint
+from starflow_jax.model.lora import read_workdir
 from starflow_jax.model.parameters import model_fingerprint
 from starflow_jax.model.store import own_settings
 from starflow_jax.model.system import save_settings
@@ -62,7 +64,8 @@ def convert(config: Config, workdir: Path) -> None:
         write_system(config, workdir)
         keep_licences(config, workdir)
     if settings.target:
-        write_released(own_settings(config, workdir)[0], workdir)
+        config = own_settings(config, workdir)[0]
+        (write_adapter if config.train.target == "lora" else write_released)(config, workdir)
 
 
 def with_hub_files(config: Config) -> Config:
@@ -198,6 +201,21 @@ def write_released(config: Config, workdir: Path) -> None:
     if (workdir / KEPT).exists():
         keep_licence((workdir / KEPT).read_text(encoding="utf-8"), beside(target))
     print(f"{workdir} -> {target}: {_size(tensors)}")
+
+
+def write_adapter(config: Config, workdir: Path) -> None:
+    """The workdir's newest averaged LoRA factors as PEFT keeps them."""
+    target = Path(config.convert.target)
+    config.convert.require("target", target.name == peft.WEIGHTS, f"PEFT reads {peft.WEIGHTS} alone; name that, in a "
+                           "folder of its own")
+    scale = config.lora.alpha / config.lora.rank
+    lora = read_workdir(workdir, best=config.sample.checkpoint == "best")
+    factors = {name: (a, b / np.float32(scale)) for name, (a, b) in lora.factors.items()}
+    tensors = peft.write_peft(target, factors, config.model, rank=config.lora.rank, alpha=config.lora.alpha,
+                              backbone=lora.backbone, base=config.train.init_from or config.name)
+    if (workdir / KEPT).exists():
+        keep_licence((workdir / KEPT).read_text(encoding="utf-8"), beside(target))
+    print(f"{lora.source} -> {target}: {_size(tensors)}; it is added to its model with --config.sample.lora={target}")
 
 
 def _write(target: Path, tensors: Mapping[str, Any]) -> None:

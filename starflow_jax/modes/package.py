@@ -15,6 +15,7 @@ def package(config: Config, workdir: Path) -> None:
 
     Raises UserError where the workdir holds no checkpoint, and where the package grows too large.
     """
+    config.sample.require("lora", not config.sample.lora, "the package carries a model alone; leave it out")
     config.train.require("target", config.train.target == "all", "the package carries a whole model")
     trained = load_trained(config, workdir)
     if trained is None:

@@ -38,8 +38,9 @@ def train(config: Config, workdir: Path) -> None:
 def _say_how_it_starts(config: Config, run: Run) -> None:
     if run.resumed:
         print(f"resuming from step {int(run.state.step)}")
-    elif isinstance(run.target, DecoderTarget):
-        print(f"a decoder beside {config.train.init_from or 'the model in the package'}, which stays as it is")
+    elif config.train.target != "all":
+        what = "a decoder" if config.train.target == "decoder" else f"LoRA factors of rank {config.lora.rank}"
+        print(f"{what} beside {config.train.init_from or 'the model in the package'}, which stays as it is")
     elif config.train.init_from:
         print(f"starting from {config.train.init_from}" + (":" if run.changes else ""))
         for name, old, now, effect in run.changes:

@@ -1,12 +1,9 @@
-"""Weights in int8 with a float scale for each output channel, and dense layers that take such a kernel.
+"""Weights in int8 with a float scale for each output channel, and products with them.
 
 Nothing is scaled back as a whole: a product takes the int8 values, which XLA converts to its dtype on their way in, and
 its result is multiplied by the scale of each output channel.
 """
 
-from typing import Any
-
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -33,28 +30,8 @@ def quantize(x: jax.Array, axis: int) -> Quantized:
     return Quantized(rounded(x, scale), scale.squeeze(axis))
 
 
-class Dense(nn.Dense):
-    """nn.Dense whose kernel may be Quantized along its input axis."""
-
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        return _product(self, inputs) if _is_quantized(self) else super().__call__(inputs)
-
-
-class DenseGeneral(nn.DenseGeneral):
-    """nn.DenseGeneral over the last axis, whose kernel may be Quantized along its input axis."""
-
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        return _product(self, inputs) if _is_quantized(self) else super().__call__(inputs)
-
-
-def _is_quantized(layer: nn.Module) -> bool:
-    return isinstance(layer.get_variable("params", "kernel"), Quantized)
-
-
-def _product(layer: Dense | DenseGeneral, inputs: jax.Array) -> jax.Array:
-    """(..., *features) in the layer's dtype; summed, scaled and shifted in float32 at least."""
-    kernel: Any = layer.get_variable("params", "kernel")
-    dtype = jnp.dtype(layer.dtype)
-    out = lax.dot_general(inputs.astype(dtype), kernel.q.astype(dtype), (((inputs.ndim - 1,), (0,)), ((), ())),
-                          preferred_element_type=jnp.promote_types(dtype, jnp.float32)) * kernel.scale
-    return (out + layer.get_variable("params", "bias") if layer.use_bias else out).astype(dtype)
+def scaled_product(inputs: jax.Array, kernel: Quantized) -> jax.Array:
+    """(..., in) @ (in, *features), int8 values in the dtype of the inputs; summed and scaled in float32 at least."""
+    dtype = inputs.dtype
+    return lax.dot_general(inputs, kernel.q.astype(dtype), (((inputs.ndim - 1,), (0,)), ((), ())),
+                           preferred_element_type=jnp.promote_types(dtype, jnp.float32)) * kernel.scale

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from starflow_jax.kernels.attention import ATTENTION_RESULTS
 from starflow_jax.kernels.mask import Mask
 from starflow_jax.nn.cache import KVCache
-from starflow_jax.nn.quantized import Dense, DenseGeneral
+from starflow_jax.nn.dense import Dense, DenseGeneral
 from starflow_jax.nn.rope import apply_rope
 from starflow_jax.nn.sequence_parallel import by_tokens, sequence_parallel_attention
 from starflow_jax.sharding import constrain, token_padding, tokens_sharded

@@ -29,7 +29,7 @@ def abstract_text_encoder(config: Config) -> T5Encoder:
 
 def abstract_model(config: Config, mesh: Mesh) -> tuple[dict[str, Any], Any]:
     """(parameters as `load_model` places them on the mesh, the codec), in shapes."""
-    params = abstract_params(config, mesh)
+    params = abstract_params(config, mesh, config.sample.weights)
     if config.text.encoder == "frozen" and config.model.text_length:
         encoder, ids = abstract_text_encoder(config), jax.ShapeDtypeStruct((1, config.model.text_length), jnp.int32)
         shapes = jax.eval_shape(lambda ids: encoder.init(jax.random.key(0), ids)["params"], ids)

@@ -120,8 +120,8 @@ def plan_of(config: Config, devices: list[Any]) -> StepPlan:
     videos = (config.train.batch_size if train else config.evaluate.draws if config.plan.step == "likelihood"
               else config.plan.videos)
     branches = 2 if config.sample.guided and not train else 1
-    flops = None  # of a codec and of a likelihood those of their programs
-    if config.plan.step in ("train", "sample"):
+    flops = None  # of a codec, of a likelihood and of LoRA those of their programs
+    if config.plan.step == "sample" or (train and config.train.target == "all"):
         flops = roofline.model_flops(model, videos, training=train, branches=branches)
     began, cost = time.perf_counter(), None
     try:

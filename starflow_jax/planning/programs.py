@@ -14,6 +14,7 @@ from starflow_jax.planning import codec as plan_codec
 from starflow_jax.planning.likelihood import likelihood_programs
 from starflow_jax.planning.program import Program
 from starflow_jax.planning.sampling import sampling_programs
+from starflow_jax.training.lora_target import abstract_lora, lora_step
 from starflow_jax.training.state import abstract_state
 from starflow_jax.training.step import make_train_step
 
@@ -43,5 +44,8 @@ def _compile_train(config: Config, mesh: Mesh) -> Any:
 
     batch = Batch(latents_BNhwC=array(clips, model.frames, model.height, model.width, model.channels),
                   features_BSD=array(clips, model.text_length, model.text_dim))
+    if config.train.target == "lora":
+        factors, backbone = abstract_lora(config, mesh)
+        return lora_step(config, mesh).lower(factors, batch, backbone).compile()
     state = sharding.abstract(abstract_state(config), mesh)
     return make_train_step(config, mesh).lower(state, batch).compile()

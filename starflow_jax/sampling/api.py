@@ -40,6 +40,7 @@ from starflow_jax.sampling.stream import stream_clips
 
 # Settings of `sample` that belong to the command line: its files, and what the methods say in other ways.
 OF_THE_COMMAND_LINE = ("offload", "prompt", "prompts_file", "vbench", "stream", "output", "checkpoint")
+OF_LOADING = ("weights", "lora", "merge_lora")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,8 +148,8 @@ class Model:
         for name in settings:
             if name in OF_THE_COMMAND_LINE:
                 raise UserError(f"sample.{name}: is a setting of the command line, not an argument here")
-            if name == "weights":
-                raise UserError("sample.weights: is chosen when a model is loaded, as in sf.load(weights='int8')")
+            if name in OF_LOADING:
+                raise UserError(f"sample.{name}: is chosen when a model is loaded, as in sf.load({name}=...)")
         if isinstance(image, str | Path):
             settings = {**settings, "image": str(image)}
         config = at_asked_size(changed(self.config, "sample", {**settings, "stream": stream}))
@@ -202,10 +203,14 @@ def _frames(config: Config, video: "Video | str | Path | ArrayLike", keep: str, 
     return fit_video(config, frames_THWC, own_fps, fps=fps, keep=keep)[0]
 
 
-def load(source: str | Path = "", *, weights: str = "", mesh: Mapping[str, int] | None = None) -> Model:
+def load(source: str | Path = "", *, weights: str = "", lora: str | Path = "", merge_lora: bool | None = None,
+         mesh: Mapping[str, int] | None = None) -> Model:
     """The model in the package; or that of a workdir, which --mode=train or --mode=convert wrote.
 
     weights: what the layers' matrices are kept as, "int8" or, by default, as the model's own settings say.
+    lora: "FILE[:SCALE],...", LoRA factors that are added to it: workdirs of train.target=lora, or PEFT's files.
+    merge_lora: whether they, or a workdir's own, are added to the matrices or kept apart; by default as its settings
+    say.
     mesh: over which of this process's devices it is sharded, the settings of `mesh` under their own names, such as
     {"tensor": 4}; by default over as many as suit it. Programs are compiled once and kept on disk for the next process,
     in the user's cache folder unless jax_compilation_cache_dir names another. Raises UserError where there is no model,
@@ -215,8 +220,8 @@ def load(source: str | Path = "", *, weights: str = "", mesh: Mapping[str, int] 
         keep_compiled_programs()
     workdir = Path(source) if str(source) else PRETRAINED
     config = settings_of(workdir)
-    if weights:
-        config = changed(config, "sample", {"weights": weights})
+    asked = {"weights": weights or None, "lora": str(lora) or None, "merge_lora": merge_lora}
+    config = changed(config, "sample", {name: value for name, value in asked.items() if value is not None})
     # Not the mesh that it was trained on.
     config = changed(config, "mesh", {**dataclasses.asdict(MeshSettings()), **(mesh or {})})
     devices = sampling_mesh(config, videos=1)

@@ -51,7 +51,8 @@ class Convert(Settings):
     source: str = setting("", "a .pth, a folder of torch's shards, safetensors, a name on a hub (hub:OWNER/NAME), or a "
                           "workdir whose model is to grow")
     text: str = setting("", "the text encoder's folder; empty: text.weights")
-    target: str = setting("", "a .safetensors file under the release's names, from the workdir's newest checkpoint")
+    target: str = setting("", "a .safetensors file under the release's names, from the workdir's newest checkpoint; "
+                          "of LoRA factors under PEFT's, FOLDER/adapter_model.safetensors")
     prefix: str = setting("", 'prefix of the names of the flow\'s tensors in the source, such as "model."')
     dtype: str = setting("stored", "dtype of what is written; stored: the source's",
                          one_of("stored", "float32", "bfloat16"))

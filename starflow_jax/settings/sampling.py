@@ -3,7 +3,18 @@
 import dataclasses
 from typing import ClassVar
 
-from starflow_jax.settings.fields import RATIO, SEED, Allowed, Settings, UserError, at_least, one_of, positive, setting
+from starflow_jax.settings.fields import (
+    RATIO,
+    SEED,
+    Allowed,
+    Settings,
+    UserError,
+    at_least,
+    names,
+    one_of,
+    positive,
+    setting,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +42,20 @@ class Solver(Settings):
     def check(self) -> None:
         self.require("kind", self.kind != "wavefront" or self.tolerance != 0,
                      "is not exact, which sample.solver.tolerance=0 asks for; use jacobi or sequential")
+
+
+def _adapter(named: str) -> tuple[str, float]:
+    """(name, scale) of NAME[:SCALE]."""
+    name, _, scale = named.rpartition(":")
+    try:
+        return (name, float(scale)) if name else (named, 1.0)
+    except ValueError:  # a colon in the name itself
+        return named, 1.0
+
+
+def _names_adapter(named: str) -> bool:
+    name, scale = _adapter(named)
+    return bool(name) and not name.endswith(":") and abs(scale) <= 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +106,12 @@ class Sample(Settings):
     checkpoint: str = setting("newest", "the newest, or the best by validation; also for evaluation and packaging",
                               one_of("newest", "best"))
     weights: str = setting("", "what the layers' matrices are kept as; empty: model.dtype", one_of("", "int8"))
+    lora: str = setting("", "LoRA factors that are added to the model, FILE[:SCALE],...: workdirs of "
+                        "train.target=lora, or PEFT's files",
+                        Allowed("comma-separated names, each with or without a :SCALE of -1000 to 1000",
+                                lambda value: not value or all(map(_names_adapter, names(value)))))
+    merge_lora: bool = setting(True, "those of sample.lora, or of the workdir, are added to the matrices when these "
+                               "are loaded, before they are rounded to int8; else their products are computed apart")
     cache: str = setting("", "what the deep block's cache is kept as; empty: model.dtype", one_of("", "int8"))
     output: str = setting("", "folder of the videos; empty: WORKDIR/samples")
 
@@ -94,6 +125,11 @@ class Sample(Settings):
         self.require("keep", not (self.vbench and self.keep), "sample.vbench needs every video; leave one of them out")
         self.require("renoise", not (self.renoise and (self.denoise in ("none", "decoder") or self.as_released)),
                      "needs sample.denoise=denoiser or score, and sample.as_released=false")
+
+    @property
+    def adapters(self) -> tuple[tuple[str, float], ...]:
+        """Names of what sample.lora adds, and their scales."""
+        return tuple(map(_adapter, names(self.lora))) if self.lora else ()
 
     @property
     def guidance_past_window(self) -> float:

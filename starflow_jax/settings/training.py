@@ -4,7 +4,9 @@ import dataclasses
 
 from starflow_jax.settings.fields import SEED, Allowed, Settings, at_least, names, one_of, positive, setting
 
-TARGETS = ("all", "decoder")
+TARGETS = ("all", "lora", "decoder")
+PROJECTIONS = ("qkv", "proj", "mlp_in", "mlp_out")  # of a Transformer layer
+BLOCKS = ("shallow", "deep", "denoiser")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +34,10 @@ class Train(Settings):
                          Allowed("at least 0 and below 1", lambda value: 0 <= value < 1))
     seed: int = setting(0, "of parameters, data order and noise", SEED)
     target: str = setting("all", "what is trained: the flow with its denoiser and text encoder; or, beside the model "
-                          "of init_from, which stays as it is, the codec's decoder on noised latents",
-                          one_of(*TARGETS))
+                          "of init_from, which stays as it is, low-rank factors of its matrices, or the codec's "
+                          "decoder on noised latents", one_of(*TARGETS))
     init_from: str = setting("", "a workdir, or one of its checkpoints, whose model training starts from; empty: "
-                             "random parameters, and for train.target=decoder the model in the package")
+                             "random parameters, and for the other targets the model in the package")
     log_every: int = setting(20, "steps between lines of metrics", positive(1_000_000_000))
     checkpoint_every: int = setting(500, "steps between checkpoints", positive(1_000_000_000))
     evaluate_every: int = setting(1_000, "steps between validations", positive(1_000_000_000))
@@ -49,8 +51,31 @@ class Train(Settings):
         for field in ("batch_size", "image_batch_size"):
             self.require(field, getattr(self, field) % self.accumulate == 0,
                          f"must be a multiple of accumulate={self.accumulate}")
-        self.require("accumulate", self.target == "all" or self.accumulate == 1,
-                     f"must be 1 with train.target={self.target}")
+        self.require("accumulate", self.target != "decoder" or self.accumulate == 1,
+                     "must be 1 with train.target=decoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora(Settings):
+    """The low-rank factors that train.target=lora trains: alpha / rank times A B is added to each frozen matrix."""
+
+    rank: int = setting(16, "columns of A, rows of B", positive(65_536))
+    alpha: float = setting(16.0, "their product is multiplied by this / rank", positive(1_000_000))
+    targets: str = setting(",".join(PROJECTIONS), "the projections of a layer that have factors",
+                           Allowed(f"comma-separated parts of {', '.join(PROJECTIONS)}",
+                                   lambda value: set(names(value)) <= set(PROJECTIONS)))
+    blocks: str = setting("deep", "the blocks whose layers have them",
+                          Allowed(f"comma-separated parts of {', '.join(BLOCKS)}",
+                                  lambda value: set(names(value)) <= set(BLOCKS)))
+    weights: str = setting("", "what the layers' frozen matrices are kept as; empty: model.dtype", one_of("", "int8"))
+
+    @property
+    def named_targets(self) -> tuple[str, ...]:
+        return names(self.targets)
+
+    @property
+    def named_blocks(self) -> tuple[str, ...]:
+        return names(self.blocks)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from flax import traverse_util
 
 from starflow_jax.config import UserError
 from starflow_jax.io.tensor_files import Array, StoredArray
-from starflow_jax.nn.quantized import Dense
+from starflow_jax.nn.dense import Dense
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,62 +25,77 @@ def to_bits(loss: jax.Array) -> jax.Array:
     return (loss + 0.5 * math.log(2 * math.pi)) / math.log(2)
 
 
-def gradients(config: Config, params: Params, noisy: jax.Array, text: jax.Array
-              ) -> tuple[Params, dict[str, jax.Array]]:
-    """Gradients of every parameter, and the losses (scalars, per dimension), from noised latents (B, N, h, w, C).
+Whole = Callable[[Params], Params]
 
-    text: ids (B, S), with which the text encoder is trained too; or a frozen encoder's features (B, S, D).
+
+def all_trained(params: Params) -> Params:
+    """What a model's parameters are of those that are trained, where none are frozen."""
+    return params
+
+
+def gradients(config: Config, params: Params, noisy: jax.Array, text: jax.Array, whole: Whole = all_trained
+              ) -> tuple[Params, dict[str, jax.Array]]:
+    """Gradients of every trained parameter, and the losses (scalars, per dimension), from noised latents
+    (B, N, h, w, C).
+
+    text: ids (B, S), with which the text encoder is trained too; or a frozen encoder's features (B, S, D). whole: the
+    trained parameters -> the model's.
     """
 
-    def features(trained: Params) -> jax.Array:
-        return text if text.ndim == 3 else encode_text(text_encoder(config), trained["text"], text)
+    def features(model: Params) -> jax.Array:
+        return text if text.ndim == 3 else encode_text(text_encoder(config), model["text"], text)
 
-    return gradients_from_features(STARFlow(config.model), params, noisy, features)
+    return gradients_from_features(STARFlow(config.model), params, noisy, features, whole)
 
 
 def gradients_from_features(
-    flow: STARFlow, params: Params, noisy: jax.Array, features: Callable[[Params], jax.Array]
+    flow: STARFlow, params: Params, noisy: jax.Array, features: Callable[[Params], jax.Array],
+    whole: Whole = all_trained
 ) -> tuple[Params, dict[str, jax.Array]]:
-    """The same for any source of text features, a function of the parameters.
+    """The same for any source of text features, a function of the model's parameters.
 
     Flow-score matching: the backward pass of the flow also gives dL/dx~, whose sigma * numel multiple is
-    the denoiser's regression target.
+    the denoiser's regression target; where nothing of a denoiser is trained, it ends at what is trained.
     """
     config = flow.config
 
     def flow_loss(trained: Params, x: jax.Array):
-        text = features(trained)
-        out = apply_flow(flow, flow_variables(trained), STARFlow.forward, x, text)
+        model = whole(trained)
+        text = features(model)
+        out = apply_flow(flow, flow_variables(model), STARFlow.forward, x, text)
         nll = nll_mean(out)
         return weighted_loss(nll.loss, config.noise_std, config.denoising_step), (nll.loss, text)
 
     trained = {name: value for name, value in params.items() if name != "denoiser"}
-    (_, (loss, text)), (grads, grad_x) = jax.value_and_grad(flow_loss, argnums=(0, 1), has_aux=True)(trained, noisy)
-    if config.denoiser == "none":
+    denoises = "denoiser" in params
+    (_, (loss, text)), (grads, *grad_x) = jax.value_and_grad(
+        flow_loss, argnums=(0, 1) if denoises else (0,), has_aux=True)(trained, noisy)
+    if not denoises:
         return grads, {"loss": loss}
-    target = lax.stop_gradient(config.noise_std * noisy.size * grad_x)
+    target = lax.stop_gradient(config.noise_std * noisy.size * grad_x[0])
     text = lax.stop_gradient(text)
 
     def denoiser_loss(denoiser: Params) -> jax.Array:
-        score = apply_flow(flow, {"params": {"denoiser": denoiser}}, STARFlow.score, noisy, text)
+        model = whole({"denoiser": denoiser})
+        score = apply_flow(flow, {"params": {"denoiser": model["denoiser"]}}, STARFlow.score, noisy, text)
         return jnp.mean((score - target) ** 2)
 
     regression, denoiser_grads = jax.value_and_grad(denoiser_loss)(params["denoiser"])
     return {**grads, "denoiser": denoiser_grads}, {"loss": loss, "denoiser_loss": regression}
 
 
-def accumulated_gradients(config: Config, params: Params, noisy: jax.Array, text: jax.Array
-                          ) -> tuple[Params, dict[str, jax.Array]]:
+def accumulated_gradients(config: Config, params: Params, noisy: jax.Array, text: jax.Array,
+                          whole: Whole = all_trained) -> tuple[Params, dict[str, jax.Array]]:
     """Mean gradients and losses over train.accumulate microbatches, one after the other."""
     parts = config.train.accumulate
     if parts == 1:
-        return gradients(config, params, noisy, text)
+        return gradients(config, params, noisy, text, whole)
     # Every parts-th clip, so that each microbatch has some of the clips that a device already holds.
     micro = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), (noisy, text))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
-                        jax.eval_shape(lambda: gradients(config, params, noisy[:1], text[:1])))
+                        jax.eval_shape(lambda: gradients(config, params, noisy[:1], text[:1], whole)))
 
     def add(total: Any, part: tuple[jax.Array, jax.Array]):
-        return jax.tree.map(lambda t, g: t + g / parts, total, gradients(config, params, *part)), None
+        return jax.tree.map(lambda t, g: t + g / parts, total, gradients(config, params, *part, whole)), None
 
     return lax.scan(add, zero, micro)[0]

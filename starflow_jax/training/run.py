@@ -1,6 +1,7 @@
 """A training run made ready: its system, data and state, from the newest checkpoint or from the start."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,21 @@ from starflow_jax.checkpoints.training import Checkpoints
 from starflow_jax.config import Config
 from starflow_jax.data.examples import ClipLength, TextInput
 from starflow_jax.data.pipeline import BatchIterator, train_batches
-from starflow_jax.model.decoder import open_decoder_checkpoints, settings_beside
+from starflow_jax.model.beside import settings_beside
+from starflow_jax.model.decoder import open_decoder_checkpoints
 from starflow_jax.model.initialise import inherited_system
+from starflow_jax.model.lora import open_lora_checkpoints
 from starflow_jax.model.parameters import model_fingerprint
-from starflow_jax.model.store import backbone_system, backbone_weights
+from starflow_jax.model.store import backbone_fingerprint, backbone_system, backbone_weights
 from starflow_jax.model.system import System, load_system, make_system, save_system, training_source
 from starflow_jax.model.text import prompt_text
 from starflow_jax.training.decoder_target import DecoderTarget
+from starflow_jax.training.lora_target import LoraTarget
 from starflow_jax.training.stopping import StopOnTerm
 from starflow_jax.training.target import FlowTarget, Target
+
+TARGETS: dict[str, Callable[[System, Mesh], Target]] = {
+    "all": FlowTarget, "lora": LoraTarget, "decoder": DecoderTarget}
 
 
 @dataclasses.dataclass
@@ -46,7 +53,7 @@ def open_run(mesh: Mesh, config: Config, workdir: Path) -> Run:
     system = sharding.on_every_process(open_system, config, workdir)
     batches = open_batches(system, mesh)
     training_source(system, "validation")  # fails now rather than at the first validation
-    target: Target = (FlowTarget if config.train.target == "all" else DecoderTarget)(system, mesh)
+    target = TARGETS[config.train.target](system, mesh)
     restored = checkpoints.restore(target.abstract_state())
     if restored is not None:
         state, position, _ = restored
@@ -59,6 +66,8 @@ def open_run(mesh: Mesh, config: Config, workdir: Path) -> Run:
 def _open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
     if config.train.target == "decoder":
         return open_decoder_checkpoints(config, workdir, backbone_weights(config))
+    if config.train.target == "lora":
+        return open_lora_checkpoints(config, workdir, backbone_fingerprint(config))
     return Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
                        model_fingerprint=model_fingerprint(config))
 
@@ -68,7 +77,7 @@ def open_system(config: Config, workdir: Path) -> System:
     folder = workdir / "system"
     if (folder / "tokenizer.model").exists():
         return load_system(config, folder)
-    if config.train.target == "decoder":
+    if config.train.target != "all":
         system = backbone_system(config)
         save_system(dataclasses.replace(system, config=settings_beside(config)), folder)
     else:

@@ -1,5 +1,9 @@
 """One training step: noise, gradients, both optimizers, and the skipping of bad steps."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,7 +15,7 @@ from starflow_jax.data.batch import Batch
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.system import System
 from starflow_jax.sharding import parameter_shardings, replicated
-from starflow_jax.training.losses import accumulated_gradients, to_bits
+from starflow_jax.training.losses import accumulated_gradients, all_trained, to_bits
 from starflow_jax.training.optimizer import averaged, denoiser_optimizer, flow_optimizer, split
 from starflow_jax.training.state import TrainState
 
@@ -19,16 +23,20 @@ NORM_MEMORY = 0.98  # of the running mean of gradient norms
 NORM_WARMUP = 50  # accepted steps before a norm can count as an outlier
 
 
-def make_train_step(config: Config, mesh: Mesh | None = None) -> jax.stages.Wrapped:
-    """(state, batch as `encoded` makes it) -> (state, scalars on the device); jitted, the state donated.
+def make_train_step(config: Config, mesh: Mesh | None = None, whole: Callable[[Any, Params], Params] | None = None
+                    ) -> jax.stages.Wrapped:
+    """(state, batch as `encoded` makes it, frozen parameters) -> (state, scalars on the device); jitted, the state
+    donated.
 
-    On a mesh the state keeps its layout over it (sharding.parameter_shardings); the noise is the same on any.
+    On a mesh the state keeps its layout over it (sharding.parameter_shardings); the noise is the same on any. whole:
+    (frozen, trained parameters) -> the model's; None: all are trained, and there are no frozen ones.
     """
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, batch: Batch, frozen: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
         clean = jnp.asarray(batch.latents_BNhwC, jnp.float32)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         noisy = clean + config.model.noise_std * jax.random.normal(key, clean.shape)
-        grads, losses = accumulated_gradients(config, state.params, noisy, batch.text_B)
+        grads, losses = accumulated_gradients(config, state.params, noisy, batch.text_B,
+                                              partial(whole, frozen) if whole else all_trained)
         state, norm, skip = apply_gradients(state, grads, config.train)
         return state, {**losses, "bits_per_dim": to_bits(losses["loss"]), "grad_norm": norm,
                        "skip": skip, "skipped": state.skipped}
@@ -36,8 +44,8 @@ def make_train_step(config: Config, mesh: Mesh | None = None) -> jax.stages.Wrap
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
 
-    def placed(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        state, scalars = step(state, batch)
+    def placed(state: TrainState, batch: Batch, frozen: Any = None) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, scalars = step(state, batch, frozen)
         return jax.lax.with_sharding_constraint(state, parameter_shardings(state, mesh)), scalars
 
     return jax.jit(placed, donate_argnums=0, out_shardings=(None, replicated(mesh)))

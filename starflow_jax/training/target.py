@@ -47,8 +47,8 @@ class FlowTarget:
     def __init__(self, system: System, mesh: Mesh) -> None:
         self._mesh = mesh
         self._system = dataclasses.replace(system, codec=jax.device_put(system.codec, sharding.replicated(mesh)))
-        self._frozen = sharding.spread(frozen_encoder_params(system.config), mesh)
-        self._step = make_train_step(system.config, mesh)
+        self._encoder = sharding.spread(frozen_encoder_params(system.config), mesh)
+        self._step = self._compile_step()
 
     def abstract_state(self) -> TrainState:
         return sharding.abstract(abstract_state(self._system.config), self._mesh)
@@ -60,7 +60,10 @@ class FlowTarget:
         return jax.jit(lambda params: create_state(params, settings), out_shardings=placed)(params), changes
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
-        return self._step(state, encoded(self._system, batch, self._frozen))
+        return self._step(state, encoded(self._system, batch, self._encoder))
 
     def validate(self, state: TrainState, writer: MetricWriter) -> dict[str, float]:
-        return validate(self._system, {**state.ema, **self._frozen}, int(state.step), writer)
+        return validate(self._system, {**state.ema, **self._encoder}, int(state.step), writer)
+
+    def _compile_step(self) -> Any:
+        return make_train_step(self._system.config, self._mesh)

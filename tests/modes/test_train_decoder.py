@@ -8,22 +8,18 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from flax import traverse_util
 
 import starflow_jax as sf
-from starflow_jax.checkpoints.parameters import save_params, stored_params
-from starflow_jax.checkpoints.training import check_fingerprint
-from starflow_jax.config import Config, Data, Decoder, Train, UserError, changed
+from starflow_jax.checkpoints.parameters import stored_params
+from starflow_jax.config import Config, Decoder, Train, UserError, changed
 from starflow_jax.evaluation.split import denoise_choices
-from starflow_jax.model.parameters import model_fingerprint
 from starflow_jax.model.store import load_model, settings_of
-from starflow_jax.model.system import make_system, save_system
 from starflow_jax.modes.evaluate import evaluate
 from starflow_jax.modes.train import train
 from starflow_jax.training.metrics import read_metrics
 from starflow_jax.training.stopping import StopOnTerm
-from tests.helpers import random_params
-from tests.small_model import CAPTIONS, CONFIG
+from tests.modes.small_backbone import config_with_data, write_model
+from tests.small_model import CAPTIONS
 from tests.small_run import run_here
 
 PROMPT = CAPTIONS[0]
@@ -31,20 +27,7 @@ PROMPT = CAPTIONS[0]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    data = Data(size=12, digit_size=8, train_clips=40, validation_clips=8, test_clips=8,
-                directory=str(tmp_path_factory.mktemp("data")))
-    model = dataclasses.replace(CONFIG.model, height=3, width=3)
-    return dataclasses.replace(CONFIG, data=data, model=model, sample=dataclasses.replace(CONFIG.sample, batch_size=4),
-                               evaluate=dataclasses.replace(CONFIG.evaluate, clips=4, prompts=4, batch_size=4))
-
-
-def write_model(config: Config, workdir: Path, seed: int) -> Path:
-    """A workdir with a random model."""
-    arrays = traverse_util.flatten_dict(random_params(config, scale=0.3, seed=seed), sep="/")
-    save_params(workdir / "checkpoints", {name: np.asarray(value) for name, value in arrays.items()}, {"batches": 0})
-    check_fingerprint(workdir / "checkpoints" / "model.json", model_fingerprint(config))
-    save_system(make_system(config), workdir / "system")
-    return workdir
+    return config_with_data(tmp_path_factory.mktemp("data"))
 
 
 def beside(config: Config, model: Path) -> Config:

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from starflow_jax.nn.quantized import Dense, DenseGeneral, Quantized, quantize
+from starflow_jax.nn.dense import Dense, DenseGeneral
+from starflow_jax.nn.quantized import Quantized, quantize
 
 
 def normal(*shape: int) -> jax.Array:

@@ -1,0 +1,185 @@
+"""LoRA: low-rank factors of a model's matrices, which train.target=lora trains beside it; read, and added to it.
+
+As trained they are a tree like the model's parameters, {"flow": {"deep": ... {"qkv": {"lora_a", "lora_b"}}}}; as read a
+flat one, {name of the matrix: Factors}, with every scale in B.
+"""
+
+import dataclasses
+import json
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epy
+from flax import traverse_util
+
+from starflow_jax import sharding
+from starflow_jax.config import Config, Model, UserError
+from starflow_jax.model.beside import check_backbone
+from starflow_jax.model.parameters import Params, model_fingerprint
+from starflow_jax.nn.lora import Adapted, merged
+
+with epy.lazy_imports():
+    from starflow_jax.checkpoints import checksums, parameters, peft, released, training
+
+A, B = "lora_a", "lora_b"
+
+
+class Factors(NamedTuple):
+    """Of one matrix of stacked layers (L, in, *features)."""
+
+    lora_a: Any  # (L, in, r)
+    lora_b: Any  # (L, r, *features)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Factors as they were read, their scales in B."""
+
+    factors: Mapping[str, Factors]
+    backbone: str  # beside.fingerprint_of the model that they were trained beside; "": not known
+    source: str
+
+    @property
+    def checksum(self) -> str:
+        """Equal for equal factors."""
+        found = 0
+        for name in sorted(self.factors):
+            for array in self.factors[name]:
+                found = zlib.crc32(np.ascontiguousarray(array).tobytes(), found)
+        return f"{found:08x}"
+
+
+def kernel_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """{"flow/deep/...": shape} of every matrix of the flow's and the denoiser's layers."""
+    return {name if name.startswith("denoiser/") else f"flow/{name}": shape
+            for name, shape in released.flow_shapes(model).items() if sharding.is_layer_matrix(name)}
+
+
+def adapted_kernels(config: Config) -> dict[str, tuple[int, ...]]:
+    """Those of them that config.lora trains factors of."""
+    settings = config.lora
+    blocks = [{"shallow": r"flow/shallow_\d+", "deep": "flow/deep", "denoiser": "denoiser"}[name]
+              for name in settings.named_blocks]
+    pattern = f"({'|'.join(blocks)})/.*/({'|'.join(settings.named_targets)})/kernel"
+    return {name: shape for name, shape in kernel_shapes(config.model).items() if re.fullmatch(pattern, name)}
+
+
+def fresh_factors(config: Config, key: jax.Array) -> Params:
+    """What training begins with, float32: A uniform within 1 / sqrt(in), B zero, so that the model is its backbone."""
+    rank, flat = config.lora.rank, {}
+    draw = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=0)
+    kernels = adapted_kernels(config)
+    for one, (name, (layers, inputs, *features)) in zip(jax.random.split(key, len(kernels)), kernels.items()):
+        path = name.removesuffix("/kernel")
+        flat[f"{path}/{A}"] = draw(one, (layers, inputs, rank), jnp.float32)
+        flat[f"{path}/{B}"] = jnp.zeros((layers, rank, *features))
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def with_factors(config: Config, frozen: Params, factors: Params) -> Params:
+    """The model's parameters: those of the backbone, with factors as trained beside the matrices that have them."""
+    params, trained = traverse_util.flatten_dict(frozen), traverse_util.flatten_dict(factors)
+    scale = config.lora.alpha / config.lora.rank
+    for *path, leaf in trained:
+        if leaf == A:
+            lora_a, lora_b = trained[(*path, A)], trained[(*path, B)]
+            params[(*path, "kernel")] = Adapted(params[(*path, "kernel")], lora_a, scale * lora_b)
+    return traverse_util.unflatten_dict(params)
+
+
+def open_lora_checkpoints(config: Config, workdir: Path, backbone: str) -> "training.Checkpoints":
+    """The workdir's. backbone: beside.fingerprint_of what they are trained beside. Raises UserError where they are
+    another model's, or were trained beside other weights."""
+    check_backbone(workdir, "LoRA factors were", config, backbone)
+    settings = dataclasses.asdict(config.lora)
+    del settings["weights"]  # the backbone's
+    return training.Checkpoints(
+        workdir / "checkpoints", keep=config.train.keep_checkpoints,
+        model_fingerprint={**model_fingerprint(config), "target": "lora", "lora": settings, "backbone": backbone})
+
+
+def read_all(config: Config, workdir: Path) -> list[Lora]:
+    """The factors of a workdir that train.target=lora made, then those of sample.lora.
+
+    Raises UserError where one is missing or damaged, or its matrices are not this model's.
+    """
+    best = config.sample.checkpoint == "best"
+    found = [read_workdir(workdir, best)] if config.train.target == "lora" else []
+    for name, scale in config.sample.adapters:
+        one = read_lora(config, Path(name), best)
+        found.append(dataclasses.replace(one, factors={
+            kernel: Factors(a, scale * b) for kernel, (a, b) in one.factors.items()}))
+    shapes = kernel_shapes(config.model) if found else {}
+    for lora in found:
+        _check_shapes(lora, shapes)
+    return found
+
+
+def read_lora(config: Config, path: Path, best: bool) -> Lora:
+    """The factors of a workdir, of one of its checkpoints, or of PEFT's files (checkpoints/peft.py)."""
+    if (path / "checkpoints").is_dir() or (path / "state").is_dir():
+        return read_workdir(path, best)
+    factors, backbone = peft.read_peft(path, config.model)
+    return Lora({name: Factors(*pair) for name, pair in factors.items()}, backbone, f"LoRA {path}")
+
+
+def read_workdir(path: Path, best: bool) -> Lora:
+    """The averaged factors of a workdir's newest or best checkpoint, or of one of its checkpoints.
+
+    Raises UserError where there are none, and where all are damaged.
+    """
+    alone = (path / "state").is_dir()
+    directory = path.absolute().parent if alone else path / "checkpoints"
+    try:
+        facts = json.loads((directory / "model.json").read_text())
+        scale, backbone = facts["lora"]["alpha"] / facts["lora"]["rank"], facts["backbone"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} holds no LoRA factors; train some there with --config.train.target=lora") from error
+    step = checksums.first_whole(directory, [int(path.name)] if alone else _steps(directory, facts, best))
+    if step is None:
+        raise UserError(f"{path} holds no checkpoint of LoRA factors yet; its training goes on with the same command")
+    arrays = {name: np.asarray(array) for name, array in parameters.stored_params(directory / str(step)).items()}
+    factors = {name.replace(f"/{A}", "/kernel"): Factors(value, scale * arrays[name.replace(A, B)])
+               for name, value in arrays.items() if name.endswith(A)}
+    return Lora(factors, backbone, f"LoRA {path if alone else f'{path}, step {step}'}")
+
+
+def _steps(directory: Path, fingerprint: dict[str, Any], best: bool) -> list[int]:
+    checkpoints = training.Checkpoints(directory, keep=1, model_fingerprint=fingerprint)
+    steps = checkpoints.steps(best)
+    checkpoints.close()
+    return steps
+
+
+def _check_shapes(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    wrong = [name for name, (a, b) in lora.factors.items()
+             if name not in shapes or (*a.shape[:2], *b.shape[2:]) != shapes[name]
+             or (a.shape[0], a.shape[2]) != b.shape[:2]]
+    if wrong:
+        raise UserError(f"{lora.source}: belongs to another model: factors of {', '.join(wrong)} do not fit this one's")
+
+
+def combined(loras: Sequence[Lora]) -> dict[str, Factors]:
+    """Their sum: factors of the ranks' sum, on the mesh in force."""
+    mesh, found = sharding.current_mesh(), dict[str, Factors]()
+    for name in dict.fromkeys(name for lora in loras for name in lora.factors):
+        parts = [lora.factors[name] for lora in loras if name in lora.factors]
+        arrays = {name: Factors(np.concatenate([a for a, _ in parts], axis=2),
+                                np.concatenate([b for _, b in parts], axis=1))}
+        placed = sharding.parameter_shardings(arrays, mesh) if mesh else None
+        found |= jax.device_put(arrays, placed)
+    return found
+
+
+_merged = jax.jit(merged)
+
+
+def merge(param: jax.Array, factors: Factors) -> jax.Array:
+    """The matrix that it is with its factors, in its dtype, where it lies."""
+    return jax.device_put(_merged(param, *factors), param.sharding)
