@@ -11,6 +11,7 @@ from starflow_jax.config import Config
 from starflow_jax.data.batch import Batch
 from starflow_jax.model.parameters import init_params
 from starflow_jax.planning import codec as plan_codec
+from starflow_jax.planning.chain import Chain
 from starflow_jax.planning.likelihood import likelihood_programs
 from starflow_jax.planning.program import Program
 from starflow_jax.planning.sampling import sampling_programs
@@ -25,7 +26,7 @@ def abstract_params_of(config: Config) -> Any:
 
 def compile_step(config: Config, mesh: Mesh) -> list[Program]:
     if config.plan.step == "train":
-        return [Program("train", _compile_train(config, mesh))]
+        return _train_programs(config, mesh)
     if config.plan.step == "sample":
         return sampling_programs(config, mesh)
     if config.plan.step == "likelihood":
@@ -33,8 +34,8 @@ def compile_step(config: Config, mesh: Mesh) -> list[Program]:
     return plan_codec.compile_codec(config, sharding.replicated(mesh))
 
 
-def _compile_train(config: Config, mesh: Mesh) -> Any:
-    """The training step on latents and text features that were prepared before."""
+def _train_programs(config: Config, mesh: Mesh) -> list[Program]:
+    """The training step on latents and text features that were prepared before; of LoRA beside its whole backbone."""
     model, clips = config.model, config.train.batch_size
     sharding.check_batch("train.batch_size / train.accumulate", clips // config.train.accumulate, mesh)
     by_clip = sharding.batch_sharding(mesh)
@@ -46,6 +47,8 @@ def _compile_train(config: Config, mesh: Mesh) -> Any:
                   features_BSD=array(clips, model.text_length, model.text_dim))
     if config.train.target == "lora":
         factors, backbone = abstract_lora(config, mesh)
-        return lora_step(config, mesh).lower(factors, batch, backbone).compile()
+        chain = Chain({})
+        chain.run("train", lora_step(config, mesh), factors, batch, backbone)
+        return chain.programs
     state = sharding.abstract(abstract_state(config), mesh)
-    return make_train_step(config, mesh).lower(state, batch).compile()
+    return [Program("train", make_train_step(config, mesh).lower(state, batch).compile())]

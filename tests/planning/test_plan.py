@@ -73,6 +73,24 @@ def test_a_plan_accounts_for_memory_work_and_time(planned: StepPlan) -> None:
                         planned.model_flops_per_step)
 
 
+def test_a_plan_of_lora_has_one_copy_of_the_backbone_and_a_state_of_factors_alone(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roofline, "chip_of", lambda device, memory=0: CHIP)
+    config = with_plan(small(), step="train")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, target="lora"),
+                                 lora=settings_of.Lora(rank=1), mesh=settings_of.Mesh(data=1))
+    planned = plan_of(config, jax.devices()[:1])
+    memory, = planned.cost.memory
+    backbone = 4 * planned.parameters
+    factors = 4 * config.model.deep_layers * config.model.deep_width * ((1 + 3) + (1 + 1) + (1 + 4) + (4 + 1))
+    clips = 2 * 4 * (2 * 2 * 3 * 2 + 3 * 4)  # latents and text features in bfloat16
+    # The denoiser, which is not trained, is no argument of the program, and stays on the chip.
+    assert memory.arguments < backbone
+    assert 0 <= memory.arguments + memory.resident - backbone - 4 * factors - clips < 64
+    assert memory.output < 4 * factors + 512  # and scalars
+
+
 @pytest.mark.slow  # quick: tests/flow/test_int8_cache.py and tests/nn/test_quantized.py, of single programs
 def test_int8_takes_less_of_a_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "chip_of", lambda device, memory=0: CHIP)
