@@ -62,7 +62,7 @@ def load_model(config: Config, workdir: Path, encoder: bool = True) -> LoadedMod
     elif config.train.target == "lora":
         loaded = load_backbone(config, convert)
         loaded = loaded._replace(system=dataclasses.replace(
-            loaded.system, calibration=read_calibration(workdir / "system")))
+            loaded.system, calibration=read_calibration(workdir / "system", config.model)))
     else:
         loaded = load_trained(config, workdir, convert) or load_pretrained(config, workdir, convert)
     params = {**loaded.params, **(load_encoder(config) if encoder else {})}
