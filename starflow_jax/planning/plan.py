@@ -198,6 +198,8 @@ def advice(config: Config, mesh: dict[str, int], excess_bytes: float) -> str:
     if config.plan.step == "train":
         if config.model.remat != "layer":
             helps.append("--config.model.remat=layer")
+        if config.train.target == "lora" and not config.lora.weights:
+            helps.append("--config.lora.weights=int8")
         clips = config.train.batch_size // config.train.accumulate // (mesh["data"] * mesh["fsdp"])
         if clips > 1:
             helps.append(f"--config.train.accumulate={config.train.accumulate * clips} (one clip at a time on a chip)")

@@ -89,6 +89,7 @@ def test_a_plan_of_lora_has_one_copy_of_the_backbone_and_a_state_of_factors_alon
     assert memory.arguments < backbone
     assert 0 <= memory.arguments + memory.resident - backbone - 4 * factors - clips < 64
     assert memory.output < 4 * factors + 512  # and scalars
+    assert "--config.lora.weights=int8" in advice(config, dict.fromkeys(("data", "fsdp"), 1), GIB)
 
 
 @pytest.mark.slow  # quick: tests/flow/test_int8_cache.py and tests/nn/test_quantized.py, of single programs
