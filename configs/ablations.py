@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from configs.t2v import tiny
-from starflow_jax.config import Config, Evaluate, Model, UserError, choose_variant, to_config_dict
+from starflow_jax.config import Config, Evaluate, Model, UserError, choose_variant, to_config_dict, whole_number
 
 STEPS = 2_000  # a quarter of an hour on two idle CPU cores
 # Standard deviation of rounding pixels in [-1, 1] to 256 levels, 2 / 255 / sqrt(12), in units of the package's codec.
@@ -86,8 +86,9 @@ VARIANTS: dict[str, Callable[[], Config]] = {
 def get_config(variant: str = "base"):
     name, _, seed = variant.partition("-")
     config = choose_variant("configs/ablations.py", VARIANTS, name)
-    if seed and not seed.isdigit():
+    number = whole_number(seed or "0")
+    if number is None:
         raise UserError(f"configs/ablations.py:{variant}: the seed behind the variant must be a whole number")
     return to_config_dict(dataclasses.replace(
-        config, name=f"ablations/{name}-{int(seed or 0)}", train=dataclasses.replace(
-            config.train, seed=int(seed or 0))))
+        config, name=f"ablations/{name}-{number}", train=dataclasses.replace(
+            config.train, seed=number)))

@@ -132,11 +132,11 @@ def run() -> None:
         if error.errno not in OF_STORAGE:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        _leave(UserError(f"{where}{(error.strerror or str(error)).lower()}; make room there, or name another folder "
-                         "with --workdir"))
+        mend = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "check that path"
+        _leave(UserError(f"{where}{(error.strerror or str(error)).lower()}; {mend}, or name another"))
     except KeyboardInterrupt:
         print("starflow_jax: interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)  # as a shell has it
+        sys.exit(command_line.INTERRUPTED)
 
 
 def starflow() -> None:

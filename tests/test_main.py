@@ -64,7 +64,7 @@ CONFIGS = {
     "raise ValueError('a line\\nand another')": "and another",
     "import sys; sys.exit(3)": "sys.exit",
     "def get_config(): return 5": "get_config must return settings",
-    "def get_config(): raise ValueError('x')": "x",
+    "def get_config(): raise ValueError('not today')": "not today",
 }
 
 

@@ -7,13 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from starflow_jax.config import Config
 from starflow_jax.data.digits import reader
 from starflow_jax.data.digits.captions import ATTRIBUTES
 from starflow_jax.evaluation.measures import temporal_flickering
 from starflow_jax.evaluation.two_sample import clip_statistics
 from starflow_jax.io.progress import ProgressBar
 from starflow_jax.model.parameters import Params
-from starflow_jax.model.sources import data_source
+from starflow_jax.model.sources import data_source, fixed_captions
 from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import filled, in_batches
 from starflow_jax.sampling.denoise import denoise
@@ -28,6 +29,13 @@ SHOWN = 12  # clips on the sheet
 def denoise_choices(system: System) -> tuple[str, ...]:
     """Every way of denoising that the model has."""
     return ("denoiser", "score", "none", *(["decoder"] if system.decoder is not None else []))
+
+
+def prompts_to_read(config: Config) -> tuple[list[str], np.ndarray | None]:
+    """evaluate.prompts captions of the test split, and what samples of them should be read as, (B, 3); None where
+    nothing can be read."""
+    captions = fixed_captions(config, "test", config.evaluate.prompts)
+    return captions, reader.labels_of(captions) if config.data.source == "digits" else None
 
 
 def generate_and_read(

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import signal
 import sys
 import types
 from collections.abc import Container, Mapping, Sequence
@@ -19,6 +20,7 @@ CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.par
 DEFAULT_CONFIG = "configs/t2v.py"
 NO_CONFIG = "its get_config must return settings, as in configs/t2v.py: to_config_dict(Config(...))"
 HELP = ("--help", "-h")
+INTERRUPTED = 128 + signal.SIGINT  # exit code, as a shell has it
 
 
 def written_out(arguments: Sequence[str], modes: Mapping[str, str], flags: Container[str]) -> list[str]:

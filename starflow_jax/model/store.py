@@ -154,9 +154,9 @@ def own_settings(config: Config, workdir: Path) -> tuple[Config, str]:
     """
     if not (workdir / "system" / SETTINGS).exists():
         uses_pretrained = not (workdir / "checkpoints").exists() and _is_pretrained(config)
-        return _with_its_prompts(config, PRETRAINED) if uses_pretrained else config, ""
-    config = _with_its_prompts(config, workdir)
+        return _prompted_as(settings_of(PRETRAINED), config) if uses_pretrained else config, ""
     own, passed_over = settings_of(workdir), []
+    config = _prompted_as(own, config)
     for section, free in FREE.items():
         asked, held = getattr(config, section), getattr(own, section)
         values = {field.name: getattr(held, field.name) for field in dataclasses.fields(held)}
@@ -171,8 +171,8 @@ def own_settings(config: Config, workdir: Path) -> tuple[Config, str]:
     return config, line if passed_over else ""
 
 
-def _with_its_prompts(config: Config, workdir: Path) -> Config:
-    return changed(config, "data", {"first_frame_drop": settings_of(workdir).data.first_frame_drop})
+def _prompted_as(own: Config, config: Config) -> Config:
+    return changed(config, "data", {"first_frame_drop": own.data.first_frame_drop})
 
 
 def load_trained(config: Config, workdir: Path, convert: Convert | None = None) -> LoadedModel | None:

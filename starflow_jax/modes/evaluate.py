@@ -12,19 +12,25 @@ from typing import Any
 import numpy as np
 
 from starflow_jax.config import Config, UserError
-from starflow_jax.data.digits import reader
 from starflow_jax.data.digits.captions import ATTRIBUTES
 from starflow_jax.evaluation import classify, horizon, likelihood, quality
 from starflow_jax.evaluation.denoising import denoised_real_clips
 from starflow_jax.evaluation.measures import psnr
-from starflow_jax.evaluation.split import SHOWN, denoise_choices, generate_and_read, read, real_clips, split_likelihood
+from starflow_jax.evaluation.split import (
+    SHOWN,
+    denoise_choices,
+    generate_and_read,
+    prompts_to_read,
+    read,
+    real_clips,
+    split_likelihood,
+)
 from starflow_jax.evaluation.two_sample import balanced_accuracy
 from starflow_jax.evaluation.videos import folder_of_videos
 from starflow_jax.io.files import write_text
 from starflow_jax.io.pictures import contact_sheet, draw_diagrams, draw_heat_maps, write_gif
 from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.io.video import write_mp4
-from starflow_jax.model.sources import fixed_captions
 from starflow_jax.model.store import load_model
 from starflow_jax.model.system import System
 from starflow_jax.modes.experiments import evaluate_ablations, evaluate_denoisers, evaluate_guidance
@@ -56,8 +62,7 @@ def evaluate_test_set(config: Config, workdir: Path) -> None:
     began = time.perf_counter()
     system, params, source, _ = load_model(config, workdir)
     print(f"model: {source}")
-    captions = fixed_captions(config, "test", config.evaluate.prompts)
-    labels = reader.labels_of(captions) if config.data.source == "digits" else None
+    captions, labels = prompts_to_read(config)
     bits = split_likelihood(system, params)
     choices, shown, made_statistics = generate_and_read(system, params, captions, labels)
     contact_sheet(workdir / "evaluate_samples.png", shown, captions[:SHOWN], scale=3)
@@ -105,8 +110,7 @@ def evaluate_horizon(config: Config, workdir: Path) -> None:
     horizon.stretches_in(config)  # before minutes of work
     system, params, source, _ = load_model(config, workdir)
     print(f"model: {source}")
-    captions = fixed_captions(config, "test", config.evaluate.prompts)
-    labels = reader.labels_of(captions) if config.data.source == "digits" else None
+    captions, labels = prompts_to_read(config)
     found, shown = horizon.measure(system, params, captions, labels)
     results = {"model": source, **found, "sample_settings": dataclasses.asdict(config.sample),
                "seconds": round(time.perf_counter() - began, 1)}

@@ -12,11 +12,10 @@ import jax
 import numpy as np
 
 from starflow_jax.config import Config, UserError
-from starflow_jax.data.digits import reader
 from starflow_jax.evaluation import ablations, denoisers, guidance
 from starflow_jax.evaluation.ablations import in_words
 from starflow_jax.evaluation.causality import dependence
-from starflow_jax.evaluation.split import real_clips
+from starflow_jax.evaluation.split import prompts_to_read, real_clips
 from starflow_jax.io.charts import draw_charts
 from starflow_jax.io.files import write_text
 from starflow_jax.io.pictures import HeatMap, contact_sheet, draw_heat_maps
@@ -34,8 +33,7 @@ def evaluate_denoisers(config: Config, workdir: Path) -> None:
     began = time.perf_counter()
     system, params, source, _ = load_model(config, workdir)
     print(f"model: {source}")
-    captions = fixed_captions(config, "test", config.evaluate.prompts)
-    labels = reader.labels_of(captions) if config.data.source == "digits" else None
+    captions, labels = prompts_to_read(config)
     found = denoisers.measure(system, params, captions, labels, real_clips(system, len(captions))[1])
     shown = denoisers.side_by_side(system, params, captions[0], SHEET_SEED)
     names = list(next(iter(found.values())))
@@ -54,8 +52,7 @@ def evaluate_guidance(config: Config, workdir: Path) -> None:
     began = time.perf_counter()
     system, params, source, _ = load_model(config, workdir)
     print(f"model: {source}")
-    captions = fixed_captions(config, "test", config.evaluate.prompts)
-    labels = reader.labels_of(captions) if config.data.source == "digits" else None
+    captions, labels = prompts_to_read(config)
     rows = guidance.measure(system, params, captions, labels, config.evaluate.guidance)
     draw_charts(workdir / "guidance.png", guidance.charts(rows),
                 f"{len(captions)} test prompts, {guidance.SEEDS} videos of each")

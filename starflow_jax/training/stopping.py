@@ -11,8 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from starflow_jax import sharding
-
-INTERRUPTED = 128 + signal.SIGINT  # exit code, as a shell has it
+from starflow_jax.io.command_line import INTERRUPTED
 
 
 class StopOnTerm:

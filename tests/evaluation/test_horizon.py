@@ -63,7 +63,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, system: System, params) -> None:
     """The model, its test captions and test clips: noise of two training lengths, in batches of two and one."""
     monkeypatch.setattr("starflow_jax.modes.evaluate.load_model",
                         lambda config, workdir: LoadedModel(of(system, config), params, "a test", ""))
-    monkeypatch.setattr("starflow_jax.modes.evaluate.fixed_captions", lambda config, split, count: CAPTIONS[:count])
+    monkeypatch.setattr("starflow_jax.evaluation.split.fixed_captions", lambda config, split, count: CAPTIONS[:count])
     frames = np.random.default_rng(0).integers(0, 256, (3, 25, 8, 8, 3), np.uint8)
 
     def recorded(system: System, count: int, pixel_frames: int):

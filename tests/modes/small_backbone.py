@@ -3,7 +3,10 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
+import pytest
 from flax import traverse_util
 
 from starflow_jax.checkpoints.parameters import save_params
@@ -11,6 +14,8 @@ from starflow_jax.checkpoints.training import check_fingerprint
 from starflow_jax.config import Config, Data
 from starflow_jax.model.parameters import model_fingerprint
 from starflow_jax.model.system import make_system, save_system
+from starflow_jax.modes.train import train
+from starflow_jax.training.stopping import StopOnTerm
 from tests.helpers import random_params
 from tests.small_model import CONFIG
 
@@ -30,3 +35,19 @@ def write_model(config: Config, workdir: Path, seed: int) -> Path:
     check_fingerprint(workdir / "checkpoints" / "model.json", model_fingerprint(config))
     save_system(make_system(config), workdir / "system")
     return workdir
+
+
+def stop_and_resume(config: Config, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training run of four steps that is told to stop after two, and then goes on."""
+    calls = iter([False, False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(StopOnTerm, "agreed", lambda _: next(calls))
+        train(config, workdir)
+    train(config, workdir)
+
+
+def same_states(*workdirs: Path) -> None:
+    """All arrays of their fourth steps' states are equal."""
+    states = [ocp.StandardCheckpointer().restore((folder / "checkpoints" / "4" / "state").absolute())
+              for folder in workdirs]
+    jax.tree.map(np.testing.assert_array_equal, *states)

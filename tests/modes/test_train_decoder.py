@@ -17,8 +17,7 @@ from starflow_jax.model.store import load_model, settings_of
 from starflow_jax.modes.evaluate import evaluate
 from starflow_jax.modes.train import train
 from starflow_jax.training.metrics import read_metrics
-from starflow_jax.training.stopping import StopOnTerm
-from tests.modes.small_backbone import config_with_data, write_model
+from tests.modes.small_backbone import config_with_data, same_states, stop_and_resume, write_model
 from tests.small_model import CAPTIONS
 from tests.small_run import run_here
 
@@ -69,17 +68,11 @@ def test_a_run_that_was_stopped_ends_with_the_same_parameters(
     config: Config, model: Path, workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture
 ) -> None:
-    calls = iter([False, False, True])
-    with monkeypatch.context() as patch:
-        patch.setattr(StopOnTerm, "agreed", lambda _: next(calls))
-        train(beside(config, model), tmp_path)
-    train(beside(config, model), tmp_path)
+    stop_and_resume(beside(config, model), tmp_path, monkeypatch)
     said, bar = capsys.readouterr()
     assert "stopped at step 2 of 4" in said and "resuming from step 2" in said and "PSNR" in said
     assert " L1]" in bar and "bits/dim" not in bar
-    states = [ocp.StandardCheckpointer().restore((folder / "checkpoints" / "4" / "state").absolute())
-              for folder in (workdir, tmp_path)]
-    jax.tree.map(np.testing.assert_array_equal, *states)
+    same_states(workdir, tmp_path)
 
 
 def test_samples_and_streams_go_through_the_decoder(workdir: Path) -> None:

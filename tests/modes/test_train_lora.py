@@ -21,8 +21,7 @@ from starflow_jax.modes.convert import convert
 from starflow_jax.modes.train import train
 from starflow_jax.sampling.likelihood import bits_per_frame
 from starflow_jax.training.metrics import read_metrics
-from starflow_jax.training.stopping import StopOnTerm
-from tests.modes.small_backbone import config_with_data, write_model
+from tests.modes.small_backbone import config_with_data, same_states, stop_and_resume, write_model
 from tests.small_model import CAPTIONS
 from tests.small_run import run_here
 
@@ -145,16 +144,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_factors(
     config: Config, model: Path, workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture
 ) -> None:
-    calls = iter([False, False, True])
-    with monkeypatch.context() as patch:
-        patch.setattr(StopOnTerm, "agreed", lambda _: next(calls))
-        train(beside(config, model), tmp_path)
-    train(beside(config, model), tmp_path)
+    stop_and_resume(beside(config, model), tmp_path, monkeypatch)
     said = capsys.readouterr().out
     assert "LoRA factors of rank 2 beside" in said and "resuming from step 2" in said
-    states = [ocp.StandardCheckpointer().restore((folder / "checkpoints" / "4" / "state").absolute())
-              for folder in (workdir, tmp_path)]
-    jax.tree.map(np.testing.assert_array_equal, *states)
+    same_states(workdir, tmp_path)
 
 
 def test_another_model_is_refused_in_one_line(config: Config, model: Path, workdir: Path, tmp_path: Path) -> None:
