@@ -225,7 +225,7 @@ def _write(target: Path, tensors: Mapping[str, Any]) -> None:
 
 
 def _size(tensors: Mapping[str, Any]) -> str:
-    return f"{len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors.values()) / 1e9:.2f} GB"
+    return f"{len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors.values()) / 1e6:,.1f} MB"
 
 
 def _cast(array: Any, dtype: str) -> StoredArray:

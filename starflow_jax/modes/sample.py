@@ -5,6 +5,7 @@ A list of prompts that was interrupted goes on, and several processes share one.
 
 import contextlib
 import dataclasses
+import time
 from pathlib import Path
 
 import jax
@@ -23,6 +24,8 @@ from starflow_jax.sampling.requests import Request, read_requests, rewritten, sh
 from starflow_jax.sampling.sizes import at_asked_size, resized
 from starflow_jax.sampling.videos import Videos
 from starflow_jax.text.rewrite import rewriter
+
+GOODBYE = 2.0  # seconds
 
 
 def sample(config: Config, workdir: Path) -> None:
@@ -44,8 +47,10 @@ def sample(config: Config, workdir: Path) -> None:
     failed: list[tuple[Request, Exception]] = []
     encoded: dict[str, np.ndarray] = {}
     videos_at_once = max(1, min(len(requests), config.sample.batch_size))
+    folder = Path(config.sample.output or workdir / "samples")
     try:
-        check_writable(config.sample.output or workdir / "samples", "sample.output")
+        if jax.process_count() == 1:  # several load a model together, and wait for one that has left
+            check_writable(folder, "sample.output")
         with on_mesh(mesh):
             if config.sample.offload:
                 requests = rewritten(config, requests, lambda *failure: failed.append(failure), together)
@@ -55,7 +60,7 @@ def sample(config: Config, workdir: Path) -> None:
                 loaded = with_parts_aside(loaded, config.sample)
             system = dataclasses.replace(resized(loaded.system, config), encoded=encoded)
             print(f"model: {loaded.source}")
-            videos = Videos(system, loaded.params, known_THWC, Path(config.sample.output or workdir / "samples"),
+            videos = Videos(system, loaded.params, known_THWC, folder,
                             origin_of(loaded, system, known_THWC, videos_at_once), together)
             videos.failed += failed
             try:
@@ -79,7 +84,9 @@ def _wait_for_the_others() -> None:
     for _ in range(2 if first else 1):  # to the second call the others don't come: it returns once they have left
         with contextlib.suppress(multihost_utils.ProcessFailureError), multihost_utils.live_devices(devices):
             pass
-    if not first:
+    if first:
+        time.sleep(GOODBYE)  # the others hear that they may go only a moment after they count as gone
+    else:
         jax.distributed.shutdown()
 
 

@@ -230,6 +230,8 @@ distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=
 mesh = init_device_mesh("cpu", (2,))
 tensors = {name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in load_file(released).items()}
 save({"model": tensors, "step": 7}, checkpoint_id=folder)
+distributed.barrier()  # or one aborts where the other has left
+distributed.destroy_process_group()
 """
 
 @pytest.mark.slow
