@@ -105,7 +105,7 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
     if not Path(path).is_file():
         raise UserError(f"video not found: {path}; check the path")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:  # tags in another encoding harm nothing
             if not container.streams.video:
                 raise UserError(f"no video in {path}; give a file with a video track, such as an MP4")
             stream = container.streams.video[0]
@@ -116,10 +116,11 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
                 if packet.is_corrupt:
                     raise UserError(f"video {path} is damaged or cut short; copy or encode it again")
                 frames += [to_rgb(frame) for frame in packet.decode()]
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(
-            f"cannot read video {path} ({getattr(error, 'strerror', error)}); copy or encode it again"
-        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can make a decoder fail in any way
+        why = getattr(error, "strerror", "") or str(error) or type(error).__name__
+        raise UserError(f"cannot read video {path} ({why}); copy or encode it again") from error
     if not frames or not rate:
         raise UserError(f"no video frames in {path}; copy or encode it again")
     if any(frame.shape != frames[0].shape for frame in frames):

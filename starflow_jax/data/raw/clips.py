@@ -93,7 +93,7 @@ def _check_size(bucket: Bucket, height: float, width: float, job: Job) -> None:
 def _video_clips(item: Item, job: Job) -> Iterator[Clip | Rejected]:
     # A path is opened by ffmpeg itself, which is faster than through Python.
     local = isinstance(item.media, str) and "://" not in item.media
-    with av.open(item.media if local else _file(item.media), "r") as container:
+    with av.open(item.media if local else _file(item.media), "r", metadata_errors="replace") as container:
         if not container.streams.video:
             raise Unusable("no video track")
         stream = container.streams.video[0]
