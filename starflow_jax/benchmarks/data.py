@@ -21,9 +21,9 @@ from starflow_jax.data.examples import ClipLength, TextInput, prompts_of
 from starflow_jax.data.pipeline import train_batches
 from starflow_jax.data.raw import clips, shards
 from starflow_jax.data.raw.building import PREPARED
+from starflow_jax.data.raw.items import Item
 from starflow_jax.data.raw.job import Bucket, Job
 from starflow_jax.data.raw.latents import MADE_BY
-from starflow_jax.data.raw.sources import Item
 from starflow_jax.io.files import atomic_path, write_text
 from starflow_jax.io.timing import median_seconds
 from starflow_jax.io.video import write_mp4

@@ -11,6 +11,8 @@ from starflow_jax.config import UserError
 
 ARRIVING = ".arriving-"  # prefix of the names of what is not whole yet; a killed process leaves such files behind
 
+DRIVERS = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # what fsspec reads the stores by
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str], keep: bool = False) -> Iterator[Path]:
@@ -59,6 +61,25 @@ def check_writable(folder: str | os.PathLike[str], setting: str) -> None:
         words = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
         shown = os.fspath(folder)[:200] + ("..." if len(os.fspath(folder)) > 200 else "")
         raise UserError(f"{setting}={shown}: can't be written to ({words}); name another folder") from error
+
+
+def check_reachable(path: str, setting: str) -> None:
+    """Raises UserError, which names the setting, for an address (gs://...) that can't be read from here."""
+    scheme, separator, _ = path.partition("://")
+    if not separator:
+        return
+    if scheme not in DRIVERS:
+        raise UserError(f"{setting}={path[:200]}: addresses of {scheme[:20]}:// can't be read; download the files, or "
+                        f"name one of {', '.join(f'{known}://' for known in DRIVERS)}")
+    from etils import epath
+
+    try:
+        epath.Path(path).exists()
+    except ImportError as error:
+        raise UserError(f"{setting}={path[:200]}: needs its driver; pip install {DRIVERS[scheme]}") from error
+    except Exception as error:  # each store has faults of its own
+        words = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{setting}={path[:200]}: can't be reached ({words}); check name and access") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

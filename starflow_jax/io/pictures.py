@@ -2,17 +2,21 @@
 
 import os
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from starflow_jax.config import UserError
 from starflow_jax.io.files import atomic_path
 
 FONT_SIZE = 13  # pixels; legible at 100% on a screen
+MAX_PIXELS = 100_000_000  # of a picture that is read
+# Not what Pillow reads besides: some of it by other programs, such as PostScript.
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "PPM", "JPEG2000")
 MARGIN = 4  # pixels between the cells of a sheet
 
 
@@ -21,10 +25,31 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     if not Path(path).is_file():
         raise UserError(f"image not found: {path}; check the path")
     try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        with open(path, "rb") as file:
+            return np.asarray(open_picture(file))
+    except (NotAPicture, OSError, ValueError, SyntaxError) as error:
         raise UserError(f"cannot read image {path} ({error}); give an undamaged PNG or JPEG") from error
+
+
+class NotAPicture(Exception):
+    """Why a file is not read as a picture."""
+
+
+def open_picture(file: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A picture as RGB, turned upright. Raises NotAPicture for files of other kinds, and for one of more pixels before
+    any is decoded; what Pillow raises for a damaged one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels says what is too large
+            image: Image.Image = Image.open(file, formats=_FORMATS)
+    except UnidentifiedImageError as error:  # says nothing but the name of the file
+        raise NotAPicture("unreadable: not a picture of a known kind") from error
+    except Image.DecompressionBombError as error:
+        raise NotAPicture("too large: more pixels than Pillow opens") from error
+    if image.width * image.height > max_pixels:
+        raise NotAPicture(f"too large: {image.width}x{image.height}, more than {max_pixels / 1e6:g} million pixels")
+    ImageOps.exif_transpose(image, in_place=True)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def resize_crop(frames_THWC: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -17,7 +17,11 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 
 from starflow_jax.config import UserError
 from starflow_jax.io.files import atomic_path
-from starflow_jax.io.pictures import check_frames, enlarge
+from starflow_jax.io.pictures import MAX_PIXELS, check_frames, enlarge
+
+# x264's macroblock tree reads memory that it has not written: the same frames would give other bytes each time. And
+# on a CPU without some instructions (SSSE3; all those of ARM) it would by itself choose other, faster algorithms.
+X264_PARAMS = "mbtree=0:cpu-independent=1"
 
 
 def write_mp4(
@@ -79,8 +83,7 @@ class Mp4Writer:
     def _open_stream(self, height: int, width: int) -> av.VideoStream:
         stream = self._container.add_stream("libx264", rate=self._rate)
         stream.height, stream.width, stream.pix_fmt = height, width, self._pixels
-        # x264's macroblock tree reads memory that it has not written: the same frames would give other bytes each time.
-        stream.options = {"x264-params": "mbtree=0", **self._codec}
+        stream.options = {"x264-params": X264_PARAMS, **self._codec}
         # Tagged and converted as BT.709: untagged files are shown as BT.601 or BT.709 as the player likes.
         context = stream.codec_context
         context.colorspace = Colorspace.ITU709
@@ -97,6 +100,42 @@ def growing_mp4(path: str | os.PathLike[str], fps: float, scale: int = 1) -> Mp4
                                         "flush_packets": "1"}, {"crf": "16", "tune": "zerolatency"})
 
 
+# The kinds of files that hold the video themselves. What is left out are above all playlists (ffconcat, m3u8, DASH),
+# with which ffmpeg opens whatever file or address they name.
+_DEMUXERS = ("mov", "matroska", "avi", "mpeg", "mpegts", "mpegvideo", "m4v", "h264", "hevc", "obu", "ivf", "flv", "asf",
+             "gif", "apng", "ogg", "mxf", "nut", "dv", "mjpeg", "yuv4mpegpipe")
+
+
+def open_video(file: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PIXELS) -> av.container.InputContainer:
+    """A video to read by PyAV: from this file alone, and only where its frames are not too large.
+
+    Raises NotAVideo for playlists, for kinds of files that are not read, without a video track, and for larger frames;
+    and what PyAV raises.
+    """
+    try:
+        # "file:": a name may look like an address. ffmpeg is faster at a path than at what Python has opened.
+        container = av.open(f"file:{os.fspath(file)}" if isinstance(file, str | os.PathLike) else file, "r",
+                            options={"format_whitelist": ",".join(_DEMUXERS), "protocol_whitelist": "file"})
+    except av.ArgumentError as error:
+        raise NotAVideo("not a video file of a known kind; playlists are not followed") from error
+    try:
+        if not container.streams.video:
+            raise NotAVideo("no video track")
+        context = container.streams.video[0].codec_context
+        if context.width * context.height > max_pixels:
+            raise NotAVideo(f"too large: frames of {context.width}x{context.height}, more than {max_pixels / 1e6:g} "
+                            "million pixels")
+        context.options = {"max_pixels": str(max_pixels)}  # frames may grow later on
+    except NotAVideo:
+        container.close()
+        raise
+    return container
+
+
+class NotAVideo(Exception):
+    """Why a file is not read as a video."""
+
+
 def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
     """Reads a whole video: frames (T, H, W, 3) uint8 and its frames per second.
 
@@ -105,9 +144,7 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
     if not Path(path).is_file():
         raise UserError(f"video not found: {path}; check the path")
     try:
-        with av.open(str(path), metadata_errors="replace") as container:  # tags in another encoding harm nothing
-            if not container.streams.video:
-                raise UserError(f"no video in {path}; give a file with a video track, such as an MP4")
+        with open_video(path) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             rate = stream.average_rate or stream.guessed_rate
@@ -116,11 +153,12 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
                 if packet.is_corrupt:
                     raise UserError(f"video {path} is damaged or cut short; copy or encode it again")
                 frames += [to_rgb(frame) for frame in packet.decode()]
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file can make a decoder fail in any way
-        why = getattr(error, "strerror", "") or str(error) or type(error).__name__
-        raise UserError(f"cannot read video {path} ({why}); copy or encode it again") from error
+    except NotAVideo as error:
+        raise UserError(f"cannot read video {path}: {error}; give a file with a video track, such as an MP4") from error
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(
+            f"cannot read video {path} ({getattr(error, 'strerror', error)}); copy or encode it again"
+        ) from error
     if not frames or not rate:
         raise UserError(f"no video frames in {path}; copy or encode it again")
     if any(frame.shape != frames[0].shape for frame in frames):

@@ -14,7 +14,6 @@ from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.io.files import write_text
 
 FIRST_GUESS, NOISE_GUESS, SOLVER = "first_guess.safetensors", "noise_guess.safetensors", "decoding.json"
-CALIBRATED = (FIRST_GUESS, NOISE_GUESS, SOLVER)
 # The solver's settings that are calibrated.
 MEASURED = ("kind", "block_size", "frames_per_step", "updates", "start", "tolerance")
 
@@ -79,5 +78,5 @@ def _noise_guess(arrays: dict[str, Any]) -> NoiseGuess:
 
 def remove_calibration(folder: Path) -> None:
     """Delete what `save_calibration` wrote, where it is there."""
-    for name in CALIBRATED:
+    for name in (FIRST_GUESS, NOISE_GUESS, SOLVER):
         (folder / name).unlink(missing_ok=True)

@@ -62,6 +62,7 @@ class Convert(Settings):
     copy: bool = setting(False, "copy the text encoder's folder into the workdir; else its path is stored")
 
 
+MOST_MEGAPIXELS = 178  # what Pillow opens
 _SHARE = Allowed("0 or more and below 1", lambda value: 0 <= value < 1)
 
 
@@ -90,6 +91,14 @@ class Prepare(Settings):
     cut_threshold: float = setting(25.0, "the same: a cut is above it, and far above the frames before; 0: no cuts",
                                    at_least(0, "none", most=255))
     crf: int = setting(10, "H.264's quality", Allowed("0 (lossless) to 51", lambda value: 0 <= value <= 51))
+    max_text_mb: int = setting(16, "megabytes of a caption, or of the .json beside a video; larger ones are left out",
+                               positive(1_000))
+    max_file_mb: int = setting(4_000, "megabytes of a video or picture in a tar, which is held in memory; larger "
+                               "ones are left out", positive(100_000))
+    max_unpacking: int = setting(100, "a compressed tar that unpacks to more than so many times its size is left off "
+                                 "there", positive(1_000_000))
+    max_megapixels: int = setting(100, "millions of pixels of a picture or frame; larger ones are left out",
+                                  positive(MOST_MEGAPIXELS))
     validation_share: float = setting(0.01, "of the videos, by a hash of their names", _SHARE)
     test_share: float = setting(0.01, "of the videos, by a hash of their names", _SHARE)
     items_per_part: int = setting(16, "videos of a folder or list that one process takes at a time",

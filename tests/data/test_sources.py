@@ -1,25 +1,32 @@
 """Every input is read as it is meant, and what can't be used is named with its reason."""
 
+import dataclasses
 import io
 import json
 import math
+import re
+import sys
 import tarfile
+import tracemalloc
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from starflow_jax.config import Prepare, UserError
-from starflow_jax.data.raw.sources import Item, Rejected, Unit, list_units, read_unit
+from starflow_jax.data.raw import tars
+from starflow_jax.data.raw.items import Item, Rejected
+from starflow_jax.data.raw.sources import Unit, list_units, read_unit
 
 FIELDS = Prepare(long_captions="caption_long", short_captions="caption_short, txt, caption")
 
 
-def read(source, size=3):
+def read(source, size=3, **settings):
     """All items of an input, in order."""
     units = list_units(str(source), size)
     assert [unit.index for unit in units] == list(range(len(units)))
-    return [item for unit in units for item in read_unit(unit, FIELDS)]
+    assert json.dumps([dataclasses.asdict(unit) for unit in units])  # they are written down
+    return [item for unit in units for item in read_unit(unit, dataclasses.replace(FIELDS, **settings))]
 
 
 def write(folder, **files):
@@ -52,6 +59,24 @@ def test_units_hold_so_many_files_and_are_plain_data(tmp_path):
     units = list_units(str(tmp_path), 2)
     assert [unit.entries for unit in units] == [("v0.mp4", "v1.mp4"), ("v2.mp4", "v3.mp4"), ("v4.mp4",)]
     assert json.loads(json.dumps([vars(unit) for unit in units]))[2]["entries"] == ["v4.mp4"]
+
+
+def test_each_real_folder_is_read_once_however_many_links_lead_to_it(tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "outside"
+    write(inside, a_mp4="", b__c_mp4="", b__d__e_mp4="")
+    write(outside, f_mp4="", g__h_mp4="")
+    (inside / "b" / "d" / "loop").symlink_to(inside)
+    (inside / "itself").symlink_to("itself")
+    (inside / "a_before_b").symlink_to(inside / "b")  # read under its own name, b
+    (inside / "m").symlink_to(outside)
+    (inside / "n").symlink_to(outside)
+    (inside / "z.mp4").symlink_to(inside / "a.mp4")  # a file may have several names: each is a video
+    (outside / "g" / "back").symlink_to(inside / "b" / "d")
+    (outside / "g" / "up").symlink_to(outside)
+    unit, = list_units(str(inside), 99)
+    assert unit.entries == ("a.mp4", "b/c.mp4", "b/d/e.mp4", "m/f.mp4", "m/g/h.mp4", "z.mp4")
+    (tmp_path / "link").symlink_to(inside)
+    assert list_units(str(tmp_path / "link"), 99)[0].entries == unit.entries
 
 
 def test_what_is_wrong_with_a_folder_s_captions_is_said(tmp_path):
@@ -91,6 +116,35 @@ def test_one_bad_line_of_a_jsonl_list_costs_one_line(tmp_path):
     assert found["row 3"] == "no path" and items[4].key == "a.mp4#4"
 
 
+DEEP = "[" * 100_000
+
+
+def test_json_nested_without_end_costs_its_item_only(tmp_path):
+    write(tmp_path, a_mp4="", a_json=DEEP, b_mp4="", b_txt="fine")
+    assert read(tmp_path)[1].key == "b" and reasons(read(tmp_path)) == {"a": "unreadable JSON: nested too deeply"}
+    # Also what can be read, but not be copied or written down again.
+    deep = '{"path": "b.mp4", "caption": "fine", "tree": ' + "[" * 400 + "]" * 400 + ', "start": {"s": 1}}'
+    (tmp_path / "list.jsonl").write_text(
+        f'{DEEP}\n{deep}\n{{"path": "b.mp4", "caption": "fine", "start": 1{"0" * 400}}}\n'
+        '"text"\n{"path": "b.mp4", "caption": ["best", "worse"], "start": null, "end": 1e400}\n')
+    *bad, good = read(tmp_path / "list.jsonl")
+    assert [entry.reason for entry in bad] == [
+        "unreadable JSON: nested too deeply", "start is '[]', not a number of seconds",
+        f"start is '1{'0' * 99}', not a number of seconds", "no path"]
+    assert good == Item("b.mp4#4", str(tmp_path / "b.mp4"), False, "best", "best")
+
+
+def test_a_huge_field_costs_its_row_only(tmp_path):
+    write(tmp_path, a_mp4="")
+    (tmp_path / "list.csv").write_text(f"path,caption\na.mp4,{'x' * 17_000_000}\na.mp4,fine\n")
+    first, second = read(tmp_path / "list.csv")
+    assert first == Rejected("a.mp4#0", "too large: the caption has 17 MB, more than prepare.max_text_mb=16")
+    assert second.caption_long == "fine"
+    (tmp_path / "a.txt").write_text("x" * 1_100_000)
+    assert reasons(read(tmp_path, max_text_mb=1)) == {
+        "a": "too large: the .txt has 1 MB, more than prepare.max_text_mb=1"}
+
+
 def test_a_parquet_list(tmp_path):
     write(tmp_path, a_mp4="A", b_png="B")
     columns = {"path": ["a.mp4", "b.png", None], "caption": ["one", None, "x"], "caption_long": [None, "two", "y"]}
@@ -104,12 +158,17 @@ def test_a_parquet_list(tmp_path):
         read(tmp_path / "bad.parquet")
 
 
-def tar_of(path, files):
-    with tarfile.open(path, "w") as tar:
+def tar_of(path, files, mode="w", header=None):
+    """header: a further member of this type and content, at the end."""
+    with tarfile.open(path, mode, **({"compresslevel": 1} if mode == "w:gz" else {})) as tar:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
+        if header:
+            info = tarfile.TarInfo("header")
+            info.type, info.size = header[0], len(header[1])
+            tar.addfile(info, io.BytesIO(header[1]))
 
 
 SAMPLES = {"0/001.mp4": b"one", "0/001.txt": b"first", "0/001.json": b'{"caption_long": "the first"}',
@@ -141,6 +200,37 @@ def test_a_damaged_tar_gives_what_comes_before_the_damage(tmp_path, end):
     assert len(before) < 4
 
 
+def test_what_a_tar_unpacks_to_is_limited_before_it_is_read(tmp_path, monkeypatch):
+    zeros = bytes(20_000_000)
+    samples = {"1.mp4": b"one", "1.txt": zeros, "2.mp4": zeros, "2.txt": b"two", "3.mp4": b"three", "3.txt": b"three",
+               "3.npy": zeros}
+    tar_of(tmp_path / "bomb.tar.gz", samples, "w:gz")
+    tracemalloc.start()
+    first, second, third = read(tmp_path / "bomb.tar.gz", max_file_mb=19, max_unpacking=5_000)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+    assert third.media == b"three"
+    assert first.reason == "too large: the .txt has 20 MB, more than prepare.max_text_mb=16"
+    assert second.reason == "too large: the .mp4 has 20 MB, more than prepare.max_file_mb=19"
+    # What lies before the one that is too much is kept.
+    monkeypatch.setattr(tars, "_ALWAYS", 50_000_000)
+    first, second, rest = read(tmp_path / "bomb.tar.gz", max_unpacking=10)
+    assert (first.key, second.key) == ("bomb.tar.gz/1", "bomb.tar.gz/2")
+    assert rest == Rejected("bomb.tar.gz/3", "tar damaged: after 6 files, it unpacks to more than "
+                                             "prepare.max_unpacking=10 times its size")
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.GNUTYPE_SPARSE])
+def test_headers_of_a_tar_take_no_memory(tmp_path, kind):
+    zeros = bytes(30_000_000)
+    tar_of(tmp_path / "a.tar.gz", {"1.mp4": b"one", "1.txt": b"one"}, "w:gz", (kind, zeros))
+    tracemalloc.start()
+    *before, last = read(tmp_path / "a.tar.gz", max_unpacking=5_000)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+    assert not before and last.reason == "tar damaged: after 2 files, a header that no tar of media has"
+
+
 @pytest.mark.parametrize("name,message", [
     ("", "prepare.input is empty"), ("missing", "not found"), ("missing.tar", "no videos"), ("none", "no videos"),
     ("text.txt", "neither a folder"), ("columns.csv", 'no column "path"; its columns are file, caption')])
@@ -150,6 +240,18 @@ def test_inputs_that_can_not_be_are_refused(tmp_path, name, message):
     (tmp_path / "columns.csv").write_text("file,caption\n")
     with pytest.raises(UserError, match=message):
         list_units(str(tmp_path / name) if name else "", 2)
+
+
+@pytest.mark.parametrize("source,message", [
+    ("gs://bucket/videos", "needs its driver; pip install gcsfs"), ("gs://b/*.tar", "pip install gcsfs"),
+    ("s3://bucket/list.csv", "pip install s3fs"), ("http://host/videos.tar", "addresses of http:// can't be read"),
+    ("https://host/list.csv", "download the files, or name one of gs://")])
+def test_addresses_that_can_not_be_read_are_refused(source, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        list_units(source, 2)
+    assert f"prepare.input={source}: " in str(raised.value)
 
 
 def test_a_unit_reads_its_own_files_only(tmp_path):

@@ -1,5 +1,8 @@
 """Pictures: read upright and whole, resized, in sheets with captions, in moving pictures."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,6 +10,29 @@ from PIL import Image
 from starflow_jax.config import UserError
 from starflow_jax.io import pictures
 from tests.io.test_video import moving_square
+
+
+def test_what_is_too_large_is_said_before_it_is_decoded(tmp_path):
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    for side in (13_000, 60_000):
+        size = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", b"") +
+                                         chunk(b"IEND", b""))
+        with pytest.raises(UserError, match=r"a\.png \(too large: "):
+            pictures.read_image(tmp_path / "a.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    with open(tmp_path / "a.png", "rb") as file, pytest.raises(pictures.NotAPicture, match="too large: 40x30, more"):
+        pictures.open_picture(file, 1_000)
+
+
+def test_no_other_program_reads_a_picture(tmp_path):
+    """PostScript would be run by Ghostscript."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(UserError, match="not a picture of a known kind"):
+        pictures.read_image(tmp_path / "a.png")
 
 
 def test_read_image(tmp_path):

@@ -25,8 +25,9 @@ from etils import epath
 
 from starflow_jax.config import UserError
 from starflow_jax.data.raw import clips, shards, tasks
+from starflow_jax.data.raw.items import Rejected
 from starflow_jax.data.raw.job import Job, by_setting
-from starflow_jax.data.raw.sources import Rejected, Unit, list_units, read_unit
+from starflow_jax.data.raw.sources import Unit, list_units, read_unit
 from starflow_jax.io.files import ARRIVING, atomic_path, write_text
 
 SUMMARY = "summary.json"  # of a part; sent last

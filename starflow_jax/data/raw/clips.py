@@ -14,16 +14,19 @@ import io
 import itertools
 import math
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import av
 import numpy as np
+from av.codec.context import Flags
 from av.video.reformatter import Interpolation
 from etils import epath
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from starflow_jax.data.raw.items import Item, Rejected, Unusable
 from starflow_jax.data.raw.job import Bucket, Job
-from starflow_jax.data.raw.sources import Item, Rejected, Unusable
-from starflow_jax.io.video import Mp4Writer, tag_colours, to_rgb
+from starflow_jax.io.pictures import NotAPicture, open_picture
+from starflow_jax.io.video import Mp4Writer, NotAVideo, open_video, tag_colours, to_rgb
 
 MAX_GAP = 0.5  # seconds without a frame: what follows is another shot
 SLOWEST = 0.9  # a source of less than this share of the wanted rate would stutter
@@ -32,8 +35,9 @@ THUMBNAIL = 36  # rows, about, of the pictures that darkness, movement and cuts 
 CUT_RATIO = 1.4  # times the largest change of the frames before: a cut, and not movement that grows faster
 CUT_MEMORY = 8  # frames
 JPEG_QUALITY = 95
-# Without accurate rounding, greys that are made ten times smaller get a tint.
-SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND
+# Without accurate rounding, greys that are made ten times smaller get a tint; without bitexact, some sizes come out
+# different on CPUs of other kinds.
+SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 # "fast" would take twice the time for 1 dB; x264's result depends on its number of threads.
 X264 = {"preset": "veryfast", "threads": "1"}
 
@@ -56,9 +60,7 @@ def cut(item: Item, job: Job) -> Iterator[Clip | Rejected]:
     """The clips of an item in order, and what of it is left out. Never raises for what is in the file."""
     try:
         yield from [_picture(item, job)] if item.is_image else _video_clips(item, job)
-    except UnidentifiedImageError:  # says nothing but the name of the file
-        yield Rejected(item.key, "unreadable: not a picture of a known kind")
-    except (Unusable, Image.DecompressionBombError) as error:
+    except (Unusable, NotAVideo, NotAPicture) as error:
         yield Rejected(item.key, str(error))
     except Exception as error:  # a damaged file can make a decoder fail in any way
         yield Rejected(item.key, f"unreadable: {getattr(error, 'strerror', '') or error or type(error).__name__}")
@@ -70,8 +72,8 @@ def nearest_bucket(buckets: tuple[Bucket, ...], height: float, width: float) -> 
 
 
 def _picture(item: Item, job: Job) -> Clip:
-    with _file(item.media) as file, Image.open(file) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB")
+    with _file(item.media) as file:
+        image = open_picture(file, job.settings.max_megapixels * 1_000_000)
     bucket = nearest_bucket(job.buckets, image.height, image.width)
     _check_size(bucket, image.height, image.width, job)
     frame = np.asarray(ImageOps.fit(image, (bucket.width, bucket.height), Image.Resampling.LANCZOS))
@@ -80,7 +82,7 @@ def _picture(item: Item, job: Job) -> Clip:
     return Clip(frame[None], bucket, 0, 0.0)
 
 
-def _file(media: str | bytes):
+def _file(media: str | bytes) -> BinaryIO:
     return io.BytesIO(media) if isinstance(media, bytes) else epath.Path(media).open("rb")
 
 
@@ -91,13 +93,12 @@ def _check_size(bucket: Bucket, height: float, width: float, job: Job) -> None:
 
 
 def _video_clips(item: Item, job: Job) -> Iterator[Clip | Rejected]:
-    # A path is opened by ffmpeg itself, which is faster than through Python.
     local = isinstance(item.media, str) and "://" not in item.media
-    with av.open(item.media if local else _file(item.media), "r", metadata_errors="replace") as container:
-        if not container.streams.video:
-            raise Unusable("no video track")
+    source = str(item.media) if local else _file(item.media)
+    with open_video(source, job.settings.max_megapixels * 1_000_000) as container:
         stream = container.streams.video[0]
         stream.thread_count = 1  # there is a process per core
+        stream.codec_context.flags |= Flags.bitexact  # older formats, such as MPEG-4: the same on every CPU
         rate = float(stream.average_rate or stream.guessed_rate or 0)
         if not rate:
             raise Unusable("frame rate unknown")
@@ -293,7 +294,7 @@ def decode(media: bytes) -> np.ndarray:
     if media.startswith(b"\xff\xd8"):
         with Image.open(io.BytesIO(media)) as image:
             return np.asarray(image.convert("RGB"))[None]
-    with av.open(io.BytesIO(media), "r") as container:
+    with open_video(io.BytesIO(media)) as container:
         stream = container.streams.video[0]
         stream.thread_count = 1  # there are several readers
         return np.stack([to_rgb(frame, threads=1) for frame in container.decode(stream)])
