@@ -73,9 +73,9 @@ def test_from_its_files_to_frames_in_int8(tmp_path: Path) -> None:
     code, _, complained = run_here(
         ["--mode=sample", f"--workdir={workdir}", "--config.sample.prompt=a corgi", "--config.sample.frames=5",
          "--config.sample.side=64", "--config.sample.aspect_ratio=1:1", "--config.sample.weights=int8",
-         "--config.sample.cache=int8"])
+         "--config.sample.cache=int8", f"--config.sample.output={workdir / 'corgi.mp4'}"])
     assert code == 0, complained
-    frames, _ = read_video(workdir / "samples" / "a_corgi_seed0.mp4")
-    said = json.loads((workdir / "samples" / "a_corgi_seed0.json").read_text())
+    frames, _ = read_video(workdir / "corgi.mp4")
+    said = json.loads((workdir / "corgi.json").read_text())
     assert frames.shape[0] == 5 and frames.std() > 1
     assert np.isfinite(said["bits_per_dim"]) and said["outcome"] in ("exact", "converged")

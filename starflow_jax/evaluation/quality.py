@@ -7,6 +7,7 @@
   Without a folder the model's codec reconstructs the reference.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -87,13 +88,15 @@ def measure(
         for name in videos.files:
             try:
                 frames_THWC = videos.read(name)
+            except UserError as error:
+                unreadable[name] = str(error)
+            else:
                 by_video[name] = {"frames": len(frames_THWC)}
                 if len(frames_THWC) > 1:
                     by_video[name]["temporal_flickering"] = temporal_flickering(frames_THWC)
                 if reference is not None and name in reference.files:
-                    by_video[name] |= of_pair(reference.read(name), frames_THWC, lpips)
-            except UserError as error:
-                unreadable[name] = str(error)
+                    with contextlib.suppress(UserError):  # the reference's own row lists it
+                        by_video[name] |= of_pair(reference.read(name), frames_THWC, lpips)
             progress.update()
     if not by_video:
         raise UserError(f"{videos.name}: none of its {len(videos.files)} videos can be read; the first: "
@@ -103,6 +106,8 @@ def measure(
     found = {"videos": len(by_video), "pairs": sum("psnr" in values for values in by_video.values()), **means}
     if prompts:
         found |= vbench_share(by_video, prompts)
+    if unreadable:
+        found["left_out"] = len(unreadable)
     return {**found, "unreadable": unreadable, "by_video": by_video}
 
 
@@ -156,17 +161,20 @@ def vbench_share(by_video: dict[str, dict[str, float]], prompts: dict[str, froze
             "vbench_temporal_flickering": float(np.mean(flickering)) if flickering else None}
 
 
-def unreadable_lines(results: dict[str, dict[str, Any]]) -> list[str]:
-    """A line for each set of which videos were left out."""
-    reasons = {name: list(found["unreadable"].values()) for name, found in results.items()}
-    return [f"{name}: left out {len(listed)} that can't be read: {'; '.join(listed)}"
-            for name, listed in reasons.items() if listed]
+def check_all_were_read(results: dict[str, dict[str, Any]]) -> None:
+    """Raises UserError, naming each file that could not be read and was left out."""
+    left_out = {name: found["unreadable"] for name, found in results.items() if found["unreadable"]}
+    if left_out:
+        counts = ", ".join(f"{len(listed)} of {len(listed) + results[name]['videos']} in {name}"
+                           for name, listed in left_out.items())
+        reasons = "; ".join(reason for listed in left_out.values() for reason in listed.values())
+        raise UserError(f"videos that can't be read were left out, {counts}: {reasons}")
 
 
 def rows_of(results: dict[str, dict[str, Any]]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     """The table, (rows, headers): a row for each set, and a column for each measure that any of them has."""
-    columns = {"videos": ("videos", "d"), "temporal_flickering": ("flickering", ".4f"), "fvd": ("FVD", ".1f"),
-               "psnr": ("PSNR, dB", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f"),
+    columns = {"videos": ("videos", "d"), "left_out": ("left out", "d"), "temporal_flickering": ("flickering", ".4f"),
+               "fvd": ("FVD", ".1f"), "psnr": ("PSNR, dB", ".2f"), "ssim": ("SSIM", ".4f"), "lpips": ("LPIPS", ".4f"),
                "vbench_temporal_flickering": ("VBench's flickering", ".4f")}
     shown = [key for key in columns if any(found.get(key) is not None for found in results.values())]
     rows = [(name, *("" if found.get(key) is None else format(found[key], columns[key][1]) for key in shown))

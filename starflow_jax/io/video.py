@@ -115,7 +115,8 @@ def open_video(file: str | os.PathLike[str] | BinaryIO, max_pixels: int = MAX_PI
     try:
         # "file:": a name may look like an address. ffmpeg is faster at a path than at what Python has opened.
         container = av.open(f"file:{os.fspath(file)}" if isinstance(file, str | os.PathLike) else file, "r",
-                            options={"format_whitelist": ",".join(_DEMUXERS), "protocol_whitelist": "file"})
+                            options={"format_whitelist": ",".join(_DEMUXERS), "protocol_whitelist": "file"},
+                            metadata_errors="replace")  # tags in another encoding harm nothing
     except av.ArgumentError as error:
         raise NotAVideo("not a video file of a known kind; playlists are not followed") from error
     try:
@@ -153,12 +154,13 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
                 if packet.is_corrupt:
                     raise UserError(f"video {path} is damaged or cut short; copy or encode it again")
                 frames += [to_rgb(frame) for frame in packet.decode()]
+    except UserError:
+        raise
     except NotAVideo as error:
         raise UserError(f"cannot read video {path}: {error}; give a file with a video track, such as an MP4") from error
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(
-            f"cannot read video {path} ({getattr(error, 'strerror', error)}); copy or encode it again"
-        ) from error
+    except Exception as error:  # a damaged file can make a decoder fail in any way
+        why = getattr(error, "strerror", "") or str(error) or type(error).__name__
+        raise UserError(f"cannot read video {path} ({why}); copy or encode it again") from error
     if not frames or not rate:
         raise UserError(f"no video frames in {path}; copy or encode it again")
     if any(frame.shape != frames[0].shape for frame in frames):

@@ -14,6 +14,7 @@ from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.io.files import write_text
 
 FIRST_GUESS, NOISE_GUESS, SOLVER = "first_guess.safetensors", "noise_guess.safetensors", "decoding.json"
+CALIBRATED = (FIRST_GUESS, NOISE_GUESS, SOLVER)
 # The solver's settings that are calibrated.
 MEASURED = ("kind", "block_size", "frames_per_step", "updates", "start", "tolerance")
 
@@ -78,5 +79,5 @@ def _noise_guess(arrays: dict[str, Any]) -> NoiseGuess:
 
 def remove_calibration(folder: Path) -> None:
     """Delete what `save_calibration` wrote, where it is there."""
-    for name in (FIRST_GUESS, NOISE_GUESS, SOLVER):
+    for name in CALIBRATED:
         (folder / name).unlink(missing_ok=True)

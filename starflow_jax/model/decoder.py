@@ -35,8 +35,8 @@ def open_decoder_checkpoints(config: Config, workdir: Path, backbone: str) -> "t
                                 model_fingerprint=decoder_fingerprint(config, backbone))
 
 
-def read_decoder(config: Config, workdir: Path, codec: LatentCodec, backbone: str) -> tuple[Params, Path]:
-    """(the averaged parameters of the decoder of a workdir, the checkpoint that they are from).
+def whole_decoder(config: Config, workdir: Path, backbone: str) -> Path:
+    """The checkpoint of a workdir that its decoder is read from.
 
     Raises UserError where there is none, where all are damaged, and where it was trained beside other weights.
     """
@@ -48,6 +48,12 @@ def read_decoder(config: Config, workdir: Path, codec: LatentCodec, backbone: st
     step = checksums.first_whole(checkpoints.directory, steps)
     if step is None:
         raise UserError(f"{workdir} holds no checkpoint of a decoder yet; its training goes on with the same command")
-    folder = checkpoints.directory / str(step)
+    return checkpoints.directory / str(step)
+
+
+def read_decoder(config: Config, workdir: Path, codec: LatentCodec, backbone: str) -> tuple[Params, Path]:
+    """(the averaged parameters of the decoder of a workdir, the checkpoint that they are from). Raises UserError as
+    `whole_decoder` does."""
+    folder = whole_decoder(config, workdir, backbone)
     abstract = jax.eval_shape(lambda: initial_decoder(config, codec, jax.random.key(0)))
     return parameters.restore_params(folder, abstract)["decoder"], folder

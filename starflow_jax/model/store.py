@@ -21,13 +21,14 @@ from starflow_jax.io.files import write_text
 from starflow_jax.io.tensor_files import open_safetensors
 from starflow_jax.model import lora
 from starflow_jax.model.beside import fingerprint_of
-from starflow_jax.model.calibration import read_calibration
-from starflow_jax.model.decoder import read_decoder
+from starflow_jax.model.calibration import CALIBRATED, read_calibration
+from starflow_jax.model.codec import FITTED_CODEC
+from starflow_jax.model.decoder import read_decoder, whole_decoder
 from starflow_jax.model.initialise import whole_checkpoint
 from starflow_jax.model.parameters import Params, inference_params, init_params, model_fingerprint
 from starflow_jax.model.quantize import quantize_param, quantize_params
 from starflow_jax.model.system import SETTINGS, System, load_system, save_system
-from starflow_jax.model.text import frozen_encoder_params
+from starflow_jax.model.text import TOKENIZER, frozen_encoder_params
 from starflow_jax.nn.lora import Adapted
 
 with epy.lazy_imports():  # orbax, which the model in the package does not need
@@ -181,6 +182,11 @@ def load_trained(config: Config, workdir: Path, convert: Convert | None = None) 
 
     convert: see `restore_params`. Raises UserError where it is another model's, and where all checkpoints are damaged.
     """
+    folder = _trained_checkpoint(config, workdir)
+    return _load_checkpoint(config, workdir, folder, convert) if folder else None
+
+
+def _trained_checkpoint(config: Config, workdir: Path) -> Path | None:
     if not (workdir / "checkpoints").exists():
         return None
     checkpoints = training.Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
@@ -188,9 +194,7 @@ def load_trained(config: Config, workdir: Path, convert: Convert | None = None) 
     steps = checkpoints.steps(best=config.sample.checkpoint == "best")
     checkpoints.close()
     step = checksums.first_whole(checkpoints.directory, steps)
-    if step is None:
-        return None
-    return _load_checkpoint(config, workdir, checkpoints.directory / str(step), convert)
+    return None if step is None else checkpoints.directory / str(step)
 
 
 def _load_checkpoint(config: Config, workdir: Path, folder: Path, convert: Convert | None) -> LoadedModel:
@@ -288,6 +292,38 @@ def _placed_system(system: System) -> System:
         return system
     codec, decoder = jax.device_put((system.codec, system.decoder), sharding.replicated(mesh))
     return dataclasses.replace(system, codec=codec, decoder=decoder)
+
+
+def weights_of(config: Config, workdir: Path) -> str:
+    """`LoadedModel.weights` of the model that `load_model` loads, which is not loaded. Raises UserError where that
+    would."""
+    if config.train.target != "all":
+        weights = backbone_weights(config)
+    elif folder := _trained_checkpoint(config, workdir):
+        weights = _checksum(folder / checksums.CHECKSUMS)
+    else:
+        _check_pretrained(config, f"{workdir} holds no checkpoint")
+        weights = _checksum(PRETRAINED / PRETRAINED_WEIGHTS)
+    if config.train.target == "decoder":
+        weights += _checksum(whole_decoder(config, workdir, weights) / checksums.CHECKSUMS)
+    return weights + "".join(one.checksum for one in lora.read_all(config, workdir))
+
+
+def system_checksum(config: Config, workdir: Path) -> str:
+    """Of the files of its tokenizer, codec, frozen text encoder and calibration, wherever they lie."""
+    beside, source = config.train.target != "all", Path(config.train.init_from)
+    if not beside:
+        folder = workdir / "system" if (workdir / "checkpoints").exists() else PRETRAINED
+    elif config.train.init_from:
+        folder = (source if (source / "checkpoints").exists() else source.absolute().parents[1]) / "system"
+    else:
+        folder = PRETRAINED
+    calibrated = workdir / "system" if beside else folder
+    paths = [*(folder / name for name in (TOKENIZER, FITTED_CODEC)), *(calibrated / name for name in CALIBRATED)]
+    paths += [Path(section.weights) for section in (config.text, config.codec) if section.weights]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.glob("*.safetensors*")))]
+    held = {file.name: checksums.quick_checksum(file) for file in files}
+    return f"{zlib.crc32(json.dumps(held).encode()):08x}"
 
 
 def _checksum(path: Path) -> str:

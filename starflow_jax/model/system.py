@@ -25,6 +25,7 @@ from starflow_jax.model.codec import codec_fingerprint, make_codec, pixel_frames
 from starflow_jax.model.parameters import Params, init_params
 from starflow_jax.model.sources import data_source
 from starflow_jax.model.text import (
+    TOKENIZER,
     encode_text,
     make_tokenizer,
     prompt_text,
@@ -154,7 +155,7 @@ def save_system(system: System, folder: Path) -> None:
     codec.weights names."""
     save_codec(system.codec, folder)
     save_settings(system.config, folder)
-    with atomic_path(folder / "tokenizer.model") as path:
+    with atomic_path(folder / TOKENIZER) as path:
         path.write_bytes(system.tokenizer.model)
     if system.calibration.first_guess is not None:
         save_calibration(system.calibration, folder)

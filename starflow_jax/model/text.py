@@ -19,6 +19,7 @@ from starflow_jax.text.prompt import EXTEND, format_prompt
 from starflow_jax.text.t5 import T5Config, T5Encoder, mask_padding
 from starflow_jax.text.tokenizer import Tokenizer, train_tokenizer
 
+TOKENIZER = "tokenizer.model"
 TOKENIZED_CLIPS = 3_000  # training clips whose captions the tokenizer is trained on
 
 
@@ -90,4 +91,4 @@ def read_tokenizer(config: Config, folder: Path) -> Tokenizer:
     """The frozen text encoder's tokenizer, or the one in a workdir's system folder."""
     if config.text.encoder == "frozen":
         return load_tokenizer(Path(config.text.weights))
-    return Tokenizer.load(folder / "tokenizer.model")
+    return Tokenizer.load(folder / TOKENIZER)

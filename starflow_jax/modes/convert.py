@@ -28,12 +28,13 @@ from starflow_jax.io.files import atomic_path
 from starflow_jax.io.hub import on_disk
 from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.io.tensor_files import StoredArray, check_shapes, write_safetensors
-from starflow_jax.model.codec import released_codec, sizes_of_codec
+from starflow_jax.model.codec import FITTED_CODEC, released_codec, sizes_of_codec
 from starflow_jax.model.initialise import inherited_arrays, is_ours, whole_checkpoint
 from starflow_jax.model.lora import read_workdir
 from starflow_jax.model.parameters import model_fingerprint
 from starflow_jax.model.store import own_settings
 from starflow_jax.model.system import save_settings
+from starflow_jax.model.text import TOKENIZER
 from starflow_jax.text.pretrained import encoder_channels
 
 VAE, TEXT_ENCODER = "vae.safetensors", "text_encoder"  # in WORKDIR/system
@@ -159,7 +160,7 @@ def write_system(config: Config, workdir: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if is_ours(source) and config.text.encoder == "trained":
         theirs = (source if (source / "checkpoints").is_dir() else source.absolute().parent.parent) / "system"
-        for path in (theirs / name for name in ("tokenizer.model", "codec.safetensors")):
+        for path in (theirs / name for name in (TOKENIZER, FITTED_CODEC)):
             if path.exists():
                 shutil.copy2(path, folder)
     if config.text.weights and config.convert.copy:

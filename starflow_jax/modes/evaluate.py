@@ -231,7 +231,10 @@ def classify_by_likelihood(config: Config, workdir: Path) -> None:
 
 
 def evaluate_quality(config: Config, workdir: Path) -> None:
-    """Measure evaluate.folder, or the model's codec on evaluate.reference, and write WORKDIR/quality.json."""
+    """Measure evaluate.folder, or the model's codec on evaluate.reference, and write WORKDIR/quality.json.
+
+    Raises UserError where some videos can't be read, once the others are measured.
+    """
     settings = config.evaluate
     reference = folder_of_videos(Path(settings.reference), settings.fps) if settings.reference else None
     sets = [folder_of_videos(Path(name.strip()), settings.fps) for name in settings.folder.split(",") if name.strip()]
@@ -245,6 +248,7 @@ def evaluate_quality(config: Config, workdir: Path) -> None:
              "reference": settings.reference, "missing": missing}
     write_text(workdir / "quality.json", json.dumps(facts, indent=1))
     print(table(*quality.rows_of(results)))
-    for line in (*quality.unreadable_lines(results), *missing):
+    for line in missing:
         print(line)
-    print(f"\nwritten: {workdir / 'quality.json'}")
+    print(f"\nwritten: {workdir / 'quality.json'}", flush=True)
+    quality.check_all_were_read(results)

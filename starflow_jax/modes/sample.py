@@ -15,8 +15,10 @@ from jax.experimental import multihost_utils
 from starflow_jax.config import Config, UserError
 from starflow_jax.io.files import check_writable
 from starflow_jax.io.progress import table
-from starflow_jax.model.store import load_model
+from starflow_jax.model.store import load_model, system_checksum, weights_of
+from starflow_jax.sampling.files import made_by_others, output_folder
 from starflow_jax.sampling.given import given_frames
+from starflow_jax.sampling.identity import Recipe, checksum_of_given
 from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
 from starflow_jax.sampling.offload import encode_ahead, takes_turns, with_parts_aside, with_tiles
 from starflow_jax.sampling.origin import origin_of
@@ -47,10 +49,12 @@ def sample(config: Config, workdir: Path) -> None:
     failed: list[tuple[Request, Exception]] = []
     encoded: dict[str, np.ndarray] = {}
     videos_at_once = max(1, min(len(requests), config.sample.batch_size))
-    folder = Path(config.sample.output or workdir / "samples")
+    folder = output_folder(config, workdir)
     try:
+        recipe = Recipe(config, "", system_checksum(config, workdir), checksum_of_given(known_THWC))
         if jax.process_count() == 1:  # several load a model together, and wait for one that has left
             check_writable(folder, "sample.output")
+            _check_names(recipe, workdir, folder, requests)
         with on_mesh(mesh):
             if config.sample.offload:
                 requests = rewritten(config, requests, lambda *failure: failed.append(failure), together)
@@ -60,8 +64,9 @@ def sample(config: Config, workdir: Path) -> None:
                 loaded = with_parts_aside(loaded, config.sample)
             system = dataclasses.replace(resized(loaded.system, config), encoded=encoded)
             print(f"model: {loaded.source}")
-            videos = Videos(system, loaded.params, known_THWC, folder,
-                            origin_of(loaded, system, known_THWC, videos_at_once), together)
+            recipe = dataclasses.replace(recipe, weights=loaded.weights)
+            videos = Videos(system, loaded.params, known_THWC, folder, recipe,
+                            origin_of(loaded, system, recipe, videos_at_once), together)
             videos.failed += failed
             try:
                 videos.make(requests)
@@ -74,6 +79,14 @@ def sample(config: Config, workdir: Path) -> None:
         raise
     _wait_for_the_others()
     _report(videos)
+
+
+def _check_names(recipe: Recipe, workdir: Path, folder: Path, requests: list[Request]) -> None:
+    """Raises UserError where another run's files have the names that were given, before the model is loaded."""
+    if any(request.given_name for request in requests) and folder.exists():
+        recipe = dataclasses.replace(recipe, weights=weights_of(recipe.config, workdir))
+        for error in made_by_others(recipe, folder, requests).values():
+            raise error
 
 
 def _wait_for_the_others() -> None:

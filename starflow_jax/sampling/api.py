@@ -39,7 +39,7 @@ from starflow_jax.sampling.sizes import at_asked_size, resized
 from starflow_jax.sampling.stream import stream_clips
 
 # Settings of `sample` that belong to the command line: its files, and what the methods say in other ways.
-OF_THE_COMMAND_LINE = ("offload", "prompt", "prompts_file", "vbench", "stream", "output", "checkpoint")
+OF_THE_COMMAND_LINE = ("offload", "prompt", "prompts_file", "vbench", "stream", "output", "overwrite", "checkpoint")
 OF_LOADING = ("weights", "lora", "merge_lora")
 
 

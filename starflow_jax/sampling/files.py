@@ -1,22 +1,68 @@
-"""The files of one sampled video: MP4, contact sheet and JSON."""
+"""The files of one sampled video (MP4, contact sheet or timeline, JSON), what they are called, and whose they are."""
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from starflow_jax.config import Config, Sample
+from starflow_jax.config import Config, UserError
 from starflow_jax.io.files import write_text
 from starflow_jax.io.pictures import contact_sheet
 from starflow_jax.io.video import write_mp4
 from starflow_jax.sampling.batches import Made
-from starflow_jax.sampling.origin import Origin, plain
+from starflow_jax.sampling.identity import Recipe, facts_of, plain
+from starflow_jax.sampling.origin import Origin
 from starflow_jax.sampling.requests import Request
 
 Row = tuple[object, ...]  # of the table that sampling prints
 SHOWN_PIXELS = 240  # small models' frames are enlarged to about this height
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Of one video."""
+
+    video: Path
+    details: Path  # the JSON: there, without an outcome, before the video is, and again once all else is
+    picture: Path  # the contact sheet, or a stream's timeline
+
+
+def output_folder(config: Config, workdir: Path) -> Path:
+    """Where the videos are written."""
+    settings = config.sample
+    return Path(settings.output_file).parent if settings.output_file else Path(settings.output or workdir / "samples")
+
+
+def files_of(recipe: Recipe, folder: Path, request: Request) -> Files:
+    """Under the name that was given, or one that no other video has."""
+    settings = recipe.config.sample
+    name = request.given_name or (f"{request.slug}_{recipe.identity(request)[:8]}"
+                                  + ("_stream" if settings.stream else ""))
+    # VBench takes the extension of any one file for that of all in the folder, which must hold only videos.
+    beside = folder.with_name(f"{folder.name}_details") if settings.vbench else folder
+    picture = beside / f"{name}.{'timeline.png' if settings.stream else 'png'}"
+    return Files(folder / f"{name}.mp4", beside / f"{name}.json", picture)
+
+
+def made_by_others(recipe: Recipe, folder: Path, requests: Sequence[Request]) -> dict[Request, UserError]:
+    """Requests under a given name that files of other videos have already, and what to say of each; none with
+    sample.overwrite."""
+    if recipe.config.sample.overwrite:
+        return {}
+    found, own = {}, dict[Path, set[str]]()
+    named = [(request, files_of(recipe, folder, request)) for request in requests if request.given_name]
+    for request, files in named:  # of the seeds from which the likeliest is kept, each may have the name
+        own.setdefault(files.video, set()).add(recipe.identity(request))
+    for request, files in named:
+        there = next((path for path in dataclasses.astuple(files) if path.exists()), None)
+        if there and facts_of(files.details).get("identity") not in own[files.video]:
+            found[request] = UserError(
+                f"{there}: is there, of another run (another prompt, seed, setting or model); name another "
+                "--config.sample.output, or replace it with --config.sample.overwrite=true")
+    return found
 
 
 def shown_scale(height: int) -> int:
@@ -29,22 +75,20 @@ def file_rate(config: Config) -> int:
     return config.sample.fps or config.text.fps or 1
 
 
-def details_path(folder: Path, settings: Sample, request: Request) -> Path:
-    """The JSON file of a video, which is written last."""
-    # VBench takes the extension of any one file for that of all in the folder, which must hold only videos.
-    folder = folder.with_name(f"{folder.name}_details") if settings.vbench else folder
-    return folder / f"{request.name}{'_stream' if settings.stream else ''}.json"
+def begin(files: Files, recipe: Recipe, origin: Origin, request: Request) -> None:
+    """Write the JSON that says whose the files are: a run that is interrupted knows them again."""
+    write_text(files.details, json.dumps(described(recipe, origin, request), indent=1))
 
 
-def write_video(folder: Path, config: Config, origin: Origin, made: Made, log_likelihood: float) -> Row:
+def write_video(files: Files, recipe: Recipe, origin: Origin, made: Made, log_likelihood: float) -> Row:
     """Write the files of one video, `log_likelihood` in nats; returns its row of the table."""
     frames, scale = made.frames_THWC, shown_scale(made.frames_THWC.shape[1])
-    path, details = folder / f"{made.request.name}.mp4", details_path(folder, config.sample, made.request)
-    write_mp4(path, frames, file_rate(config), scale)
-    contact_sheet(details.with_suffix(".png"), frames[None], [made.request.prompt], scale=max(1, scale // 2))
-    facts = describe(config, origin, made, log_likelihood)
-    write_text(details, json.dumps(facts, indent=1))
-    return video_row(path, facts)
+    begin(files, recipe, origin, made.request)
+    write_mp4(files.video, frames, file_rate(recipe.config), scale)
+    contact_sheet(files.picture, frames[None], [made.request.prompt], scale=max(1, scale // 2))
+    facts = describe(recipe, origin, made, log_likelihood)
+    write_text(files.details, json.dumps(facts, indent=1))
+    return video_row(files.video, facts)
 
 
 def video_row(path: Path, facts: dict[str, Any]) -> Row:
@@ -53,14 +97,14 @@ def video_row(path: Path, facts: dict[str, Any]) -> Row:
             f"{facts['seconds']:.1f}")
 
 
-def describe(config: Config, origin: Origin, made: Made, log_likelihood: float) -> dict[str, Any]:
+def describe(recipe: Recipe, origin: Origin, made: Made, log_likelihood: float) -> dict[str, Any]:
     """What the JSON beside a video says."""
     request, clips, index = made.request, made.clips, made.index
     return {
-        **described(config, origin, request),
+        **described(recipe, origin, request),
         "frames": int(clips.frames_BTHWC.shape[1]),
         "log_likelihood_nats": log_likelihood,
-        "log_likelihood_of": f"the sampled latents with noise {config.model.noise_std}, given the prompt",
+        "log_likelihood_of": f"the sampled latents with noise {recipe.config.model.noise_std}, given the prompt",
         "bits_per_dim": -log_likelihood / clips.noisy_BNhwC[index].size / np.log(2),
         **clips.solved.facts(index),
         "certificate": None if clips.certificate_B is None else float(clips.certificate_B[index]),
@@ -68,7 +112,7 @@ def describe(config: Config, origin: Origin, made: Made, log_likelihood: float) 
     }
 
 
-def described(config: Config, origin: Origin, request: Request) -> dict[str, Any]:
+def described(recipe: Recipe, origin: Origin, request: Request) -> dict[str, Any]:
     """What it says of every video, a stream's too."""
     return {"prompt": request.prompt, "prompt_given": request.given or request.prompt, "seed": request.seed,
-            "settings": plain(config.sample), **dataclasses.asdict(origin)}
+            "identity": recipe.identity(request), "settings": plain(recipe.config.sample), **dataclasses.asdict(origin)}

@@ -16,6 +16,8 @@ from starflow_jax.sampling.conditions import latent_frames, prompt_changes
 from starflow_jax.sharding import as_first_process_has_it
 from starflow_jax.text.rewrite import rewriter
 
+LONGEST = 160  # bytes of a name's words; with seed, hash and ending a file's name may have 255
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -27,12 +29,11 @@ class Request:
     given_name: str = ""  # of its files; "": named after the prompt that was given
 
     @property
-    def name(self) -> str:
-        """What its files are called."""
-        if self.given_name:
-            return self.given_name
+    def slug(self) -> str:
+        """The words of the prompt that was given, as many as a file's name takes, and the seed."""
         words = "".join(c if c.isalnum() else " " for c in self.given or self.prompt).split()
-        return f"{'_'.join(words)[:60] or 'no_prompt'}_seed{self.seed}"
+        begun = "_".join(words)[:60].encode()[:LONGEST].decode(errors="ignore")
+        return f"{begun or 'no_prompt'}_seed{self.seed}"
 
 
 def with_length(config: Config, known_THWC: np.ndarray | None, *, extends: bool) -> Config:
@@ -61,7 +62,8 @@ def requests_for(prompts: Sequence[str], settings: Sample) -> list[Request]:
 
 
 def read_requests(config: Config) -> list[Request]:
-    """The config's prompts, sample.count seeds of each. Raises UserError where there is none."""
+    """The config's prompts, sample.count seeds of each. Raises UserError where there is none, and where there are
+    several for the one file that sample.output names."""
     settings = config.sample
     settings.check_prompts()
     if settings.vbench:
@@ -73,10 +75,15 @@ def read_requests(config: Config) -> list[Request]:
             lines = Path(settings.prompts_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"sample.prompts_file={settings.prompts_file}: can't be read as text ({error})") from error
-        prompts = [line.strip() for line in lines if line.strip()]
+        prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
         if not prompts:
             raise UserError(f"sample.prompts_file={settings.prompts_file}: holds no prompt; write one per line")
-    return requests_for(prompts, settings)
+    requests = requests_for(prompts, settings)
+    if not settings.output_file:
+        return requests
+    settings.require("output", len(prompts) * (settings.keep or settings.count) == 1,
+                     "is the file of one video, and several are asked for; name a folder")
+    return [dataclasses.replace(request, given_name=Path(settings.output_file).stem) for request in requests]
 
 
 def unknown_word_lines(config: Config, requests: Sequence[Request]) -> list[str]:

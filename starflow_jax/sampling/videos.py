@@ -19,9 +19,21 @@ from starflow_jax.model.codec import frame_size
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import Made, for_each, in_batches, make_batch, most_likely
-from starflow_jax.sampling.files import Row, described, details_path, file_rate, shown_scale, video_row, write_video
+from starflow_jax.sampling.files import (
+    Files,
+    Row,
+    begin,
+    described,
+    file_rate,
+    files_of,
+    made_by_others,
+    shown_scale,
+    video_row,
+    write_video,
+)
 from starflow_jax.sampling.generate import log_likelihood
-from starflow_jax.sampling.origin import Origin, made_before
+from starflow_jax.sampling.identity import Recipe, facts_of
+from starflow_jax.sampling.origin import Origin
 from starflow_jax.sampling.requests import Request, rewritten, unknown_word_lines
 from starflow_jax.sampling.solved import solved
 from starflow_jax.sampling.stream import stream_clips
@@ -40,10 +52,10 @@ class Videos:
     of them are there.
     """
 
-    def __init__(self, system: System, params: Params, known_THWC: np.ndarray | None, folder: Path, origin: Origin,
-                 together: bool = False) -> None:
+    def __init__(self, system: System, params: Params, known_THWC: np.ndarray | None, folder: Path, recipe: Recipe,
+                 origin: Origin, together: bool = False) -> None:
         self.system, self.params, self.known_THWC = system, params, known_THWC
-        self.folder, self.origin, self.together = folder, origin, together
+        self.folder, self.recipe, self.origin, self.together = folder, recipe, origin, together
         self.writes = not together or jax.process_index() == 0
         self.rows: list[Row] = []
         self.failed: list[tuple[Request, Exception]] = []
@@ -71,9 +83,12 @@ class Videos:
 
     def _without_those_made_before(self, requests: Sequence[Request]) -> list[Request]:
         settings, made = self.system.config.sample, {}
+        others = made_by_others(self.recipe, self.folder, requests)
+        self.failed += others.items()
         for request in requests:
-            facts = made_before(details_path(self.folder, settings, request), request, settings, self.origin)
-            if facts is not None and self._video_path(request).exists():
+            files = self._files(request)
+            facts = facts_of(files.details)
+            if "outcome" in facts and facts.get("identity") == self.recipe.identity(request) and files.video.exists():
                 made[request] = facts
         enough = {request.prompt for request in made}
         if settings.keep:  # a prompt of which fewer were kept is made anew as a whole
@@ -81,18 +96,19 @@ class Videos:
             enough = {prompt for prompt in enough if prompts.count(prompt) >= settings.keep}
             made = {request: facts for request, facts in made.items() if request.prompt in enough}
         for request, facts in made.items():
-            path = self._video_path(request)
+            path = self._files(request).video
             self.rows.append(_stream_row(path, facts) if settings.stream else video_row(path, facts))
         if made:
             print(f"{len(made)} of {len(requests)} videos are there already, of the same model and settings; delete "
                   "one to make it again")
-        todo = [not (request.prompt in enough if settings.keep else request in made) for request in requests]
+        todo = [request not in others and not (request.prompt in enough if settings.keep else request in made)
+                for request in requests]
         if self.together:
             todo = as_first_process_has_it(todo)
         return list(itertools.compress(requests, todo))
 
-    def _video_path(self, request: Request) -> Path:
-        return self.folder / f"{request.name}{'_stream' if self.system.config.sample.stream else ''}.mp4"
+    def _files(self, request: Request) -> Files:
+        return files_of(self.recipe, self.folder, request)
 
     def _make_all(self, requests: Sequence[Request]) -> None:
         """Whole clips, written batch by batch, or once the most likely of each prompt are known."""
@@ -136,8 +152,8 @@ class Videos:
     def _write(self, made: Sequence[Made], log_likelihoods: Sequence[float]) -> None:
         if self.writes:
             with self._writing():
-                self.rows += [write_video(self.folder, self.system.config, self.origin, *video)
-                              for video in zip(made, log_likelihoods)]
+                self.rows += [write_video(self._files(video.request), self.recipe, self.origin, video, likelihood)
+                              for video, likelihood in zip(made, log_likelihoods)]
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -157,13 +173,15 @@ class Videos:
     def _stream_batch(self, batch: Sequence[Request]) -> None:
         system, settings = self.system, self.system.config.sample
         scale = shown_scale(frame_size(system.config)[0])
-        paths = [self._video_path(request) for request in batch] if self.writes else []
+        files = [self._files(request) for request in batch] if self.writes else []
         timeline, began, first, frames = Timeline(), time.perf_counter(), 0.0, 0
         prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
         with self._writing(), contextlib.ExitStack() as opened, ProgressBar(
                 "stream", settings.frames or system.pixel_frames, unit="frame", compiles=True) as progress:
-            writers = [opened.enter_context(contextlib.closing(growing_mp4(path, file_rate(system.config), scale)))
-                       for path in paths]
+            for one, request in zip(files, batch):
+                begin(one, self.recipe, self.origin, request)
+            writers = [opened.enter_context(contextlib.closing(growing_mp4(one.video, file_rate(system.config), scale)))
+                       for one in files]
             try:
                 for part_BTHWC in stream_clips(system, self.params, prompts, seeds, settings,
                                                for_each(self.known_THWC, len(batch)), timeline):
@@ -173,23 +191,24 @@ class Videos:
                         writer.write(part_THWC)
                     progress.update(part_BTHWC.shape[1])
             except KeyboardInterrupt:
-                self.cut_short += [(path, frames) for path in paths]
+                self.cut_short += [(one.video, frames) for one in files]
                 raise
         seconds = time.perf_counter() - began
         events, ended = timeline.close(), solved(timeline.deep_reports, timeline.shallow_reports)
-        for index, (path, request) in enumerate(zip(paths, batch)):
+        for index, (one, request) in enumerate(zip(files, batch)):
             try:
                 ended.check(index, f"{request.prompt!r}, seed {request.seed}")
             except UserError as error:
-                path.unlink()
+                one.video.unlink()
+                one.details.unlink()
                 self.failed.append((request, error))
                 continue
-            facts = {**described(system.config, self.origin, request), "frames": frames, **ended.facts(index),
+            facts = {**described(self.recipe, self.origin, request), "frames": frames, **ended.facts(index),
                      "seconds": round(seconds, 3), "seconds_to_first_frame": round(first, 3),
                      "timeline": [dataclasses.asdict(event) for event in events]}
-            draw_timeline(path.with_suffix(".timeline.png"), events)
-            write_text(details_path(self.folder, settings, request), json.dumps(facts, indent=1))
-            self.rows.append(_stream_row(path, facts))
+            draw_timeline(one.picture, events)
+            write_text(one.details, json.dumps(facts, indent=1))
+            self.rows.append(_stream_row(one.video, facts))
 
 
 def _stream_row(path: Path, facts: dict) -> Row:

@@ -113,7 +113,9 @@ class Sample(Settings):
     merge_lora: bool = setting(True, "those of sample.lora, or of the workdir, are added to the matrices when these "
                                "are loaded, before they are rounded to int8; else their products are computed apart")
     cache: str = setting("", "what the deep block's cache is kept as; empty: model.dtype", one_of("", "int8"))
-    output: str = setting("", "folder of the videos; empty: WORKDIR/samples")
+    output: str = setting("", "folder of the videos, or of one video the file NAME.mp4; empty: WORKDIR/samples")
+    overwrite: bool = setting(False, "files under such a name, or VBench's, that another run made are replaced; else "
+                              "they are an error")
 
     def check(self) -> None:
         self.require("keep", self.keep <= self.count, f"must be at most count={self.count}")
@@ -122,6 +124,7 @@ class Sample(Settings):
         for field in ("keep", "certify", "vbench"):
             self.require(field, not (self.stream and getattr(self, field)),
                          "needs whole clips; leave it out, or set sample.stream=false")
+        self.require("output", not (self.vbench and self.output_file), "sample.vbench names its files; name a folder")
         self.require("keep", not (self.vbench and self.keep), "sample.vbench needs every video; leave one of them out")
         self.require("renoise", not (self.renoise and (self.denoise in ("none", "decoder") or self.as_released)),
                      "needs sample.denoise=denoiser or score, and sample.as_released=false")
@@ -130,6 +133,11 @@ class Sample(Settings):
     def adapters(self) -> tuple[tuple[str, float], ...]:
         """Names of what sample.lora adds, and their scales."""
         return tuple(map(_adapter, names(self.lora))) if self.lora else ()
+
+    @property
+    def output_file(self) -> str:
+        """The file that sample.output names; "" where it is a folder."""
+        return self.output if self.output.endswith(".mp4") else ""
 
     @property
     def guidance_past_window(self) -> float:

@@ -21,7 +21,7 @@ from starflow_jax.model.lora import open_lora_checkpoints
 from starflow_jax.model.parameters import model_fingerprint
 from starflow_jax.model.store import backbone_fingerprint, backbone_system, backbone_weights
 from starflow_jax.model.system import System, load_system, make_system, save_system, training_source
-from starflow_jax.model.text import prompt_text
+from starflow_jax.model.text import TOKENIZER, prompt_text
 from starflow_jax.training.decoder_target import DecoderTarget
 from starflow_jax.training.lora_target import LoraTarget
 from starflow_jax.training.stopping import StopOnTerm
@@ -75,7 +75,7 @@ def _open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
 def open_system(config: Config, workdir: Path) -> System:
     """The workdir's tokenizer and codec; at first those of train.init_from, or made from the training data."""
     folder = workdir / "system"
-    if (folder / "tokenizer.model").exists():
+    if (folder / TOKENIZER).exists():
         return load_system(config, folder)
     if config.train.target != "all":
         system = backbone_system(config)

@@ -54,6 +54,11 @@ def test_bytes_are_read_as_a_path_is(tmp_path):
     np.testing.assert_array_equal(one.frames_THWC, other.frames_THWC)
 
 
+def test_tags_in_another_encoding_do_no_harm(tmp_path):
+    clip, = made(video(tmp_path, counting(6)).read_bytes().replace(b"Lavf", b"\xe9" * 4))
+    assert levels(clip) == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("fps,expected", [(30, [0, 1, 2, 3, 4]), (15, [0, 2, 4, 6, 8]), (16, [0, 1, 3, 5, 7])])
 def test_each_time_shows_the_frame_of_that_time(tmp_path, fps, expected):
     # At 16 fps from 30: frame floor(k * 30 / 16).

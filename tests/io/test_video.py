@@ -113,6 +113,40 @@ def test_bad_videos_are_one_clear_line(tmp_path):
         video_io.read_video(tmp_path / "sound.mp4")
 
 
+def test_damaged_videos_are_read_or_one_line_with_their_name(tmp_path):
+    """300 fixed mutations: one byte to eight of a small MP4, anywhere in it."""
+    video_io.write_mp4(tmp_path / "clip.mp4", moving_square(2, 16, 16), fps=8)
+    whole, path, refused = (tmp_path / "clip.mp4").read_bytes(), tmp_path / "mutated.mp4", 0
+    for seed in range(300):
+        random = np.random.default_rng(seed)
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        places = random.integers(len(whole), size=random.integers(1, 9))
+        damaged[places] = random.integers(256, size=len(places))
+        path.write_bytes(damaged.tobytes())
+        try:
+            video_io.read_video(path)
+        except UserError as error:
+            refused += str(path) in str(error) and "\n" not in str(error)
+    assert 50 < refused < 250
+
+
+def test_tags_in_another_encoding_do_no_harm(tmp_path):
+    video_io.write_mp4(tmp_path / "clip.mp4", moving_square(), fps=8)
+    whole = (tmp_path / "clip.mp4").read_bytes()
+    (tmp_path / "clip.mp4").write_bytes(whole.replace(b"Lavf", b"\xe9\xe9\xe9\xe9"))
+    assert b"Lavf" in whole and len(video_io.read_video(tmp_path / "clip.mp4")[0]) == 9
+
+
+def test_whatever_a_decoder_raises_is_one_line(tmp_path, monkeypatch):
+    def fail(frame):
+        raise MemoryError
+
+    video_io.write_mp4(tmp_path / "clip.mp4", moving_square(), fps=8)
+    monkeypatch.setattr(video_io, "to_rgb", fail)
+    with pytest.raises(UserError, match=r"clip\.mp4 \(MemoryError\)"):
+        video_io.read_video(tmp_path / "clip.mp4")
+
+
 PLAYLISTS = {
     "ffconcat": "ffconcat version 1.0\nfile {name}\n",
     "m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:1,\n{name}\n#EXT-X-ENDLIST\n",

@@ -144,8 +144,9 @@ def test_real_videos_from_the_command_line(tmp_path):
     assert "trained 4 steps" in run()
     run("--mode=prepare", *shares, "--config.prepare.latents=true", "--config.prepare.text_features=true")
     assert "trained 6 steps" in run("--config.data.latents=true", "--config.train.steps=6")
-    run("--mode=sample", "--config.sample.prompt=a real video of bikes", "--config.sample.fps=16")
-    frames, fps = read_video(tmp_path / "run" / "samples" / "a_real_video_of_bikes_seed0.mp4")
+    run("--mode=sample", "--config.sample.prompt=a real video of bikes", "--config.sample.fps=16",
+        f"--config.sample.output={tmp_path / 'bikes.mp4'}")
+    frames, fps = read_video(tmp_path / "bikes.mp4")
     assert len(frames) == 13 and fps == 16
     run("--mode=evaluate", "--config.evaluate.prompts=2")
     found = json.loads((tmp_path / "run" / "evaluate.json").read_text())

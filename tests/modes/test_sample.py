@@ -72,7 +72,7 @@ def test_the_most_likely_of_each_prompt_are_kept() -> None:
 
 
 def test_prompts_file_gives_count_seeds_each(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("one\n\n two \n")
+    (tmp_path / "prompts.txt").write_text("one\n\n two \none\n")
     requests = read_requests(config(prompts_file=str(tmp_path / "prompts.txt"), count=2, seed=4))
     assert [(r.prompt, r.seed) for r in requests] == [("one", 4), ("one", 5), ("two", 4), ("two", 5)]
 
@@ -89,5 +89,5 @@ def test_rewriting_lengthens_each_prompt_once_and_keeps_the_file_names() -> None
     before = read_requests(asked)
     after = rewritten(asked, before)
     assert [request.prompt for request in after] == ["a cat, in detail"] * 2
-    assert [request.name for request in after] == [request.name for request in before] == ["a_cat_seed0", "a_cat_seed1"]
+    assert [request.slug for request in after] == [request.slug for request in before] == ["a_cat_seed0", "a_cat_seed1"]
     assert rewritten(config(prompt="a cat", count=2), before) == before

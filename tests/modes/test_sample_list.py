@@ -3,9 +3,11 @@
 import dataclasses
 import itertools
 import json
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from starflow_jax.config import UserError
 from starflow_jax.flow.jacobi import Outcome
 from starflow_jax.io.video import read_video
 from starflow_jax.sampling import generate, videos
+from starflow_jax.sampling.identity import facts_of
 from tests.modes.test_processes import free_port
 from tests.sharded_sampling import write_workdir
 from tests.small_run import ROOT, environment, run_here
@@ -44,6 +47,17 @@ def made(folder: Path) -> dict[str, int]:
     return {path.stem: path.stat().st_mtime_ns for path in (folder / "videos").glob("*.mp4")}
 
 
+def without_hashes(names: Iterable[str]) -> set[str]:
+    """Names of files without what makes them unique."""
+    return {re.sub("_[0-9a-f]{8}(_stream)?$", "", name) for name in names}
+
+
+def details(folder: Path) -> dict[str, int]:
+    """When each whole JSON was written, by its name."""
+    return {path.stem: path.stat().st_mtime_ns for path in (folder / "videos").glob("*.json")
+            if "outcome" in facts_of(path)}
+
+
 def test_what_is_there_of_the_same_kind_is_not_made_again(model: Path, tmp_path: Path) -> None:
     command = asked(model, tmp_path)
     code, first, error = run_here(command)
@@ -60,7 +74,9 @@ def test_what_is_there_of_the_same_kind_is_not_made_again(model: Path, tmp_path:
     assert sorted(rows[:3]) == sorted(rows[3:])  # the figures of what was there come from its JSON
     code, other, error = run_here([*command, "--config.sample.solver.tolerance=0.5"])
     assert code == 0 and "there already" not in other, other + error
-    assert all(made(tmp_path)[name] > time for name, time in after.items())
+    assert len(made(tmp_path)) == 6 and made(tmp_path).items() > after.items()  # beside those that were there
+    assert json.loads(next((tmp_path / "videos").glob("a_red*.json")).read_text()).keys() >= {
+        "prompt", "seed", "identity", "settings", "weights", "outcome", "bits_per_dim", "seconds"}
 
 
 def test_of_prompts_whose_likeliest_are_kept_all_are_compared_again(model: Path, tmp_path: Path) -> None:
@@ -82,7 +98,31 @@ def test_a_prompt_that_fails_is_listed_and_the_others_are_made(model: Path, tmp_
     hook = f"{sys.executable} -c \"p = input(); assert 'three' not in p; print(p)\""
     code, out, error = run_here(asked(model, tmp_path, f"--config.sample.rewrite={hook}"))
     assert code == 2 and "starflow_jax: 'a blue three drifts left', seed 0: sample.rewrite=" in error
-    assert set(made(tmp_path)) == {"a_red_seven_moves_right_seed0", "a_green_one_floats_up_seed0"}
+    assert without_hashes(made(tmp_path)) == {"a_red_seven_moves_right_seed0", "a_green_one_floats_up_seed0"}
+
+
+def test_what_another_run_made_under_a_given_name_is_replaced_only_when_asked(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before the model is loaded; the same video is there already."""
+    path = tmp_path / "mine" / "seven.mp4"
+    command = ["--config=configs/t2v.py", "--mode=sample", f"--workdir={model}", f"--config.sample.output={path}",
+               f"--config.sample.prompt={PROMPTS[0]}", "--config.sample.guidance=0", "--config.sample.batch_size=1"]
+    code, out, error = run_here(command)
+    assert code == 0 and str(path) in out, error
+    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    assert set(before) == {"seven.mp4", "seven.png", "seven.json"}
+    code, out, error = run_here(command)
+    assert code == 0 and "1 of 1 videos are there already" in out, error
+    code, out, error = run_here([*command, "--config.sample.seed=1", "--config.sample.overwrite=true"])
+    assert code == 0 and json.loads((path.parent / "seven.json").read_text())["seed"] == 1, error
+    (path.parent / "seven.json").unlink()  # a file that no run of ours says it made
+    kept = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    monkeypatch.setattr("starflow_jax.modes.sample.load_model", None)
+    for other in ("--config.sample.seed=1", "--config.sample.seed=2"):
+        code, out, error = run_here([*command, other])
+        assert code == 2 and len(error.splitlines()) == 1 and f"{path}: is there, of another run" in error, error
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == kept != before
 
 
 def test_a_batch_that_fails_is_made_one_by_one(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +187,7 @@ def test_ctrl_c_ends_what_is_written_and_says_what_is_there(model: Path, tmp_pat
 
     monkeypatch.setattr(videos, "stream_clips", cut_short)
     code, out, error = run_here(asked(model, tmp_path, "--config.sample.stream=true"))
-    path = tmp_path / "videos" / "a_red_seven_moves_right_seed0_stream.mp4"
+    path = next((tmp_path / "videos").glob("a_red_seven_moves_right_seed0_*_stream.mp4"))
     assert code == 130 and f"{path}: cut short after 5 frames" in out.splitlines(), out + error
     assert len(read_video(path)[0]) == 5
 
@@ -166,8 +206,7 @@ def test_what_is_not_finite_is_no_video(model: Path, tmp_path: Path, monkeypatch
     code, out, error = run_here(asked(model, tmp_path, "--config.sample.batch_size=3",
                                       f"--config.sample.stream={streams}"))
     assert code == 2 and "'a blue three drifts left', seed 0: the solver's result is not finite" in error, out + error
-    assert {name.removesuffix("_stream") for name in made(tmp_path)} == {
-        "a_red_seven_moves_right_seed0", "a_green_one_floats_up_seed0"}
+    assert without_hashes(made(tmp_path)) == {"a_red_seven_moves_right_seed0", "a_green_one_floats_up_seed0"}
     assert len(list((tmp_path / "videos").glob("*.json"))) == 2
 
 
@@ -224,18 +263,18 @@ def test_two_processes_share_a_list_and_one_that_is_killed_stops_no_other(model:
     shares = [{f"{prompt.replace(' ', '_')}_seed{seed}" for prompt in PROMPTS for seed in seeds}
               for seeds in ((0, 2), (1, 3))]
     pair = start_two(arguments)
-    while not shares[1] & {path.stem for path in (tmp_path / "videos").glob("*.json")}:
+    while not shares[1] & without_hashes(details(tmp_path)):
         assert pair[1].poll() is None, pair[1].communicate()[0]
         time.sleep(0.02)
     pair[1].kill()
     said = pair[0].communicate(timeout=600)[0]
     assert pair[0].returncode == 0, said
-    before = {path.stem: path.stat().st_mtime_ns for path in (tmp_path / "videos").glob("*.json")}
-    assert shares[0] <= set(before) and len(before) < 12
+    before = details(tmp_path)
+    assert shares[0] <= without_hashes(before) and len(before) < 12
     pair = start_two(arguments)
     outputs = [process.communicate(timeout=600)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
-    after = {path.stem: path.stat().st_mtime_ns for path in (tmp_path / "videos").glob("*.json")}
+    after = details(tmp_path)
     assert len(after) == 12 and all(after[name] == when for name, when in before.items())
     assert f"{len(shares[0])} of 6 videos are there already" in outputs[0]
     assert {json.loads(path.read_text())["seed"] for path in (tmp_path / "videos").glob("*.json")} == {0, 1, 2, 3}

@@ -128,12 +128,12 @@ def test_workdir_of_another_model_is_refused(uninterrupted: Path, data: Path) ->
 def test_sample_and_evaluate_the_trained_model(uninterrupted: Path, data: Path) -> None:
     succeeds(uninterrupted, data, "--mode=sample", "--config.sample.prompt=a blue three moves right",
              "--config.sample.solver.block_size=12")
-    made = uninterrupted / "samples" / "a_blue_three_moves_right_seed0"
+    made, = (uninterrupted / "samples").glob("a_blue_three_moves_right_seed0_*.mp4")
     facts = json.loads(made.with_suffix(".json").read_text())
     assert facts["frames"] == 13 and facts["outcome"] in ("exact", "converged")
     assert len(facts["deep_steps_per_block"]) == len(facts["deep_residual_per_block"]) == 4 * 3
     assert np.isfinite(facts["log_likelihood_nats"])
-    assert made.with_suffix(".mp4").exists() and made.with_suffix(".png").exists()
+    assert made.with_suffix(".png").exists()
     succeeds(uninterrupted, data, "--mode=evaluate")
     found = json.loads((uninterrupted / "evaluate.json").read_text())
     assert set(found["adherence"]) == {"digit", "colour", "direction"}

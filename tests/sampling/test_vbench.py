@@ -57,7 +57,7 @@ def test_installed_list() -> None:
 
 def test_requests_are_named_as_vbench_wants(prompt_list: str) -> None:
     config = dataclasses.replace(CONFIG, sample=Sample(vbench=prompt_list, count=2, seed=4))
-    assert [(request.name, request.seed) for request in read_requests(config)] == [
+    assert [(request.given_name, request.seed) for request in read_requests(config)] == [
         ("a red seven moves right-0", 4), ("a red seven moves right-1", 5),
         ("in a still frame, v. 2-5-0", 4), ("in a still frame, v. 2-5-1", 5)]
     with pytest.raises(UserError, match="sample.vbench"):
