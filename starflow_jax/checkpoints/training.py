@@ -110,6 +110,8 @@ def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 def _drop_unreadable_metrics(directory: Path, best: str) -> None:
     """Orbax reads every checkpoint's metrics when it opens a folder, and fails on damaged ones."""
     for path in directory.glob("*/metrics/metrics"):
+        if not path.parts[-3].isdigit():  # a checkpoint that a run is writing now
+            continue
         try:
             float(json.loads(path.read_text())[best])
         except (ValueError, KeyError, TypeError):

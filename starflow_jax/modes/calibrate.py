@@ -1,5 +1,6 @@
 """--mode=calibrate: fit first guesses, measure solvers, and keep the fastest beside the model."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from starflow_jax.config import Config, UserError
 from starflow_jax.io.progress import table
 from starflow_jax.model.calibration import Calibration, save_calibration
 from starflow_jax.model.store import PRETRAINED, load_model
+from starflow_jax.modes.alone import alone_in
 from starflow_jax.sampling.calibration import ERROR, PROMPTS, TOLERANCES, Measured, fit_guess, fit_noise_guess, measure
 from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
 
@@ -14,16 +16,16 @@ from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
 def calibrate(config: Config, workdir: Path) -> None:
     """Fit the guesses, measure the candidates and write the fastest beside the model.
 
-    Raises UserError where none comes near enough to sequential decoding.
+    Raises UserError where none comes near enough to sequential decoding, and where another run has the workdir.
     """
-    with on_mesh(sampling_mesh(config, PROMPTS)):
-        _calibrate(config, workdir)
+    own = (workdir / "system").exists()
+    with alone_in(workdir) if own else contextlib.nullcontext(), on_mesh(sampling_mesh(config, PROMPTS)):
+        _calibrate(config, workdir, workdir / "system" if own else PRETRAINED)
 
 
-def _calibrate(config: Config, workdir: Path) -> None:
+def _calibrate(config: Config, workdir: Path, folder: Path) -> None:
     system, params, source, _ = load_model(config, workdir)
     print(f"model: {source}")
-    folder = workdir / "system" if (workdir / "system").exists() else PRETRAINED
     system = dataclasses.replace(system, calibration=Calibration(first_guess=fit_guess(system, params)))
     found = dataclasses.replace(system.calibration, noise_guess=fit_noise_guess(system, params))
     rows = measure(dataclasses.replace(system, calibration=found), params)

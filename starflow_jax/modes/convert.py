@@ -5,6 +5,7 @@ encoder or where it lies, and the licence. Array by array: no more than one of o
 stacked) is in memory.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -35,6 +36,7 @@ from starflow_jax.model.parameters import model_fingerprint
 from starflow_jax.model.store import own_settings
 from starflow_jax.model.system import save_settings
 from starflow_jax.model.text import TOKENIZER
+from starflow_jax.modes.alone import alone_in
 from starflow_jax.text.pretrained import encoder_channels
 
 VAE, TEXT_ENCODER = "vae.safetensors", "text_encoder"  # in WORKDIR/system
@@ -44,7 +46,8 @@ def convert(config: Config, workdir: Path) -> None:
     """config.convert.source -> a workdir that samples, with the VAE of convert.codec and the encoder of convert.text;
     the workdir's newest checkpoint -> config.convert.target.
 
-    Raises UserError for a source or target that can't be, and for tensors that are not this config's.
+    Raises UserError for a source or target that can't be, for tensors that are not this config's, and where another run
+    has the workdir.
     """
     settings = config.convert
     if not (settings.source or settings.target or settings.codec):
@@ -57,13 +60,14 @@ def convert(config: Config, workdir: Path) -> None:
     # Both are opened and checked before anything is written.
     flow = read_flow(config) if settings.source else None
     vae = read_vae(config, workdir) if settings.codec else None
-    if flow:
-        write_checkpoint(config, workdir, *flow)
-    if vae:
-        config = write_vae(config, *vae)
-    if flow:
-        write_system(config, workdir)
-        keep_licences(config, workdir)
+    with alone_in(workdir) if flow else contextlib.nullcontext():
+        if flow:
+            write_checkpoint(config, workdir, *flow)
+        if vae:
+            config = write_vae(config, *vae)
+        if flow:
+            write_system(config, workdir)
+            keep_licences(config, workdir)
     if settings.target:
         config = own_settings(config, workdir)[0]
         (write_adapter if config.train.target == "lora" else write_released)(config, workdir)

@@ -9,6 +9,7 @@ from starflow_jax.checkpoints.licences import carry_licence
 from starflow_jax.checkpoints.training import BEST
 from starflow_jax.config import Config
 from starflow_jax.model.initialise import refuse_converted
+from starflow_jax.modes.alone import alone_in
 from starflow_jax.training.decoder_target import DecoderTarget
 from starflow_jax.training.loop import train_to_end
 from starflow_jax.training.metrics import read_metrics
@@ -17,12 +18,15 @@ from starflow_jax.training.validation import DIGITS_SHEET
 
 
 def train(config: Config, workdir: Path) -> None:
-    """Train to config.train.steps, resuming from the workdir's newest undamaged checkpoint."""
-    refuse_converted(workdir)
+    """Train to config.train.steps, resuming from the workdir's newest undamaged checkpoint.
+
+    Raises UserError where another run has the workdir.
+    """
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_model(config.model, mesh)
     first = jax.process_index() == 0
-    with jax.set_mesh(mesh):
+    with alone_in(workdir), jax.set_mesh(mesh):
+        refuse_converted(workdir)
         run = open_run(mesh, config, workdir)
         if first:
             _say_how_it_starts(config, run)

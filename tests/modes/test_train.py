@@ -1,6 +1,7 @@
 """Training as its users run it: killed and restarted it gives what an uninterrupted run gives."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import starflow_jax as sf
+from starflow_jax.io.lock import held
 from starflow_jax.io.pictures import read_image
 from tests.small_run import ROOT, command, environment, run_here
 
@@ -117,6 +119,16 @@ def test_a_short_run_is_all_warm_up(data: Path, tmp_path: Path) -> None:
     assert "trained 3 steps" in said
     rates = [row["learning_rate"] for _, row in sorted(losses(tmp_path).items())]
     np.testing.assert_allclose(rates, [0, 0.5e-3, 1e-3], rtol=1e-6)  # of 1.5e-3
+
+
+def test_a_workdir_has_one_run_that_changes_it(uninterrupted: Path, data: Path) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    with held(uninterrupted):
+        for arguments in (["--config.train.steps=9"], ["--mode=calibrate"],
+                          ["--mode=convert", f"--config.convert.source={uninterrupted}"]):
+            code, out, err = run_here(command(uninterrupted, data, *arguments)[3:])
+            assert code == 2 and len(err.splitlines()) == 1 and f"process {os.getpid()}, since" in err, (out, err)
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
 def test_workdir_of_another_model_is_refused(uninterrupted: Path, data: Path) -> None:
