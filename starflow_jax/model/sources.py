@@ -24,7 +24,7 @@ def data_source(config: Config, split: str) -> Sequence[dict[str, Any]]:
 
 def long_clips(config: Config, split: str, count: int, frames: int) -> Iterator[dict[str, Any]]:
     """Clips of `frames` pixel frames: digits that wrap are made that long, other clips are as long as they are."""
-    if config.data.source == "digits" and config.data.wraps:
+    if config.data.source == "digits" and (config.data.wraps or config.data.camera):
         yield from moving_digits.long_clips(_digits(config), split, count, frames)
         return
     source = data_source(config, split)
@@ -36,7 +36,7 @@ def _digits(config: Config) -> "moving_digits.MovingDigitsConfig":
     return moving_digits.MovingDigitsConfig(
         size=data.size, digit_size=data.digit_size, frames=1 + config.model.frames * config.codec.time_stride,
         train_clips=data.train_clips, validation_clips=data.validation_clips, test_clips=data.test_clips,
-        wraps=data.wraps)
+        wraps=data.wraps, camera=data.camera)
 
 
 def default_data_directory() -> str:

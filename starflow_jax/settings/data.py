@@ -28,6 +28,7 @@ class Data(Settings):
     digit_size: int = setting(15, "digits: pixels of a digit's side", positive(1024))
     wraps: bool = setting(False, "digits: what leaves a frame on one side comes back on the other; with longer clips, "
                           "some of which change")
+    camera: bool = setting(False, "digits: the same world, seen by a camera that moves; its poses are with the clips")
     train_clips: int = setting(40_000, "digits: clips of the training split", positive(100_000_000))
     validation_clips: int = setting(500, "digits: clips of the validation split", positive(100_000_000))
     test_clips: int = setting(1_000, "digits: clips of the test split", positive(100_000_000))

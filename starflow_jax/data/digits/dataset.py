@@ -4,7 +4,8 @@ Every clip shows one scan of `assets/digits.png` in one of seven colours, moving
 directions, with a short and a long caption. With `wraps` the canvas is a torus: what leaves on one side comes back
 on the other, so that "moves right" stays true for ever; half of the clips are then twice as long, and half of these
 change in the middle: the digit takes another direction or colour or becomes another digit, and a caption of its own
-says so. Without it no digit reaches the border. Train, validation and test use different scans. The clips are written
+says so. With `camera` that torus is seen by a camera that moves (cameras.py), whose poses are with each clip. Without
+either no digit reaches the border. Train, validation and test use different scans. The clips are written
 once, as a TFDS data set in ArrayRecord files, and read back by index:
 
     source = moving_digits.source(MovingDigitsConfig(), "train", data_dir)
@@ -28,6 +29,7 @@ from absl import logging
 from PIL import Image
 
 from starflow_jax.config import Data, UserError
+from starflow_jax.data.digits import cameras
 from starflow_jax.data.digits.captions import COLOURS, DIGIT_WORDS, DIRECTIONS, caption
 
 SPLITS = ("train", "validation", "test")
@@ -50,7 +52,7 @@ class MovingDigitsConfig:
 
     size: height and width of the canvas in pixels. digit_size: of the digit's box in pixels.
     frames: recorded frames of a short clip; long ones have one less than twice as many. wraps: the canvas is a torus.
-    seed: of everything drawn at random but the split of the scans.
+    camera: a torus too, seen by a moving camera. seed: of everything drawn at random but the split of the scans.
     """
 
     size: int = Data.size
@@ -60,6 +62,7 @@ class MovingDigitsConfig:
     validation_clips: int = Data.validation_clips
     test_clips: int = Data.test_clips
     wraps: bool = Data.wraps
+    camera: bool = Data.camera
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,8 +91,13 @@ class MovingDigitsConfig:
     def name(self) -> str:
         """Names the folder of the data, so every field is in it."""
         counts = "_".join(str(self.clips(split)) for split in SPLITS)
-        wraps = "_wraps" if self.wraps else ""
-        return f"{self.size}px_digit{self.digit_size}_{self.frames}frames_{counts}{wraps}_seed{self.seed}"
+        world = ("_wraps" if self.wraps else "") + ("_camera" if self.camera else "")
+        return f"{self.size}px_digit{self.digit_size}_{self.frames}frames_{counts}{world}_seed{self.seed}"
+
+    @property
+    def is_torus(self) -> bool:
+        """Whether the canvas has no borders."""
+        return self.wraps or self.camera
 
 
 @functools.cache
@@ -128,11 +136,12 @@ class Motion(NamedTuple):
 
 
 def random_motion(rng: np.random.Generator, directions_B: np.ndarray, config: MovingDigitsConfig) -> Motion:
-    """Anywhere on the torus, at a speed in SPEED along each axis that moves; or within the borders for a short clip,
-    over 0.78 to 1 times the room that they leave."""
-    if config.wraps:
+    """Anywhere on the torus, at a speed in SPEED (with a camera, the one in cameras.SPEED) along each axis that moves; or
+    within the borders for a short clip, over 0.78 to 1 times the room that they leave."""
+    if config.is_torus:
         start_B2 = rng.uniform(0, config.size, (len(directions_B), 2))
-        velocity_B2 = _velocities(directions_B, config.size * rng.uniform(*SPEED, (len(directions_B), 1)))
+        speed_B1 = config.size * rng.uniform(*(cameras.SPEED if config.camera else SPEED), (len(directions_B), 1))
+        velocity_B2 = _velocities(directions_B, speed_B1)
         return Motion(start_B2.astype(np.float32), velocity_B2)
     room, steps = config.size - config.digit_size, config.frames - 1
     travel_B2 = steps * _velocities(directions_B, room / steps * rng.uniform(0.78, 1.0, (len(directions_B), 1)))
@@ -144,19 +153,27 @@ def _velocities(directions_B: np.ndarray, speed_B1: np.ndarray) -> np.ndarray:
     return (speed_B1 * np.array(list(DIRECTIONS.values()))[directions_B]).astype(np.float32)
 
 
-def render_clips(scans_BDD: np.ndarray, colours_B: np.ndarray, position_BT2: np.ndarray, *, size: int) -> np.ndarray:
+def render_clips(scans_BDD: np.ndarray, colours_B: np.ndarray, position_BT2: np.ndarray, *, size: int,
+                 path: cameras.Path | None = None) -> np.ndarray:
     """Scans on a black canvas without borders; positions are exact to the subpixel.
 
     scans_BDD: uint8. colours_B: indices into COLOUR_NAMES. position_BT2: (down, right) of the scan's corner in each
-    frame, in pixels; any number, taken modulo the canvas. Returns uint8 (B, T, H, W, 3).
+    frame, in pixels; any number, taken modulo the canvas. path: of a camera that looks at it; None: it is seen whole
+    and upright. Returns uint8 (B, T, H, W, 3).
     """
     lit_C3 = np.array(list(COLOURS.values())) > 0
     clips = np.empty((*position_BT2.shape[:2], size, size, 3), np.uint8)
     for begin in range(0, len(scans_BDD), _RENDER_CHUNK):
         chunk = slice(begin, begin + _RENDER_CHUNK)
-        rows_BTHD = _bilinear_weights(position_BT2[chunk, :, 0], scans_BDD.shape[1], size)
-        columns_BTWD = _bilinear_weights(position_BT2[chunk, :, 1], scans_BDD.shape[2], size)
-        grey_BTHW = rows_BTHD @ scans_BDD[chunk, None].astype(np.float32) @ columns_BTWD.swapaxes(2, 3)
+        scans, positions = scans_BDD[chunk].astype(np.float32), position_BT2[chunk]
+        if path is None:
+            rows_BTHD = _bilinear_weights(positions[..., 0], scans.shape[1], size)
+            columns_BTWD = _bilinear_weights(positions[..., 1], scans.shape[2], size)
+            grey_BTHW = rows_BTHD @ scans[:, None] @ columns_BTWD.swapaxes(2, 3)
+        else:
+            empty = size - scans.shape[1]
+            tiles_BSS = np.pad(scans, ((0, 0), (0, empty), (0, empty)))
+            grey_BTHW = cameras.see(tiles_BSS, positions, path.part(chunk))
         grey_BTHW = (grey_BTHW + 0.5).astype(np.uint8)
         for channel in range(3):
             lit_B111 = lit_C3[colours_B[chunk], channel, None, None, None]
@@ -181,20 +198,38 @@ def generate_clips(config: MovingDigitsConfig, split: str) -> Iterator[dict[str,
         which_B, labels_B3 = _random_labels(rng, all_ids, count)
         motion = random_motion(rng, labels_B3[:, 2], config)
         later_which_B, later_B3, long_B = which_B, labels_B3, np.zeros(count, bool)
-        if config.wraps:
+        if config.is_torus:
             long_B = rng.random(count) < _LONG_SHARE
             changes_B = long_B & (rng.random(count) < _CHANGED_SHARE)
             later_which_B, later_B3 = _changed(rng, all_ids, which_B, labels_B3, changes_B)
         changed_B = (later_B3 != labels_B3).any(1)
-        first = render_clips(all_scans[which_B], labels_B3[:, 1], motion.positions(config.frames), size=config.size)
-        later = _second_halves(all_scans[later_which_B], later_B3, motion, config) if config.wraps else first
+        path = _random_path(config, split, begin, count, 2 * config.frames - 1)
+        first = render_clips(all_scans[which_B], labels_B3[:, 1], motion.positions(config.frames), size=config.size,
+                             path=path and path.part(np.s_[:, :config.frames]))
+        later = _second_halves(all_scans[later_which_B], later_B3, motion, path, config) if config.is_torus else first
         for clip in range(count):
             frames = np.concatenate([first[clip], later[clip]]) if long_B[clip] else first[clip]
             described = _described(labels_B3[clip], rng)
             later_described = _described(later_B3[clip], rng) if changed_B[clip] else described
             yield {"frames": frames, **described, "scan": int(all_ids[which_B[clip]]),
                    "change": config.frames if changed_B[clip] else len(frames),
-                   **{f"later_{name}": value for name, value in later_described.items()}}
+                   **{f"later_{name}": value for name, value in later_described.items()},
+                   **_poses(path and path.part(np.s_[clip, :len(frames)]))}
+
+
+def _random_path(config: MovingDigitsConfig, split: str, *seed_clips_and_frames: int) -> cameras.Path | None:
+    """Of these clips, with a random generator of their own: the digits are those of the same data without a camera."""
+    *seed, clips, frames = seed_clips_and_frames
+    rng = np.random.default_rng([config.seed, SPLITS.index(split), *seed, frames, 1])
+    return cameras.random_path(rng, clips, frames) if config.camera else None
+
+
+def _poses(path: cameras.Path | None) -> dict[str, np.ndarray]:
+    """What an example has of its camera's path, (T,) each."""
+    if path is None:
+        return {}
+    return {"intrinsics": np.tile(cameras.INTRINSICS, (len(path.roll_BT), 1)),
+            "world_to_camera": path.world_to_camera()}
 
 
 def _described(label_3: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
@@ -229,13 +264,14 @@ def _changed(
 
 
 def _second_halves(
-    scans_BDD: np.ndarray, labels_B3: np.ndarray, motion: Motion, config: MovingDigitsConfig
+    scans_BDD: np.ndarray, labels_B3: np.ndarray, motion: Motion, path: cameras.Path | None,
+    config: MovingDigitsConfig,
 ) -> np.ndarray:
-    """What long clips have after the frames of short ones: the place goes on, the speed stays."""
+    """What long clips have after the frames of short ones: place and camera go on, the speed stays."""
     velocity_B2 = _velocities(labels_B3[:, 2], np.abs(motion.velocity_B2).max(1, keepdims=True))
     start_B2 = motion.positions(config.frames)[:, -1] + velocity_B2
     return render_clips(scans_BDD, labels_B3[:, 1], Motion(start_B2, velocity_B2).positions(config.frames - 1),
-                        size=config.size)
+                        size=config.size, path=path and path.part(np.s_[:, config.frames:]))
 
 
 def long_clips(config: MovingDigitsConfig, split: str, count: int, frames: int) -> Iterator[dict[str, Any]]:
@@ -243,12 +279,14 @@ def long_clips(config: MovingDigitsConfig, split: str, count: int, frames: int) 
     `source` but the later ones."""
     rng = np.random.default_rng([config.seed, SPLITS.index(split), frames])
     all_ids = split_scan_ids(split)
-    for _ in range(count):
+    for index in range(count):
         which_B, labels_B3 = _random_labels(rng, all_ids, 1)
         position_BT2 = random_motion(rng, labels_B3[:, 2], config).positions(frames)
         scans_BDD = load_scans(all_ids[which_B], config.digit_size)
-        clip = render_clips(scans_BDD, labels_B3[:, 1], position_BT2, size=config.size)[0]
-        yield {"frames": clip, **_described(labels_B3[0], rng), "scan": int(all_ids[which_B[0]])}
+        path = _random_path(config, split, index, 1, frames)
+        clip = render_clips(scans_BDD, labels_B3[:, 1], position_BT2, size=config.size, path=path)[0]
+        yield {"frames": clip, **_described(labels_B3[0], rng), "scan": int(all_ids[which_B[0]]),
+               **_poses(path and path.part(0))}
 
 
 @dataclasses.dataclass(eq=False)
@@ -280,6 +318,9 @@ class MovingDigits(tfds.core.GeneratorBasedBuilder):
             "change": np.int64,
             **{f"later_{name}": feature for name, feature in described.items()},
         }
+        if settings.camera:
+            features["intrinsics"] = tfds.features.Tensor(shape=(None, 4), dtype=np.float32)
+            features["world_to_camera"] = tfds.features.Tensor(shape=(None, 3, 4), dtype=np.float32)
         return tfds.core.DatasetInfo(
             builder=self,
             description="Handwritten digits in colour, moving over a black canvas.",
@@ -325,7 +366,8 @@ def source(config: MovingDigitsConfig, split: str, data_dir: str) -> Sequence[di
 
     frames: uint8 (T, H, W, 3). caption_long, caption_short: UTF-8 bytes. digit, colour, direction,
     scan: int64; colour and direction index COLOUR_NAMES and DIRECTION_NAMES. change: the first frame of which
-    later_caption_long, later_digit and so on are true; the number of frames where nothing changes.
+    later_caption_long, later_digit and so on are true; the number of frames where nothing changes. With a camera also
+    intrinsics, float32 (T, 4), and world_to_camera, float32 (T, 3, 4), of each frame (cameras.py).
     """
     if split not in SPLITS:
         raise UserError(f'there is no split "{split}" in the moving digits: use one of {", ".join(SPLITS)}')
