@@ -15,7 +15,8 @@ CONFIG = md.MovingDigitsConfig(train_clips=1, validation_clips=1, test_clips=1, 
 def real_clips(count, frames):
     """(frames, directions, true path, digits, colours) of test scans."""
     clips = list(md.long_clips(CONFIG, "test", count, frames))
-    directions, digits, colours = (np.array([clip[name] for clip in clips]) for name in ("direction", "digit", "colour"))
+    directions, digits, colours = (np.array([clip[name] for clip in clips])
+                                   for name in ("direction", "digit", "colour"))
     asked = Path.of(np.stack([clip["world_to_camera"] for clip in clips]))
     return np.stack([clip["frames"] for clip in clips]), directions, asked, digits, colours
 

@@ -136,8 +136,8 @@ class Motion(NamedTuple):
 
 
 def random_motion(rng: np.random.Generator, directions_B: np.ndarray, config: MovingDigitsConfig) -> Motion:
-    """Anywhere on the torus, at a speed in SPEED (with a camera, the one in cameras.SPEED) along each axis that moves; or
-    within the borders for a short clip, over 0.78 to 1 times the room that they leave."""
+    """Anywhere on the torus, at a speed in SPEED (with a camera, in cameras.SPEED) along each axis that moves; or within
+    the borders for a short clip, over 0.78 to 1 times the room that they leave."""
     if config.is_torus:
         start_B2 = rng.uniform(0, config.size, (len(directions_B), 2))
         speed_B1 = config.size * rng.uniform(*(cameras.SPEED if config.camera else SPEED), (len(directions_B), 1))
