@@ -136,7 +136,7 @@ class Motion(NamedTuple):
 
 
 def random_motion(rng: np.random.Generator, directions_B: np.ndarray, config: MovingDigitsConfig) -> Motion:
-    """Anywhere on the torus, at a speed in SPEED (with a camera, in cameras.SPEED) along each axis that moves; or within
+    """Anywhere on the torus, at a speed in SPEED, with a camera in cameras.SPEED, along each axis that moves; or within
     the borders for a short clip, over 0.78 to 1 times the room that they leave."""
     if config.is_torus:
         start_B2 = rng.uniform(0, config.size, (len(directions_B), 2))
