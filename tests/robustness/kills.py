@@ -1,0 +1,161 @@
+"""Training under SIGKILL: python -m tests.robustness.kills --kills=200
+
+A tiny training is killed at random moments and started again by the same command until it ends; then its parameters
+and metrics must be, bit for bit, those of a training that nothing interrupted, and the next one begins, until there
+were as many kills as asked for. Moments are drawn from a seed, in seconds of the process's CPU time, so that a busy
+machine kills where an idle one would. Processes are forked from this one, which has imported everything: a restart
+then costs the tracing of two programs, whose compiled form JAX's cache holds.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tests.robustness.report import write_report
+from tests.small_run import command, run_here
+
+STEPS, TIMES = 40, ("seconds", "tokens_per_second")
+SETTINGS = [f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=2", "--config.train.evaluate_every=20",
+            "--config.train.sheet_clips=0", "--config.train.validation_clips=4", "--config.model.denoiser=none",
+            "--config.data.train_clips=64"]
+TICKS = os.sysconf("SC_CLK_TCK")
+MOST_FAILURES = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kill a tiny training again and again.")
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report", type=Path, default=Path("runs/robustness/kills.json"))
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        report = kill_trainings(Path(folder), asked.kills, asked.seed)
+    write_report(asked.report, report)
+    print(json.dumps(report, indent=1))
+    sys.exit(1 if report["lost"] or report["faults"] else 0)
+
+
+def kill_trainings(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+    """The report: what was tried, where the kills fell, and what was lost."""
+    import_everything()
+    data, expected = folder / "data", folder / "uninterrupted"
+    complete(expected, data, folder / "log")  # compiles, and makes the data
+    shutil.rmtree(expected)
+    whole = complete(expected, data, folder / "log")
+    print(f"an uninterrupted run takes {whole:.1f} s of CPU time", flush=True)
+    moments, phases, faults, finished, lost = random.Random(seed), Counter[str](), list[str](), 0, 0
+    workdir, restarts = folder / "killed", 0
+    while phases.total() < kills and len(faults) < MOST_FAILURES:
+        code = run_until(workdir, data, folder / "log", moments.uniform(0.05, 1) * whole, moments.uniform(0, 0.1))
+        restarts += 1
+        if code == -signal.SIGKILL:
+            phases[phase(workdir)] += 1
+            print(f"{phases.total()} kills, {finished} trainings", flush=True)
+            continue
+        finished += code == 0
+        if code:
+            faults.append(f"exit code {code}: {(folder / 'log').read_text()[-500:]}")
+        elif differs(workdir, expected):
+            lost += 1
+        shutil.rmtree(workdir, ignore_errors=True)
+    if workdir.exists() and not faults:  # the last one, to its end
+        complete(workdir, data, folder / "log")
+        finished, lost = finished + 1, lost + differs(workdir, expected)
+    return {"kills": phases.total(), "seed": seed, "starts": restarts, "trainings": finished, "lost": lost,
+            "faults": faults, "killed": dict(phases)}
+
+
+def import_everything() -> None:
+    """What a training imports on its way, without starting JAX's devices, which a fork would not survive."""
+    import jax  # noqa: F401
+
+    from starflow_jax.modes import train  # noqa: F401
+
+    assert threading.active_count() == 1, threading.enumerate()
+
+
+def start(workdir: Path, data: Path, log: Path) -> int:
+    """The process of the training's command; what it says goes to the log."""
+    process = os.fork()
+    if process:
+        return process
+    code = 70
+    with contextlib.suppress(BaseException):
+        code, out, err = run_here(command(workdir, data, *SETTINGS)[3:])
+        log.write_text(out + err)
+    os._exit(code)
+
+
+def complete(workdir: Path, data: Path, log: Path) -> float:
+    """Train to the end; returns the seconds of CPU time that it took."""
+    process = start(workdir, data, log)
+    _, status, used = os.wait4(process, 0)
+    if status:
+        raise RuntimeError(f"a training that nothing interrupted failed ({status}): {log.read_text()[-2000:]}")
+    return used.ru_utime + used.ru_stime
+
+
+def run_until(workdir: Path, data: Path, log: Path, cpu_seconds: float, later: float) -> int:
+    """Start, and kill once the process has used that much time, and some seconds later; the exit code, negative where
+    a signal ended it."""
+    process = start(workdir, data, log)
+    while True:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if cpu_time(process) >= cpu_seconds:
+            time.sleep(later)  # it may also be waiting for the disk
+            os.kill(process, signal.SIGKILL)
+            return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        time.sleep(0.005)
+
+
+def cpu_time(process: int) -> float:
+    """Seconds that a process has used, all its threads together."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def phase(workdir: Path) -> str:
+    """What the training was doing when it was killed, as far as its folder shows."""
+    steps = [path.name for path in workdir.glob("checkpoints/*") if path.name[0].isdigit()]
+    if any(not name.isdigit() for name in steps):
+        return "while a checkpoint was written"
+    return "after a checkpoint" if steps else "before the first checkpoint"
+
+
+def differs(workdir: Path, expected: Path) -> bool:
+    """Whether the last checkpoints' arrays or the metrics of two trainings differ."""
+    return arrays(workdir) != arrays(expected) or metrics(workdir) != metrics(expected)
+
+
+def arrays(workdir: Path) -> list[bytes]:
+    """In a process of its own: reading them starts threads."""
+    import subprocess
+
+    program = ("import hashlib, sys, jax, numpy as np, orbax.checkpoint as ocp\n"
+               "for leaf in jax.tree.leaves(ocp.StandardCheckpointer().restore(sys.argv[1])):\n"
+               "    print(hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest())")
+    state = workdir.absolute() / "checkpoints" / str(STEPS) / "state"
+    return subprocess.run([sys.executable, "-c", program, str(state)], capture_output=True, check=True).stdout.split()
+
+
+def metrics(workdir: Path) -> list[dict[str, Any]]:
+    """Every line without the numbers of the clock."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+if __name__ == "__main__":
+    main()
