@@ -8,7 +8,7 @@ import os
 import resource
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,26 @@ def bounded_memory() -> Iterator[None]:
         jax.clear_caches()
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what is free stays with the process
+
+
+@pytest.fixture
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], list[str]]:
+    """unsynced(folder): the files and folders in it that were changed since this process last synced them, by name."""
+    fsync, synced = os.fsync, dict[int, int]()
+
+    def remember(opened: int) -> None:
+        found = os.fstat(opened)
+        synced[found.st_ino] = found.st_mtime_ns
+        fsync(opened)
+
+    monkeypatch.setattr(os, "fsync", remember)
+
+    def changed(folder: Path) -> list[str]:
+        found = [folder, *folder.rglob("*")]
+        return [str(path.relative_to(folder)) for path in found
+                if synced.get(path.stat().st_ino) != path.stat().st_mtime_ns]
+
+    return changed
 
 
 @pytest.fixture(scope="session")

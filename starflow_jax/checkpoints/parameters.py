@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from starflow_jax.checkpoints.checksums import write_checksums
 from starflow_jax.config import UserError
-from starflow_jax.io.files import atomic_path
+from starflow_jax.io.files import atomic_path, make_folder
 from starflow_jax.io.tensor_files import StoredArray, check_shapes
 
 CHUNK_BYTES = 64 << 20  # of an array on disk: what reading and compressing hold in memory at a time
@@ -42,7 +42,7 @@ def save_params(directory: Path, arrays: Mapping[str, Any], data: dict[str, Any]
     data: what goes with it, as JSON. Raises UserError where the folder has checkpoints.
     """
     directory = Path(directory).absolute()
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     if newest_first(directory):
         raise UserError(f"{directory} holds checkpoints; convert into another --workdir, or delete them")
     tree = {"ema": traverse_util.unflatten_dict(dict(arrays), sep="/")}

@@ -14,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 from starflow_jax.checkpoints.checksums import CHECKSUMS, first_line, first_whole, write_checksums
 from starflow_jax.config import UserError
-from starflow_jax.io.files import write_text
+from starflow_jax.io.files import make_folder, sync, sync_all, write_text
 
 BEST = "validation_bits_per_dim"  # the smaller the better
 
@@ -28,7 +28,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int, model_fingerprint: dict[str, Any], best: str = BEST):
         self.directory = Path(directory).absolute()
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self.directory)
         check_fingerprint(self.directory / "model.json", model_fingerprint)
         _drop_unreadable_metrics(self.directory, best)
         self._best = best
@@ -58,6 +58,13 @@ class Checkpoints:
     def wait(self) -> None:
         """Wait until all that was started is on disk."""
         self._manager.wait_until_finished()
+        newest = self.directory / str(self.latest_step())
+        for path in newest.glob("*"):  # what orbax adds when it renames the folder
+            if path.is_file():
+                sync(path)
+        for folder in (newest, self.directory):
+            if folder.exists():
+                sync(folder)
 
     def close(self) -> None:
         self.wait()
@@ -94,10 +101,12 @@ class Checkpoints:
         return sorted(self._manager.all_steps(), key=lambda step: (step == first, step), reverse=True)
 
     def _write_checksums(self) -> None:
-        """Called by orbax when a checkpoint is complete under its temporary name, just before it is renamed."""
+        """Called by orbax when a checkpoint is complete under its temporary name, just before it is renamed. Orbax
+        itself does not sync all files."""
         for folder in self.directory.glob("*.orbax-checkpoint-tmp"):
             if not (folder / CHECKSUMS).exists():
                 write_checksums(folder)
+                sync_all(folder)
 
 
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -19,8 +19,9 @@ def atomic_path(path: str | os.PathLike[str], keep: bool = False) -> Iterator[Pa
     """Yields a local path of the same name, where a file or folder is written; it becomes `path`, at once, if the
     block ends without an exception.
 
-    Makes the parent folder where it is missing. keep: what is at `path` by then stays, because another process made
-    the same; else a file is replaced.
+    Makes the parent folder where it is missing. All of it is synced to the disk before it is renamed, and its name
+    afterwards, so that a loss of power takes nothing back and leaves no file without its bytes. keep: what is at `path`
+    by then stays, because another process made the same; else a file is replaced.
     """
     if "://" in os.fspath(path):
         with tempfile.TemporaryDirectory(prefix=ARRIVING) as folder:
@@ -29,19 +30,50 @@ def atomic_path(path: str | os.PathLike[str], keep: bool = False) -> Iterator[Pa
             _send(local, os.fspath(path))
         return
     final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     with tempfile.TemporaryDirectory(prefix=ARRIVING, dir=final.parent) as folder:
         local = Path(folder) / final.name
         yield local
-        for file in _files(local):
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
+        sync_all(local)
         if not (keep and final.exists()):
             try:
                 os.replace(local, final)
             except OSError:
                 if not (keep and final.exists()):
                     raise
+    sync(final.parent)
+
+
+def make_folder(folder: str | os.PathLike[str]) -> None:
+    """Make a folder and those above it, where they are missing; their names are synced to the disk."""
+    path = Path(folder).absolute()
+    missing = [part for part in (path, *path.parents) if not part.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        sync(made.parent)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Wait until the bytes of a file, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    finally:
+        os.close(opened)
+
+
+def sync_all(path: Path) -> None:
+    """The same of a file; or of a folder with all that is in it, the names last."""
+    for folder, _, files in os.walk(path, topdown=False):
+        for file in (os.path.join(folder, name) for name in files):
+            if os.path.isfile(file):
+                sync(file)
+        sync(folder)
+    if path.is_file():
+        sync(path)
 
 
 def check_writable(folder: str | os.PathLike[str], setting: str) -> None:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from starflow_jax.config import UserError
-from starflow_jax.io.files import write_text
+from starflow_jax.io.files import sync, write_text
 from starflow_jax.io.progress import ProgressBar
 from starflow_jax.io.video import growing_mp4
 from starflow_jax.model.codec import frame_size
@@ -206,6 +206,7 @@ class Videos:
             facts = {**described(self.recipe, self.origin, request), "frames": frames, **ended.facts(index),
                      "seconds": round(seconds, 3), "seconds_to_first_frame": round(first, 3),
                      "timeline": [dataclasses.asdict(event) for event in events]}
+            sync(one.video)
             draw_timeline(one.picture, events)
             write_text(one.details, json.dumps(facts, indent=1))
             self.rows.append(_stream_row(one.video, facts))

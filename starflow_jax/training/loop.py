@@ -57,14 +57,15 @@ def _steps(run: Run, writer: MetricWriter) -> int:
             validated = step % settings.evaluate_every == 0 or step == settings.steps
             metrics = target.validate(run.state, writer) if validated else None
             if validated or step % settings.checkpoint_every == 0:
-                _save(run, step, metrics)
+                _save(run, writer, step, metrics)
         if step < settings.steps and run.checkpoints.latest_step() != step:
-            _save(run, step, None)
+            _save(run, writer, step, None)
         run.checkpoints.wait()
     return step
 
 
-def _save(run: Run, step: int, metrics: dict[str, float] | None) -> None:
+def _save(run: Run, writer: MetricWriter, step: int, metrics: dict[str, float] | None) -> None:
+    writer.sync()  # a run that resumes from this step needs the lines up to it
     # A copy, which the asynchronous writer reads while the next step reuses the donated buffers.
     run.checkpoints.save(step, jax.tree.map(jnp.copy, run.state), run.batches.get_state(), metrics)
 

@@ -52,6 +52,11 @@ class MetricWriter:
         self._tensorboard.add_image(name, image_HWC, int(step), dataformats="HWC")
         self._tensorboard.flush()
 
+    def sync(self) -> None:
+        """Wait until the lines are on the disk."""
+        if self.writes:
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
         if self.writes:
             self._file.close()

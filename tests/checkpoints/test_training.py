@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,15 @@ def test_restored_bit_for_bit(copy: Path) -> None:
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, make_state(20))
     assert state["params"]["kernel"].sharding == sharding
     assert (data_state, step) == ({"position": 20}, 20)
+
+
+def test_all_of_it_is_on_the_disk_before_the_next_is_begun(tmp_path: Path, unsynced: Callable[[Path], list[str]]
+                                                           ) -> None:
+    checkpoints = open_checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, make_state(1), {"position": 1}, {BEST: 1.0})
+    checkpoints.wait()
+    assert steps_on_disk(tmp_path / "checkpoints") == {1} and unsynced(tmp_path) == []
+    checkpoints.close()
 
 
 def test_restored_on_other_devices_than_wrote_it(tmp_path: Path) -> None:

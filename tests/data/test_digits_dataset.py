@@ -11,6 +11,7 @@ from starflow_jax.config import UserError
 from starflow_jax.data.digits import captions, reader
 from starflow_jax.data.digits import dataset as md
 from starflow_jax.data.digits.dataset import MovingDigitsConfig
+from starflow_jax.io.files import ARRIVING
 
 SMALL = MovingDigitsConfig(train_clips=40, validation_clips=5, test_clips=10, wraps=True)
 
@@ -211,10 +212,10 @@ def test_after_a_kill_the_next_run_starts_over_cleanly(tmp_path, monkeypatch):
 
     def dies_half_way(config, split):
         yield next(made(config, split))
-        # What SIGKILL leaves behind: TFDS's clean-up did not run.
-        (leftover,) = tmp_path.glob("*/*/incomplete.*")
-        leftover.with_name("incomplete.KILLED_2.0.0").mkdir()
-        (leftover.with_name("incomplete.KILLED_2.0.0") / "half.array_record").write_bytes(b"half")
+        # What SIGKILL leaves behind: no clean-up ran.
+        (leftover,) = tmp_path.glob(f"*/*/{ARRIVING}*")
+        leftover.with_name(f"{ARRIVING}killed").mkdir()
+        (leftover.with_name(f"{ARRIVING}killed") / "half.array_record").write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(md, "generate_clips", dies_half_way)
@@ -222,7 +223,12 @@ def test_after_a_kill_the_next_run_starts_over_cleanly(tmp_path, monkeypatch):
         md.prepare(SMALL, str(tmp_path))
     monkeypatch.setattr(md, "generate_clips", made)
     assert len(md.source(SMALL, "train", str(tmp_path))) == 40
-    assert not list(tmp_path.glob("*/*/incomplete.*"))
+    assert not list(tmp_path.glob(f"*/*/{ARRIVING}*"))
+
+
+def test_all_of_it_is_on_the_disk_when_it_is_there(tmp_path, unsynced):
+    md.prepare(MovingDigitsConfig(train_clips=2, validation_clips=1, test_clips=1), str(tmp_path))
+    assert set(unsynced(tmp_path)) <= {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("lock")}
 
 
 def _count_train_clips(folder, queue):

@@ -111,6 +111,14 @@ def test_names_that_are_no_utf8_are_taken(inputs, tmp_path):
     assert {clip["key"] for of_split in examples(tmp_path / "out").values() for clip in of_split} == {b"n?"}
 
 
+def test_all_of_it_is_on_the_disk_in_the_end(inputs, tmp_path, unsynced):
+    (tmp_path / "in").mkdir()
+    for name in ("wide0.mp4", "wide0.txt"):
+        shutil.copy(inputs / name, tmp_path / "in")
+    assert prepare_clips(job(tmp_path / "in", tmp_path / "out"), processes=1)["clips"] == 4
+    assert unsynced(tmp_path / "out") == ["."]  # that its parts are gone; if they come back, they are removed again
+
+
 def test_what_is_left_out_is_counted_and_listed(whole):
     rejected = [json.loads(line) for line in (whole / "rejected.jsonl").read_text().splitlines()]
     assert {entry["key"]: entry["reason"].partition(":")[0] for entry in rejected} == REASONS

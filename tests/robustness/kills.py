@@ -4,31 +4,32 @@ A tiny training is killed at random moments and started again by the same comman
 and metrics must be, bit for bit, those of a training that nothing interrupted, and the next one begins, until there
 were as many kills as asked for. Moments are drawn from a seed, in seconds of the process's CPU time, so that a busy
 machine kills where an idle one would. Processes are forked from this one, which has imported everything: a restart
-then costs the tracing of two programs, whose compiled form JAX's cache holds.
+then costs the tracing of its programs, whose compiled form JAX's cache holds.
 """
 
 import argparse
-import contextlib
+import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from tests.robustness.forks import fork, import_everything, run_forked
 from tests.robustness.report import write_report
 from tests.small_run import command, run_here
 
-STEPS, TIMES = 40, ("seconds", "tokens_per_second")
-SETTINGS = [f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=2", "--config.train.evaluate_every=20",
+STEPS, TIMES = 16, ("seconds", "tokens_per_second")
+SETTINGS = [f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=2", "--config.train.evaluate_every=10",
             "--config.train.sheet_clips=0", "--config.train.validation_clips=4", "--config.model.denoiser=none",
-            "--config.data.train_clips=64"]
+            "--config.data.train_clips=64", "--config.data.image_probability=0"]
 TICKS = os.sysconf("SC_CLK_TCK")
 MOST_FAILURES = 3
 
@@ -76,25 +77,14 @@ def kill_trainings(folder: Path, kills: int, seed: int) -> dict[str, Any]:
             "faults": faults, "killed": dict(phases)}
 
 
-def import_everything() -> None:
-    """What a training imports on its way, without starting JAX's devices, which a fork would not survive."""
-    import jax  # noqa: F401
-
-    from starflow_jax.modes import train  # noqa: F401
-
-    assert threading.active_count() == 1, threading.enumerate()
-
-
 def start(workdir: Path, data: Path, log: Path) -> int:
     """The process of the training's command; what it says goes to the log."""
-    process = os.fork()
-    if process:
-        return process
-    code = 70
-    with contextlib.suppress(BaseException):
+    def train() -> int:
         code, out, err = run_here(command(workdir, data, *SETTINGS)[3:])
-        log.write_text(out + err)
-    os._exit(code)
+        os.write(2, f"{out}\n{err}".encode())
+        return code
+
+    return fork(train, log)
 
 
 def complete(workdir: Path, data: Path, log: Path) -> float:
@@ -140,15 +130,22 @@ def differs(workdir: Path, expected: Path) -> bool:
     return arrays(workdir) != arrays(expected) or metrics(workdir) != metrics(expected)
 
 
-def arrays(workdir: Path) -> list[bytes]:
-    """In a process of its own: reading them starts threads."""
-    import subprocess
+def arrays(workdir: Path) -> list[str]:
+    """A checksum of each array of the last checkpoint; in a process of its own, because reading starts threads."""
+    def show() -> int:
+        import jax
+        import numpy as np
+        import orbax.checkpoint as ocp
 
-    program = ("import hashlib, sys, jax, numpy as np, orbax.checkpoint as ocp\n"
-               "for leaf in jax.tree.leaves(ocp.StandardCheckpointer().restore(sys.argv[1])):\n"
-               "    print(hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest())")
-    state = workdir.absolute() / "checkpoints" / str(STEPS) / "state"
-    return subprocess.run([sys.executable, "-c", program, str(state)], capture_output=True, check=True).stdout.split()
+        state = workdir.absolute() / "checkpoints" / str(STEPS) / "state"
+        for leaf in jax.tree.leaves(ocp.StandardCheckpointer().restore(state)):
+            os.write(1, f"{hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()}\n".encode())
+        return 0
+
+    code, said = run_forked(show, workdir.with_name("arrays"))
+    if code:
+        raise RuntimeError(said[-2000:])
+    return re.findall("^[0-9a-f]{64}$", said, re.MULTILINE)
 
 
 def metrics(workdir: Path) -> list[dict[str, Any]]:

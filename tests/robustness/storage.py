@@ -16,9 +16,11 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from starflow_jax.io.files import ARRIVING
 from tests.robustness.faulty import Kind, Storage
 from tests.robustness.forks import import_everything, run_forked
 from tests.robustness.report import write_report
@@ -28,7 +30,7 @@ FAULTS = [kind for kind in Kind if kind != Kind.NOTHING]
 # The probabilities with which changed names, and bytes that were not synced, survive a loss of power: a disk that
 # forgets all, one that writes names first, one in the midst of it.
 LOSSES = ((0.0, 0.0), (1.0, 0.0), (0.5, 0.5))
-TIMES = ("seconds", "tokens_per_second", "seconds_to_first_frame", "frames_per_second")
+TIMES = ("seconds", "tokens_per_second", "seconds_to_first_frame", "timeline")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +39,14 @@ class Part:
 
     name: str
     before: Path
-    arguments: list[str]
+    run: Callable[[], tuple[int, str, str]]  # exit code, stdout, stderr
     result: Callable[[Path], dict[str, str]]  # what must be equal in the end, by name
-    kinds: tuple[Kind, ...] = tuple(FAULTS)
+    after_loss: Callable[[Path], str] = lambda root: ""  # what is wrong with the folder, "" where nothing is
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run commands on storage that fails.")
-    parser.add_argument("--parts", default="train,prepare,sample")
+    parser.add_argument("--parts", default="train,prepare,sample,stream")
     parser.add_argument("--tries", type=int, default=8, help="of each kind of fault, for each part")
     parser.add_argument("--kinds", default=",".join(kind.name for kind in FAULTS))
     parser.add_argument("--seed", type=int, default=0)
@@ -66,12 +68,13 @@ def main() -> None:
 
 def fail_parts(folder: Path, parts: list[str], tries: int, seed: int, kinds: list[Kind]) -> dict[str, Any]:
     """The report: how often each kind of fault was tried, and what was lost."""
-    import_everything()
+    if set(parts) & {"train", "prepare", "sample", "stream"}:
+        import_everything()
     storage, chance, tried, lost = Storage(folder), random.Random(seed), Counter[str](), list[str]()
     for name in parts:
         part = PARTS[name](folder)
         trial = Trial(storage, part, folder / "log")
-        for kind in (kind for kind in part.kinds if kind in kinds):
+        for kind in (kind for kind in kinds if trial.operations[kind]):
             for number in range(tries):
                 problem = trial.run(kind, chance, number)
                 tried[f"{name}: {kind.name.lower().replace('_', ' ')}"] += 1
@@ -101,7 +104,7 @@ class Trial:
     def run(self, kind: Kind, chance: random.Random, number: int) -> str:
         """One fault at a random operation; what went wrong then, "" where nothing did."""
         storage, span = self.storage, chance.choice((0, 1)) if kind != Kind.VANISH else 1
-        at = chance.randint(1, self.operations[kind])
+        at = chance.randint(1, self.operations[kind] + (kind == Kind.POWER))  # power may go when all is done
         lies = chance.randint(1, at) if kind == Kind.POWER and number % 4 == 3 else 0
         storage.fill(self.part.before)
         storage.order(kind, at, span, lies)
@@ -109,13 +112,12 @@ class Trial:
         what = f"{kind.name} at operation {at} of {self.operations[kind]}, span {span}, lies from {lies}"
         failed = storage.orders.failed
         storage.order()
-        if kind == Kind.POWER and failed:
-            names, bytes_ = LOSSES[number % 3]
-            storage.lose_power(chance, names, bytes_)
-        else:
-            problem = problem_with(code, said, may_end=not failed or kind == Kind.SHORT_WRITE)
-            if problem:
-                return f"{what}: {problem}"
+        problem = problem_with(code, said) if kind != Kind.POWER or not failed else ""
+        if kind == Kind.POWER:
+            storage.lose_power(chance, *LOSSES[number % len(LOSSES)])
+            problem = problem or ("" if lies else self.part.after_loss(storage.root))
+        if problem:
+            return f"{what}: {problem}"
         code, said = self._command()
         if code:
             return f"{what}: the command does not go on: {said[-1500:]}"
@@ -125,7 +127,7 @@ class Trial:
 
     def _command(self) -> tuple[int, str]:
         def run() -> int:
-            code, out, err = run_here(self.part.arguments)
+            code, out, err = self.part.run()
             os.write(2, f"{out}\n{err}".encode())
             return code
 
@@ -142,12 +144,12 @@ class Trial:
         return json.loads(said.splitlines()[-1])
 
 
-def problem_with(code: int, said: str, may_end: bool) -> str:
+def problem_with(code: int, said: str) -> str:
     """What is wrong with how a command ended that met a fault."""
     if "Traceback" in said or "terminate called" in said:
         return f"a traceback: {said[-3000:]}"
     if code == 0:
-        return "" if may_end else ""
+        return ""
     last = said.strip().splitlines()[-1] if said.strip() else ""
     if code != 2 or not last.startswith("starflow_jax: "):
         return f"exit code {code}: {said[-1500:]}"
@@ -187,8 +189,9 @@ def of_preparation(root: Path) -> dict[str, str]:
 
 
 def of_sampling(root: Path) -> dict[str, str]:
-    """All files; of JSON what does not depend on the clock."""
-    files = sorted(path for path in (root / "videos").rglob("*") if path.is_file())
+    """All files but a stream's timeline; of JSON what does not depend on the clock."""
+    files = sorted(path for path in (root / "videos").rglob("*")
+                   if path.is_file() and not path.name.endswith("_stream.png"))
     return {path.name: without_times(json.loads(path.read_text())) if path.suffix == ".json" else digest(path)
             for path in files}
 
@@ -198,8 +201,9 @@ def training(folder: Path) -> Part:
     before.mkdir(exist_ok=True)
     settings = ["steps=6", "checkpoint_every=2", "evaluate_every=4", "sheet_clips=0", "validation_clips=4"]
     arguments = command(workdir, data, *(f"--config.train.{item}" for item in settings),
-                        "--config.model.denoiser=none", "--config.data.train_clips=64")[3:]
-    return Part("train", before, arguments, of_training)
+                        "--config.model.denoiser=none", "--config.data.train_clips=64",
+                        "--config.data.image_probability=0")[3:]
+    return Part("train", before, partial(run_here, arguments), of_training)
 
 
 def preparation(folder: Path) -> Part:
@@ -215,10 +219,10 @@ def preparation(folder: Path) -> Part:
                 "batch_size=4", "clips_per_shard=3", "latents=true", f"output={folder / 'root' / 'prepared'}"]
     arguments = ["--config=configs/t2v.py", "--mode=prepare", f"--workdir={folder / 'elsewhere'}",
                  *(f"--config.prepare.{item}" for item in settings)]
-    return Part("prepare", before, arguments, of_preparation)
+    return Part("prepare", before, partial(run_here, arguments), of_preparation)
 
 
-def sampling(folder: Path) -> Part:
+def sampling(folder: Path, *more: str) -> Part:
     from tests.sharded_sampling import write_workdir
     from tests.small_model import CAPTIONS
 
@@ -230,11 +234,69 @@ def sampling(folder: Path) -> Part:
         assert code == 0, said
     arguments = ["--config=configs/t2v.py", "--mode=sample", f"--workdir={folder / 'model'}",
                  "--config.sample.batch_size=1", f"--config.sample.prompts_file={folder / 'prompts.txt'}",
-                 "--config.sample.guidance=0", f"--config.sample.output={folder / 'root' / 'videos'}"]
-    return Part("sample", before, arguments, of_sampling)
+                 "--config.sample.guidance=0", f"--config.sample.output={folder / 'root' / 'videos'}", *more]
+    return Part("sample", before, partial(run_here, arguments), of_sampling)
 
 
-PARTS: dict[str, Callable[[Path], Part]] = {"train": training, "prepare": preparation, "sample": sampling}
+def streaming(folder: Path) -> Part:
+    return sampling(folder, "--config.sample.stream=true")
+
+
+OLD, NEW = "old" * 100, "new" * 100
+
+
+def files(folder: Path) -> Part:
+    """A file that is replaced and a folder that is made by starflow_jax.io.files."""
+    from starflow_jax.io.files import atomic_path, write_text
+
+    def write(root: Path) -> None:
+        with atomic_path(root / "deep" / "made") as made:
+            made.mkdir()
+            (made / "part").write_text(NEW)
+        write_text(root / "facts", NEW)
+
+    return Part("files", _with_old_facts(folder), partial(_ends, write, folder / "root"), _texts, _torn)
+
+
+def careless(folder: Path) -> Part:
+    """The same without syncing: what these trials must find."""
+    def write(root: Path) -> None:
+        (root / "deep" / "made").mkdir(parents=True, exist_ok=True)
+        (root / "deep" / "made" / "part").write_text(NEW)
+        (root / "arriving").write_text(NEW)
+        (root / "arriving").replace(root / "facts")
+
+    return Part("careless", _with_old_facts(folder), partial(_ends, write, folder / "root"), _texts, _torn)
+
+
+def _with_old_facts(folder: Path) -> Path:
+    (folder / "before").mkdir(exist_ok=True)
+    (folder / "before" / "facts").write_text(OLD)
+    return folder / "before"
+
+
+def _ends(write: Callable[[Path], None], root: Path) -> tuple[int, str, str]:
+    try:
+        shutil.rmtree(root / "deep", ignore_errors=True)
+        write(root)
+    except OSError as error:
+        return 2, "", f"starflow_jax: {error}"
+    return 0, "", ""
+
+
+def _texts(root: Path) -> dict[str, str]:
+    whole = (path for path in root.rglob("*") if path.is_file() and ARRIVING not in str(path.relative_to(root)))
+    return {str(path.relative_to(root)): path.read_text() for path in whole}
+
+
+def _torn(root: Path) -> str:
+    """The file is the old or the new one, and the folder is whole or not there; the file is written last."""
+    found, whole = _texts(root), {"facts": NEW, "deep/made/part": NEW}
+    return "" if found in ({"facts": OLD}, {**whole, "facts": OLD}, whole) else f"left are {found}"
+
+
+PARTS: dict[str, Callable[[Path], Part]] = {"train": training, "prepare": preparation, "sample": sampling,
+                                            "stream": streaming, "files": files, "careless": careless}
 
 if __name__ == "__main__":
     main()

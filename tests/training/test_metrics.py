@@ -46,6 +46,15 @@ def test_resumed_file_equals_an_uninterrupted_one(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "killed")] == list(range(1, 13))
 
 
+def test_lines_are_on_the_disk_once_they_are_synced(tmp_path, unsynced):
+    writer = MetricWriter(tmp_path)
+    write_steps(writer, 1, 3)
+    assert "metrics.jsonl" in unsynced(tmp_path)
+    writer.sync()
+    assert "metrics.jsonl" not in unsynced(tmp_path)
+    writer.close()
+
+
 def test_new_run_starts_an_empty_file(tmp_path):
     first = MetricWriter(tmp_path)
     write_steps(first, 1, 3)

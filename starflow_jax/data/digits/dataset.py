@@ -31,6 +31,7 @@ from PIL import Image
 from starflow_jax.config import Data, UserError
 from starflow_jax.data.digits import cameras
 from starflow_jax.data.digits.captions import COLOURS, DIGIT_WORDS, DIRECTIONS, caption
+from starflow_jax.io.files import ARRIVING, atomic_path, make_folder
 
 SPLITS = ("train", "validation", "test")
 # The split by scan never varies, also when `MovingDigitsConfig.seed` does: a model trained anywhere
@@ -341,7 +342,7 @@ class MovingDigits(tfds.core.GeneratorBasedBuilder):
 def prepare(config: MovingDigitsConfig, data_dir: str) -> None:
     """Makes the data set below `data_dir` unless it is there already.
 
-    It is made in a folder "incomplete.*" that is renamed when done, under a lock: a process that was
+    It is made in another folder that is renamed when all of it is on the disk, under a lock: a process that was
     killed leaves nothing that would be taken for data, and of several processes one does the work.
     """
     try:
@@ -349,14 +350,17 @@ def prepare(config: MovingDigitsConfig, data_dir: str) -> None:
             builder = _builder(config, data_dir)
             if builder.data_path.exists():
                 return
-            versions_dir = pathlib.Path(builder.data_path).parent
-            versions_dir.mkdir(parents=True, exist_ok=True)
-            with _locked(versions_dir / "lock"):
-                for leftover in versions_dir.glob("incomplete.*"):
+            final = pathlib.Path(builder.data_path)
+            make_folder(final.parent)
+            with _locked(final.parent / "lock"):
+                for leftover in final.parent.glob(f"{ARRIVING}*"):
                     shutil.rmtree(leftover)
-                _builder(config, data_dir).download_and_prepare(
-                    download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-                )
+                if final.exists():
+                    return
+                with atomic_path(final) as local:
+                    made = _builder(config, str(local.parent / "made"))
+                    made.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+                    pathlib.Path(made.data_path).rename(local)
     except OSError as error:
         raise UserError(f"cannot make the data set in {data_dir}: {error}; choose another folder") from error
 

@@ -27,6 +27,7 @@ from etils import epath
 from tensorflow_datasets.core import example_parser, example_serializer
 
 from starflow_jax.config import UserError
+from starflow_jax.io.files import sync_all
 
 SPLITS = ("train", "validation", "test")
 VERSION = "1.0.0"
@@ -187,6 +188,8 @@ def write_metadata(folder: epath.Path, shards: Iterable[Shard], features: tfds.f
     # Checking the data would need TensorFlow; that it can be read is what our tests check.
     tfds.folder_dataset.write_metadata(data_dir=data_dir, features=features, split_infos=infos,
                                        description=description, check_data=False)
+    if "://" not in str(data_dir):
+        sync_all(Path(data_dir))  # what says that it is whole is written next
 
 
 def written_shards(folder: epath.Path, kind: str) -> list[Shard]:
