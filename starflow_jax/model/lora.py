@@ -20,6 +20,7 @@ from flax import traverse_util
 
 from starflow_jax import sharding
 from starflow_jax.config import Config, Model, UserError
+from starflow_jax.io.checksums import check_file
 from starflow_jax.model.beside import check_backbone
 from starflow_jax.model.parameters import Params, model_fingerprint
 from starflow_jax.nn.lora import Adapted, merged
@@ -136,6 +137,7 @@ def read_workdir(path: Path, best: bool) -> Lora:
     """
     alone = (path / "state").is_dir()
     directory = path.absolute().parent if alone else path / "checkpoints"
+    check_file(directory / "model.json")
     try:
         facts = json.loads((directory / "model.json").read_text())
         scale, backbone = facts["lora"]["alpha"] / facts["lora"]["rank"], facts["backbone"]
