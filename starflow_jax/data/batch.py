@@ -15,12 +15,18 @@ class Batch(flax.struct.PyTreeNode):
     A codec in time is causal: the first latent of a clip stands for fewer frames than each later one, so a clip that
     begins in the middle of a video can't have its length. Clips of video are therefore recorded one latent longer than
     trained on, and `drop_first_B` says which end each of them loses once it is encoded (`without_one_end`).
+
+    Where the data have cameras, a clip of video has one for each of its recorded frames, also where it comes in latents:
+    a latent stands for several frames, and those who read the cameras choose among them (`cameras_of_latents`). They are
+    in the world of the recording, whose first frame a clip need not have.
     """
 
     frames_BTHWC: Array | None = None  # uint8
     latents_BNhwC: Array | None = None  # float16 or float32
     text_ids_BS: Array | None = None  # int32
     features_BSD: Array | None = None  # float16 or float32, padding zero
+    intrinsics_BT4: Array | None = None  # float32 fx, fy, cx, cy, by the frame's width and height
+    world_to_camera_BT34: Array | None = None  # float32
     drop_first_B: Array | None = None  # bool: the first latent is dropped, else the last; None: clips keep both ends
     valid_B: Array | None = None  # bool: False where an evaluation's last batch repeats a clip to keep its shape
 
@@ -48,3 +54,16 @@ class Batch(flax.struct.PyTreeNode):
             return latents_BNhwC
         drop_first = jnp.asarray(self.drop_first_B)[:, None, None, None, None]
         return jnp.where(drop_first, latents_BNhwC[:, 1:], latents_BNhwC[:, :-1])
+
+    def cameras_of_latents(self, latent_stride: int) -> tuple[jax.Array, jax.Array]:
+        """(intrinsics (B, N, 4), world_to_camera (B, N, 3, 4)) of the last frame of each of the latents as trained on.
+
+        The last one, since a latent is whole once its last frame is there. latent_stride: frames of all latents but the
+        first of a recording. Only for a batch that has cameras.
+        """
+        assert self.intrinsics_BT4 is not None and self.world_to_camera_BT34 is not None
+        intrinsics_BN4, matrices_BN34 = (jnp.asarray(values[:, ::latent_stride])
+                                         for values in (self.intrinsics_BT4, self.world_to_camera_BT34))
+        by_latent_BND = jnp.concatenate([intrinsics_BN4, matrices_BN34.reshape(*matrices_BN34.shape[:2], 12)], axis=2)
+        kept_BND = self.without_one_end(by_latent_BND[:, :, None, None])[:, :, 0, 0]
+        return kept_BND[..., :4], kept_BND[..., 4:].reshape(*kept_BND.shape[:2], 3, 4)

@@ -6,7 +6,7 @@ import numpy as np
 
 from starflow_jax.config import UserError
 from starflow_jax.data.batch import Batch
-from starflow_jax.data.examples import ClipLength, Source, TextInput, decoded, features_of, parts_of
+from starflow_jax.data.examples import ClipLength, Source, TextInput, cameras_of, decoded, features_of, parts_of
 
 
 def evaluation_batches(source: Source, length: ClipLength, text: TextInput, *, batch_size: int, limit: int
@@ -30,5 +30,8 @@ def evaluation_batches(source: Source, length: ClipLength, text: TextInput, *, b
             prompts = [text.prompt(record, decoded(record["caption_long"]), is_image) for record in records]
             clips = {"latents_BNhwC" if kind == "latents" else "frames_BTHWC":
                      np.stack([record[kind][:wanted] for record in records])}
+            if not is_image:
+                cameras = [cameras_of(record, 0, length.pixel_frames) for record in records]
+                clips |= {name: np.stack([of_one[name] for of_one in cameras]) for name in cameras[0]}
             features = [features_of(record, prompt) for record, prompt in zip(records, prompts)]
             yield Batch(**clips, **text.arrays(prompts, features), valid_B=indices_B < count)

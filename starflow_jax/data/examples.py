@@ -8,7 +8,8 @@ A record is a dict of
 
 and, where there are any, `fps` and `aspect_ratio`, which go into the prompt; `latents`, which are trained on
 instead of frames; `text`, features by prompt, instead of token ids; `change`, the first frame that
-`later_caption_long` and `later_caption_short` describe (none where it is the number of frames). A source is anything
+`later_caption_long` and `later_caption_short` describe (none where it is the number of frames); `intrinsics`, float32
+(T, 4), and `world_to_camera`, float32 (T, 3, 4), the camera of each frame, also beside latents. A source is anything
 with `len(source)` and `source[i]` -> record. One of several sizes has them in `videos` and `images`, sources of one
 size each.
 """
@@ -77,6 +78,7 @@ class Example(NamedTuple):
     prompt: str
     text_SD: np.ndarray | None  # features of the prompt, where they are prepared
     drop_first: bool | None  # None: of an image, which has no end to drop
+    cameras: dict[str, np.ndarray] = {}  # fields of a Batch; an image has none: there is no path in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +95,16 @@ class MakeExample:
         length = self.length.with_one_more
         if "latents" in record:
             caption = _caption(record, wording, extends=drop_first)
-            return self._example("latents_BNhwC", record["latents"][:length.latents], record, caption, drop_first)
+            example = self._example("latents_BNhwC", record["latents"][:length.latents], record, caption, drop_first)
+            return example._replace(cameras=cameras_of(record, 0, length.pixel_frames))
         start = self._start(record, rng)
         # Of a clip whose caption changes, the later one says what follows, as when a video goes on with another prompt.
         begin, end = start + drop_first, start + (length if drop_first else self.length).pixel_frames
         change = _change(record)
         caption = _caption(record, wording, extends=drop_first or begin < change < end, later=change < end)
         clip = record["frames"][start:start + length.pixel_frames]
-        return self._example("frames_BTHWC", clip, record, caption, drop_first)
+        example = self._example("frames_BTHWC", clip, record, caption, drop_first)
+        return example._replace(cameras=cameras_of(record, start, length.pixel_frames))
 
     def image(self, record: dict[str, Any], rng: np.random.Generator) -> Example:
         wording = self._wording(rng)
@@ -133,6 +137,8 @@ class MakeExample:
         text = self.text.arrays([example.prompt for example in examples], [example.text_SD for example in examples])
         if examples[0].drop_first is None:
             return Batch(**clips, **text)
+        for name in examples[0].cameras:
+            clips[name] = np.stack([example.cameras[name] for example in examples])
         return Batch(**clips, **text, drop_first_B=np.array([example.drop_first for example in examples]))
 
 
@@ -170,6 +176,14 @@ def features_of(record: dict[str, Any], prompt: str) -> np.ndarray | None:
     if prompt not in record["text"]:
         raise UserError(f"no prepared text features of {prompt!r}; make them again with this config")
     return record["text"][prompt]
+
+
+def cameras_of(record: dict[str, Any], start: int, frames: int) -> dict[str, np.ndarray]:
+    """The cameras of so many frames of a record as fields of a Batch; none where the record has none."""
+    if "world_to_camera" not in record:
+        return {}
+    part = slice(start, start + frames)
+    return {"intrinsics_BT4": record["intrinsics"][part], "world_to_camera_BT34": record["world_to_camera"][part]}
 
 
 def _padded(text_SD: np.ndarray, length: int) -> np.ndarray:
