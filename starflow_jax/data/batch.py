@@ -16,9 +16,9 @@ class Batch(flax.struct.PyTreeNode):
     begins in the middle of a video can't have its length. Clips of video are therefore recorded one latent longer than
     trained on, and `drop_first_B` says which end each of them loses once it is encoded (`without_one_end`).
 
-    Where the data have cameras, a clip of video has one for each of its recorded frames, also where it comes in latents:
-    a latent stands for several frames, and those who read the cameras choose among them (`cameras_of_latents`). They are
-    in the world of the recording, whose first frame a clip need not have.
+    Where the data have cameras, a clip of video has one for each of its recorded frames, also where it comes in
+    latents: a latent stands for several frames, and nothing is lost of their cameras (`cameras_of_latents` takes one
+    each). They are in the world of the recording, whose first frame a clip need not have.
     """
 
     frames_BTHWC: Array | None = None  # uint8

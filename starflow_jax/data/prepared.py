@@ -1,7 +1,7 @@
 """Prepared data as a source for training: buckets of several sizes, of one folder or of several together.
 
-Records are as in examples.py, with `fps` and `aspect_ratio`. Frames are decoded on first access: a record with latents
-is trained on without them.
+Records are as in examples.py, with `fps` and `aspect_ratio`, and with cameras where these are prepared. Frames
+are decoded on first access: a record with latents is trained on without them.
 """
 
 import functools
@@ -16,6 +16,7 @@ from etils import epath
 from starflow_jax.config import UserError
 from starflow_jax.data.raw import clips, latents, shards
 from starflow_jax.data.raw.building import PREPARED
+from starflow_jax.data.raw.job import by_setting
 
 
 class Record(dict):
@@ -35,14 +36,15 @@ class Record(dict):
 class Bucket(Sequence[dict[str, Any]]):
     """The examples of one size and split of one folder."""
 
-    def __init__(self, folder: epath.Path, name: str, split: str, aspect_ratio: str, latents: bool, features: bool
-                 ) -> None:
+    def __init__(self, folder: epath.Path, name: str, split: str, aspect_ratio: str, latents: bool, features: bool,
+                 cameras: bool) -> None:
         self.name = name
         self._aspect_ratio = aspect_ratio
         open_kind = functools.partial(_open, folder, bucket=name, split=split)
         self._clips = open_kind(shards.CLIPS)
         self._latents = open_kind(shards.LATENTS) if latents else None
         self._features = open_kind(shards.FEATURES) if features else None
+        self._cameras = open_kind(shards.CAMERAS) if cameras else None
 
     def __len__(self) -> int:
         return len(self._clips)
@@ -51,6 +53,8 @@ class Bucket(Sequence[dict[str, Any]]):
         clip = functools.cache(lambda: self._clips[index])
         entries = dict(clip() if self._latents is None else self._latents[index])
         record = Record({**entries, "aspect_ratio": self._aspect_ratio, "fps": int(entries["fps"])}, clip)
+        if self._cameras is not None:
+            record.update(self._cameras[index])
         if self._features is not None:
             record["text"] = _by_prompt(self._features[index])
         return record
@@ -87,10 +91,12 @@ def source(folders: str, split: str, *, latents_by: Any = None, features_by: Any
         for kind, made_by in ((shards.LATENTS, latents_by), (shards.FEATURES, features_by)):
             if made_by is not None:
                 _check_derived(folder, kind, made_by)
-        for name, bucket in json.loads((folder / PREPARED).read_text())["buckets"].items():
+        prepared = json.loads((folder / PREPARED).read_text())
+        for name, bucket in prepared["buckets"].items():
             if split in bucket["clips"]:
+                cameras = by_setting(prepared["job"])["camera"] and not shards.is_of_pictures(name)
                 opened = Bucket(folder, name, split, bucket["aspect_ratio"], latents_by is not None,
-                                features_by is not None)
+                                features_by is not None, cameras)
                 (images if bucket["frames"] == 1 else videos).append(opened)
     if not videos and not images:
         raise UserError(f"{folders}: there are no {split} clips; prepare them with a larger "

@@ -105,6 +105,53 @@ def test_every_caption_belongs_to_its_clip_and_its_kind():
     assert len(seen) == 8
 
 
+class SeenSource(FakeSource):
+    """Clips whose camera n is at x = n, with a focal length of the clip's number."""
+
+    def __getitem__(self, index):
+        pose_T34 = np.tile(np.eye(3, 4, dtype=np.float32), (self.frames, 1, 1))
+        pose_T34[:, 0, 3] = -np.arange(self.frames)
+        intrinsics_T4 = np.full((self.frames, 4), index, np.float32)
+        return {**super().__getitem__(index), "world_to_camera": pose_T34, "intrinsics": intrinsics_T4}
+
+
+def test_every_frame_of_a_clip_comes_with_its_camera():
+    starts = set()
+    for batch in take(train(SeenSource(40, frames=21), image_probability=0.2), 40):
+        if batch.is_image:
+            assert batch.world_to_camera_BT34 is None and batch.intrinsics_BT4 is None
+            continue
+        green = batch.frames_BTHWC[:, :, 0, 0, 1]
+        assert batch.world_to_camera_BT34.shape == (8, 17, 3, 4) and batch.world_to_camera_BT34.dtype == np.float32
+        np.testing.assert_array_equal(-batch.world_to_camera_BT34[:, :, 0, 3], green)
+        np.testing.assert_array_equal(batch.intrinsics_BT4, np.tile(batch.frames_BTHWC[:, :, 0, 0, :1], 4))
+        starts |= set(green[:, 0].tolist())
+        intrinsics, poses = batch.cameras_of_latents(4)
+        assert intrinsics.shape == (8, 4, 4) and poses.shape == (8, 4, 3, 4)
+        # Latents of 1, 4, 4, 4 and 4 frames, without the first or the last one: their last frames.
+        of_latents = green[:, :1] + np.where(batch.drop_first_B[:, None], [4, 8, 12, 16], [0, 4, 8, 12])
+        np.testing.assert_array_equal(-np.asarray(poses)[:, :, 0, 3], of_latents)
+        np.testing.assert_array_equal(poses[..., :3], np.tile(np.eye(3, dtype=np.float32), (8, 4, 1, 1)))
+        np.testing.assert_array_equal(intrinsics[:, 0, 0], clip_ids(batch))
+    assert starts == set(range(5))
+
+
+def test_without_cameras_there_are_none():
+    for batch in take(train(), 5):
+        assert batch.world_to_camera_BT34 is None and batch.intrinsics_BT4 is None
+
+
+def test_evaluation_has_the_cameras_of_the_frames_that_it_shows():
+    for pixel_frames in (1, 13):
+        for batch in evaluation_batches(SeenSource(5), ClipLength(pixel_frames), TEXT, batch_size=4, limit=9):
+            if pixel_frames == 1:
+                assert batch.world_to_camera_BT34 is None
+            else:
+                np.testing.assert_array_equal(-batch.world_to_camera_BT34[:, :, 0, 3], [np.arange(13)] * 4)
+                assert batch.intrinsics_BT4.shape == (4, 13, 4)
+                assert batch.cameras_of_latents(4)[1].shape == (4, 4, 3, 4)
+
+
 class ChangingSource(FakeSource):
     """Clips that another caption describes from frame 17 on."""
 

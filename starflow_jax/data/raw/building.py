@@ -5,7 +5,7 @@ summary; `write_shard` copies clips of many units, in the input's order, into on
 or none and do nothing where theirs is there, so a run that was killed resumes where it was, and the result
 depends neither on that nor on how many processes or machines took part. In the end FOLDER holds
 
-    clips/BUCKET/1.0.0/  the shards (shards.py)
+    clips/BUCKET/1.0.0/  the shards (shards.py), and cameras/BUCKET/1.0.0/ beside them
     prepared.json        settings, sizes, counts; written last
     rejected.jsonl       what was left out: key, reason, and of a stretch its start and end in seconds
 """
@@ -86,7 +86,7 @@ def cut_unit(job: Job, unit: Unit) -> None:
     items, rejected = 0, list[Rejected]()
     with atomic_path(part, keep=True) as local, contextlib.ExitStack() as stack:
         local.mkdir()
-        writers: dict[str, shards.RecordWriter] = {}
+        clips_of, cameras_of = _Writers(local, shards.CLIPS, stack), _Writers(local, shards.CAMERAS, stack)
         skipped = _crashing(job, unit)
         for item in read_unit(unit, job.settings):
             items += 1
@@ -102,15 +102,28 @@ def cut_unit(job: Job, unit: Unit) -> None:
                     rejected.append(made)
                     continue
                 name = f"{bucket_name(made)}.{split_of(job, item.key)}"
-                if name not in writers:
-                    writers[name] = stack.enter_context(shards.RecordWriter(_part_file(local, name)))
-                writers[name].write(shards.serialize_clip({
+                clips_of[name].write(shards.serialize_clip({
                     "media": clips.encode(made, job.settings.crf), "caption_long": item.caption_long,
                     "caption_short": item.caption_short, "key": item.key, "fps": made.fps, "start": made.start}))
+                if made.camera is not None:
+                    cameras_of[name].write(shards.serialize(shards.camera_features(), {
+                        "intrinsics": made.camera.intrinsics_T4, "world_to_camera": made.camera.world_to_camera_T34}))
         stack.close()
-        written = {name: writer.count for name, writer in sorted(writers.items())}
+        written = {name: writer.count for name, writer in sorted(clips_of.items())}
         summary = {"items": items, "clips": written, "rejected": [_as_json(entry) for entry in rejected]}
         (local / SUMMARY).write_text(json.dumps(summary))
+
+
+class _Writers(dict[str, shards.RecordWriter]):
+    """Writers of one kind of a part's records, by BUCKET.SPLIT, opened when they are first asked for."""
+
+    def __init__(self, part: Any, kind: str, stack: contextlib.ExitStack) -> None:
+        super().__init__()
+        self._part, self._kind, self._stack = part, kind, stack
+
+    def __missing__(self, name: str) -> shards.RecordWriter:
+        self[name] = self._stack.enter_context(shards.RecordWriter(_part_file(self._part, self._kind, name)))
+        return self[name]
 
 
 def bucket_name(clip: clips.Clip) -> str:
@@ -127,7 +140,7 @@ def split_of(job: Job, key: str) -> str:
 
 
 def plan_shards(job: Job, clips_of_parts: Sequence[dict[str, int]]) -> list[Gathering]:
-    """Which clips go into which shard: those of a bucket and split in order, an equal number each."""
+    """Which clips go into which shard, those of a bucket and split in order, an equal number each; cameras too."""
     by_name: dict[str, list[tuple[int, int]]] = {}
     for index, counts in enumerate(clips_of_parts):
         for name, count in counts.items():
@@ -140,7 +153,10 @@ def plan_shards(job: Job, clips_of_parts: Sequence[dict[str, int]]) -> list[Gath
         ends = [total * (index + 1) // number for index in range(number)]
         for index, (begin, end) in enumerate(zip([0, *ends], ends)):
             shard = shards.Shard(shards.CLIPS, bucket, split, index, number, end - begin)
-            plan.append(Gathering(shard, tuple(_pieces(parts, begin, end))))
+            pieces = tuple(_pieces(parts, begin, end))
+            plan.append(Gathering(shard, pieces))
+            if job.settings.camera and not shards.is_of_pictures(bucket):
+                plan.append(Gathering(dataclasses.replace(shard, kind=shards.CAMERAS), pieces))
     return plan
 
 
@@ -161,7 +177,7 @@ def write_shard(job: Job, task: Gathering) -> None:
         return
     with atomic_path(path, keep=True) as local, shards.RecordWriter(local) as writer:
         for index, first, end in task.pieces:
-            file = _part_file(_part(job, index), f"{task.shard.bucket}.{task.shard.split}")
+            file = _part_file(_part(job, index), task.shard.kind, f"{task.shard.bucket}.{task.shard.split}")
             with shards.records(file) as records:
                 for begin in range(first, end, _CHUNK):
                     for record in records.__getitems__(range(begin, min(begin + _CHUNK, end))):
@@ -172,8 +188,8 @@ def _part(job: Job, index: int) -> epath.Path:
     return job.path / _PARTS / f"{index:07d}"
 
 
-def _part_file(part: Any, name: str) -> Any:
-    return part / f"{name}.{shards.SUFFIX}"
+def _part_file(part: Any, kind: str, name: str) -> Any:
+    return part / f"{'' if kind == shards.CLIPS else f'{kind}.'}{name}.{shards.SUFFIX}"
 
 
 def _open_parts(job: Job) -> list[Unit]:
@@ -182,7 +198,8 @@ def _open_parts(job: Job) -> list[Unit]:
     if (parts / _JOB).exists():
         _check_same(job, json.loads((parts / _JOB).read_text()))
         for leftover in [*job.path.glob(f"{ARRIVING}*"), *parts.glob(f"{ARRIVING}*"),
-                         *job.path.glob(f"{shards.CLIPS}/*/*/{ARRIVING}*")]:
+                         *job.path.glob(f"{shards.CLIPS}/*/*/{ARRIVING}*"),
+                         *job.path.glob(f"{shards.CAMERAS}/*/*/{ARRIVING}*")]:
             leftover.rmtree()  # of processes that were killed
     else:
         lines = [json.dumps(dataclasses.asdict(unit), default=str)
@@ -206,9 +223,12 @@ def _finish(job: Job, summaries: Sequence[dict[str, Any]], rejected: Sequence[di
     buckets: dict[str, dict[str, Any]] = {}
     aspect_ratios = {bucket.name: bucket.aspect_ratio for bucket in job.buckets}
     for name in sorted({shard.bucket for shard in written}):
-        of_bucket = [shard for shard in written if shard.bucket == name]
+        of_bucket = [shard for shard in written if shard.bucket == name and shard.kind == shards.CLIPS]
+        cameras = [shard for shard in written if shard.bucket == name and shard.kind == shards.CAMERAS]
         shards.write_metadata(job.path, of_bucket, shards.clip_features(),
                               "Clips with captions, prepared by starflow_jax.")
+        if cameras:
+            shards.write_metadata(job.path, cameras, shards.camera_features(), "Cameras of prepared clips.")
         size, _, frames = name.partition("_")
         counts: collections.Counter[str] = collections.Counter()
         for shard in of_bucket:
@@ -217,7 +237,8 @@ def _finish(job: Job, summaries: Sequence[dict[str, Any]], rejected: Sequence[di
         buckets[name] = {"height": height, "width": width, "frames": int(frames.removesuffix("f")),
                          "aspect_ratio": aspect_ratios[size], "clips": dict(counts)}
     prepared = {"job": job.described(), "buckets": buckets, "items": sum(summary["items"] for summary in summaries),
-                "clips": sum(shard.count for shard in written), "rejected": dict(_reasons(rejected).most_common())}
+                "clips": sum(shard.count for shard in written if shard.kind == shards.CLIPS),
+                "rejected": dict(_reasons(rejected).most_common())}
     write_text(job.path / PREPARED, json.dumps(prepared, indent=1))
     _clean(job)
     return prepared

@@ -25,6 +25,8 @@ from PIL import Image, ImageOps
 
 from starflow_jax.data.raw.items import Item, Rejected, Unusable
 from starflow_jax.data.raw.job import Bucket, Job
+from starflow_jax.data.raw.poses import Poses
+from starflow_jax.io.cameras import Cameras
 from starflow_jax.io.pictures import NotAPicture, open_picture
 from starflow_jax.io.video import Mp4Writer, NotAVideo, open_video, tag_colours, to_rgb
 
@@ -50,6 +52,7 @@ class Clip:
     bucket: Bucket
     fps: int
     start: float
+    camera: Cameras | None = None  # of each frame
 
 
 class _Damaged(Exception):
@@ -106,7 +109,8 @@ def _video_clips(item: Item, job: Job) -> Iterator[Clip | Rejected]:
             raise Unusable(f"frame rate {rate:.4g} is below {job.settings.fps}")
         if not (job.settings.fps or 1 <= round(rate) <= FASTEST):
             raise Unusable(f"frame rate {rate:.4g} is not from 1 to {FASTEST}")
-        cutter = _Cutter(item, job, job.settings.fps or round(rate), float(stream.sample_aspect_ratio or 1))
+        cutter = _Cutter(item, job, job.settings.fps or round(rate), float(stream.sample_aspect_ratio or 1),
+                         _poses(item, container, stream, rate))
         decoded = _decode(container, stream, item.start, item.end)
         try:
             for time, frame in _resample(decoded, job.settings.fps, rate):
@@ -121,6 +125,14 @@ def _video_clips(item: Item, job: Job) -> Iterator[Clip | Rejected]:
             raise Unusable("no frames" if not cutter.frames else
                             f"too short: {cutter.frames} frames at {job.settings.fps or round(rate)} fps, "
                             f"a clip has {job.frames}")
+
+
+def _poses(item: Item, container: av.container.InputContainer, stream: av.VideoStream, rate: float) -> Poses | None:
+    if item.camera is None:
+        return None
+    time_base = float(stream.time_base or 0)
+    duration = stream.duration * time_base if stream.duration else (container.duration or 0) / 1e6
+    return Poses(item.camera, rate, (stream.start_time or 0) * time_base, duration)
 
 
 def _decode(container: av.container.InputContainer, stream: av.VideoStream, start: float, end: float
@@ -167,8 +179,8 @@ def _resample(decoded: Iterator[tuple[float, av.VideoFrame]], fps: int, rate: fl
 class _Cutter:
     """Gathers frames into clips; a change of scene begins a new one."""
 
-    def __init__(self, item: Item, job: Job, fps: int, pixel_aspect: float) -> None:
-        self._item, self._job, self._fps, self._pixel_aspect = item, job, fps, pixel_aspect
+    def __init__(self, item: Item, job: Job, fps: int, pixel_aspect: float, poses: Poses | None) -> None:
+        self._item, self._job, self._fps, self._pixel_aspect, self._poses = item, job, fps, pixel_aspect, poses
         self.time, self.frames, self.clips, self.made = 0.0, 0, 0, 0  # clips: judged; made: of these, good
         self._size: tuple[int, int] | None = None
         self._bucket: Bucket | None = None
@@ -183,7 +195,8 @@ class _Cutter:
         self._pictures: list[np.ndarray] = []
         self._changes: list[float] = []  # from frame to frame of the clip under way
         self._brightness: list[float] = []
-        self._start = 0.0
+        self._times: list[float] = []
+        self._own_times: list[float] = []  # of the frames that are shown then, in the container's time
 
     def add(self, time: float, frame: av.VideoFrame | None) -> Iterator[Clip | Rejected]:
         """Take the next frame, or a gap (None)."""
@@ -202,8 +215,8 @@ class _Cutter:
                 self._usual.append(change)
                 if self._pictures:
                     self._changes.append(change)
-        if not self._pictures:
-            self._start = time
+        self._times.append(time)
+        self._own_times.append(frame.time or 0.0)
         self._seen = seen
         self._pictures.append(picture)
         self._brightness.append(float(seen.mean()))
@@ -214,7 +227,7 @@ class _Cutter:
         if self._pictures:
             self.clips += 1
             yield Rejected(self._item.key, f"cut inside: {len(self._pictures)} frames of {self._job.frames}",
-                           round(self._start, 3), round(time, 3))
+                           round(self._times[0], 3), round(time, 3))
         self._begin_shot()
 
     def _is_cut(self, change: float) -> bool:
@@ -224,7 +237,8 @@ class _Cutter:
 
     def _finish(self) -> Clip | Rejected:
         assert self._bucket is not None
-        pictures, changes, start = np.stack(self._pictures), self._changes, self._start
+        pictures, changes, times = np.stack(self._pictures), self._changes, self._times
+        own_times = self._own_times
         brightness = sum(self._brightness) / len(self._brightness)
         self._begin_clip()
         self.clips += 1
@@ -234,10 +248,16 @@ class _Cutter:
             reason = f"too dark: brightness {brightness:.1f} of 255"
         elif changes and motion < self._job.settings.min_motion:
             reason = f"too static: {motion:.3f} of 255 change from frame to frame"
+        camera = None
+        if self._poses is not None and not reason:
+            try:
+                camera = self._poses.of_clip(own_times, *self._shown, self._bucket)
+            except Unusable as error:
+                reason = str(error)
         if reason:
-            return Rejected(self._item.key, reason, round(start, 3), round(self.time, 3))
+            return Rejected(self._item.key, reason, round(times[0], 3), round(self.time, 3))
         self.made += 1
-        return Clip(pictures, self._bucket, self._fps, start)
+        return Clip(pictures, self._bucket, self._fps, times[0], camera)
 
     def _fit(self, frame: av.VideoFrame) -> np.ndarray:
         """RGB (H, W, 3) of the bucket's size: turned upright, resized to cover it, its middle."""
@@ -246,6 +266,7 @@ class _Cutter:
             height, width = float(frame.height), frame.width * self._pixel_aspect
             if frame.rotation % 180 == 90:
                 height, width = width, height
+            self._shown = height, width
             self._bucket = nearest_bucket(self._job.buckets, height, width)
             _check_size(self._bucket, height, width, self._job)
         if (frame.width, frame.height) != self._size:

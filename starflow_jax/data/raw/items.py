@@ -1,4 +1,4 @@
-"""A video or picture to prepare, what is left out, and the captions that belong to it."""
+"""A video or picture to prepare, what is left out, and the captions and cameras that belong to it."""
 
 import dataclasses
 import json
@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from starflow_jax.config import Prepare
+from starflow_jax.config import Prepare, UserError
+from starflow_jax.io.cameras import Cameras, parse_cameras
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
 TXT, JSON = "txt", "json"  # the files with captions; the first is a field of its own
+CAMERAS = ("camera.txt", "camera.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Item:
     caption_short: str
     start: float = 0.0
     end: float = math.inf
+    camera: Cameras | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,24 @@ def parse_json(text: str) -> Any:
         raise Unusable(f"unreadable JSON: {error}") from error
     except RecursionError as error:
         raise Unusable("unreadable JSON: nested too deeply") from error
+
+
+def text_suffixes(settings: Prepare) -> tuple[str, ...]:
+    """Of the files that may belong to a video or picture."""
+    return (TXT, JSON, *CAMERAS) if settings.camera else (TXT, JSON)
+
+
+def camera_of(files: Mapping[str, bytes], settings: Prepare, name: str) -> Cameras | None:
+    """The camera among an item's files, None where none is asked for, or of a picture; raises Unusable."""
+    if not settings.camera or is_image(name):
+        return None
+    for suffix in CAMERAS:
+        if suffix in files:
+            try:
+                return parse_cameras(files[suffix], suffix)
+            except UserError as error:
+                raise Unusable(f"unreadable camera: {error}") from error
+    raise Unusable("no camera")
 
 
 def _decoded(text: bytes, what: str) -> str:

@@ -10,7 +10,7 @@ from starflow_jax.config import Prepare
 
 # Settings that the clips don't depend on, and those of which `buckets` and `frames` are what was made.
 ELSEWHERE = ("output", "processes", "beam", "latents", "text_features", "batch_size")
-LIMITS = ("max_text_mb", "max_file_mb", "max_unpacking", "max_megapixels")
+LATER = ("max_text_mb", "max_file_mb", "max_unpacking", "max_megapixels", "camera")  # not in older data sets
 RESOLVED = ("resolution", "aspect_ratios", "frames")
 
 
@@ -50,10 +50,10 @@ class Job:
 
 
 def by_setting(described: dict[str, Any]) -> dict[str, Any]:
-    """What `Job.described` gave, also as older data sets hold it: with some fields nested, and without the limits."""
-    limits = {field.name: field.default for field in dataclasses.fields(Prepare) if field.name in LIMITS}
+    """What `Job.described` gave, also as older data sets hold it: with some fields nested, and some missing."""
+    later = {field.name: field.default for field in dataclasses.fields(Prepare) if field.name in LATER}
     if "recipe" not in described:
-        return {**limits, **described}
-    old = {**limits, **described, **described["recipe"]}
+        return {**later, **described}
+    old = {**later, **described, **described["recipe"]}
     return {**old, "input": old["source"], "items_per_part": old["items_per_unit"],
             "long_captions": old["captions"]["long"], "short_captions": old["captions"]["short"]}

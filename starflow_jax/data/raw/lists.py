@@ -11,11 +11,14 @@ from etils import epath
 
 from starflow_jax.config import Prepare, UserError
 from starflow_jax.data.raw.items import (
+    CAMERAS,
     MEDIA_SUFFIXES,
     Item,
     Rejected,
     Unusable,
+    camera_of,
     captions_of,
+    check_size,
     is_image,
     parse_json,
     printable,
@@ -58,9 +61,26 @@ def item_of_row(folder: epath.Path, number: int, row: Any, settings: Prepare) ->
         start, end = _seconds(row, "start", 0.0), _seconds(row, "end", math.inf)
         if not 0 <= start < end:
             raise Unusable(f"start {start} and end {end} are no stretch of time")
-        return Item(key, str(folder / name), is_image(name), long, short, start, end)
+        camera = camera_of(_camera_files(folder, row, settings), settings, name)
+        return Item(key, str(folder / name), is_image(name), long, short, start, end, camera)
     except (Unusable, OSError, ValueError) as error:
         return Rejected(key, reason_of(error))
+
+
+def _camera_files(folder: epath.Path, row: Mapping[str, Any], settings: Prepare) -> dict[str, bytes]:
+    """The file that a row names, or the one beside its video, by the suffix that says how it is written."""
+    named = row.get("camera")
+    beside = {suffix: (folder / row["path"]).with_suffix(f".{suffix}") for suffix in CAMERAS}
+    if isinstance(named, str) and named:
+        beside = {CAMERAS[named.lower().endswith(".json")]: folder / named}
+        if settings.camera and not (folder / named).exists():
+            raise Unusable("camera file not found")
+    files = {}
+    for suffix, path in beside.items() if settings.camera else ():
+        if path.exists():
+            check_size("camera", path.stat().length, settings.max_text_mb, "max_text_mb")
+            files[suffix] = path.read_bytes()
+    return files
 
 
 def _csv_rows(path: epath.Path, text: io.StringIO) -> Iterator[Any]:

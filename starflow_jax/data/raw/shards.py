@@ -2,9 +2,10 @@
 
     FOLDER/KIND/BUCKET/1.0.0/KIND-SPLIT.array_record-00000-of-00012
 
-KIND is `clips` (media, captions) or what is computed from them: `latents`, `features` (latents.py), whose
-shards have the same examples in the same order. BUCKET is HEIGHTxWIDTH_FRAMESf, frames 1 of pictures. Each
-bucket is a TFDS data set: `tfds.builder_from_directory(...)`, or `tfds.load("clips/480x848_85f", data_dir=FOLDER)`.
+KIND is `clips` (media, captions), `cameras` (of each frame of a video, where these are prepared), or what is computed
+from clips: `latents`, `features` (latents.py). All have the same examples in the same order. BUCKET is
+HEIGHTxWIDTH_FRAMESf, frames 1 of pictures. Each bucket is a TFDS data set: `tfds.builder_from_directory(...)`, or
+`tfds.load("clips/480x848_85f", data_dir=FOLDER)`.
 
 Files appear whole (io/files.py), here and on an object store.
 """
@@ -31,7 +32,7 @@ from starflow_jax.io.files import sync_all
 
 SPLITS = ("train", "validation", "test")
 VERSION = "1.0.0"
-CLIPS, LATENTS, FEATURES = "clips", "latents", "features"
+CLIPS, CAMERAS, LATENTS, FEATURES = "clips", "cameras", "latents", "features"
 SUFFIX = "array_record"
 
 
@@ -40,6 +41,13 @@ def clip_features() -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict({
         "media": tfds.features.Text(), "caption_long": tfds.features.Text(), "caption_short": tfds.features.Text(),
         "key": tfds.features.Text(), "fps": np.int64, "start": np.float32})
+
+
+def camera_features() -> tfds.features.FeaturesDict:
+    """The camera of each frame, as in data/batch.py."""
+    return tfds.features.FeaturesDict({
+        "intrinsics": tfds.features.Tensor(shape=(None, 4), dtype=np.float32),
+        "world_to_camera": tfds.features.Tensor(shape=(None, 3, 4), dtype=np.float32)})
 
 
 def latent_features(shape_NhwC: Sequence[int]) -> tfds.features.FeaturesDict:
@@ -56,6 +64,11 @@ def text_features(dim: int) -> tfds.features.FeaturesDict:
         "prompts": tfds.features.Text(),
         "lengths": tfds.features.Tensor(shape=(None,), dtype=np.int64),
         "rows": tfds.features.Tensor(shape=(None, dim), dtype=np.float16, encoding="bytes")})
+
+
+def is_of_pictures(bucket: str) -> bool:
+    """Whether a bucket, by its name, has clips of one frame."""
+    return bucket.endswith("_1f")
 
 
 @functools.cache

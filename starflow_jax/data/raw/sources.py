@@ -3,9 +3,10 @@
 `list_units` cuts an input into units of work, the same ones at every call; `read_unit` yields a unit's items one
 by one. What can't be used comes out as `Rejected`, with its reason, and never as an exception.
 
-    folder     cat.mp4 with cat.txt (a caption) and/or cat.json (captions in named fields) beside it, in any depth
+    folder     cat.mp4 with cat.txt (a caption) and/or cat.json (captions in named fields) beside it, in any depth;
+               with prepare.camera also cat.camera.txt or cat.camera.json (io/cameras.py)
     list       .csv, .jsonl or .parquet: a column "path" (relative to the list), captions in named columns, and,
-               where only a stretch of the video is meant, "start" and "end" in seconds
+               where only a stretch of the video is meant, "start" and "end" in seconds; a camera in "camera"
     tars       a .tar or a glob of them, as video2dataset and img2dataset write: KEY.mp4, KEY.txt, KEY.json in a row
 
 Paths may begin with gs:// or s3:// where fsspec's driver (gcsfs, s3fs) is installed.
@@ -27,12 +28,14 @@ from starflow_jax.data.raw.items import (
     Item,
     Rejected,
     Unusable,
+    camera_of,
     captions_of,
     check_size,
     fields_of,
     is_image,
     printable,
     reason_of,
+    text_suffixes,
 )
 from starflow_jax.data.raw.lists import LISTS, item_of_row, rows
 from starflow_jax.data.raw.tars import TARS, read_tar
@@ -122,7 +125,7 @@ def _grouped(kind: str, where: epath.Path, entries: Iterable[Any], size: int) ->
 def _from_folder(folder: epath.Path, name: str, settings: Prepare) -> Item | Rejected:
     path = folder / name
     key = printable(name[:-len(path.suffix)])
-    beside = {suffix: path.with_suffix(f".{suffix}") for suffix in (TXT, JSON)}
+    beside = {suffix: path.with_suffix(f".{suffix}") for suffix in text_suffixes(settings)}
     try:
         files = {}
         for suffix, file in beside.items():
@@ -130,6 +133,7 @@ def _from_folder(folder: epath.Path, name: str, settings: Prepare) -> Item | Rej
                 check_size(f".{suffix}", file.stat().length, settings.max_text_mb, "max_text_mb")
                 files[suffix] = file.read_bytes()
         long, short = captions_of(fields_of(files), settings)
+        camera = camera_of(files, settings, name)
     except (Unusable, OSError) as error:
         return Rejected(key, reason_of(error))
-    return Item(key, str(path), is_image(name), long, short)
+    return Item(key, str(path), is_image(name), long, short, camera=camera)

@@ -12,17 +12,17 @@ from etils import epath
 
 from starflow_jax.config import Prepare
 from starflow_jax.data.raw.items import (
-    JSON,
     MEDIA_SUFFIXES,
-    TXT,
     Item,
     Rejected,
     Unusable,
+    camera_of,
     captions_of,
     check_size,
     fields_of,
     is_image,
     printable,
+    text_suffixes,
 )
 
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -44,7 +44,7 @@ class _Header(tarfile.TarInfo):
 
 
 class _Sample:
-    """The members of one key: the first video or picture, and the captions."""
+    """The members of one key: the first video or picture, the captions and the camera."""
 
     def __init__(self, key: str, settings: Prepare) -> None:
         self.key, self._settings = key, settings
@@ -55,7 +55,7 @@ class _Sample:
     def take(self, suffix: str, member: tarfile.TarInfo, tar: tarfile.TarFile) -> None:
         """Read a member, unless it is of no use or larger than the settings allow."""
         is_media = f".{suffix}".endswith(MEDIA_SUFFIXES)
-        if not (suffix in (TXT, JSON) or is_media and self._media in ("", suffix)):
+        if not (suffix in text_suffixes(self._settings) or is_media and self._media in ("", suffix)):
             return
         limit = "max_file_mb" if is_media else "max_text_mb"
         try:
@@ -77,9 +77,10 @@ class _Sample:
                 said = fields.get("error_message")
                 raise Unusable("no video or picture in the sample" + (f": {str(said)[:200]}" if said else ""))
             long, short = captions_of(fields, self._settings)
+            camera = camera_of(self._files, self._settings, f".{self._media}")
         except Unusable as error:
             return Rejected(key, str(error))
-        return Item(key, self._files[self._media], is_image(f".{self._media}"), long, short)
+        return Item(key, self._files[self._media], is_image(f".{self._media}"), long, short, camera=camera)
 
 
 def read_tar(path: str, settings: Prepare) -> Iterator[Item | Rejected]:
