@@ -15,6 +15,7 @@ from ml_collections import config_flags
 from starflow_jax import modes
 from starflow_jax.config import Config, UserError, from_config_dict, whole_number
 from starflow_jax.io import command_line
+from starflow_jax.io.files import first_line
 from starflow_jax.modes import MODES
 from starflow_jax.settings.help import entry, settings_text
 
@@ -62,7 +63,7 @@ def join(distributed: str, alone: bool = False) -> None:
         jax.distributed.initialize(**given)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--distributed={distributed}: can't connect to the other processes "
-                        f"({str(error).splitlines()[0]}); start all with the same HOST:PORT and COUNT") from error
+                        f"({first_line(error)}); start all with the same HOST:PORT and COUNT") from error
 
 
 def coordinator(distributed: str) -> dict[str, Any]:

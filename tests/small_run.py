@@ -42,8 +42,9 @@ def run(workdir: Path, data: Path, *arguments: str) -> subprocess.CompletedProce
                           capture_output=True, text=True, timeout=600)
 
 
-def run_here(arguments: Sequence[str]) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of starflow_jax.main, run in this process: no seconds for starting another one."""
+def run_here(arguments: Sequence[str], folder: Path = ROOT) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of starflow_jax.main, run in this process and a folder: no seconds for starting
+    another one."""
     out, err = io.StringIO(), io.StringIO()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     for name in [name for name in flags.FLAGS if name.startswith("config.")]:
@@ -51,7 +52,7 @@ def run_here(arguments: Sequence[str]) -> tuple[int, str, str]:
     flags.FLAGS.unparse_flags()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["starflow_jax.main", *arguments])
-        patch.chdir(ROOT)
+        patch.chdir(folder)
         try:
             main.run()
             code = 0

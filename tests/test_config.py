@@ -209,3 +209,8 @@ def test_settings_that_follow_from_others() -> None:
     assert (model.token_channels, model.tokens_per_frame) == (8, 6)
     assert model.extent == pytest.approx(24**0.5 / 2)
     assert tiny_model(rope_extent=40).extent == 40
+
+
+def test_an_error_is_one_line_whatever_is_in_it() -> None:
+    """A library's message of several lines, and what a file's content would do to a terminal."""
+    assert str(UserError("a.mp4: a\nb\r\x1b[2Jc\u2028d")) == "a.mp4: a b  [2Jc d"

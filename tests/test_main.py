@@ -35,7 +35,7 @@ CASES = {
     "no prompt": (SAMPLE, "sample.prompt"),
     "blank prompt": ([*SAMPLE, "--config.sample.prompt=\n\n "], "there is no prompt"),
     "prompt of other bytes": ([*SAMPLE, "--config.sample.prompt=\udcff"],
-                              "sample.prompt='\\udcff': must be text in UTF-8"),
+                              "sample.prompt='\\udcff': must be text in UTF-8, without NUL"),
     "changes": ([*SAMPLE, "--config.sample.prompt=x", "--config.sample.changes=²: x"], "sample.changes='²: x'"),
     "aspect ratio": ([*SAMPLE, "--config.sample.prompt=x", f"--config.sample.aspect_ratio={'1' * 5_000}:1"],
                      "W:H, such as 16:9"),

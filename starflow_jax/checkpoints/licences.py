@@ -59,7 +59,7 @@ def carry_licence(source: Path, workdir: Path) -> None:
     """Keep in a workdir what is kept in the one, or beside the checkpoint of one, that its model begins with."""
     held = (source if (source / "checkpoints").is_dir() else source.absolute().parent.parent) / KEPT
     if held.exists():
-        keep_licence(held.read_text(encoding="utf-8"), workdir / KEPT)
+        keep_licence(held.read_text(encoding="utf-8", errors="replace"), workdir / KEPT)
 
 
 def beside(target: Path) -> Path:
@@ -69,6 +69,6 @@ def beside(target: Path) -> Path:
 
 def keep_licence(text: str, path: Path) -> None:
     """Write it, below what is kept there already of other weights."""
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     if text not in before:
         write_text(path, f"{before}\n{text}" if before else text)

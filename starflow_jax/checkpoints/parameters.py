@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 
 from starflow_jax.checkpoints.checksums import write_checksums
 from starflow_jax.config import UserError
-from starflow_jax.io.files import atomic_path, make_folder
+from starflow_jax.io.files import atomic_path, first_line, make_folder
 from starflow_jax.io.tensor_files import StoredArray, check_shapes
 
 CHUNK_BYTES = 64 << 20  # of an array on disk: what reading and compressing hold in memory at a time
@@ -65,18 +65,30 @@ def newest_first(directory: Path) -> list[int]:
 def stored_params(folder: Path) -> dict[str, StoredArray]:
     """{"a/b": array} of the averaged parameters in one checkpoint, read one at a time."""
     path = Path(folder).absolute() / "state"
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(path).item_metadata.tree["ema"]
-    found = traverse_util.flatten_dict(tree, sep="/")
-    return {name: StoredArray(kind.shape, kind.dtype, partial(_read_array, path, name))
-            for name, kind in found.items()}
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(path).item_metadata.tree["ema"]
+        found = traverse_util.flatten_dict(tree, sep="/")
+        return {name: StoredArray(kind.shape, kind.dtype, partial(_read_array, path, name))
+                for name, kind in found.items()}
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    """Of whatever orbax and tensorstore raise."""
+    return UserError(f"{path}: can't be read as parameters ({first_line(error)}); use another checkpoint, or copy it "
+                     "again")
 
 
 def _read_array(path: Path, name: str) -> np.ndarray:
     part = {"ema": traverse_util.unflatten_dict({name: 0}, sep="/")}
     how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), part)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        found = checkpointer.restore(path, args=ocp.args.PyTreeRestore(part, how, partial_restore=True))
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            found = checkpointer.restore(path, args=ocp.args.PyTreeRestore(part, how, partial_restore=True))
+    except Exception as error:
+        raise _unreadable(path, error) from error
     return jax.tree.leaves(found)[0]
 
 
@@ -96,8 +108,12 @@ def restore_params(folder: Path, abstract_params: Any, convert: Callable[[str, j
 
     def read(part: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         tree = {"ema": traverse_util.unflatten_dict(part, sep="/")}
-        restored = checkpointer.restore(Path(folder).absolute() / "state", args=ocp.args.PyTreeRestore(
-            tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True))["ema"]
+        path = Path(folder).absolute() / "state"
+        try:
+            restored = checkpointer.restore(path, args=ocp.args.PyTreeRestore(
+                tree, ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True))["ema"]
+        except Exception as error:
+            raise _unreadable(path, error) from error
         return traverse_util.flatten_dict(restored, sep="/")
 
     with ocp.PyTreeCheckpointer() as checkpointer:

@@ -98,7 +98,7 @@ def _sharded_metadata(torch: Any, path: Path) -> Any:
     allowed |= {("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch", "Size"),
                 ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")}
 
-    class Unpickler(pickle.Unpickler):
+    class Unpickler(pickle._Unpickler):  # the one in Python: see torch_zip.py
         def find_class(self, module: str, name: str) -> Any:
             if module in ("pathlib", "pathlib._local") and name.endswith("Path"):  # where it was written
                 return PurePosixPath

@@ -5,6 +5,7 @@ compressed. The pickle may name nothing but what tensors are made of; anything e
 """
 
 import functools
+import itertools
 import math
 import pickle
 import zipfile
@@ -26,10 +27,13 @@ STORAGES = {
 }
 
 
+MOST = 100_000  # values in a pickle; the largest models have some thousand tensors
+
+
 class Storage(NamedTuple):
     """A run of values in the archive, which tensors are views of."""
 
-    dtype: np.dtype
+    dtype: Any  # np.dtype, or an UnknownType
     key: str
 
 
@@ -60,13 +64,11 @@ def open_pth(path: Path) -> dict[str, StoredArray]:
             if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
                 raise ValueError("its values are big-endian")
             with archive.open(f"{root}data.pkl") as pickled:
-                tree = _Unpickler(pickled).load()
-    except (OSError, zipfile.BadZipFile, StopIteration, pickle.UnpicklingError, EOFError, ValueError, TypeError,
-            KeyError, IndexError, AttributeError) as error:
+                found = dict(_tensors_in(_Unpickler(pickled).load(), "", itertools.count()))
+    except Exception as error:  # a damaged pickle or archive can make its reader fail in any way
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path}: can't be read as weights only ({reason}); save its state dict by torch.save, or as "
                         "safetensors") from error
-    found = dict(_tensors_in(tree))
     for name, tensor in found.items():
         if isinstance(tensor.storage.dtype, UnknownType):
             raise UserError(f"{path}: {name} is of type {tensor.storage.dtype.name}, which can't be read")
@@ -74,12 +76,13 @@ def open_pth(path: Path) -> dict[str, StoredArray]:
             for name, tensor in found.items()}
 
 
-class _Unpickler(pickle.Unpickler):
+# The one in Python: the one in C makes room for as many objects as a pickle says that it will number, up to 64 GB.
+class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, strides, *_: Tensor(storage, offset, tuple(shape), tuple(strides))
+            return _tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda tensor, *_: tensor
         if module == "torch" and name.endswith("Storage"):
@@ -90,19 +93,32 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, reference: Any) -> Storage:
         kind, dtype, key, *_ = reference
-        if kind != "storage":
-            raise pickle.UnpicklingError(f"it refers to a {kind}")
+        if kind != "storage" or not isinstance(dtype, np.dtype | UnknownType):
+            raise pickle.UnpicklingError(f"it refers to a {kind} of {dtype}")
         return Storage(dtype, str(key))
 
 
-def _tensors_in(tree: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Nested dicts and lists flattened; other values, such as step counts, are left out."""
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Tensor:
+    """Raises UnpicklingError for one that would lie outside of its storage's beginning, or is of no shape."""
+    tensor = Tensor(storage, offset, tuple(shape), tuple(strides))
+    numbers = (offset, *tensor.shape, *tensor.strides)
+    if not isinstance(storage, Storage) or len(tensor.shape) != len(tensor.strides) or not all(
+            type(number) is int and 0 <= number < 2**62 for number in numbers):
+        raise pickle.UnpicklingError(f"it has a tensor of shape {tensor.shape} and strides {tensor.strides}")
+    return tensor
+
+
+def _tensors_in(tree: Any, path: str, visited: Iterator[int]) -> Iterator[tuple[str, Tensor]]:
+    """Nested dicts and lists flattened; other values, such as step counts, are left out. visited: counts them, for a
+    pickle may hold a list that has a list twice, which has another twice, and so on. Raises ValueError beyond MOST."""
     if isinstance(tree, Tensor):
         yield path, tree
         return
+    if next(visited) > MOST:
+        raise ValueError(f"it holds more than {MOST:,} values")
     items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, list | tuple) else ()
     for name, value in items:
-        yield from _tensors_in(value, f"{path}.{name}" if path else str(name))
+        yield from _tensors_in(value, f"{path}.{name}" if path else str(name), visited)
 
 
 def _read(path: Path, root: str, tensor: Tensor) -> np.ndarray:
@@ -114,9 +130,12 @@ def _read(path: Path, root: str, tensor: Tensor) -> np.ndarray:
         with zipfile.ZipFile(path) as archive, archive.open(f"{root}data/{tensor.storage.key}") as file:
             file.seek(begin)
             values = np.frombuffer(file.read(count * dtype.itemsize), dtype)
-    except (OSError, KeyError, zipfile.BadZipFile, ValueError) as error:
+        if len(values) < count:
+            raise UserError(f"{path}: a tensor's values are cut off")
+        strides = [stride * dtype.itemsize for stride in tensor.strides]
+        view = np.lib.stride_tricks.as_strided(values, tensor.shape, strides)
+        return np.ascontiguousarray(view).reshape(tensor.shape)
+    except UserError:
+        raise
+    except Exception as error:  # of a damaged archive, as above
         raise UserError(f"{path}: a tensor's values can't be read ({error})") from error
-    if len(values) < count:
-        raise UserError(f"{path}: a tensor's values are cut off")
-    strides = [stride * dtype.itemsize for stride in tensor.strides]
-    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(values, tensor.shape, strides)).reshape(tensor.shape)

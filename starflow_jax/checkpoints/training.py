@@ -12,10 +12,9 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import SingleDeviceSharding
 
-from starflow_jax.checkpoints.checksums import CHECKSUMS, first_line, first_whole, write_checksums
+from starflow_jax.checkpoints.checksums import CHECKSUMS, first_whole, write_checksums
 from starflow_jax.config import UserError
-from starflow_jax.io.checksums import checksums_of, is_damaged
-from starflow_jax.io.files import make_folder, sync, sync_all, write_text
+from starflow_jax.io.files import first_line, make_folder, read_json, sync, sync_all, write_text
 
 BEST = "validation_bits_per_dim"  # the smaller the better
 
@@ -123,7 +122,7 @@ def _drop_unreadable_metrics(directory: Path, best: str) -> None:
         if not path.parts[-3].isdigit():  # a checkpoint that a run is writing now
             continue
         try:
-            float(json.loads(path.read_text())[best])
+            float(read_json(path)[best])
         except (ValueError, KeyError, TypeError):
             logging.error("%s is damaged; it is deleted", path)
             path.unlink()
@@ -132,13 +131,10 @@ def _drop_unreadable_metrics(directory: Path, best: str) -> None:
 def check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
     """That a model.json, which is written where there is none, is of this model; raises UserError where it isn't."""
     if not path.exists():
-        with checksums_of(path.parent, [path.name]):
-            write_text(path, json.dumps(fingerprint, indent=1))
+        write_text(path, json.dumps(fingerprint, indent=1))
         return
-    if is_damaged(path):
-        raise UserError(f"{path} is damaged; delete it if this workdir holds this model")
     try:
-        held = traverse_util.flatten_dict(json.loads(path.read_text()), sep=".")
+        held = traverse_util.flatten_dict(read_json(path), sep=".")
     except (ValueError, AssertionError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it if this workdir holds this model") from error
     asked = traverse_util.flatten_dict(json.loads(json.dumps(fingerprint)), sep=".")

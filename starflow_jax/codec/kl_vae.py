@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from jax import lax
 
 from starflow_jax.codec.interface import check_frame_size, deviation
 from starflow_jax.config import Codec, UserError
+from starflow_jax.io.files import read_json
 from starflow_jax.io.tensor_files import Array, check_shapes, open_safetensors
 
 SCALING = 0.18215  # latents as flows take them are the VAE's times this, where its config.json says nothing else
@@ -306,7 +306,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """{norm_groups, scaling} of the config.json beside a VAE in diffusers' format, as far as it says so."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     try:
-        held = json.loads(file.read_text()) if file.is_file() else {}
+        held = read_json(file) if file.is_file() else {}
         if not isinstance(held, dict) or held.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
             return {}
         names = {"norm_num_groups": "norm_groups", "scaling_factor": "scaling"}

@@ -7,7 +7,6 @@ one tile is finished after the other, with one tile's cache at a time; a stream 
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from starflow_jax.codec.interface import check_frame_size, deviation
 from starflow_jax.codec.wan_vae import Cache, Past, WanConfig, WanVAE
 from starflow_jax.codec.wan_weights import STATISTICS, from_released
 from starflow_jax.config import Codec, UserError
+from starflow_jax.io.files import read_json
 from starflow_jax.io.tensor_files import open_safetensors
 
 Step = Callable[[jax.Array, Past], tuple[Any, Past]]
@@ -204,7 +204,7 @@ def read_statistics(path: Path, channels: int) -> dict[str, np.ndarray]:
     """The STATISTICS from a JSON file that holds `mean` and `std`, or `latents_mean` and `latents_std` as the
     config.json beside a VAE in diffusers' format does. Raises UserError where it holds something else."""
     try:
-        held = json.loads(path.read_text())
+        held = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"convert.statistics={path}: can't be read as JSON ({error})") from error
     found = {}
@@ -212,7 +212,7 @@ def read_statistics(path: Path, channels: int) -> dict[str, np.ndarray]:
         given = held.get(name, held.get(f"latents_{name}")) if isinstance(held, dict) else None
         try:
             found[name] = np.asarray(given, np.float32)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             found[name] = np.full((), np.nan, np.float32)
         if found[name].shape != (channels,) or not np.isfinite(found[name]).all():
             raise UserError(f"convert.statistics={path}: {channels} numbers are needed under `{name}` or "
@@ -227,7 +227,7 @@ def statistics_beside(source: Path) -> Path | None:
     folder = source if source.is_dir() else source.parent
     for path in (folder / "vae.json", folder / "config.json", folder / "vae" / "config.json"):
         try:
-            held = json.loads(path.read_text()) if path.is_file() else {}
+            held = read_json(path) if path.is_file() else {}
         except (OSError, ValueError):
             continue
         if isinstance(held, dict) and any({name, f"latents_{name}"} & held.keys() for name in STATISTICS):

@@ -5,7 +5,6 @@ are decoded on first access: a record with latents is trained on without them.
 """
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +14,9 @@ from etils import epath
 
 from starflow_jax.config import UserError
 from starflow_jax.data.raw import clips, latents, shards
-from starflow_jax.data.raw.building import PREPARED
+from starflow_jax.data.raw.building import PREPARED, read_prepared
 from starflow_jax.data.raw.job import by_setting
+from starflow_jax.io.files import parse_json
 
 
 class Record(dict):
@@ -91,7 +91,7 @@ def source(folders: str, split: str, *, latents_by: Any = None, features_by: Any
         for kind, made_by in ((shards.LATENTS, latents_by), (shards.FEATURES, features_by)):
             if made_by is not None:
                 _check_derived(folder, kind, made_by)
-        prepared = json.loads((folder / PREPARED).read_text())
+        prepared = read_prepared(folder)
         for name, bucket in prepared["buckets"].items():
             if split in bucket["clips"]:
                 cameras = by_setting(prepared["job"])["camera"] and not shards.is_of_pictures(name)
@@ -114,9 +114,16 @@ def _check_derived(folder: epath.Path, kind: str, made_by: Any) -> None:
 
 
 def _open(folder: epath.Path, kind: str, bucket: str, split: str) -> Sequence[dict[str, Any]]:
-    return tfds.builder_from_directory(folder / kind / bucket / shards.VERSION).as_data_source(split=split)
+    where = folder / kind / bucket / shards.VERSION
+    try:
+        return shards.Readable(tfds.builder_from_directory(where).as_data_source(split=split), str(where))
+    except Exception as error:  # TFDS and what it reads its metadata with fail in many ways
+        raise shards.damaged(str(where), error) from error
 
 
 def _by_prompt(example: dict[str, Any]) -> dict[str, np.ndarray]:
     ends = np.cumsum(example["lengths"])
-    return dict(zip(json.loads(example["prompts"]), np.split(example["rows"], ends[:-1])))
+    try:
+        return dict(zip(parse_json(example["prompts"]), np.split(example["rows"], ends[:-1])))
+    except (ValueError, TypeError) as error:
+        raise shards.damaged("prepared text features", error) from error

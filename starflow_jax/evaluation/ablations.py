@@ -5,15 +5,16 @@ runs of the same seed, and only where they are of the same latents: with another
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from starflow_jax.config import UserError
 from starflow_jax.data.digits.captions import ATTRIBUTES
 from starflow_jax.evaluation.measures import interval
 from starflow_jax.io.charts import Chart, series
+from starflow_jax.io.files import first_line, read_json
 
 BASE = "base"
 SEEDS = 3  # of each variant, where all are there
@@ -53,15 +54,28 @@ def trained(folder: Path) -> list[Path]:
 
 
 def read_run(workdir: Path, parameters: int) -> Run:
-    """A run from its evaluate.json and, where it is there, its horizon.json."""
+    """A run from its evaluate.json and, where it is there, its horizon.json. Raises UserError for damaged ones."""
     variant, _, seed = workdir.name.rpartition("-")
-    held = json.loads((workdir / "evaluate.json").read_text())
-    figures = {"bits_per_dim": held["bits_per_dim"], **held["adherence"],
-               "bits_below_gaussian": held["baselines"]["gaussian"] - held["bits_per_dim"],
-               "temporal_flickering": held["temporal_flickering"], "parameters": parameters}
-    path = workdir / "horizon.json"
-    horizon = json.loads(path.read_text())["stretches"][-1] if path.exists() else None
+    try:
+        held = read_json(workdir / "evaluate.json")
+        figures = {"bits_per_dim": held["bits_per_dim"], **held["adherence"],
+                   "bits_below_gaussian": held["baselines"]["gaussian"] - held["bits_per_dim"],
+                   "temporal_flickering": held["temporal_flickering"]}
+        figures = {name: float(value) for name, value in figures.items()} | {"parameters": parameters}
+        path = workdir / "horizon.json"
+        horizon = read_json(path)["stretches"][-1] if path.exists() else None
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{workdir}: its evaluate.json or horizon.json can't be read ({first_line(error)}); delete "
+                        "both, and they are measured again") from error
     return Run(variant, int(seed), figures, horizon)
+
+
+def measured_model(workdir: Path) -> str:
+    """What a run's evaluate.json calls the model that it is of; "" where there is none that can be read."""
+    try:
+        return str(read_json(workdir / "evaluate.json")["model"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def collect(folder: Path, parameters: Mapping[Path, int]) -> Found:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import UserError
+from starflow_jax.io.files import first_line
 
 I3D_SIZE = 224  # pixels of a side
 LPIPS_LEAST = 64  # pixels of the shorter side: less vanishes in AlexNet's strides
@@ -31,7 +32,7 @@ class MissingPackage(UserError):
     """An extra that is not installed."""
 
 
-class _ArraysOnly(pickle.Unpickler):
+class _ArraysOnly(pickle._Unpickler):  # the one in Python: see torch_zip.py
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ARRAY_NAMES:
             raise UserError(f"a file of weights asks for {module}.{name}: it may hold arrays alone")
@@ -43,8 +44,10 @@ def read_arrays(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             return _ArraysOnly(file).load()
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"can't read the weights {path} ({error}); install the package again") from error
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle can make its reader fail in any way
+        raise UserError(f"can't read the weights {path} ({first_line(error)}); install the package again") from error
 
 
 def _package(name: str, pip_name: str) -> ModuleType:

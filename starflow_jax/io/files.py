@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from starflow_jax.config import UserError
 
@@ -112,6 +114,25 @@ def check_reachable(path: str, setting: str) -> None:
     except Exception as error:  # each store has faults of its own
         words = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{setting}={path[:200]}: can't be reached ({words}); check name and access") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message, or its type where there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def read_json(path: Any) -> Any:
+    """What a JSON file holds; the path may be one of etils, in a bucket. Raises OSError where it can't be read,
+    ValueError for what is no JSON."""
+    return parse_json(path.read_bytes())
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says. Raises ValueError for what is none, also where it is nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -12,8 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from starflow_jax.config import UserError
-from starflow_jax.io.checksums import check_file
-from starflow_jax.io.files import atomic_path
+from starflow_jax.io.files import atomic_path, read_json
 
 DTYPES = {  # safetensors' names
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -68,9 +67,8 @@ def open_safetensors(path: Path) -> dict[str, StoredArray]:
     if len(indices) != 1:
         raise UserError(f"{path}: holds {len(files)} safetensors files and {len(indices)} index files; it must be "
                         "one file, or shards with one *.safetensors.index.json")
-    check_file(indices[0])
     try:
-        shard_of = json.loads(indices[0].read_text())["weight_map"]
+        shard_of = read_json(indices[0])["weight_map"]
         shards = {shard: _open_file(path / Path(shard).name) for shard in sorted(set(shard_of.values()))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{indices[0]}: can't be read as an index of shards ({error})") from error
@@ -81,7 +79,6 @@ def open_safetensors(path: Path) -> dict[str, StoredArray]:
 
 
 def _open_file(path: Path) -> dict[str, StoredArray]:
-    check_file(path)
     try:
         with safe_open(str(path), framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}

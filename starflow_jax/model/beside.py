@@ -1,7 +1,6 @@
 """Parameters that are trained beside a model that stays as it is: where they are kept, and which model they belong to.
 """
 
-import json
 import re
 import zlib
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Config, UserError, changed
+from starflow_jax.io.files import read_json
 from starflow_jax.sharding import fetch
 
 # Small, there in every model, and changed by all of its training.
@@ -42,7 +42,7 @@ def backbone_of(path: Path) -> str:
     """What the file of such checkpoints' fingerprint says; "" where there is none, or where it can't be read, which
     Checkpoints then reports."""
     try:
-        return str(json.loads(path.read_text()).get("backbone", ""))
+        return str(read_json(path).get("backbone", ""))
     except (OSError, ValueError, AttributeError):
         return ""
 

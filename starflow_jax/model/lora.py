@@ -5,7 +5,6 @@ flat one, {name of the matrix: Factors}, with every scale in B.
 """
 
 import dataclasses
-import json
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from flax import traverse_util
 
 from starflow_jax import sharding
 from starflow_jax.config import Config, Model, UserError
-from starflow_jax.io.checksums import check_file
+from starflow_jax.io.files import read_json
 from starflow_jax.model.beside import check_backbone
 from starflow_jax.model.parameters import Params, model_fingerprint
 from starflow_jax.nn.lora import Adapted, merged
@@ -137,11 +136,10 @@ def read_workdir(path: Path, best: bool) -> Lora:
     """
     alone = (path / "state").is_dir()
     directory = path.absolute().parent if alone else path / "checkpoints"
-    check_file(directory / "model.json")
     try:
-        facts = json.loads((directory / "model.json").read_text())
+        facts = read_json(directory / "model.json")
         scale, backbone = facts["lora"]["alpha"] / facts["lora"]["rank"], facts["backbone"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path} holds no LoRA factors; train some there with --config.train.target=lora") from error
     step = checksums.first_whole(directory, [int(path.name)] if alone else _steps(directory, facts, best))
     if step is None:

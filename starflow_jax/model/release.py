@@ -236,7 +236,8 @@ def _checked(arguments: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Every key's value, of the type of its default, or of the layers a tuple."""
     unknown = [name for name in arguments if name not in KEYS]
     if unknown:
-        raise UserError(f"{source}: unknown key {', '.join(unknown)}; see KEYS in starflow_jax/model/release.py")
+        raise UserError(f"{source}: unknown key {', '.join(map(str, unknown))}; see KEYS in "
+                        "starflow_jax/model/release.py")
     missing = [name for name, key in KEYS.items()
                if name not in arguments and key.default is None and not key.without_effect and name != "warmup_steps"]
     if missing:
@@ -251,6 +252,9 @@ def _checked(arguments: Mapping[str, Any], source: str) -> dict[str, Any]:
     given["layers_per_block"] = _layers(given["layers_per_block"], source)
     for name in NUMBERS:
         given[name] = _number(name, given[name], source)
+    for name in ("patch_size", "img_size"):  # of which the others' values are made
+        if type(given[name]) is not int or given[name] < 1:
+            raise UserError(f"{source}: {name}={given[name]}: must be a whole number from 1 on")
     if given["blocks"] and given["blocks"] != len(given["layers_per_block"]):
         raise UserError(f"{source}: blocks={given['blocks']}: layers_per_block names {len(given['layers_per_block'])}")
     if given["learnable_self_denoiser"] and not given["conditional_denoiser"]:
@@ -258,6 +262,7 @@ def _checked(arguments: Mapping[str, Any], source: str) -> dict[str, Any]:
     return given
 
 
+LARGEST = 1_000_000_000
 NUMBERS = ("channel_size", "patch_size", "channels", "top_block_channels", "blocks", "head_dim", "pt_seq_len",
            "temporal_causal", "denoiser_window", "txt_size", "img_size", "batch_size", "secondary_batch_size", "acc",
            "noise_std", "lr", "min_lr", "secondary_ratio", "drop_label", "drop_image", "grad_clip")
@@ -267,8 +272,10 @@ def _number(name: str, value: Any, source: str) -> Any:
     """YAML reads 5e-5 as text."""
     try:
         number = float(value or 0)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: {name}={value!r}: must be a number") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{source}: {name}={value!r:.100}: must be a number") from error
+    if not 0 <= number <= LARGEST:
+        raise UserError(f"{source}: {name}={value!r:.100}: must be 0 to {LARGEST}")
     return int(number) if number.is_integer() else number
 
 

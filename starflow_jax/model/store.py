@@ -17,8 +17,7 @@ from jax.sharding import Mesh
 from starflow_jax import sharding
 from starflow_jax.config import Config, UserError, changed, from_dict
 from starflow_jax.io.arrays import export_arrays, import_arrays
-from starflow_jax.io.checksums import check_file, checksums_of
-from starflow_jax.io.files import write_text
+from starflow_jax.io.files import read_json, write_text
 from starflow_jax.io.tensor_files import open_safetensors
 from starflow_jax.model import lora
 from starflow_jax.model.beside import fingerprint_of
@@ -36,7 +35,7 @@ with epy.lazy_imports():  # orbax, which the model in the package does not need
     from starflow_jax.checkpoints import checksums, parameters, training
 
 PRETRAINED = Path(__file__).parents[1] / "assets" / "tiny"
-PRETRAINED_WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+PRETRAINED_WEIGHTS = "model.safetensors"
 NO_BACKBONE = "train.init_from is empty"
 Convert = Callable[[str, jax.Array], Any]  # (name, parameter) -> what is kept of it
 
@@ -127,9 +126,8 @@ def settings_of(workdir: Path) -> Config:
     system = workdir if workdir == PRETRAINED else workdir / "system"
     for path in (system / SETTINGS, workdir / "checkpoints" / "model.json"):
         if path.exists():
-            check_file(path)
             try:
-                held = json.loads(path.read_text())
+                held = read_json(path)
                 return _placed(from_dict(held if path.name == SETTINGS else {"name": workdir.name, **held}), system)
             except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"{path}: can't be read as settings ({error})") from error
@@ -276,8 +274,7 @@ def load_pretrained(config: Config, workdir: Path, convert: Convert | None = Non
 
 
 def _is_pretrained(config: Config) -> bool:
-    description = PRETRAINED / DESCRIPTION
-    check_file(description)
+    description = PRETRAINED / "model.json"
     return description.exists() and json.loads(description.read_text())["fingerprint"] == model_fingerprint(config)
 
 
@@ -336,7 +333,6 @@ def _checksum(path: Path) -> str:
 def save_pretrained(config: Config, system: System, params: Params, facts: dict[str, Any]) -> None:
     """Write a model into the package: parameters in float16, the system, and `facts` about its making."""
     PRETRAINED.mkdir(parents=True, exist_ok=True)
+    export_arrays(PRETRAINED / PRETRAINED_WEIGHTS, jax.tree.map(np.asarray, params), dtype=np.float16)
     save_system(system, PRETRAINED)
-    with checksums_of(PRETRAINED, [PRETRAINED_WEIGHTS, DESCRIPTION]):
-        export_arrays(PRETRAINED / PRETRAINED_WEIGHTS, jax.tree.map(np.asarray, params), dtype=np.float16)
-        write_text(PRETRAINED / DESCRIPTION, json.dumps({"fingerprint": model_fingerprint(config), **facts}, indent=1))
+    write_text(PRETRAINED / "model.json", json.dumps({"fingerprint": model_fingerprint(config), **facts}, indent=1))

@@ -90,8 +90,7 @@ def _measured(config: Config, run: Path, measure: Callable[[Config, Path], None]
     """A run's number of parameters, once its evaluate.json is of its newest checkpoint."""
     settings = dataclasses.replace(settings_of(run), evaluate=dataclasses.replace(config.evaluate, task="test_set"))
     _, params, source, _ = load_model(settings, run)
-    path = run / "evaluate.json"
-    if not path.exists() or _step(json.loads(path.read_text())["model"]) != _step(source):
+    if _step(ablations.measured_model(run)) != _step(source):
         measure(settings, run)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 

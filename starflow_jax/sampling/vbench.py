@@ -5,10 +5,10 @@ heavy dependencies are imported (pip install --no-deps vbench).
 """
 
 import importlib.metadata
-import json
 from pathlib import Path
 
 from starflow_jax.config import UserError
+from starflow_jax.io.files import read_json
 
 INSTALLED = "installed"
 PROMPT_LIST = "vbench/VBench_full_info.json"
@@ -28,7 +28,7 @@ def read_prompts(source: str) -> dict[str, frozenset[str]]:
             raise UserError("VBench's prompt list is not installed; pip install --no-deps vbench, or give its file "
                             "VBench_full_info.json") from error
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path)
         prompts: dict[str, frozenset[str]] = {}
         for entry in entries:
             prompt = entry["prompt_en"]

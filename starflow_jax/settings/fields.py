@@ -11,6 +11,10 @@ from typing import Any, ClassVar
 class UserError(Exception):
     """Bad input that its user can mend: shown as one line, exit code 2, no traceback."""
 
+    def __str__(self) -> str:
+        """One line, whatever of a library's message or a file's content is in it."""
+        return "".join(letter if letter.isprintable() else " " for letter in super().__str__())
+
 
 @dataclasses.dataclass(frozen=True)
 class Allowed:
@@ -83,7 +87,7 @@ class Settings:
             value, kind = getattr(self, field.name), hints[field.name]
             self.require(field.name, _is_a(value, kind), f"must be {type_words(kind)}")
             if kind is str:
-                self.require(field.name, _is_utf8(value), "must be text in UTF-8")
+                self.require(field.name, _is_utf8(value), "must be text in UTF-8, without NUL")
             allowed = field.metadata.get("allowed")
             if allowed:
                 self.require(field.name, allowed.holds(value), f"must be {allowed.words}")
@@ -120,7 +124,7 @@ def _is_utf8(text: str) -> bool:
         text.encode()
     except UnicodeEncodeError:  # a byte of the command line that was none
         return False
-    return True
+    return "\0" not in text
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -4,11 +4,10 @@
 """
 
 import functools
-import json
 from pathlib import Path
 
 from starflow_jax.config import UserError
-from starflow_jax.io.checksums import check_file
+from starflow_jax.io.files import read_json
 from starflow_jax.io.tensor_files import StoredArray, open_safetensors
 from starflow_jax.text.t5 import T5Config, stack_t5
 from starflow_jax.text.tokenizer import Tokenizer
@@ -40,9 +39,8 @@ def encoder_channels(folder: Path) -> int:
 @functools.lru_cache  # asked for with every module that is built
 def _encoder_config(folder: Path) -> T5Config:
     path = _file_of(folder, "config.json")
-    check_file(path)
     try:
-        settings = json.loads(path.read_text())
+        settings = read_json(path)
         kind = settings.get("feed_forward_proj"), settings.get("model_type", "t5")
         config = T5Config(**{name: settings[name] for name in SIZES if name in settings})
     except (OSError, ValueError, TypeError, AttributeError) as error:

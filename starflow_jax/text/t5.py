@@ -38,8 +38,10 @@ class T5Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) <= 0:
-                raise UserError(f"T5 {field.name} is {getattr(self, field.name)}; it must be positive")
+            value, kinds = getattr(self, field.name), (int, float) if field.type is float else (int,)
+            if type(value) not in kinds or not 0 < value < 2**31:
+                raise UserError(f"T5 {field.name} is {value!r:.100}; it must be a positive number below 2^31"
+                                + ("" if float in kinds else ", and a whole one"))
         if self.relative_attention_num_buckets % 4:
             raise UserError(
                 f"T5 relative_attention_num_buckets is {self.relative_attention_num_buckets}; "

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from starflow_jax import sharding
 from starflow_jax.config import UserError
+from starflow_jax.io.files import first_line
 from starflow_jax.io.progress import ProgressBar
 from starflow_jax.training.metrics import MetricWriter
 from starflow_jax.training.optimizer import schedule
@@ -28,7 +29,7 @@ def train_to_end(run: Run, workdir: Path) -> int:
         lost = jax.process_count() > 1
         if not lost:
             raise
-        raise UserError(f"another process of this run was lost ({str(error).splitlines()[0][:200]}); start all of them "
+        raise UserError(f"another process of this run was lost ({first_line(error)[:200]}); start all of them "
                         "again with the same command: training resumes from the newest checkpoint") from error
     finally:
         run.batches.close()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from starflow_jax.io.files import write_text
+from starflow_jax.io.files import parse_json, write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -69,8 +69,8 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(workdir) / METRICS_FILE
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
+            line = parse_json(text)
+        except ValueError:
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)

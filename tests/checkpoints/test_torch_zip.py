@@ -1,5 +1,9 @@
 """Files of torch.save read without torch: as torch reads them, where it is installed, and a file made by hand."""
 
+import contextlib
+import pickle
+import tracemalloc
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -74,3 +78,31 @@ def test_a_file_that_is_cut_off_or_asks_for_more(tmp_path: Path) -> None:
     write(tmp_path / "a.pth", {"x": Named("torch._utils", "_rebuild_tensor_v2", 1)}, {})
     with pytest.raises(UserError, match="can't be read as weights only"):
         open_pth(tmp_path / "a.pth")
+
+
+def test_a_tensor_lies_within_its_storage(tmp_path: Path) -> None:
+    """Neither strides that lead out of it nor shapes that are none are followed into other memory."""
+    for offset, shape, strides in ((5, (2,), (-5,)), (-1, (2,), (1,)), (0, (-2,), (1,)), (0, (2, 2), (1,)),
+                                   (0, (2.0,), (1,)), (0, (2**62,), (0,))):
+        write(tmp_path / "a.pth", {"x": view("0", offset, shape, strides)}, {"0": np.arange(6, dtype=np.float32)})
+        with pytest.raises(UserError, match="can't be read as weights only .it has a tensor of shape"):
+            open_pth(tmp_path / "a.pth")
+
+
+def test_what_a_pickle_says_takes_no_memory_and_no_time(tmp_path: Path) -> None:
+    """A number under which an object is to be kept, far beyond all that are there; and lists that hold, twice each, one
+    another, a thousand million million in all."""
+    nested: list = []
+    for _ in range(50):
+        nested = [nested, nested]
+    far = b"\x80\x02Nr\xff\xff\x7f\x00."
+    for pickled, message in ((far, None), (pickle.dumps(nested), "more than 100,000 values")):
+        with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+            archive.writestr("a/data.pkl", pickled)
+        tracemalloc.start()
+        try:
+            with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+                assert open_pth(tmp_path / "a.pth") == {}
+            assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+        finally:
+            tracemalloc.stop()

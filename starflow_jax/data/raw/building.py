@@ -28,7 +28,7 @@ from starflow_jax.data.raw import clips, shards, tasks
 from starflow_jax.data.raw.items import Rejected
 from starflow_jax.data.raw.job import Job, by_setting
 from starflow_jax.data.raw.sources import Unit, list_units, read_unit
-from starflow_jax.io.files import ARRIVING, atomic_path, write_text
+from starflow_jax.io.files import ARRIVING, atomic_path, read_json, write_text
 
 SUMMARY = "summary.json"  # of a part; sent last
 PREPARED, REJECTED = "prepared.json", "rejected.jsonl"
@@ -53,10 +53,22 @@ def prepare_clips(job: Job, *, processes: int = 0, beam: str | None = None) -> d
     with shards.work_in(job.path):
         if not (job.path / PREPARED).exists():
             return _prepare(job, processes, beam)
-        done = json.loads((job.path / PREPARED).read_text())
+        done = read_prepared(job.path)
         _check_same(job, done["job"])
         _clean(job)
         return done
+
+
+def read_prepared(folder: epath.Path) -> dict[str, Any]:
+    """What PREPARED holds. Raises UserError for a damaged one."""
+    try:
+        held = read_json(folder / PREPARED)
+        for bucket in held["buckets"].values():
+            int(bucket["frames"]), str(bucket["aspect_ratio"]), dict(bucket["clips"])
+        by_setting(dict(held["job"]))
+        return held
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise shards.damaged(str(folder / PREPARED), error) from error
 
 
 def _prepare(job: Job, processes: int, beam: str | None) -> dict[str, Any]:

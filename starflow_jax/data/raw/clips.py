@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from starflow_jax.data.raw.items import Item, Rejected, Unusable
 from starflow_jax.data.raw.job import Bucket, Job
 from starflow_jax.data.raw.poses import Poses
+from starflow_jax.data.raw.shards import damaged
 from starflow_jax.io.cameras import Cameras
 from starflow_jax.io.pictures import NotAPicture, open_picture
 from starflow_jax.io.video import Mp4Writer, NotAVideo, open_video, tag_colours, to_rgb
@@ -311,7 +312,14 @@ def encode(clip: Clip, crf: int) -> bytes:
 
 
 def decode(media: bytes) -> np.ndarray:
-    """What `encode` kept: uint8 (T, H, W, 3)."""
+    """What `encode` kept: uint8 (T, H, W, 3). Raises UserError for damaged bytes."""
+    try:
+        return _decoded(media)
+    except Exception as error:  # a damaged file can make a decoder fail in any way
+        raise damaged("a prepared clip", error) from error
+
+
+def _decoded(media: bytes) -> np.ndarray:
     if media.startswith(b"\xff\xd8"):
         with Image.open(io.BytesIO(media)) as image:
             return np.asarray(image.convert("RGB"))[None]

@@ -17,9 +17,9 @@ from etils import epath
 
 from starflow_jax.config import UserError
 from starflow_jax.data.raw import clips, shards
-from starflow_jax.data.raw.building import PREPARED
+from starflow_jax.data.raw.building import read_prepared
 from starflow_jax.data.raw.tasks import cores
-from starflow_jax.io.files import ARRIVING, atomic_path, write_text
+from starflow_jax.io.files import ARRIVING, atomic_path, read_json, write_text
 from starflow_jax.io.progress import ProgressBar
 
 MADE_BY = "made_by.json"  # in the folder of a kind: what its numbers depend on
@@ -105,8 +105,14 @@ def _without_padding(features_SD: np.ndarray) -> np.ndarray:
 def check_made_by(folder: epath.Path, kind: str, made_by: Any) -> None:
     """Raises UserError where the folder's data of this kind were made by something else."""
     path = folder / kind / MADE_BY
-    if path.exists() and json.loads(path.read_text()) != json.loads(json.dumps(made_by)):
-        raise UserError(f"{folder / kind}: was made by {path.read_text()}, not by {json.dumps(made_by)}; "
+    if not path.exists():
+        return
+    try:
+        held = read_json(path)
+    except (OSError, ValueError) as error:
+        raise shards.damaged(str(path), error) from error
+    if held != json.loads(json.dumps(made_by)):
+        raise UserError(f"{folder / kind}: was made by {json.dumps(held)}, not by {json.dumps(made_by)}; "
                         "delete it to make it again, or use the model that made it")
 
 
@@ -118,7 +124,7 @@ def _derive(folder: epath.Path, kind: _Kind, batch_size: int, made_by: Any, shar
 def _derive_in(folder: epath.Path, kind: _Kind, batch_size: int, made_by: Any, share: tuple[int, int]) -> None:
     check_made_by(folder, kind.name, made_by)
     write_text(folder / kind.name / MADE_BY, json.dumps(made_by))
-    buckets = json.loads((folder / PREPARED).read_text())["buckets"]
+    buckets = read_prepared(folder)["buckets"]
     sources = shards.written_shards(folder, shards.CLIPS)
     mine = sources[share[0]::share[1]]
     for leftover in folder.glob(f"{kind.name}/*/*/{ARRIVING}*") if share[1] == 1 else ():

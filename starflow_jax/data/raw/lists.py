@@ -34,7 +34,7 @@ def rows(path: epath.Path) -> Iterator[Any]:
     Raises UserError for a list without a column "path".
     """
     if path.suffix == ".parquet":
-        yield from map(_plain, _parquet_rows(path))
+        yield from _parquet_rows(path)
         return
     # Bytes that are no UTF-8 are kept as surrogates, so that one bad row costs one row.
     text = io.StringIO(path.read_bytes().decode("utf-8", errors="surrogateescape").removeprefix("\ufeff"), newline="")
@@ -108,7 +108,7 @@ def _json_rows(text: io.StringIO) -> Iterator[Any]:
                 yield str(error)
 
 
-def _parquet_rows(path: epath.Path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: epath.Path) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
@@ -118,9 +118,19 @@ def _parquet_rows(path: epath.Path) -> Iterator[dict[str, Any]]:
             if "path" not in table.schema_arrow.names:
                 raise UserError(f'{path}: has no column "path"; its columns are {", ".join(table.schema_arrow.names)}')
             for batch in table.iter_batches():
-                yield from batch.to_pylist()
+                yield from _rows_of(batch)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a Parquet file that can be read ({error})") from error
+
+
+def _rows_of(batch: Any) -> list[Any]:
+    """Of a pyarrow batch; where a value can't be read, such as a text that is no UTF-8, its row alone is lost."""
+    try:
+        return [_plain(row) for row in batch.to_pylist()]
+    except ValueError as error:
+        if batch.num_rows == 1:
+            return [f"unreadable row: {error}"]
+    return [row for index in range(batch.num_rows) for row in _rows_of(batch.slice(index, 1))]
 
 
 def _plain(row: Any) -> Any:

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from etils import epath
 from tensorflow_datasets.core import example_parser, example_serializer
 
 from starflow_jax.config import UserError
-from starflow_jax.io.files import sync_all
+from starflow_jax.io.files import first_line, read_json, sync_all
 
 SPLITS = ("train", "validation", "test")
 VERSION = "1.0.0"
@@ -94,10 +93,43 @@ def _serialized(serializer: Any, features: tfds.features.FeaturesDict, example: 
     return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
 
 
+def damaged(what: str, error: Exception) -> UserError:
+    """The error of prepared data that a library could not read."""
+    return UserError(f"{what}: damaged ({first_line(error)}); copy the prepared data again, or prepare them anew in "
+                     "another folder")
+
+
+class Readable(Sequence[Any]):
+    """A sequence read by a library, whose exceptions, whatever they are, become UserErrors that name where it lies."""
+
+    def __init__(self, source: Any, where: str) -> None:
+        self._source, self._where = source, where
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: Any) -> Any:
+        try:
+            return self._source[index]
+        except IndexError:  # the end of the sequence
+            raise
+        except Exception as error:
+            raise damaged(self._where, error) from error
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        try:
+            return self._source.__getitems__(indices)
+        except Exception as error:
+            raise damaged(self._where, error) from error
+
+
 def parse_clip(record: bytes) -> dict[str, Any]:
-    """An example of `clip_features`."""
+    """An example of `clip_features`. Raises UserError for a record that is none."""
     features, _, parser = _clip_serializer()
-    return features.decode_example_np(parser.parse_example(record))
+    try:
+        return features.decode_example_np(parser.parse_example(record))
+    except Exception as error:  # of the parser of messages or of one of the features
+        raise damaged("a record of prepared clips", error) from error
 
 
 @contextlib.contextmanager
@@ -159,13 +191,20 @@ class RecordWriter:
 
 @contextlib.contextmanager
 def records(path: epath.Path) -> Iterator[Any]:
-    """The records of a file by index, as bytes. ArrayRecord reads local files: others are fetched first."""
+    """The records of a file by index, as bytes. ArrayRecord reads local files: others are fetched first.
+
+    Raises UserError, here and where a record is read, for a damaged file.
+    """
     with contextlib.ExitStack() as stack:
         local = str(path)
         if "://" in local:
             local = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), path.name)
             path.copy(local)
-        yield stack.enter_context(array_record_data_source.ArrayRecordDataSource([local]))
+        try:
+            opened = stack.enter_context(array_record_data_source.ArrayRecordDataSource([local]))
+        except RuntimeError as error:
+            raise damaged(path, error) from error
+        yield Readable(opened, str(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,12 +245,15 @@ def write_metadata(folder: epath.Path, shards: Iterable[Shard], features: tfds.f
 
 
 def written_shards(folder: epath.Path, kind: str) -> list[Shard]:
-    """The shards of all finished data sets of a kind, by bucket, split and index."""
+    """The shards of all finished data sets of a kind, by bucket, split and index. Raises UserError for damaged ones."""
     shards = []
     for info in sorted((folder / kind).glob(f"*/{VERSION}/dataset_info.json"), key=str):
-        splits = {split["name"]: split.get("shardLengths", []) for split in json.loads(info.read_text())["splits"]}
-        for split in SPLITS:
-            lengths = [int(length) for length in splits.get(split, [])]
+        try:
+            splits = {split["name"]: split.get("shardLengths", []) for split in read_json(info)["splits"]}
+            counts = {split: [int(length) for length in splits.get(split, [])] for split in SPLITS}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise damaged(str(info), error) from error
+        for split, lengths in counts.items():
             shards += [Shard(kind, info.parent.parent.name, split, index, len(lengths), length)
                        for index, length in enumerate(lengths)]
     return shards

@@ -1,0 +1,61 @@
+"""What tries came to, as files in runs/robustness and as tables.
+
+    python -m tests.robustness.results
+
+prints the tables of all that was tried in this checkout.
+"""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from starflow_jax.io.progress import table
+from tests.robustness.commands import Result
+from tests.robustness.report import write_report
+from tests.robustness.trial import Outcome, slug
+from tests.small_run import ROOT
+
+FOLDER = ROOT / "runs" / "robustness"
+HEADERS = {  # {folder of results: {field: header}}
+    "readers": {"reader": "reader", "tries": "tries", "values": "read", "refused": "refused in one line",
+                "faulty": "faults", "seconds": "seconds", "date": "date"},
+    "settings": {"what": "command lines", "tries": "tries", "work": "work", "done": "done", "refused": "one line",
+                 "faulty": "faults", "seed": "seed", "seconds": "seconds", "date": "date"},
+}
+
+
+def write_reader(name: str, outcome: Outcome, seconds: float) -> None:
+    """The outcome of a reader's tries."""
+    _write("readers", name, seconds, {"reader": name, "tries": outcome.tries, "faulty": outcome.faulty,
+                                      **dataclasses.asdict(outcome)})
+
+
+def write_settings(name: str, results: Sequence[tuple[list[str], Result]], seed: int, seconds: float) -> None:
+    """How command lines ended. seed: Hypothesis's."""
+    count = collections.Counter("faulty" if result.faulty else result.how for _, result in results)
+    _write("settings", name, seconds, {
+        "what": name, "tries": len(results), "work": count["work"], "done": count["done"], "seed": seed,
+        "refused": count["one line"], "faulty": count["faulty"],
+        "faults": [{"arguments": arguments, **dataclasses.asdict(result)} for arguments, result in results
+                   if result.faulty]})
+
+
+def _write(kind: str, name: str, seconds: float, facts: dict[str, Any]) -> None:
+    write_report(FOLDER / kind / f"{slug(name)}.json", facts | {"seconds": round(seconds, 1)})
+
+
+def shown(folder: Path = FOLDER) -> str:
+    """The tables."""
+    tables = []
+    for kind, headers in HEADERS.items():
+        found = [json.loads(path.read_text()) for path in sorted((folder / kind).glob("*.json"))]
+        if found:
+            tables.append(table([[facts[name] for name in headers] for facts in found], tuple(headers.values())))
+    return "\n\n".join(tables)
+
+
+if __name__ == "__main__":
+    print(shown())
