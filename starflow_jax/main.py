@@ -6,6 +6,8 @@ In short:  starflow MODE [PROMPT] [--config=configs/t2v.py[:VARIANT]] [--workdir
 import errno
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from ml_collections import config_flags
 
 from starflow_jax import modes
 from starflow_jax.config import Config, UserError, from_config_dict, whole_number
-from starflow_jax.io import command_line
+from starflow_jax.io import command_line, supervised
 from starflow_jax.io.files import first_line
 from starflow_jax.modes import MODES
 from starflow_jax.settings.help import entry, settings_text
@@ -22,12 +24,16 @@ from starflow_jax.settings.help import entry, settings_text
 # What storage may answer, whatever is written: no room, no right, no such place.
 OF_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
               errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR}
-LOST_AFTER = 20  # seconds without a sign of life, after which a process that works alone is not waited for
+# Seconds without a sign of life, after which another process counts as lost: where each works alone, and where all work
+# together and then end.
+LOST_AFTER, LOST_TOGETHER_AFTER = 20, 40
+LEAVES_AFTER = 2.0  # seconds from an error to the end of one of several processes
 CONFIG = config_flags.DEFINE_config_file("config", None, "A config (configs/t2v.py) and, after a colon, its variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and results; default: runs/NAME.")
 DISTRIBUTED = flags.DEFINE_string(
     "distributed", "", "This is one of several processes of a run: true (TPU pods, Slurm and Kubernetes are detected), "
     "or HOST:PORT,COUNT,INDEX: the first one's address, the number of processes, and which one this is.")
+ALONE = ("", "false")  # of DISTRIBUTED: no others
 MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 
 
@@ -37,6 +43,9 @@ def main(argv: list[str]) -> None:
     config = from_config_dict(CONFIG.value)
     modes.check(MODE.value, config)
     workdir = Path(WORKDIR.value or f"runs/{config.name}")
+    if DISTRIBUTED.value not in ALONE:
+        coordinator(DISTRIBUTED.value)  # what can't be read needs no child
+        supervised.run_in_child()
     # Imported after the settings are checked: JAX takes longer than everything above.
     from starflow_jax.io.compiled import keep_compiled_programs
 
@@ -50,24 +59,23 @@ def join(distributed: str, alone: bool = False) -> None:
 
     Raises UserError for what can't be read or reached.
     """
-    if distributed in ("", "false"):
+    if distributed in ALONE:
         return
     import jax
 
     jax.config.update("jax_enable_recoverability", alone)
-
-    given: dict[str, Any] = {"heartbeat_timeout_seconds": LOST_AFTER} if alone else {}
-    if distributed != "true":
-        given |= coordinator(distributed)
     try:
-        jax.distributed.initialize(**given)
+        jax.distributed.initialize(**coordinator(distributed),
+                                   heartbeat_timeout_seconds=LOST_AFTER if alone else LOST_TOGETHER_AFTER)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"--distributed={distributed}: can't connect to the other processes "
                         f"({first_line(error)}); start all with the same HOST:PORT and COUNT") from error
 
 
 def coordinator(distributed: str) -> dict[str, Any]:
-    """What jax.distributed takes of HOST:PORT,COUNT,INDEX. Raises UserError for anything else."""
+    """What jax.distributed takes of HOST:PORT,COUNT,INDEX; of "true" nothing. Raises UserError for anything else."""
+    if distributed == "true":
+        return {}
     address, *numbers = distributed.split(",")
     host, _, port = address.rpartition(":")
     count, index = map(whole_number, numbers) if len(numbers) == 2 else (None, None)
@@ -129,15 +137,20 @@ def run() -> None:
         app.run(main, flags_parser=parse_flags)
     except UserError as error:
         _leave(error)
-    except OSError as error:
-        if error.errno not in OF_STORAGE:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        mend = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "check that path"
-        _leave(UserError(f"{where}{(error.strerror or str(error)).lower()}; {mend}, or name another"))
     except KeyboardInterrupt:
         print("starflow_jax: interrupted", file=sys.stderr, flush=True)
         sys.exit(command_line.INTERRUPTED)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in OF_STORAGE:
+            where = f"{error.filename}: " if error.filename else ""
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            _leave(UserError(f"{where}{(error.strerror or str(error)).lower()}; "
+                             f"{'make room there' if full else 'check that path'}, or name another"))
+        if not _has_others() or MODE.value == "sample":
+            raise
+        time.sleep(LOST_TOGETHER_AFTER + 10)  # where another one's loss is the cause, JAX ends this process meanwhile
+        traceback.print_exc()
+        os._exit(1)  # a normal exit waits for the others
 
 
 def starflow() -> None:
@@ -152,9 +165,14 @@ def starflow() -> None:
 
 def _leave(error: UserError) -> None:
     print(f"starflow_jax: {error}", file=sys.stderr, flush=True)
-    if flags.FLAGS.is_parsed() and DISTRIBUTED.value:
+    if _has_others():
+        time.sleep(LEAVES_AFTER)  # the first process takes the others with it, which may be about to say the same
         os._exit(2)  # a normal exit waits for the other processes, which may be gone, and aborts
     sys.exit(2)
+
+
+def _has_others() -> bool:
+    return flags.FLAGS.is_parsed() and DISTRIBUTED.value not in ALONE
 
 
 if __name__ == "__main__":

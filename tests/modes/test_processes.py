@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from starflow_jax.io.lock import held
 from starflow_jax.training.metrics import read_metrics
 from tests.small_run import ROOT, command, environment
 from tests.test_sharding import xla_flags
@@ -69,9 +70,9 @@ def stopped_at(workdir: Path, pair: list[subprocess.Popen], checkpoint: int) -> 
     return stopped
 
 
-def final_arrays(workdir: Path) -> list[jax.Array]:
+def final_arrays(workdir: Path, step: int = 40) -> list[jax.Array]:
     """All arrays of the last checkpoint, on a device of this process."""
-    folder, reader = (workdir / "checkpoints" / "40" / "state").absolute(), ocp.StandardCheckpointer()
+    folder, reader = (workdir / "checkpoints" / str(step) / "state").absolute(), ocp.StandardCheckpointer()
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
                           reader.metadata(folder).item_metadata)
@@ -107,12 +108,65 @@ def test_one_that_dies_stops_the_other_and_both_resume(data: Path, tmp_path: Pat
     wait_for(workdir / "checkpoints" / "8", pair)
     pair[1].kill()
     said = pair[0].communicate(timeout=300)[0]
-    # At once by the line of ours, or, where it was waiting for the other to save, by JAX's after 100 seconds.
-    assert pair[0].returncode, said
-    assert "another process of this run was lost" in said or "another task died" in said, said
+    assert pair[0].returncode == 2 and "another process of this run was lost" in said, said
     stopped = stopped_at(workdir, start_two(workdir, data, *LONGER), checkpoint=24)
     said = end_of(start_two(workdir, data, *LONGER))
     assert step_in(said, "resuming from step {}\n") == stopped and "trained 40 steps" in said
     assert len(losses(workdir)) == 40 // LOG_EVERY and losses(workdir) == losses(uninterrupted)
     for ours, expected in zip(final_arrays(workdir), final_arrays(uninterrupted), strict=True):
         np.testing.assert_array_equal(ours, expected)
+
+
+SHORT = ("--config.train.steps=12", "--config.train.checkpoint_every=4", "--config.train.evaluate_every=8",
+         "--config.train.log_every=4", "--config.model.denoiser=none", "--config.sample.denoise=none",
+         "--config.train.sheet_clips=0")
+# What a workdir holds when a phase has begun: the pattern of a file's name, and what it must say.
+PHASES = {"start": ("in_use.json", ""), "compile": ("metrics.jsonl", ""), "step": ("metrics.jsonl", '"step": 4'),
+          "evaluation": ("metrics.jsonl", '"step": 8'), "checkpoint": ("checkpoints/8*", ""),
+          "end": ("checkpoints/12", "")}
+
+
+def has_begun(phase: str, workdir: Path) -> bool:
+    pattern, text = PHASES[phase]
+    return any(not text or text in path.read_text() for path in workdir.glob(pattern))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(the data, the workdir of a short run of two processes)."""
+    data, workdir = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("uninterrupted")
+    end_of(start_two(workdir, data, *SHORT))
+    return data, workdir
+
+
+@pytest.mark.slow  # tests/io/test_supervised.py and tests/modes/test_alone.py are quick
+@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_death_at_any_phase_is_one_line_and_the_same_command_goes_on(
+    phase: str, killed: int, uninterrupted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, expected = uninterrupted
+    pair = start_two(tmp_path, data, *SHORT)
+    while not has_begun(phase, tmp_path):
+        assert pair[0].poll() is None and pair[1].poll() is None, pair[0].communicate()[0]
+        time.sleep(0.005)
+    pair[killed].kill()
+    said = pair[1 - killed].communicate(timeout=60)[0]
+    assert "Traceback" not in said and "stack trace" not in said, said
+    if phase != "end" or pair[1 - killed].returncode:  # it may just have ended
+        assert pair[1 - killed].returncode == 2, said
+        assert said.splitlines()[-1].startswith("starflow_jax: another process of this run was lost"), said
+        assert said.count("starflow_jax: ") == 1, said
+    assert "trained 12 steps" in end_of(start_two(tmp_path, data, *SHORT))
+    assert losses(tmp_path) == losses(expected)
+    for ours, theirs in zip(final_arrays(tmp_path, 12), final_arrays(expected, 12), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.slow  # tests/modes/test_alone.py is quick
+def test_a_workdir_in_use_is_refused_to_all_processes(data: Path, tmp_path: Path) -> None:
+    with held(tmp_path):
+        pair = start_two(tmp_path, data, *SHORT)
+        said = [process.communicate(timeout=300)[0] for process in pair]
+    assert [process.returncode for process in pair] == [2, 2], said
+    assert all(one.count("starflow_jax: ") == 1 and "is using it" in one for one in said), said
