@@ -17,13 +17,13 @@ from starflow_jax.settings.data import Convert, Data, Prepare
 from starflow_jax.settings.fields import Settings, UserError, required, type_hints, whole_number
 from starflow_jax.settings.model import METADATA, REMAT, SEQUENCE_PARALLEL, Codec, Mesh, Model, Text
 from starflow_jax.settings.sampling import EVALUATIONS, Evaluate, Sample, Solver
-from starflow_jax.settings.training import BENCHMARKS, Benchmark, Decoder, Lora, Plan, Train
+from starflow_jax.settings.training import BENCHMARKS, Benchmark, Control, Decoder, Lora, Plan, Train
 
 __all__ = [
-    "BENCHMARKS", "EVALUATIONS", "METADATA", "REMAT", "SEQUENCE_PARALLEL", "Benchmark", "Codec", "Config", "Convert",
-    "Data", "Decoder", "Evaluate", "Lora", "Mesh", "Model", "Plan", "Prepare", "Sample", "Solver", "Text", "Train",
-    "UserError", "changed", "choose_variant", "from_config_dict", "from_dict", "to_config_dict", "unknown_setting",
-    "whole_number"]
+    "BENCHMARKS", "EVALUATIONS", "METADATA", "REMAT", "SEQUENCE_PARALLEL", "Benchmark", "Codec", "Config", "Control",
+    "Convert", "Data", "Decoder", "Evaluate", "Lora", "Mesh", "Model", "Plan", "Prepare", "Sample", "Solver", "Text",
+    "Train", "UserError", "changed", "choose_variant", "from_config_dict", "from_dict", "to_config_dict",
+    "unknown_setting", "whole_number"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Config(Settings):
     data: Data = Data()
     train: Train = Train()
     lora: Lora = Lora()
+    control: Control = Control()
     decoder: Decoder = Decoder()
     sample: Sample = Sample()
     mesh: Mesh = Mesh()
@@ -54,6 +55,11 @@ class Config(Settings):
             "must be 0 with prepared data: only moving digits can be read")
         self.train.require("target", self.train.target != "decoder" or not self.data.latents,
                            "needs pixels beside the latents; set data.latents=false")
+        if self.train.target == "control":
+            self.data.require("camera", self.data.source != "digits" or self.data.camera,
+                              "must be true with train.target=control, which needs clips with their cameras")
+            self.data.require("image_probability", not self.data.image_probability,
+                              "must be 0 with train.target=control: a picture has no path of a camera")
         self.lora.require("blocks", "denoiser" not in self.lora.blocks or self.model.denoiser != "none",
                           "this model has no denoiser")
 

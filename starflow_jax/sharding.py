@@ -51,6 +51,7 @@ PARAMETERS = {
     r"(deep|shallow_\d+|denoiser)/proj_(in|text)/kernel": (None, "width"),
     r"(deep|shallow_\d+|denoiser)/proj_out/kernel": ("width", None),
     r"text/.*": (),  # the encoder that is trained along with the flow
+    r"control/.*": (),
     r"decoder/.*": (),  # a codec's, fine-tuned on noised latents
     r"discriminator(_optimizer)?/.*": (),  # which that is trained against
 }

@@ -6,6 +6,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from starflow_jax.flow.control import LatentCameras, cameras_of_latents
+
 Array = Any  # jax.Array or np.ndarray; where only shapes count, jax.ShapeDtypeStruct
 
 
@@ -17,8 +19,8 @@ class Batch(flax.struct.PyTreeNode):
     trained on, and `drop_first_B` says which end each of them loses once it is encoded (`without_one_end`).
 
     Where the data have cameras, a clip of video has one for each of its recorded frames, also where it comes in
-    latents: a latent stands for several frames, and nothing is lost of their cameras (`cameras_of_latents` takes one
-    each). They are in the world of the recording, whose first frame a clip need not have.
+    latents: of the several frames that a latent stands for all cameras are used (flow/control.py). They are in the
+    world of the recording, whose first frame a clip need not have.
     """
 
     frames_BTHWC: Array | None = None  # uint8
@@ -28,6 +30,7 @@ class Batch(flax.struct.PyTreeNode):
     intrinsics_BT4: Array | None = None  # float32 fx, fy, cx, cy, by the frame's width and height
     world_to_camera_BT34: Array | None = None  # float32
     drop_first_B: Array | None = None  # bool: the first latent is dropped, else the last; None: clips keep both ends
+    rays_BNSK: Array | None = None  # float32: through the tokens of the latents, in place of cameras
     valid_B: Array | None = None  # bool: False where an evaluation's last batch repeats a clip to keep its shape
 
     @property
@@ -48,22 +51,16 @@ class Batch(flax.struct.PyTreeNode):
     def is_image(self) -> bool:
         return self.clips_B.shape[1] == 1
 
-    def without_one_end(self, latents_BNhwC: jax.Array) -> jax.Array:
-        """This batch's latents as trained on: without the first where drop_first_B says so, else without the last."""
+    def without_one_end(self, latents_BN: jax.Array) -> jax.Array:
+        """This batch's latents, or what else there is of each, (B, N, ...), as trained on: without the first where
+        drop_first_B says so, else without the last."""
         if self.drop_first_B is None:
-            return latents_BNhwC
-        drop_first = jnp.asarray(self.drop_first_B)[:, None, None, None, None]
-        return jnp.where(drop_first, latents_BNhwC[:, 1:], latents_BNhwC[:, :-1])
+            return latents_BN
+        drop_first = jnp.asarray(self.drop_first_B).reshape(-1, *[1] * (latents_BN.ndim - 1))
+        return jnp.where(drop_first, latents_BN[:, 1:], latents_BN[:, :-1])
 
-    def cameras_of_latents(self, latent_stride: int) -> tuple[jax.Array, jax.Array]:
-        """(intrinsics (B, N, 4), world_to_camera (B, N, 3, 4)) of the last frame of each of the latents as trained on.
-
-        The last one, since a latent is whole once its last frame is there. latent_stride: frames of all latents but the
-        first of a recording. Only for a batch that has cameras.
-        """
+    def cameras_of_latents(self, time_stride: int) -> LatentCameras:
+        """Those of the latents as trained on. Only for a batch that has cameras."""
         assert self.intrinsics_BT4 is not None and self.world_to_camera_BT34 is not None
-        intrinsics_BN4, matrices_BN34 = (jnp.asarray(values[:, ::latent_stride])
-                                         for values in (self.intrinsics_BT4, self.world_to_camera_BT34))
-        by_latent_BND = jnp.concatenate([intrinsics_BN4, matrices_BN34.reshape(*matrices_BN34.shape[:2], 12)], axis=2)
-        kept_BND = self.without_one_end(by_latent_BND[:, :, None, None])[:, :, 0, 0]
-        return kept_BND[..., :4], kept_BND[..., 4:].reshape(*kept_BND.shape[:2], 3, 4)
+        of_recorded = cameras_of_latents(self.intrinsics_BT4, self.world_to_camera_BT34, time_stride)
+        return jax.tree.map(self.without_one_end, of_recorded)

@@ -22,7 +22,7 @@ from starflow_jax.flow.inversion import Inverse, Known, Solver
 from starflow_jax.kernels.mask import Causal
 from starflow_jax.nn import rope
 from starflow_jax.nn.cache import KVCache
-from starflow_jax.nn.transformer import KeyValue, Transformer, run_behind_prefix, with_prefix
+from starflow_jax.nn.transformer import Control, KeyValue, Transformer, run_behind_prefix, with_prefix
 
 SOFT_CLIP = 4.0
 UNIT_SCALE = 0.54132485  # softplus(UNIT_SCALE) = 1: a block whose output is 0 changes nothing
@@ -51,70 +51,78 @@ class FlowBlock(nn.Module):
         self.proj_out = nn.Dense(2 * self.channels, dtype=self.dtype, kernel_init=nn.initializers.zeros)
 
     def forward(
-        self, x_BSC: jax.Array, rope_2SE: jax.Array, text_BTD: jax.Array | None = None
+        self, x_BSC: jax.Array, rope_2SE: jax.Array, text_BTD: jax.Array | None = None, control: Control | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """Tokens (B, S, C) -> (z, log-determinant), elementwise, both (B, S, C) float32.
 
-        rope: of the text, then of the tokens.
+        rope: of the text, then of the tokens; control: of the tokens. Slot s, which predicts token s, is steered by
+        that token's.
         """
-        affine, _ = self._run(x_BSC, rope_2SE, text_BTD, keep_kv=False)
+        affine, _ = self._run(x_BSC, rope_2SE, text_BTD, control, keep_kv=False)
         return affine.forward(x_BSC)
 
     def inverse(
         self, z_BSC: jax.Array, rope_2SE: jax.Array, known: Known, start_BSC: jax.Array, solver: Solver,
-        guidance: jax.Array | None = None,
+        guidance: jax.Array | None = None, control: Control | None = None,
     ) -> Inverse:
         """The next S slots' noise (B, S, C) -> their tokens and log-determinant, elementwise, and what is known then.
 
         rope: of those slots; known: the slots before them (`begin`); start: where the solver starts, (B, S, C);
         guidance: weight of the conditional branch over the unconditional one, both in the cache. None: one branch.
+        control: of those slots, the same in both branches.
         """
         block, variables = self.unbind()  # a bound module can't be called in a loop of JAX's
         predict_next: Any = partial(block.apply, method=FlowBlock.predict)
         branches = 1 if guidance is None else 2
 
-        def predict(inputs_BNC: jax.Array, rope_2NE: jax.Array, cache: KVCache) -> tuple[Affine, KeyValue]:
+        def predict(inputs_BNC: jax.Array, slots: Any, cache: KVCache) -> tuple[Affine, KeyValue]:
+            rope_2NE, tokens_BNC = slots
+            steered = None if control is None else Control(tokens_BNC, control.kernels_LCD).tiled(branches)
             inputs = jnp.tile(inputs_BNC, (branches, 1, 1))
-            affine, kv = predict_next(variables, inputs, rope_2NE, cache)
+            affine, kv = predict_next(variables, inputs, rope_2NE, cache, steered)
             if guidance is None:
                 return affine, kv
             conditional, unconditional = (Affine(*part) for part in zip(*(jnp.split(a, 2) for a in affine)))
             return guide(conditional, unconditional, guidance), kv
 
-        return inversion.solve(predict, z_BSC, start_BSC, known, rope_2SE, solver, branches)
+        slots = rope_2SE, None if control is None else control.tokens_BSC
+        return inversion.solve(predict, z_BSC, start_BSC, known, slots, solver, branches)
 
     def begin(
         self, slots: int, x_BSC: jax.Array, rope_2SE: jax.Array, text_GBTD: jax.Array | None = None,
-        cache_dtype: Any = None,
+        cache_dtype: Any = None, control: Control | None = None,
     ) -> Known:
         """What `inverse` takes to be known: the text of each guidance branch, and S >= 0 given tokens.
 
         slots: of the cache, text included; rope: of the text and then of the given tokens; cache_dtype: see
-        KVCache.empty, the block's own by default.
+        KVCache.empty, the block's own by default; control: of the given tokens.
         """
         batch, given, channels = x_BSC.shape
         branches = 1 if text_GBTD is None else text_GBTD.shape[0]
         text = None if text_GBTD is None else text_GBTD.reshape(-1, *text_GBTD.shape[2:])
         cache = self.transformer.empty_cache(branches * batch, slots, self.width, cache_dtype)
         if given:
-            _, kv = self._run(jnp.tile(x_BSC, (branches, 1, 1)), rope_2SE, text, keep_kv=True)
+            steered = None if control is None else control.tiled(branches)
+            _, kv = self._run(jnp.tile(x_BSC, (branches, 1, 1)), rope_2SE, text, steered, keep_kv=True)
             return Known(cache.append(kv), x_BSC[:, -1:])
         if text is not None:
             _, kv = self._predict(self.proj_text(text), rope_2SE[:, :text.shape[1]])
             cache = cache.append(kv)
         return Known(cache, jnp.broadcast_to(self.sos, (batch, 1, channels)).astype(x_BSC.dtype))
 
-    def predict(self, inputs_BNC: jax.Array, rope_2NE: jax.Array, cache: KVCache) -> tuple[Affine, KeyValue]:
+    def predict(self, inputs_BNC: jax.Array, rope_2NE: jax.Array, cache: KVCache, control: Control | None = None
+                ) -> tuple[Affine, KeyValue]:
         """The next N slots' predictions from what each slot sees; the cache is only read."""
-        return self._predict(self.proj_in(inputs_BNC.astype(self.dtype)), rope_2NE, cache=cache)
+        return self._predict(self.proj_in(inputs_BNC.astype(self.dtype)), rope_2NE, cache=cache, control=control)
 
-    def _run(self, x_BSC: jax.Array, rope_2SE, text_BTD: jax.Array | None, keep_kv: bool) -> tuple[Affine, Any]:
+    def _run(self, x_BSC: jax.Array, rope_2SE, text_BTD: jax.Array | None, control: Control | None, keep_kv: bool
+             ) -> tuple[Affine, Any]:
         """Every slot's prediction from the tokens before it."""
         text = None if text_BTD is None else self.proj_text(text_BTD.astype(self.dtype))
         sos = jnp.broadcast_to(self.sos, (x_BSC.shape[0], 1, self.channels)).astype(x_BSC.dtype)
         inputs = jnp.concatenate([sos, x_BSC[:, :-1]], axis=1)
         hidden, prefix = with_prefix(text, self.proj_in(inputs.astype(self.dtype)))
-        return self._predict(hidden, rope_2SE, prefix, keep_kv=keep_kv)
+        return self._predict(hidden, rope_2SE, prefix, keep_kv=keep_kv, control=control)
 
     def _predict(self, hidden_BSD: jax.Array, rope_2SE: jax.Array, prefix: int = 0, **options) -> tuple[Affine, Any]:
         return run_behind_prefix(self.transformer, self._affine, hidden_BSD, rope_2SE, Causal(), prefix, **options)

@@ -1,12 +1,98 @@
-"""Camera control: the Plücker coordinates of the ray through every pixel of every frame.
+"""Camera control: rays of cameras as tokens, and what they add to the deep block's hidden states.
 
-A ray with origin o and unit direction d is the pair (o × d, d): the moment is the same for every point o
-of the ray, so the six numbers identify the line of the world that a pixel sees, and nothing else.
+A ray with origin o and unit direction d is the pair (o × d, d) of Plücker coordinates: the moment is the same for every
+point o of the ray, so the six numbers identify the line of the world that a pixel sees, and nothing else. The rays
+through a token's pixels are its control token; a small network maps it to `width` features, and each layer of the
+frozen deep block gets a linear map of these, which starts at zero. Slot s, which predicts token s, gets that token's:
+the map stays triangular, and frame n depends on the cameras of frames 0 .. n alone.
 """
 
+from functools import partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.config import UserError
+from starflow_jax.config import Model, UserError
+from starflow_jax.nn.patch import patchify
+from starflow_jax.nn.transformer import Control
+
+CHANNELS = 6  # of a ray
+# Parameters of a control module, and ray tokens (B, T, S, K) of some frames of a window.
+Steering = tuple[Any, jax.Array]
+
+
+class LatentCameras(flax.struct.PyTreeNode):
+    """Of each latent frame the cameras of the R pixel frames that it stands for; a video's first one, which stands for
+    one, has that R times."""
+
+    intrinsics_BNR4: Any  # fx, fy, cx, cy in units of the frame's width (fx, cx) and height (fy, cy)
+    world_to_camera_BNR44: Any
+
+    def cut(self, first: int, last: int) -> "LatentCameras":
+        """Those of latent frames first to last."""
+        return LatentCameras(self.intrinsics_BNR4[:, first:last], self.world_to_camera_BNR44[:, first:last])
+
+
+def cameras_of_latents(intrinsics_BT4: Any, world_to_camera_BT34: Any, time_stride: int) -> LatentCameras:
+    """From the cameras of 1 + a multiple of time_stride pixel frames, the last row of whose matrices is 0 0 0 1. Raises
+    UserError for another number."""
+    frames = intrinsics_BT4.shape[1]
+    if frames < 1 or (frames - 1) % time_stride:
+        raise UserError(f"cameras: {frames} of them; a video has 1 + a multiple of {time_stride} frames")
+
+    def grouped(of_frames_BTX: jax.Array) -> jax.Array:
+        first = jnp.repeat(of_frames_BTX[:, :1], time_stride, axis=1)
+        whole = jnp.concatenate([first, of_frames_BTX[:, 1:]], axis=1)
+        return whole.reshape(len(whole), -1, time_stride, *whole.shape[2:])
+
+    last_BT14 = jnp.broadcast_to(jnp.array([0.0, 0.0, 0.0, 1.0]), (*world_to_camera_BT34.shape[:2], 1, 4))
+    world_to_camera_BT44 = jnp.concatenate([jnp.asarray(world_to_camera_BT34, jnp.float32), last_BT14], axis=2)
+    return LatentCameras(grouped(jnp.asarray(intrinsics_BT4, jnp.float32)), grouped(world_to_camera_BT44))
+
+
+def fresh_control(model: Model, width: int, time_stride: int, key: jax.Array) -> dict[str, Any]:
+    """Parameters, float32, with which the model is its backbone: what is added to each layer is zero."""
+    channels = CHANNELS * time_stride * model.patch_size**2
+    keys, draw = jax.random.split(key), jax.nn.initializers.lecun_normal()
+    return {"proj_in": {"kernel": draw(keys[0], (channels, width)), "bias": jnp.zeros(width)},
+            "proj_out": {"kernel": draw(keys[1], (width, width)), "bias": jnp.zeros(width)},
+            "layers": {"kernel": jnp.zeros((model.deep_layers, width, model.deep_width))}}
+
+
+def control_of(steering: Steering | None) -> Control | None:
+    """What ray tokens add to the deep block, as its layers take it; None where nothing steers."""
+    if steering is None:
+        return None
+    params, rays_BTSK = steering
+
+    def dense(name: str, x: jax.Array) -> jax.Array:
+        return x @ params[name]["kernel"] + params[name]["bias"]
+
+    tokens_BTSC = dense("proj_out", jax.nn.gelu(dense("proj_in", rays_BTSK), approximate=False))
+    return Control(tokens_BTSC.reshape(len(rays_BTSK), -1, tokens_BTSC.shape[-1]), params["layers"]["kernel"])
+
+
+@partial(jax.jit, static_argnums=2)
+def ray_tokens(cameras: LatentCameras, reference_B44: jax.Array, model: Model) -> jax.Array:
+    """(B, N, S, 6 R p^2) float32: the rays through the pixels of each token, for each of its R cameras, in the space of
+    the reference camera (world to camera), which is the last one of the window's first latent frame. So a window
+    depends on how its cameras move, not on where the world has its origin, however long the video is."""
+    batch, frames, poses = cameras.intrinsics_BNR4.shape[:3]
+    to_reference = reference_B44[:, None, None] @ jnp.linalg.inv(cameras.world_to_camera_BNR44)
+    rays = _rays(jnp, cameras.intrinsics_BNR4.reshape(-1, 4), to_reference.reshape(-1, 4, 4), model.height,
+                 model.width)
+    rays_BNRhw6 = rays.reshape(batch, frames, poses, model.height, model.width, CHANNELS)
+    rays_BNhwK = jnp.moveaxis(rays_BNRhw6, 2, 4).reshape(batch, frames, model.height, model.width, -1)
+    tokens = patchify(rays_BNhwK.astype(jnp.float32), model.patch_size)
+    return tokens.reshape(batch, frames, -1, tokens.shape[-1])
+
+
+def window_rays(cameras: LatentCameras, model: Model) -> jax.Array:
+    """`ray_tokens` of a window's cameras."""
+    return ray_tokens(cameras, cameras.world_to_camera_BNR44[:, 0, -1], model)
 
 
 def plucker_rays(
@@ -37,13 +123,17 @@ def plucker_rays(
         raise UserError("cameras: a world_to_camera matrix is singular; give a rigid transform") from error
     if relative_to_first:
         camera_to_world_T44 = world_to_camera_T44[0] @ camera_to_world_T44
+    return _rays(np, intrinsics_T4, camera_to_world_T44, height, width)
 
+
+def _rays(xp: Any, intrinsics_T4: Any, camera_to_world_T44: Any, height: int, width: int) -> Any:
+    """(T, height, width, 6), by numpy or jax.numpy."""
     fx, fy, cx, cy = intrinsics_T4.T[:, :, None, None]  # each (T, 1, 1)
-    x = ((np.arange(width) + 0.5) / width - cx) / fx  # (T, 1, W)
-    y = ((np.arange(height)[:, None] + 0.5) / height - cy) / fy  # (T, H, 1)
-    camera_rays_THW3 = np.stack(np.broadcast_arrays(x, y, 1.0), axis=-1)
-
-    direction_THW3 = np.einsum("tij,thwj->thwi", camera_to_world_T44[:, :3, :3], camera_rays_THW3)
-    direction_THW3 /= np.linalg.norm(direction_THW3, axis=-1, keepdims=True)
+    x = ((xp.arange(width) + 0.5) / width - cx) / fx  # (T, 1, W)
+    y = ((xp.arange(height)[:, None] + 0.5) / height - cy) / fy  # (T, H, 1)
+    camera_rays_THW3 = xp.stack(xp.broadcast_arrays(x, y, xp.ones_like(x)), axis=-1)
+    direction_THW3 = xp.einsum("tij,thwj->thwi", camera_to_world_T44[:, :3, :3], camera_rays_THW3)
+    direction_THW3 = direction_THW3 / xp.linalg.norm(direction_THW3, axis=-1, keepdims=True)
     origin_T113 = camera_to_world_T44[:, None, None, :3, 3]
-    return np.concatenate([np.cross(origin_T113, direction_THW3), direction_THW3], axis=-1)
+    moment_THW3 = xp.cross(xp.broadcast_to(origin_T113, direction_THW3.shape), direction_THW3)
+    return xp.concatenate([moment_THW3, direction_THW3], axis=-1)

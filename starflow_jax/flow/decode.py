@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from starflow_jax.flow.control import Steering, control_of
 from starflow_jax.flow.inversion import SEQUENTIAL, Inverse, Known, Report, Solver
 from starflow_jax.flow.schedule import schedule
 from starflow_jax.flow.starflow import STARFlow, apply_flow
@@ -39,12 +40,13 @@ def start_window(
     token_grid: tuple[int, int],
     guess_BSK: jax.Array | None = None,
     cache: str = "",
+    steering: Steering | None = None,
 ) -> WindowState:
     """Fill the cache with the text and the T >= 0 known frames of u (TI2V, extension, restarts).
 
     texts: (branches, B, text_length, text_dim), branch 0 conditional; None: a model without text.
     guess: of the first frame, where none is known; 0 by default. cache: what keys and values are kept as, "int8" or
-    the model's dtype.
+    the model's dtype. steering: of the known frames; None also where there are none.
     """
     batch, frames, tokens, channels = known_BTSK.shape
     text = None if texts_GBTD is None else texts_GBTD[0]
@@ -52,7 +54,8 @@ def start_window(
     rope = model.rope((max(frames, 1), *token_grid), text)
 
     def begin(flow: STARFlow) -> Known:
-        return flow.deep.begin(slots, known_BTSK.reshape(batch, -1, channels), rope, texts_GBTD, cache or None)
+        return flow.deep.begin(slots, known_BTSK.reshape(batch, -1, channels), rope, texts_GBTD, cache or None,
+                               control_of(steering))
 
     guess = jnp.zeros((batch, tokens, channels), known_BTSK.dtype) if guess_BSK is None else guess_BSK
     previous = known_BTSK[:, -1] if frames else guess
@@ -68,6 +71,7 @@ def decode_frames(
     z_BGSK: jax.Array,
     guidance: jax.Array,
     start_BGSK: jax.Array | None = None,
+    steering: Steering | None = None,
     *,
     solver: Solver,
     window: int,
@@ -76,7 +80,7 @@ def decode_frames(
 ) -> tuple[jax.Array, WindowState, Report]:
     """The next G frames of u = f_D^{-1}(z | earlier frames, text). branches: 2 with guidance, 1 without.
 
-    start: where the solver starts; None: at the previous frame.
+    start: where the solver starts; None: at the previous frame. steering: of these frames.
     """
     batch, frames, tokens, channels = z_BGSK.shape
     positions = model.rope((window, *token_grid), None)
@@ -85,7 +89,8 @@ def decode_frames(
     start = jnp.tile(state.previous_BSK, (1, frames, 1)) if start_BGSK is None else start_BGSK.reshape(z.shape)
 
     def invert(flow: STARFlow) -> Inverse:
-        return flow.deep.inverse(z, rope, state.known, start, solver, guidance if branches == 2 else None)
+        return flow.deep.inverse(z, rope, state.known, start, solver, guidance if branches == 2 else None,
+                                 control_of(steering))
 
     found = apply_flow(model, params, invert)
     u_BGSK = found.x_BSC.reshape(z_BGSK.shape)
@@ -113,6 +118,7 @@ def generate(
     guidance: float = 0.0, solver: Solver = SEQUENTIAL, token_grid: tuple[int, int],
     known_BTSK: jax.Array | None = None, window: int | None = None, context: int | None = None,
     later: Later = Later(), guess_BSK: jax.Array | None = None, start_BTSK: jax.Array | None = None, cache: str = "",
+    steer: Callable[[int, int, int], Steering | None] | None = None,
 ) -> Iterator[tuple[jax.Array, Report]]:
     """Yield the frames of u that follow the known ones, (B, G, S, K) with their report, as they are finished.
 
@@ -121,7 +127,9 @@ def generate(
     frame from which on they hold (0 must be there). Past `window` frames (default: all fit), or with
     another text, the last `context` frames are encoded again at positions from 0 and generation continues, as `later`
     says. The solver starts at `start`, shaped as the noise, or each frame at the one before (the first at `guess`).
-    cache: see `start_window`. Parameters in the hosts' memory (`sharding.to_host`) are on the devices for a step only.
+    cache: see `start_window`. steer: (first frame of a window, of some of its frames, their number) -> their steering;
+    frames are counted from the video's first one, given or made. Parameters in the hosts' memory (`sharding.to_host`)
+    are on the devices for a step only.
     Raises ValueError where the known frames or the context do not fit the window.
     """
     batch, total, tokens, channels = noise_BTSK.shape
@@ -130,10 +138,12 @@ def generate(
     context = window * 3 // 4 if context is None else context
     text_of: dict[int, Any] = texts if isinstance(texts, dict) else {0: texts}
     state: Any = None
+    given, begin = u_BTSK.shape[1], 0
     for step in schedule(total, u_BTSK.shape[1], solver, window=window, context=context, changes=text_of):
         now = slice(step.index, step.index + step.frames)
         if step.encode is not None:
             state = None  # its cache is free before the next one is made
+            begin = given + step.index - step.encode
             kept_BTSK = u_BTSK[:, u_BTSK.shape[1] - step.encode:]
             if step.index and later.refresh is not None:
                 kept_BTSK = later.refresh(u_BTSK, step.encode, step.index)
@@ -141,11 +151,13 @@ def generate(
             if step.later and not step.text and later.text_GBTD is not None:
                 text_GBTD = later.text_GBTD
             state = start_window(model, to_devices(params, after=kept_BTSK), kept_BTSK, text_GBTD, window=window,
-                                 token_grid=token_grid, guess_BSK=guess_BSK, cache=cache)
+                                 token_grid=token_grid, guess_BSK=guess_BSK, cache=cache,
+                                 steering=steer(begin, begin, step.encode) if steer and step.encode else None)
         made_BGSK, state, report = decode_frames(
             model, to_devices(params, after=(state, u_BTSK)), state, noise_BTSK[:, now],
             jnp.float32(guidance if later.guidance is None or not step.later else later.guidance),
-            None if start_BTSK is None else start_BTSK[:, now], solver=step.solver, window=window,
+            None if start_BTSK is None else start_BTSK[:, now],
+            steer(begin, given + step.index, step.frames) if steer else None, solver=step.solver, window=window,
             token_grid=token_grid, branches=1 if text_GBTD is None else text_GBTD.shape[0])
         u_BTSK = jnp.concatenate([u_BTSK, made_BGSK], axis=1)[:, -window:]
         yield made_BGSK, report

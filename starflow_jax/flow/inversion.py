@@ -21,8 +21,9 @@ from starflow_jax.flow import jacobi
 from starflow_jax.flow.affine import Affine
 from starflow_jax.nn.cache import KVCache
 
-# What each of N slots sees (B, N, C), their RoPE and the cache -> (Affine, keys and values).
-Predict = Callable[[jax.Array, jax.Array, KVCache], tuple[Affine, Any]]
+# What each of N slots sees (B, N, C), what is known of the slots themselves (their RoPE (2, N, E) and whatever else,
+# as a pytree of arrays with the slots at axis 1), and the cache -> (Affine, keys and values).
+Predict = Callable[[jax.Array, Any, KVCache], tuple[Affine, Any]]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["tolerance"],
@@ -83,14 +84,14 @@ def solve(
     z_BSC: jax.Array,
     start_BSC: jax.Array,
     known: Known,
-    rope_2SE: jax.Array,
+    slots: Any,
     solver: Solver,
     branches: int = 1,
 ) -> Inverse:
     """The S tokens after the known ones, block by block or by a wavefront, starting at `start` (B, S, C)."""
     if solver.updates:
-        return _wavefront(predict, z_BSC, start_BSC, known, rope_2SE, solver)
-    return _block_jacobi(predict, _Tokens(z_BSC, start_BSC, rope_2SE), known, solver, branches)
+        return _wavefront(predict, z_BSC, start_BSC, known, slots, solver)
+    return _block_jacobi(predict, _Tokens(z_BSC, start_BSC, slots), known, solver, branches)
 
 
 class _Tokens(flax.struct.PyTreeNode):
@@ -98,7 +99,7 @@ class _Tokens(flax.struct.PyTreeNode):
 
     z_BNC: jax.Array
     start_BNC: jax.Array
-    rope_2NE: jax.Array
+    slots: Any  # as Predict takes them
 
     def cut(self, first: int, last: int) -> "_Tokens":
         return jax.tree.map(lambda part: part[:, first:last], self)
@@ -122,7 +123,7 @@ def _block_jacobi(predict: Predict, tokens: _Tokens, known: Known, solver: Solve
     def solve_block(known: Known, block: _Tokens) -> tuple[Known, _Solved]:
         def update(x: jax.Array) -> tuple[jax.Array, Any]:
             inputs = jnp.concatenate([known.last_B1C, x[:, :-1]], axis=1)
-            affine, kv = predict(inputs, block.rope_2NE, known.cache)
+            affine, kv = predict(inputs, block.slots, known.cache)
             return affine.inverse(block.z_BNC), _split_branches(kv, branches)
 
         found = jacobi.solve(update, block.start_BNC, tolerance=solver.tolerance,
@@ -158,7 +159,7 @@ class _Front(flax.struct.PyTreeNode):
     finished: Any  # keys and values of the tokens that the last pass finished, which the cache does not have yet
 
 
-def _wavefront(predict: Predict, z_BSC, start_BSC, known: Known, rope_2SE, solver: Solver) -> Inverse:
+def _wavefront(predict: Predict, z_BSC, start_BSC, known: Known, slots: Any, solver: Solver) -> Inverse:
     """`solve` by windows of `updates` strides: the first stride of a window is at its last update, after which its keys
     and values are kept and the window moves on; the last stride is at its first. All samples take the same steps."""
     tokens, stride, updates = z_BSC.shape[1], solver.stride, solver.updates
@@ -170,8 +171,9 @@ def _wavefront(predict: Predict, z_BSC, start_BSC, known: Known, rope_2SE, solve
         the whole cache at each pass."""
         known, finished = front.known, front.finished
         known = known if finished is None else known.replace(cache=known.cache.append(finished))
-        old, z, rope = (lax.dynamic_slice_in_dim(a, low, width, axis=1) for a in (front.x_BSC, z_BSC, rope_2SE))
-        affine, kv = predict(jnp.concatenate([known.last_B1C, old[:, :-1]], axis=1), rope, known.cache)
+        old, z, of_slots = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, low, width, axis=1),
+                                        (front.x_BSC, z_BSC, slots))
+        affine, kv = predict(jnp.concatenate([known.last_B1C, old[:, :-1]], axis=1), of_slots, known.cache)
         new = affine.inverse(z)
         x_BSC = lax.dynamic_update_slice_in_dim(front.x_BSC, new, low, axis=1)
         if final:

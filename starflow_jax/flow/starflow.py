@@ -17,6 +17,7 @@ from starflow_jax.config import Model
 from starflow_jax.flow.block import FlowBlock, block_rope
 from starflow_jax.flow.denoiser import Denoiser
 from starflow_jax.nn.patch import patchify, unpatchify
+from starflow_jax.nn.transformer import Control
 
 
 class FlowOutput(flax.struct.PyTreeNode):
@@ -50,14 +51,16 @@ class STARFlow(nn.Module):
         denoised = None if self.config.denoiser == "none" else self.score(x_BTHWC, text_BTD)
         return self.forward(x_BTHWC, text_BTD), denoised
 
-    def forward(self, x_BTHWC: jax.Array, text_BTD: jax.Array | None = None) -> FlowOutput:
-        """Latents -> noise. text: (B, text_length, text_dim) features, a prefix of the deep block."""
+    def forward(self, x_BTHWC: jax.Array, text_BTD: jax.Array | None = None, control: Control | None = None
+                ) -> FlowOutput:
+        """Latents -> noise. text: (B, text_length, text_dim) features, a prefix of the deep block; control: of its
+        tokens."""
         if text_BTD is not None:
             chex.assert_shape(text_BTD, (x_BTHWC.shape[0], None, None))
         grid = self.grid(x_BTHWC.shape)
         outputs, logdets = self.shallow_forward(x_BTHWC)
         u_BSK = _join_frames(outputs[-1])
-        z_BSK, logdet = self.deep.forward(u_BSK, self.rope(grid, text_BTD), text_BTD)
+        z_BSK, logdet = self.deep.forward(u_BSK, self.rope(grid, text_BTD), text_BTD, control)
         z_BTSK = z_BSK.reshape(outputs[-1].shape)
         return FlowOutput(z_BTSK, (*outputs, z_BTSK), (*logdets, logdet))
 

@@ -96,15 +96,24 @@ def read_cameras(given: str, frames: int, height: int, width: int) -> Cameras:
     height, width: of a frame, in pixels; named moves see square pixels, the longer side at 53 degrees. Raises UserError
     for a file that is missing or faulty, and for a name that is no move.
     """
-    if not given.strip().endswith(SUFFIXES):
+    if not names_a_file(given):
         return named_cameras(given, frames, height, width)
+    return parse_cameras(camera_file(given), given.strip()).resampled(frames)
+
+
+def names_a_file(given: str) -> bool:
+    """Whether a camera is a file's, rather than moves by name."""
+    return given.strip().endswith(SUFFIXES)
+
+
+def camera_file(given: str) -> bytes:
+    """The content of a camera's file. Raises UserError where it can't be read."""
     path = Path(given.strip())
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: the camera can't be read ({error.strerror or error}); name a file, or moves such as "
                         '"pan_right:12; zoom_in:13"') from error
-    return parse_cameras(content, str(path)).resampled(frames)
 
 
 def parse_cameras(content: bytes, name: str) -> Cameras:

@@ -5,14 +5,18 @@ import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epy
 
 from starflow_jax.config import Config, UserError, changed
 from starflow_jax.io.files import read_json
 from starflow_jax.sharding import fetch
+
+with epy.lazy_imports():
+    from starflow_jax.checkpoints import checksums, parameters, training
 
 # Small, there in every model, and changed by all of its training.
 FINGERPRINTED = r"flow/deep/(sos|proj_in/kernel|proj_out/kernel|transformer/final_norm/weight)"
@@ -47,6 +51,46 @@ def backbone_of(path: Path) -> str:
         return ""
 
 
+class Stored(NamedTuple):
+    """What a checkpoint of such parameters holds."""
+
+    arrays: dict[str, np.ndarray]  # their averages, by name
+    settings: dict[str, Any]  # of what was trained
+    backbone: str
+    source: str
+
+
+WORDS = {"lora": "LoRA factors", "control": "control module"}  # of what such a train.target trains
+
+
+def read_checkpoint(path: Path, best: bool, target: str) -> Stored:
+    """The newest or best whole checkpoint of a workdir that train.target=`target` made, or one of its checkpoints.
+
+    Raises UserError where there are none, and where all are damaged.
+    """
+    alone = (path / "state").is_dir()
+    directory = path.absolute().parent if alone else path / "checkpoints"
+    try:
+        facts = read_json(directory / "model.json")
+        backbone, settings = str(facts["backbone"]), facts[target]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} holds no {WORDS[target]}; train some there with --config.train.target={target}"
+                        ) from error
+    step = checksums.first_whole(directory, [int(path.name)] if alone else _steps(directory, facts, best))
+    if step is None:
+        raise UserError(f"{path} holds no checkpoint of {WORDS[target]} yet; its training goes on with "
+                        "the same command")
+    arrays = {name: np.asarray(array) for name, array in parameters.stored_params(directory / str(step)).items()}
+    return Stored(arrays, settings, backbone, str(path) if alone else f"{path}, step {step}")
+
+
+def _steps(directory: Path, fingerprint: dict[str, Any], best: bool) -> list[int]:
+    checkpoints = training.Checkpoints(directory, keep=1, model_fingerprint=fingerprint)
+    steps = checkpoints.steps(best)
+    checkpoints.close()
+    return steps
+
+
 def settings_beside(config: Config) -> Config:
     """The settings that such a workdir keeps: it samples with what was trained there, and finds its model from
     anywhere."""
@@ -54,4 +98,6 @@ def settings_beside(config: Config) -> Config:
     config = changed(config, "train", {"init_from": str(Path(source).absolute()) if source else ""})
     if config.train.target == "decoder":
         return changed(config, "sample", {"denoise": "decoder", "renoise": False})
+    if config.train.target == "control":
+        return config
     return changed(config, "sample", {"weights": config.lora.weights, "merge_lora": not config.lora.weights})

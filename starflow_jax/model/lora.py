@@ -19,13 +19,12 @@ from flax import traverse_util
 
 from starflow_jax import sharding
 from starflow_jax.config import Config, Model, UserError
-from starflow_jax.io.files import read_json
-from starflow_jax.model.beside import check_backbone
+from starflow_jax.model.beside import check_backbone, read_checkpoint
 from starflow_jax.model.parameters import Params, model_fingerprint
 from starflow_jax.nn.lora import Adapted, merged
 
 with epy.lazy_imports():
-    from starflow_jax.checkpoints import checksums, parameters, peft, released, training
+    from starflow_jax.checkpoints import peft, released, training
 
 A, B = "lora_a", "lora_b"
 
@@ -134,27 +133,14 @@ def read_workdir(path: Path, best: bool) -> Lora:
 
     Raises UserError where there are none, and where all are damaged.
     """
-    alone = (path / "state").is_dir()
-    directory = path.absolute().parent if alone else path / "checkpoints"
+    found = read_checkpoint(path, best, "lora")
     try:
-        facts = read_json(directory / "model.json")
-        scale, backbone = facts["lora"]["alpha"] / facts["lora"]["rank"], facts["backbone"]
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+        scale = found.settings["alpha"] / found.settings["rank"]
+    except (KeyError, TypeError, ArithmeticError) as error:
         raise UserError(f"{path} holds no LoRA factors; train some there with --config.train.target=lora") from error
-    step = checksums.first_whole(directory, [int(path.name)] if alone else _steps(directory, facts, best))
-    if step is None:
-        raise UserError(f"{path} holds no checkpoint of LoRA factors yet; its training goes on with the same command")
-    arrays = {name: np.asarray(array) for name, array in parameters.stored_params(directory / str(step)).items()}
-    factors = {name.replace(f"/{A}", "/kernel"): Factors(value, scale * arrays[name.replace(A, B)])
-               for name, value in arrays.items() if name.endswith(A)}
-    return Lora(factors, backbone, f"LoRA {path if alone else f'{path}, step {step}'}")
-
-
-def _steps(directory: Path, fingerprint: dict[str, Any], best: bool) -> list[int]:
-    checkpoints = training.Checkpoints(directory, keep=1, model_fingerprint=fingerprint)
-    steps = checkpoints.steps(best)
-    checkpoints.close()
-    return steps
+    factors = {name.replace(f"/{A}", "/kernel"): Factors(value, scale * found.arrays[name.replace(A, B)])
+               for name, value in found.arrays.items() if name.endswith(A)}
+    return Lora(factors, found.backbone, f"LoRA {found.source}")
 
 
 def _check_shapes(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> None:

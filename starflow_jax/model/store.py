@@ -19,7 +19,7 @@ from starflow_jax.config import Config, UserError, changed, from_dict
 from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.io.files import read_json, write_text
 from starflow_jax.io.tensor_files import open_safetensors
-from starflow_jax.model import lora
+from starflow_jax.model import control, lora
 from starflow_jax.model.beside import fingerprint_of
 from starflow_jax.model.calibration import CALIBRATED, read_calibration
 from starflow_jax.model.codec import FITTED_CODEC
@@ -51,8 +51,9 @@ class LoadedModel(NamedTuple):
 
 def load_model(config: Config, workdir: Path, encoder: bool = True) -> LoadedModel:
     """The workdir's model, or the package's where the workdir holds none, on the mesh in force, with the LoRA factors
-    of sample.lora; its parameters as `inference_params` gives them. Where another train.target made the workdir, the
-    model that it was trained beside, and what was. encoder: with a frozen text encoder, or without.
+    of sample.lora and the control module of sample.control; its parameters as `inference_params` gives them. Where
+    another train.target made the workdir, the model that it was trained beside, and what was. encoder: with a frozen
+    text encoder, or without.
 
     Raises UserError where the workdir holds another model, or none and the package has none of this config.
     """
@@ -60,14 +61,18 @@ def load_model(config: Config, workdir: Path, encoder: bool = True) -> LoadedMod
     convert = _as_kept(config.sample.weights == "int8", lora.combined(loras), merge=config.sample.merge_lora)
     if config.train.target == "decoder":
         loaded = load_with_decoder(config, workdir, convert)
-    elif config.train.target == "lora":
+    elif config.train.target in ("lora", "control"):
         loaded = load_backbone(config, convert)
         loaded = loaded._replace(system=dataclasses.replace(
             loaded.system, calibration=read_calibration(workdir / "system", config.model)))
     else:
         loaded = load_trained(config, workdir, convert) or load_pretrained(config, workdir, convert)
+    module = control.read_module(config, workdir)
     params = {**loaded.params, **(load_encoder(config) if encoder else {})}
-    return _named_with(loras, loaded)._replace(params=inference_params(config, params))
+    loaded = _named_with([*loras, *([module] if module else [])], loaded)
+    if module:
+        params["control"] = module.params
+    return loaded._replace(params=inference_params(config, params))
 
 
 def _as_kept(int8: bool, factors: Mapping[str, lora.Factors], merge: bool) -> Convert | None:
@@ -82,17 +87,17 @@ def _as_kept(int8: bool, factors: Mapping[str, lora.Factors], merge: bool) -> Co
     return convert if factors or int8 else None
 
 
-def _named_with(loras: Sequence[lora.Lora], loaded: LoadedModel) -> LoadedModel:
+def _named_with(added: Sequence[lora.Lora | control.ControlModule], loaded: LoadedModel) -> LoadedModel:
     """The model with what was added to it in its name and checksum. Raises UserError for what belongs to another."""
-    if not loras:
+    if not added:
         return loaded
     backbone = fingerprint_of(traverse_util.flatten_dict(loaded.params, sep="/"))
-    for one in loras:
+    for one in added:
         if one.backbone not in ("", backbone):
             raise UserError(f"{one.source}: was trained beside other weights (checksum {one.backbone}) than those of "
                             f"{loaded.source} ({backbone})")
-    return loaded._replace(source=", with ".join([loaded.source, *(one.source for one in loras)]),
-                           weights=loaded.weights + "".join(one.checksum for one in loras))
+    return loaded._replace(source=", with ".join([loaded.source, *(one.source for one in added)]),
+                           weights=loaded.weights + "".join(one.checksum for one in added))
 
 
 def load_encoder(config: Config) -> Params:
@@ -167,7 +172,8 @@ def own_settings(config: Config, workdir: Path) -> tuple[Config, str]:
         config = changed(config, section, values)
     if own.train.target != "all":  # made beside a model, which the config may name at another place
         beside = {"target": own.train.target, "init_from": config.train.init_from or own.train.init_from}
-        config = dataclasses.replace(changed(config, "train", beside), decoder=own.decoder, lora=own.lora)
+        config = dataclasses.replace(changed(config, "train", beside), decoder=own.decoder, lora=own.lora,
+                                     control=own.control)
     line = f"{workdir} holds a model with settings of its own, which are used: {', '.join(passed_over)}"
     return config, line if passed_over else ""
 

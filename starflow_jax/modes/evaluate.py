@@ -13,7 +13,7 @@ import numpy as np
 
 from starflow_jax.config import Config, UserError
 from starflow_jax.data.digits.captions import ATTRIBUTES
-from starflow_jax.evaluation import classify, horizon, likelihood, quality
+from starflow_jax.evaluation import camera, classify, horizon, likelihood, quality
 from starflow_jax.evaluation.denoising import denoised_real_clips
 from starflow_jax.evaluation.measures import psnr
 from starflow_jax.evaluation.split import (
@@ -46,6 +46,7 @@ def evaluate(config: Config, workdir: Path) -> None:
     tasks: dict[str, tuple[Callable[[Config, Path], None], int]] = {
         "test_set": (evaluate_test_set, config.evaluate.batch_size),
         "horizon": (evaluate_horizon, config.sample.batch_size),
+        "camera": (evaluate_camera, config.sample.batch_size),
         "video": (evaluate_video, min(config.evaluate.draws, config.evaluate.batch_size)),
         "classify": (classify_by_likelihood, config.evaluate.batch_size),
         "denoisers": (evaluate_denoisers, config.sample.batch_size),
@@ -135,6 +136,34 @@ def _print_horizon(results: dict[str, Any]) -> None:
               + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shares.items()))
     for line in results["missing"]:
         print(line)
+
+
+def evaluate_camera(config: Config, workdir: Path) -> None:
+    """How well samples follow a camera: WORKDIR/camera.json and a picture of one prompt seen by four cameras.
+
+    Raises UserError for a model that follows none, and for data without cameras.
+    """
+    began = time.perf_counter()
+    if not (config.data.source == "digits" and config.data.camera):
+        raise UserError("evaluate.task=camera: needs data whose cameras can be read back; set data.camera=true")
+    system, params, source, _ = load_model(config, workdir)
+    if "control" not in params:
+        raise UserError(f"evaluate.task=camera: {source} follows no camera; train a control module beside it with "
+                        "--config.train.target=control")
+    print(f"model: {source}")
+    captions, labels = prompts_to_read(config)
+    assert labels is not None
+    results = {"model": source, **camera.measure(system, params, captions, labels), "prompts": len(captions),
+               "sample_settings": dataclasses.asdict(config.sample), "seconds": round(time.perf_counter() - began, 1)}
+    write_text(workdir / "camera.json", json.dumps(results, indent=1))
+    contact_sheet(workdir / "camera.png", camera.shown_moves(system, params, captions[0]), camera.SHOWN, scale=3)
+    rows = [(f"samples, {length} x the training length", figures)
+            for length, figures in results["training_lengths"].items()] + [("real clips", results["real_clips"])]
+    names = tuple(results["real_clips"])
+    print(table([(what, *(f"{figures[name]:.4f}" for name in names)) for what, figures in rows],
+                (f"{len(captions)} test prompts", *names)))
+    print(f"\nreal clips are likelier with their own camera than with another one's: "
+          f"{results['right_camera_preferred']:.3f}\nwritten to {workdir}: camera.json, camera.png")
 
 
 def evaluate_video(config: Config, workdir: Path) -> None:

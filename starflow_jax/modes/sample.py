@@ -51,7 +51,8 @@ def sample(config: Config, workdir: Path) -> None:
     videos_at_once = max(1, min(len(requests), config.sample.batch_size))
     folder = output_folder(config, workdir)
     try:
-        recipe = Recipe(config, "", system_checksum(config, workdir), checksum_of_given(known_THWC))
+        given = checksum_of_given(known_THWC, config.sample.camera)
+        recipe = Recipe(config, "", system_checksum(config, workdir), given)
         if jax.process_count() == 1:  # several load a model together, and wait for one that has left
             check_writable(folder, "sample.output")
             _check_names(recipe, workdir, folder, requests)

@@ -43,8 +43,10 @@ def _say_how_it_starts(config: Config, run: Run) -> None:
     if run.resumed:
         print(f"resuming from step {int(run.state.step)}")
     elif config.train.target != "all":
-        what = "a decoder" if config.train.target == "decoder" else f"LoRA factors of rank {config.lora.rank}"
-        print(f"{what} beside {config.train.init_from or 'the model in the package'}, which stays as it is")
+        what = {"decoder": "a decoder", "lora": f"LoRA factors of rank {config.lora.rank}",
+                "control": f"a control module of width {config.control.width}"}
+        print(f"{what[config.train.target]} beside {config.train.init_from or 'the model in the package'}, which stays "
+              "as it is")
     elif config.train.init_from:
         print(f"starting from {config.train.init_from}" + (":" if run.changes else ""))
         for name, old, now, effect in run.changes:

@@ -7,7 +7,7 @@ cache, and in a stream whose first layer looks ahead.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,6 +25,21 @@ from starflow_jax.sharding import constrain, token_padding, tokens_sharded
 
 KeyValue = tuple[jax.Array, jax.Array]
 LAYER_INPUT = "layer_input"
+
+
+class Control(NamedTuple):
+    """What steers a stack from beside it: in front of layer l, tokens @ kernels[l] is added to the hidden states."""
+
+    tokens_BSC: jax.Array
+    kernels_LCD: jax.Array
+
+    def padded(self, before: int, after: int) -> "Control":
+        """The same of a sequence with so many more slots, which are not steered."""
+        return self._replace(tokens_BSC=jnp.pad(self.tokens_BSC, ((0, 0), (before, after), (0, 0))))
+
+    def tiled(self, branches: int) -> "Control":
+        """The same of each guidance branch."""
+        return self._replace(tokens_BSC=jnp.tile(self.tokens_BSC, (branches, 1, 1)))
 
 
 class FinalNorm(nn.Module):
@@ -108,6 +123,7 @@ class Transformer(nn.Module):
         first_mask: Mask | None = None,
         keep_kv: bool = True,
         kept: int | None = None,
+        control: Control | None = None,
     ) -> tuple[jax.Array, Any]:
         """(B, S, D) in, ((B, S, D) float32 normed, (k, v) each (L, B, S, H, D) or None) out; of unstacked parameters
         k and v are tuples of L arrays.
@@ -115,6 +131,7 @@ class Transformer(nn.Module):
         first_mask: the first layer's own mask (the denoiser's look-ahead).
         kept: how many of the S slots, from the first on, later layers get; the others are seen by the first layer
         alone. None: all.
+        control: of the same slots; not together with `kept`.
         """
         layer = Layer(self.head_dim, self.dtype, mask, first_mask, self.sequence_parallel, parent=None)
         x_BSD, kv = _shard_tokens(x_BSD.astype(self.dtype)), None
@@ -123,7 +140,7 @@ class Transformer(nn.Module):
                             in_axes=nn.broadcast, length=self.layers)
             x_BSD, _ = fresh(layer, name="layers")(x_BSD, rope_2SE)
         else:
-            x_BSD, kv = self._run_layers(layer, x_BSD, rope_2SE, cache, keep_kv, kept)
+            x_BSD, kv = self._run_layers(layer, x_BSD, rope_2SE, cache, keep_kv, kept, control)
         return FinalNorm(name="final_norm")(x_BSD), kv
 
     def empty_cache(self, batch: int, slots: int, width: int, dtype: Any = None) -> KVCache:
@@ -133,12 +150,16 @@ class Transformer(nn.Module):
                              unstacked=_is_unstacked(self.variables["params"]))
 
     def _run_layers(self, layer: Layer, x_BSD: jax.Array, rope_2SE: jax.Array, cache: KVCache | None, keep_kv: bool,
-                    kept: int | None) -> tuple[jax.Array, Any]:
+                    kept: int | None, control: Control | None) -> tuple[jax.Array, Any]:
         """One layer after the other: of a stack by a loop, unstacked ones each with code of its own."""
         params = self.variables["params"]["layers"]["layer"]
         past: Any = None if cache is None else (cache.k_LBPHD, cache.v_LBPHD)
+        steers: Any = None if control is None else control.kernels_LCD.astype(self.dtype)
+        steering = None if control is None else control.tokens_BSC.astype(self.dtype)
 
-        def run(x_BSD, params, past, is_first):
+        def run(x_BSD, params, past, is_first, kernel_CD=None):
+            if kernel_CD is not None:
+                x_BSD = x_BSD + steering @ kernel_CD
             rope, length = rope_2SE[:, :x_BSD.shape[1]], None if cache is None else cache.length
             x_BSD = checkpoint_name(x_BSD, LAYER_INPUT)
             x_BSD, kv = layer.apply({"params": params}, x_BSD, past, is_first, rope, length)
@@ -148,7 +169,8 @@ class Transformer(nn.Module):
             made = []
             for index, of_layer in enumerate(params):
                 x_BSD, kv = run(x_BSD[:, :kept] if index else x_BSD, of_layer,
-                                None if past is None else tuple(part[index] for part in past), index == 0)
+                                None if past is None else tuple(part[index] for part in past), index == 0,
+                                None if steers is None else steers[index])
                 made.append(jax.tree.map(lambda part: part[:, :kept], kv))
             return x_BSD, tuple(zip(*made)) if keep_kv else None
         if kept is not None:
@@ -156,7 +178,7 @@ class Transformer(nn.Module):
         if self.remat != "none":
             run = jax.checkpoint(run, prevent_cse=False, policy=_saved(self.remat))
         is_first = jnp.arange(self.layers) == 0
-        return lax.scan(lambda x, of_layer: run(x, *of_layer), x_BSD, (params, past, is_first),
+        return lax.scan(lambda x, of_layer: run(x, *of_layer), x_BSD, (params, past, is_first, steers),
                         unroll=self.layers if self.unroll else 1)
 
 
@@ -189,17 +211,20 @@ def run_behind_prefix(
     rope_2SE: jax.Array,
     mask: Mask,
     prefix: int = 0,
+    control: Control | None = None,
     **options: Any,
 ) -> tuple[Any, Any]:
     """What the head makes of each slot behind the prefix, and the keys and values of all slots.
 
-    options: of the Transformer. While it runs, padding lets the sequence divide over a mesh that shards tokens; such a
-    sequence is cut only after the head, whose outputs are small.
+    control: of the last slots, as many as it has tokens. options: of the Transformer. While it runs, padding lets the
+    sequence divide over a mesh that shards tokens; such a sequence is cut only after the head, whose outputs are small.
     """
     slots = whole = hidden_BSD.shape[1]
     hidden_BSD = constrain(hidden_BSD, "batch", None, None)
     behind = ((0, 0), (0, token_padding(slots)), (0, 0))
-    hidden, kv = transformer(jnp.pad(hidden_BSD, behind), mask, jnp.pad(rope_2SE, behind), **options)
+    if control is not None:
+        control = control.padded(slots - control.tokens_BSC.shape[1], token_padding(slots))
+    hidden, kv = transformer(jnp.pad(hidden_BSD, behind), mask, jnp.pad(rope_2SE, behind), control=control, **options)
     if not tokens_sharded():
         hidden, slots, prefix = hidden[:, prefix:], slots - prefix, 0
     out = jax.tree.map(lambda part: constrain(part[:, prefix:slots], "batch", None, None), head(hidden))

@@ -9,13 +9,14 @@ from jax.sharding import Mesh
 from starflow_jax import sharding
 from starflow_jax.config import Config
 from starflow_jax.data.batch import Batch
+from starflow_jax.flow.control import CHANNELS
 from starflow_jax.model.parameters import init_params
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.planning.chain import Chain
 from starflow_jax.planning.likelihood import likelihood_programs
 from starflow_jax.planning.program import Program
 from starflow_jax.planning.sampling import sampling_programs
-from starflow_jax.training.lora_target import abstract_lora, lora_step
+from starflow_jax.training.beside_target import PARTS, abstract_beside, beside_step
 from starflow_jax.training.state import abstract_state
 from starflow_jax.training.step import make_train_step
 
@@ -35,7 +36,8 @@ def compile_step(config: Config, mesh: Mesh) -> list[Program]:
 
 
 def _train_programs(config: Config, mesh: Mesh) -> list[Program]:
-    """The training step on latents and text features that were prepared before; of LoRA beside its whole backbone."""
+    """The training step on latents and text features that were prepared before; of LoRA or a control module beside its
+    whole backbone."""
     model, clips = config.model, config.train.batch_size
     sharding.check_batch("train.batch_size / train.accumulate", clips // config.train.accumulate, mesh)
     by_clip = sharding.batch_sharding(mesh)
@@ -45,10 +47,13 @@ def _train_programs(config: Config, mesh: Mesh) -> list[Program]:
 
     batch = Batch(latents_BNhwC=array(clips, model.frames, model.height, model.width, model.channels),
                   features_BSD=array(clips, model.text_length, model.text_dim))
-    if config.train.target == "lora":
-        factors, backbone = abstract_lora(config, mesh)
+    if config.train.target in PARTS:
+        if config.train.target == "control":
+            channels = CHANNELS * config.codec.time_stride * model.patch_size**2
+            batch = batch.replace(rays_BNSK=array(clips, model.frames, model.tokens_per_frame, channels))
+        trained, backbone = abstract_beside(config, mesh)
         chain = Chain({})
-        chain.run("train", lora_step(config, mesh), factors, batch, backbone)
+        chain.run("train", beside_step(config, mesh), trained, batch, backbone)
         return chain.programs
     state = sharding.abstract(abstract_state(config), mesh)
     return [Program("train", make_train_step(config, mesh).lower(state, batch).compile())]

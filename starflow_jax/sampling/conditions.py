@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.codec.interface import encode_drawn
-from starflow_jax.config import Config, Sample, UserError, whole_number
+from starflow_jax.config import Config, Model, Sample, UserError, whole_number
+from starflow_jax.flow.control import LatentCameras, Steering, cameras_of_latents, ray_tokens
 from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess
 from starflow_jax.flow.starflow import STARFlow, apply_flow
-from starflow_jax.model.codec import pixel_frames
+from starflow_jax.io.cameras import read_cameras
+from starflow_jax.model.codec import frame_size, pixel_frames
 from starflow_jax.model.parameters import Params, shallow_variables
 from starflow_jax.model.system import System
 from starflow_jax.model.text import prompt_text
@@ -31,6 +33,7 @@ class VideoText(flax.struct.PyTreeNode):
 
     first: jax.Array  # of windows that begin with the video's first frame
     later: dict[int, jax.Array]  # of all others, and of a changed prompt, by the latent frame from which on they hold
+    cameras: LatentCameras | None = None  # of all latent frames; None: the model is not steered
 
     def at(self, frame: int, start: int) -> jax.Array:
         """What holds at a frame, in a window that begins with frame `start`."""
@@ -51,6 +54,7 @@ class Conditions(flax.struct.PyTreeNode):
     guess_BSK: jax.Array | None  # of the first frame
     start_BNSK: jax.Array | None  # where the solver starts; None: each frame from the one before
     fresh_BNhwC: jax.Array | None = None  # what all frames, given ones too, are noised with when they are encoded again
+    cameras: LatentCameras | None = None  # of all frames, given ones too
 
     @property
     def given(self) -> int:
@@ -61,7 +65,7 @@ class Conditions(flax.struct.PyTreeNode):
     def text(self) -> VideoText:
         """The conditional features, by the frame of the whole video."""
         later = {at + self.given if at else 0: texts[0] for at, texts in self.texts.later.items()}
-        return VideoText(self.texts.first[0], later)
+        return VideoText(self.texts.first[0], later, self.cameras)
 
 
 class Draws(flax.struct.PyTreeNode):
@@ -97,9 +101,11 @@ def make_conditions(
     known_BTHWC: np.ndarray | None = None,
     draws: Draws | None = None,
     changes: Mapping[int, Sequence[str]] | None = None,
+    cameras: LatentCameras | None = None,
 ) -> Conditions:
     """Captions, seeds and given frames, (B, T, H, W, 3) uint8, as the flow takes them. draws: in place of the seeds'.
     changes: each video's other captions by the latent frame from which on they hold, in place of sample.changes.
+    cameras: each video's own, in place of sample.camera.
 
     Raises UserError for a length that can't be, where the given frames fill it or their prompt is changed, and for a
     way of denoising that the model lacks.
@@ -128,7 +134,31 @@ def make_conditions(
     start = None
     if chosen_solver(system, settings).start == "noise":
         start = noise if fitted.noise_guess is None else _from_noise(fitted.noise_guess, noise)
-    return Conditions(texts, noise, known, known_latents, guess, start, draws.fresh_BNhwC)
+    return Conditions(texts, noise, known, known_latents, guess, start, draws.fresh_BNhwC,
+                      cameras or _cameras(system, params, settings, len(captions)))
+
+
+def _cameras(system: System, params: Params, settings: Sample, videos: int) -> LatentCameras | None:
+    """sample.camera, the same of each video. Raises UserError where it can't be read, and for a model that can't follow
+    one."""
+    if not settings.camera:
+        return None
+    if "control" not in params:
+        raise UserError(f"sample.camera={settings.camera!r}: this model follows no camera; train a control module with "
+                        "--config.train.target=control and name its workdir with --config.sample.control=WORKDIR")
+    height, width = frame_size(system.config)
+    path = read_cameras(settings.camera, settings.frames or pixel_frames(system.config), height, width)
+    of_latents = cameras_of_latents(path.intrinsics_T4[None], path.world_to_camera_T34[None],
+                                    system.config.codec.time_stride)
+    return jax.tree.map(lambda one: jnp.repeat(one, videos, axis=0), of_latents)
+
+
+def steering(params: Params, model: Model, text: "Text", start: int, first: int, frames: int) -> Steering | None:
+    """What steers so many frames from frame `first` on, in a window that begins with frame `start`; None: nothing."""
+    if not isinstance(text, VideoText) or text.cameras is None:
+        return None
+    reference_B44 = text.cameras.world_to_camera_BNR44[:, start, -1]
+    return params["control"], ray_tokens(text.cameras.cut(first, first + frames), reference_B44, model)
 
 
 def _video_texts(

@@ -6,10 +6,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from starflow_jax.flow.control import Steering
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, flow_variables
 from starflow_jax.model.system import System
-from starflow_jax.sampling.conditions import Text, text_at
+from starflow_jax.sampling.conditions import Text, steering, text_at
 from starflow_jax.sampling.likelihood import window_nll
 from starflow_jax.sampling.windows import denoising_windows
 from starflow_jax.sharding import to_devices
@@ -47,10 +48,11 @@ def denoise_window(
     is wanted from it."""
     if how in AS_THEY_ARE or (how == "denoiser" and system.config.model.denoiser == "none"):
         return noisy
-    step, needed = score_step, params
+    features = text_at(text, frame, start)
     if how == "denoiser":
-        step, needed = denoiser_step, denoiser_alone(params)
-    return step(system.flow, to_devices(needed, after=noisy), noisy, text_at(text, frame, start))
+        return denoiser_step(system.flow, to_devices(denoiser_alone(params), after=noisy), noisy, features)
+    return score_step(system.flow, to_devices(params, after=noisy), noisy, features,
+                      steering(params, system.config.model, text, start, start, noisy.shape[1]))
 
 
 def denoiser_alone(params: Params) -> Params:
@@ -66,10 +68,11 @@ def denoiser_step(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Ar
 
 
 @partial(jax.jit, static_argnums=0)
-def score_step(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
+def score_step(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array, steering: Steering | None = None
+               ) -> jax.Array:
     """x~ + sigma^2 d log p / dx~, Tweedie's formula with the gradient taken through the flow."""
 
     def total_nll(x: jax.Array) -> jax.Array:
-        return jnp.sum(window_nll(flow, params, x, text))
+        return jnp.sum(window_nll(flow, params, x, text, steering))
 
     return noisy - flow.config.noise_std**2 * jax.grad(total_nll)(noisy)

@@ -10,11 +10,12 @@ import numpy as np
 
 from starflow_jax.config import Sample, UserError
 from starflow_jax.flow import decode
+from starflow_jax.flow.control import LatentCameras, Steering, control_of
 from starflow_jax.flow.inversion import Report
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, decoding_variables, flow_variables, shallow_variables
 from starflow_jax.model.system import System
-from starflow_jax.sampling.conditions import Conditions, Draws, VideoText, make_conditions
+from starflow_jax.sampling.conditions import Conditions, Draws, VideoText, make_conditions, steering
 from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.likelihood import frame_nll
 from starflow_jax.sampling.renoise import refresher
@@ -44,14 +45,15 @@ def generate_clips(
     settings: Sample,
     known_BTHWC: np.ndarray | None = None,
     draws: Draws | None = None,
+    cameras: LatentCameras | None = None,
 ) -> Clips:
     """One clip per caption and seed. params: as `inference_params` gives them. known: uint8 first frames (one: TI2V,
     more: extension), which are encoded, noised like training data and denoised with the rest. draws: random numbers
-    instead of those of the seeds.
+    instead of those of the seeds. cameras: each clip's own, in place of settings.camera.
 
     Raises UserError for a length that the codec or the window does not allow, and for a certificate that can't be.
     """
-    given = make_conditions(system, params, captions, seeds, settings, known_BTHWC, draws)
+    given = make_conditions(system, params, captions, seeds, settings, known_BTHWC, draws, cameras=cameras)
     made, reports = zip(*deep_frames(system, params, given, settings))
     noisy, shallow = invert_all(
         system.flow, shallow_variables(params), joined(*made),
@@ -76,7 +78,8 @@ def deep_frames(
         system.flow, decoding_variables(params), given.noise_BNSK, {**texts.later, 0: texts.first},
         guidance=settings.guidance, solver=deep_solver(chosen_solver(system, settings)), token_grid=system.token_grid,
         known_BTSK=given.known_BTSK, window=model.frames, context=context_frames(model, settings), later=later,
-        guess_BSK=given.guess_BSK, start_BTSK=given.start_BNSK, cache=settings.cache)
+        guess_BSK=given.guess_BSK, start_BTSK=given.start_BNSK, cache=settings.cache,
+        steer=partial(steering, params, model, given.text) if given.cameras else None)
 
 
 def log_likelihood(system: System, params: Params, clips: Clips) -> np.ndarray:
@@ -94,15 +97,18 @@ def certificate(system: System, params: Params, clips: Clips, given: Conditions)
         raise UserError("sample.certify: the forward flow knows neither guidance nor changes of the prompt; "
                         "set sample.guidance=0 and leave out sample.changes")
     window = system.config.model.frames
-    z = encode_z(system.flow, params, jnp.asarray(clips.noisy_BNhwC[:, :window]), given.texts.first[0])[:, given.given:]
+    noisy = jnp.asarray(clips.noisy_BNhwC[:, :window])
+    z = encode_z(system.flow, params, noisy, given.texts.first[0],
+                 steering(params, system.config.model, given.text, 0, 0, noisy.shape[1]))[:, given.given:]
     noise = given.noise_BNSK[:, :z.shape[1]]
     return fetch(jnp.sum((z - noise)**2, axis=(1, 2, 3)) / jnp.sum(noise**2, axis=(1, 2, 3)))
 
 
 @partial(jax.jit, static_argnums=0)
-def encode_z(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
+def encode_z(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array, steering: Steering | None = None
+             ) -> jax.Array:
     """z = f(x~), (B, N, S, K), of at most a window."""
-    return apply_flow(flow, flow_variables(params), STARFlow.forward, noisy, text).z_BTSK
+    return apply_flow(flow, flow_variables(params), STARFlow.forward, noisy, text, control_of(steering)).z_BTSK
 
 
 @jax.jit

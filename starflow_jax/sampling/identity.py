@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from starflow_jax.config import Config, Sample
+from starflow_jax.io.cameras import camera_file, names_a_file
 from starflow_jax.sampling.requests import Request
 
 # Settings of `sample` that say which videos are made, where, how many at a time and in which memory, but not what is in
 # them. What the files that they name hold is in the checksums.
 NOT_IN_THE_VIDEO = ("prompt", "prompts_file", "vbench", "image", "video", "count", "keep", "seed", "batch_size",
-                    "devices", "offload", "output", "overwrite", "checkpoint", "lora")
+                    "devices", "offload", "output", "overwrite", "checkpoint", "lora", "control")
 OF_A_CHOICE = ("count", "keep", "seed")  # which of a prompt's videos is kept depends on which were made
 NOT_IN_THE_MODEL = ("remat", "sequence_parallel", "unroll_layers")
 
@@ -25,9 +26,9 @@ class Recipe:
     """All that makes a video but its prompt and its seed."""
 
     config: Config
-    weights: str  # checksums of the flow's weights with its LoRA factors,
+    weights: str  # checksums of the flow's weights with its LoRA factors and control module,
     system: str  # of the files of tokenizer, codec, text encoder and calibration,
-    given: str  # and of the given frames; "": none
+    given: str  # and of the given frames and the camera's file; "": none
 
     def identity(self, request: Request) -> str:
         """16 hexadecimal digits, equal for equal videos: of the same prompt (as given), seed, recipe and, where the
@@ -41,9 +42,11 @@ class Recipe:
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def checksum_of_given(known_THWC: np.ndarray | None) -> str:
-    """Of given frames; "" where there are none."""
-    return "" if known_THWC is None else f"{zlib.crc32(known_THWC.tobytes()):08x}"
+def checksum_of_given(known_THWC: np.ndarray | None, camera: str = "") -> str:
+    """Of given frames, and of the file that sample.camera names; "" where there are none. Raises UserError where that
+    can't be read."""
+    frames = "" if known_THWC is None else f"{zlib.crc32(known_THWC.tobytes()):08x}"
+    return frames + (f"{zlib.crc32(camera_file(camera)):08x}" if names_a_file(camera) else "")
 
 
 def facts_of(details: Path) -> dict[str, Any]:

@@ -9,11 +9,12 @@ import numpy as np
 from starflow_jax.data.batch import Batch
 from starflow_jax.data.evaluation import evaluation_batches
 from starflow_jax.data.examples import ClipLength, TextInput
+from starflow_jax.flow.control import Steering, control_of
 from starflow_jax.flow.likelihood import nll_per_frame
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, flow_variables
 from starflow_jax.model.system import System, training_source
-from starflow_jax.sampling.conditions import Text, text_at
+from starflow_jax.sampling.conditions import Text, VideoText, steering, text_at
 from starflow_jax.sampling.windows import windowed
 from starflow_jax.sharding import fetch, lay_out
 
@@ -24,13 +25,15 @@ def frame_nll(system: System, params: Params, noisy: jax.Array, text: Text) -> j
     noisy: (B, N, h, w, C) noised latents of any length.
     """
     return windowed(system, noisy, lambda part, window: window_nll(
-        system.flow, params, part, text_at(text, window.begin, window.start)), lookahead=0)
+        system.flow, params, part, text_at(text, window.begin, window.start),
+        steering(params, system.config.model, text, window.start, window.start, part.shape[1])), lookahead=0)
 
 
 @partial(jax.jit, static_argnums=0)
-def window_nll(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
+def window_nll(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array, steering: Steering | None = None
+               ) -> jax.Array:
     """The same of at most one window, (B, T)."""
-    return nll_per_frame(apply_flow(flow, flow_variables(params), STARFlow.forward, noisy, text))
+    return nll_per_frame(apply_flow(flow, flow_variables(params), STARFlow.forward, noisy, text, control_of(steering)))
 
 
 def likelihood_batches(system: System, split: str, limit: int) -> Iterator[Batch]:
@@ -53,6 +56,14 @@ def bits_per_frame(system: System, params: Params, batches: Iterator[Batch], see
     rows = []
     for index, batch in enumerate(batches):
         noisy = noised_latents(system, batch, seed + index)
-        nll_BN = frame_nll(system, params, noisy, system.text_of(params, batch.text_B))
+        nll_BN = frame_nll(system, params, noisy, batch_text(system, params, batch))
         rows.append(fetch(nll_BN)[fetch(batch.valid_B)] / np.prod(noisy.shape[2:]) / np.log(2))
     return np.concatenate(rows)
+
+
+def batch_text(system: System, params: Params, batch: Batch) -> Text:
+    """The features of a batch's texts; for a model that follows cameras, with those of the batch."""
+    features = system.text_of(params, batch.text_B)
+    if "control" not in params or batch.intrinsics_BT4 is None:
+        return features
+    return VideoText(features, {0: features}, batch.cameras_of_latents(system.config.codec.time_stride))

@@ -67,7 +67,7 @@ def stream_clips(
     timeline = timeline or Timeline()
     index = given.given
     pending: list[jax.Array] = []
-    needed = {"flow", "denoiser"} if settings.renoise else {"flow"}
+    needed = {"flow", "control", "denoiser"} if settings.renoise else {"flow", "control"}
     deep_params, deep_given = _on(deep, ({part: params[part] for part in needed & set(params)}, given))
     for u_BGSK, report in deep_frames(system, deep_params, deep_given, settings):
         timeline.watch("deep", index, u_BGSK)

@@ -70,6 +70,9 @@ class Sample(Settings):
     changes: str = setting("", 'other prompts from later frames on: "25: a red seven moves left; 49: ..."')
     image: str = setting("", "a picture file: the video's first frame")
     video: str = setting("", "a video file to extend")
+    camera: str = setting("", "from where each frame is seen: a file (RealEstate10K's text, or JSON), or moves such as "
+                          '"pan_right:12; zoom_in:13"')
+    control: str = setting("", "a workdir of train.target=control, whose module follows sample.camera")
     count: int = setting(1, "videos per prompt", positive(1_000_000))
     keep: int = setting(0, "how many of these to keep, the most likely ones; 0: all",
                         at_least(0, "all", most=1_000_000))
@@ -160,7 +163,7 @@ class Sample(Settings):
                             "or a file of them, one per line, with --config.sample.prompts_file=FILE")
 
 
-EVALUATIONS = ("test_set", "horizon", "video", "classify", "quality", "denoisers", "guidance", "ablations")
+EVALUATIONS = ("test_set", "horizon", "camera", "video", "classify", "quality", "denoisers", "guidance", "ablations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +175,8 @@ class Evaluate(Settings):
     clips: int = setting(1_000, "test clips whose likelihood is measured, or whose caption is chosen by it (classify)",
                          positive(10_000_000))
     batch_size: int = setting(64, "clips at once, and draws of one video", positive(10_000))
-    prompts: int = setting(500, "test prompts whose samples are measured (test_set, horizon)", positive(1_000_000))
+    prompts: int = setting(500, "test prompts whose samples are measured (test_set, horizon, camera)",
+                           positive(1_000_000))
     latent_frames: int = setting(128, "latent frames of each of them (horizon)", positive(100_000))
     video: str = setting("", "a video file: its exact likelihood given `caption`, and its way to z and back (video)")
     caption: str = setting("", "caption of that video")

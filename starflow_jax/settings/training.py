@@ -4,7 +4,7 @@ import dataclasses
 
 from starflow_jax.settings.fields import SEED, Allowed, Settings, at_least, names, one_of, positive, setting
 
-TARGETS = ("all", "lora", "decoder")
+TARGETS = ("all", "lora", "control", "decoder")
 PROJECTIONS = ("qkv", "proj", "mlp_in", "mlp_out")  # of a Transformer layer
 BLOCKS = ("shallow", "deep", "denoiser")
 
@@ -34,8 +34,8 @@ class Train(Settings):
                          Allowed("at least 0 and below 1", lambda value: 0 <= value < 1))
     seed: int = setting(0, "of parameters, data order and noise", SEED)
     target: str = setting("all", "what is trained: the flow with its denoiser and text encoder; or, beside the model "
-                          "of init_from, which stays as it is, low-rank factors of its matrices, or the codec's "
-                          "decoder on noised latents", one_of(*TARGETS))
+                          "of init_from, which stays as it is, low-rank factors of its matrices, a module that "
+                          "makes it follow a camera, or the codec's decoder on noised latents", one_of(*TARGETS))
     init_from: str = setting("", "a workdir, or one of its checkpoints, whose model training starts from; empty: "
                              "random parameters, and for the other targets the model in the package")
     log_every: int = setting(20, "steps between lines of metrics", positive(1_000_000_000))
@@ -76,6 +76,13 @@ class Lora(Settings):
     @property
     def named_blocks(self) -> tuple[str, ...]:
         return names(self.blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Control(Settings):
+    """The module that train.target=control trains: rays of a camera to features, and these into each layer."""
+
+    width: int = setting(64, "features of a token", positive(65_536))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from starflow_jax.config import Config
+from starflow_jax.flow.control import control_of
 from starflow_jax.flow.likelihood import REFERENCE_NOISE, nll_mean
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, flow_variables
@@ -33,24 +34,24 @@ def all_trained(params: Params) -> Params:
     return params
 
 
-def gradients(config: Config, params: Params, noisy: jax.Array, text: jax.Array, whole: Whole = all_trained
-              ) -> tuple[Params, dict[str, jax.Array]]:
+def gradients(config: Config, params: Params, noisy: jax.Array, text: jax.Array, whole: Whole = all_trained,
+              rays_BNSK: jax.Array | None = None) -> tuple[Params, dict[str, jax.Array]]:
     """Gradients of every trained parameter, and the losses (scalars, per dimension), from noised latents
     (B, N, h, w, C).
 
     text: ids (B, S), with which the text encoder is trained too; or a frozen encoder's features (B, S, D). whole: the
-    trained parameters -> the model's.
+    trained parameters -> the model's. rays: of the cameras that a control module among these follows.
     """
 
     def features(model: Params) -> jax.Array:
         return text if text.ndim == 3 else encode_text(text_encoder(config), model["text"], text)
 
-    return gradients_from_features(STARFlow(config.model), params, noisy, features, whole)
+    return gradients_from_features(STARFlow(config.model), params, noisy, features, whole, rays_BNSK)
 
 
 def gradients_from_features(
     flow: STARFlow, params: Params, noisy: jax.Array, features: Callable[[Params], jax.Array],
-    whole: Whole = all_trained
+    whole: Whole = all_trained, rays_BNSK: jax.Array | None = None
 ) -> tuple[Params, dict[str, jax.Array]]:
     """The same for any source of text features, a function of the model's parameters.
 
@@ -62,7 +63,8 @@ def gradients_from_features(
     def flow_loss(trained: Params, x: jax.Array):
         model = whole(trained)
         text = features(model)
-        out = apply_flow(flow, flow_variables(model), STARFlow.forward, x, text)
+        steered = None if rays_BNSK is None else control_of((model["control"], rays_BNSK))
+        out = apply_flow(flow, flow_variables(model), STARFlow.forward, x, text, steered)
         nll = nll_mean(out)
         return weighted_loss(nll.loss, config.noise_std, config.denoising_step), (nll.loss, text)
 
@@ -85,17 +87,21 @@ def gradients_from_features(
 
 
 def accumulated_gradients(config: Config, params: Params, noisy: jax.Array, text: jax.Array,
-                          whole: Whole = all_trained) -> tuple[Params, dict[str, jax.Array]]:
+                          whole: Whole = all_trained, rays_BNSK: jax.Array | None = None
+                          ) -> tuple[Params, dict[str, jax.Array]]:
     """Mean gradients and losses over train.accumulate microbatches, one after the other."""
     parts = config.train.accumulate
     if parts == 1:
-        return gradients(config, params, noisy, text, whole)
+        return gradients(config, params, noisy, text, whole, rays_BNSK)
     # Every parts-th clip, so that each microbatch has some of the clips that a device already holds.
-    micro = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), (noisy, text))
+    micro = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), (noisy, text, rays_BNSK))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
-                        jax.eval_shape(lambda: gradients(config, params, noisy[:1], text[:1], whole)))
+                        jax.eval_shape(lambda noisy, text, rays: gradients(config, params, noisy, text, whole, rays),
+                                       *jax.tree.map(lambda a: a[0], micro)))
 
-    def add(total: Any, part: tuple[jax.Array, jax.Array]):
-        return jax.tree.map(lambda t, g: t + g / parts, total, gradients(config, params, *part, whole)), None
+    def add(total: Any, part: tuple[jax.Array, jax.Array, jax.Array | None]):
+        noisy, text, rays = part
+        return jax.tree.map(lambda t, g: t + g / parts, total,
+                            gradients(config, params, noisy, text, whole, rays)), None
 
     return lax.scan(add, zero, micro)[0]

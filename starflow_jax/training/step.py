@@ -10,8 +10,9 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from starflow_jax.config import Config, Train
+from starflow_jax.config import Config, Train, UserError
 from starflow_jax.data.batch import Batch
+from starflow_jax.flow.control import window_rays
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.system import System
 from starflow_jax.sharding import parameter_shardings, replicated
@@ -36,7 +37,8 @@ def make_train_step(config: Config, mesh: Mesh | None = None, whole: Callable[[A
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         noisy = clean + config.model.noise_std * jax.random.normal(key, clean.shape)
         grads, losses = accumulated_gradients(config, state.params, noisy, batch.text_B,
-                                              partial(whole, frozen) if whole else all_trained)
+                                              partial(whole, frozen) if whole else all_trained,
+                                              batch.rays_BNSK)
         state, norm, skip = apply_gradients(state, grads, config.train)
         return state, {**losses, "bits_per_dim": to_bits(losses["loss"]), "grad_norm": norm,
                        "skip": skip, "skipped": state.skipped}
@@ -81,12 +83,23 @@ def _update(state: TrainState, grads: Params, norm: jax.Array, settings: Train) 
 
 
 def encoded(system: System, batch: Batch, frozen: Params) -> Batch:
-    """The batch as the step takes it: latents as trained on and, with a frozen text encoder, features. So the weights
-    of a codec or a frozen encoder are no part of the step's program. frozen: {"text": its parameters}, or {}."""
-    batch = batch.replace(latents_BNhwC=system.latents_of(batch), frames_BTHWC=None, drop_first_B=None)
+    """The batch as the step takes it: latents as trained on and, with a frozen text encoder, features; with
+    train.target=control also rays. So the weights of a codec or a frozen encoder are no part of the step's program.
+    frozen: {"text": its parameters}, or {}."""
+    rays_BNSK = rays_of(batch, system.config) if system.config.train.target == "control" else None
+    batch = batch.replace(latents_BNhwC=system.latents_of(batch), frames_BTHWC=None, drop_first_B=None,
+                          rays_BNSK=rays_BNSK, intrinsics_BT4=None, world_to_camera_BT34=None)
     if frozen and batch.features_BSD is None:
         batch = batch.replace(features_BSD=system.features(frozen, batch.text_B), text_ids_BS=None)
     return batch
+
+
+def rays_of(batch: Batch, config: Config) -> jax.Array:
+    """(B, N, S, K): ray tokens of a batch's cameras, as trained on; of one camera for each image."""
+    if batch.intrinsics_BT4 is None or batch.world_to_camera_BT34 is None:
+        raise UserError("train.target=control: these data have no cameras; set data.camera=true for moving digits, or "
+                        "prepare videos with a camera beside each of them")
+    return window_rays(batch.cameras_of_latents(config.codec.time_stride), config.model)
 
 
 def tokens_of(batch: Batch, config: Config) -> int:

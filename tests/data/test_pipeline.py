@@ -126,13 +126,13 @@ def test_every_frame_of_a_clip_comes_with_its_camera():
         np.testing.assert_array_equal(-batch.world_to_camera_BT34[:, :, 0, 3], green)
         np.testing.assert_array_equal(batch.intrinsics_BT4, np.tile(batch.frames_BTHWC[:, :, 0, 0, :1], 4))
         starts |= set(green[:, 0].tolist())
-        intrinsics, poses = batch.cameras_of_latents(4)
-        assert intrinsics.shape == (8, 4, 4) and poses.shape == (8, 4, 3, 4)
-        # Latents of 1, 4, 4, 4 and 4 frames, without the first or the last one: their last frames.
-        of_latents = green[:, :1] + np.where(batch.drop_first_B[:, None], [4, 8, 12, 16], [0, 4, 8, 12])
-        np.testing.assert_array_equal(-np.asarray(poses)[:, :, 0, 3], of_latents)
-        np.testing.assert_array_equal(poses[..., :3], np.tile(np.eye(3, dtype=np.float32), (8, 4, 1, 1)))
-        np.testing.assert_array_equal(intrinsics[:, 0, 0], clip_ids(batch))
+        seen = batch.cameras_of_latents(4)
+        # Latents of 1, 4, 4, 4 and 4 frames, without the first or the last one; the first has its one camera 4 times.
+        last_B4 = np.where(batch.drop_first_B[:, None], [4, 8, 12, 16], [0, 4, 8, 12])
+        of_latents = green[:, :1, None] + np.maximum(last_B4[:, :, None] + np.arange(-3, 1), 0)
+        np.testing.assert_array_equal(-np.asarray(seen.world_to_camera_BNR44)[..., 0, 3], of_latents)
+        np.testing.assert_array_equal(seen.world_to_camera_BNR44[..., :3], np.tile(np.eye(4, 3), (8, 4, 4, 1, 1)))
+        np.testing.assert_array_equal(seen.intrinsics_BNR4[:, 0, 0, 0], clip_ids(batch))
     assert starts == set(range(5))
 
 
@@ -149,7 +149,7 @@ def test_evaluation_has_the_cameras_of_the_frames_that_it_shows():
             else:
                 np.testing.assert_array_equal(-batch.world_to_camera_BT34[:, :, 0, 3], [np.arange(13)] * 4)
                 assert batch.intrinsics_BT4.shape == (4, 13, 4)
-                assert batch.cameras_of_latents(4)[1].shape == (4, 4, 3, 4)
+                assert batch.cameras_of_latents(4).world_to_camera_BNR44.shape == (4, 4, 4, 4, 4)
 
 
 class ChangingSource(FakeSource):

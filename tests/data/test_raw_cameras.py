@@ -186,7 +186,7 @@ def test_from_files_to_batches_in_pixels_and_in_latents(folder, tmp_path):
             else:
                 assert batch.intrinsics_BT4.shape == (2, 9, 4)
                 np.testing.assert_allclose(np.diff(batch.world_to_camera_BT34[:, :, 0, 3]), -1, atol=1e-4)
-                assert batch.cameras_of_latents(4)[1].shape == (2, 2, 3, 4)
+                assert batch.cameras_of_latents(4).world_to_camera_BNR44.shape == (2, 2, 4, 4, 4)
 
 
 def _index(bucket, record):

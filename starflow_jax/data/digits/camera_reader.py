@@ -23,6 +23,7 @@ _STEPS = (6, 4)  # of Gauss and Newton for each frame of the first pass: smoothe
 _STEPS_AGAIN = 2  # in the second pass
 _TILE_STEPS = 8
 _DAMPING = 1e-3  # of the mean curvature: where there is no ink, nothing moves
+_MAX_LOG_SCALE = np.log(2.0)
 _MAX_STEP = np.array([0.06, 0.06, 0.1, 0.1], np.float32)  # sides, sides, log of the scale, radians: in one step
 
 
@@ -41,7 +42,8 @@ def read_cameras(frames_BTHWC: np.ndarray, directions_B: np.ndarray) -> Read:
     tiles_BSS = _fitted_tiles(tiles_BSS, ink_BTSS, found_BT4)
     for frame in range(1, ink_BTSS.shape[1]):
         for _ in range(_STEPS_AGAIN):
-            found_BT4[:, frame] += _step(tiles_BSS, ink_BTSS[:, frame], found_BT4[:, frame])
+            found_BT4[:, frame] = _bounded(
+                found_BT4[:, frame] + _step(tiles_BSS, ink_BTSS[:, frame], found_BT4[:, frame]))
     colours_BTSSC = frames_BTHWC / np.float32(255)
     tiles_BSSC = np.stack([_fitted_tiles(colours_BTSSC[:, 0, ..., channel], colours_BTSSC[..., channel], found_BT4)
                            for channel in range(3)], axis=-1)
@@ -75,9 +77,14 @@ def _follow(ink_BTSS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         guess_B4 = 2 * before - found_BT4[:, frame - 2] if frame > 1 else before.copy()
         for coarse, steps in zip((_COARSE, 0.0), _STEPS):
             for _ in range(steps):
-                guess_B4 += _step(tiles_BSS, ink_BTSS[:, frame], guess_B4, coarse)
+                guess_B4 = _bounded(guess_B4 + _step(tiles_BSS, ink_BTSS[:, frame], guess_B4, coarse))
         found_BT4[:, frame] = guess_B4
     return tiles_BSS, found_BT4
+
+
+def _bounded(found_B4: np.ndarray) -> np.ndarray:
+    """Cameras at a scale that pixels can show: on frames without a digit the steps lead anywhere."""
+    return np.clip(found_B4, [-np.inf, -np.inf, -_MAX_LOG_SCALE, -np.inf], [np.inf, np.inf, _MAX_LOG_SCALE, np.inf])
 
 
 def _step(tiles_BSS: np.ndarray, ink_BSS: np.ndarray, found_B4: np.ndarray, coarse: float = 0.0) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""A step that trains LoRA factors alone: on a mesh, in microbatches, on an int8 base, with a denoiser's."""
+"""A step that trains what is beside a model alone: LoRA factors on a mesh, in microbatches, on an int8 base, with a
+denoiser's; a control module."""
 
 import dataclasses
 import math
@@ -11,31 +12,42 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from starflow_jax import sharding
-from starflow_jax.config import Config, Lora, Mesh, Train
+from starflow_jax.config import Config, Data, Lora, Mesh, Train
 from starflow_jax.data.batch import Batch
-from starflow_jax.model.lora import fresh_factors
+from starflow_jax.flow.control import cameras_of_latents, window_rays
 from starflow_jax.model.quantize import quantize_params
-from starflow_jax.training.lora_target import abstract_lora, lora_step
+from starflow_jax.training.beside_target import PARTS, abstract_beside, beside_step
 from starflow_jax.training.state import create_state
+from tests.flow.test_control import random_cameras
 from tests.helpers import random_params
 from tests.small_model import CONFIG
 
 
 def config_of(lora: dict[str, Any] | None = None, **train: Any) -> Config:
     settings = Train(**{"target": "lora", "steps": 10, "warmup_steps": 0, "learning_rate": 1e-2, "ema": 0.5, **train})
-    return dataclasses.replace(CONFIG, train=settings, lora=Lora(**{"rank": 2, "alpha": 4.0, **(lora or {})}))
+    data = Data(camera=True, image_probability=0.0)
+    return dataclasses.replace(CONFIG, data=data, train=settings,
+                               lora=Lora(**{"rank": 2, "alpha": 4.0, **(lora or {})}))
 
 
 def batch(config: Config) -> Batch:
     model, random = config.model, np.random.default_rng(0)
     shape = (4, model.frames, model.height, model.width, model.channels)
-    return Batch(latents_BNhwC=random.normal(size=shape).astype(np.float32),
-                 features_BSD=random.normal(size=(4, model.text_length, model.text_dim)).astype(np.float32))
+    found = Batch(latents_BNhwC=random.normal(size=shape).astype(np.float32),
+                  features_BSD=random.normal(size=(4, model.text_length, model.text_dim)).astype(np.float32))
+    if config.train.target != "control":
+        return found
+    stride = config.codec.time_stride
+    paths = [random_cameras(1 + stride * (model.frames - 1), seed) for seed in range(4)]
+    intrinsics, world_to_camera = map(np.stack, zip(*paths))
+    return found.replace(rays_BNSK=np.asarray(window_rays(
+        cameras_of_latents(intrinsics, world_to_camera[:, :, :3], stride), model)))
 
 
 def trained(config: Config, mesh: Any, backbone: Any, steps: int = 2) -> tuple[Any, list[Any]]:
-    state = jax.jit(lambda: create_state(fresh_factors(config, jax.random.key(0)), config.train))()
-    rows, step = [], lora_step(config, mesh)
+    state = jax.jit(lambda: create_state(
+        PARTS[config.train.target].fresh(config, jax.random.key(0)), config.train))()
+    rows, step = [], beside_step(config, mesh)
     with jax.set_mesh(mesh):
         state = jax.device_put(state, sharding.parameter_shardings(state, mesh))
         for _ in range(steps):
@@ -74,7 +86,7 @@ def test_a_state_holds_factors_alone_and_the_backbone_is_kept_in_its_own_dtype(o
     whole = dataclasses.replace(config_of(), model=dataclasses.replace(CONFIG.model, dtype="bfloat16"))
     for weights, kernel in (("", jnp.bfloat16), ("int8", jnp.int8)):
         config = dataclasses.replace(whole, lora=dataclasses.replace(whole.lora, weights=weights))
-        abstract, backbone = abstract_lora(config, ONE)
+        abstract, backbone = abstract_beside(config, ONE)
         assert size(abstract) == size(state)
         mlp = backbone["flow"]["deep"]["transformer"]["layers"]["layer"]["mlp_in"]["kernel"]
         assert jax.tree.leaves(mlp)[0].dtype == kernel
@@ -93,3 +105,29 @@ def test_int8_bases_microbatches_and_the_denoisers_factors_learn(one_device: tup
     moved = jax.tree.map(lambda leaf: float(np.abs(leaf).max()), state.params["denoiser"])
     assert min(jax.tree.leaves(moved)) > 0  # B was zero
     np.testing.assert_allclose(rows[0]["loss"], one_device[1][0]["loss"], rtol=0.02)
+
+
+def test_a_control_module_learns_alone_from_the_backbones_loss_on(one_device: tuple[Any, list[Any]]) -> None:
+    """Its first loss is that of LoRA factors, which change nothing at first either."""
+    config = config_of(target="control")
+    state, rows = trained(config, ONE, random_params(CONFIG), steps=4)
+    assert set(state.params) == {"control"}
+    assert rows[0]["loss"] == one_device[1][0]["loss"] and rows[-1]["loss"] < rows[0]["loss"]
+    assert np.abs(state.params["control"]["layers"]["kernel"]).max() > 0
+    width, channels = config.control.width, 6 * config.codec.time_stride
+    held = (channels + 1) * width + (width + 1) * width + CONFIG.model.deep_layers * width * CONFIG.model.deep_width
+    assert 4 * 4 * held <= size(state) < 4 * 4 * held + 64
+    assert size(abstract_beside(config, ONE)[0]) == size(state)
+
+
+@pytest.mark.slow  # the same step as above
+def test_a_control_module_on_a_mesh_and_in_microbatches(one_device: tuple[Any, list[Any]]) -> None:
+    expected, rows = trained(config_of(target="control"), ONE, random_params(CONFIG))
+    mesh = sharding.make_mesh(Mesh(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    params = random_params(CONFIG)
+    backbone = jax.device_put(params, sharding.parameter_shardings(params, mesh))
+    state, sharded_rows = trained(config_of(target="control"), mesh, backbone)
+    jax.tree.map(lambda ours, other: np.testing.assert_allclose(ours, other, atol=2e-5), state.ema, expected.ema)
+    np.testing.assert_allclose(sharded_rows[1]["loss"], rows[1]["loss"], rtol=1e-5)
+    _, in_parts = trained(config_of(target="control", batch_size=4, accumulate=2), ONE, params)
+    np.testing.assert_allclose(in_parts[1]["loss"], rows[1]["loss"], rtol=1e-4)

@@ -1,0 +1,131 @@
+"""Does a model follow the camera? (--mode=evaluate --config.evaluate.task=camera)
+
+Test prompts are sampled along random smooth paths, which no caption tells, and the paths are read back from the
+frames, for videos of several lengths; the reader's own error is that on real clips, whose poses are exact. Of real
+clips the model also says whether the right camera makes them likelier than another clip's.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import numpy as np
+
+from starflow_jax.config import Sample
+from starflow_jax.data.digits import camera_reader, cameras, reader
+from starflow_jax.flow.control import LatentCameras, cameras_of_latents
+from starflow_jax.io.progress import ProgressBar
+from starflow_jax.model.parameters import Params
+from starflow_jax.model.sources import data_source
+from starflow_jax.model.system import System
+from starflow_jax.sampling.batches import filled, in_batches
+from starflow_jax.sampling.conditions import VideoText, noised_by_seeds
+from starflow_jax.sampling.generate import generate_clips
+from starflow_jax.sampling.likelihood import frame_nll
+from starflow_jax.sharding import fetch
+
+LENGTHS = (1, 4)  # of videos, in training lengths
+PATHS_SEED = 0xCA3E7A  # of the paths that prompts are sampled along
+SHOWN = ("pan_left", "tilt_down", "zoom_in", "roll_left")  # the moves of the picture
+DIRECTION = 2  # of a label
+
+
+def measure(system: System, params: Params, captions: list[str], labels_B3: np.ndarray) -> dict[str, Any]:
+    """All figures; those of the training length at the top. params: with a control module."""
+    with ProgressBar("camera", len(LENGTHS) + 2, unit="set", compiles=True) as progress:
+        of_lengths = {}
+        for length in LENGTHS:
+            of_lengths[length] = _followed(system, params, captions, labels_B3, length)
+            progress.update()
+        backbone = reader.default_reader().adherence(labels_B3, _sampled(system, params, captions, None, 1))
+        progress.update()
+        real = _real_clips(system, params, len(captions))
+        progress.update()
+    preferred = real.pop("right_camera_preferred")
+    return {**of_lengths[1], "right_camera_preferred": preferred,
+            "training_lengths": {str(length): figures for length, figures in of_lengths.items()},
+            "real_clips": real, "backbone_alone": {name: backbone[name] for name in ("digit", "colour")}}
+
+
+def shown_moves(system: System, params: Params, caption: str) -> np.ndarray:
+    """Videos of one caption and seed along SHOWN, (moves, T, H, W, 3) uint8."""
+    settings = dataclasses.replace(system.config.sample, frames=0)
+    return np.concatenate([generate_clips(
+        system, params, [caption], [0], dataclasses.replace(settings, camera=move)).frames_BTHWC for move in SHOWN])
+
+
+def _followed(system: System, params: Params, captions: list[str], labels_B3: np.ndarray, length: int
+              ) -> dict[str, float]:
+    frames = _frames(system, length)
+    asked = cameras.random_path(np.random.default_rng([PATHS_SEED, length]), len(captions), frames)
+    read = camera_reader.read_cameras(_sampled(system, params, captions, asked, length), labels_B3[:, DIRECTION])
+    digits_B, colours_B, _ = reader.default_reader().read(read.tiles_BSSC[:, None])
+    return {**camera_reader.camera_figures(read.path, asked), "digit": float((digits_B == labels_B3[:, 0]).mean()),
+            "colour": float((colours_B == labels_B3[:, 1]).mean())}
+
+
+def _frames(system: System, length: int) -> int:
+    """Pixel frames of so many training lengths."""
+    return 1 + (length * system.config.model.frames - 1) * system.config.codec.time_stride
+
+
+def _sampled(system: System, params: Params, captions: list[str], path: cameras.Path | None, length: int) -> np.ndarray:
+    """A video per caption with seeds 0, 1, ..., (B, T, H, W, 3) uint8, along these paths or without a camera."""
+    settings: Sample = dataclasses.replace(system.config.sample, frames=_frames(system, length), camera="")
+    size, made = settings.batch_size, []
+    for begin, batch in zip(itertools.count(step=size), in_batches(captions, size)):
+        seen = None if path is None else _latent_cameras(
+            system, cameras.Path(*(_filled(part[begin:begin + len(batch)], size) for part in path)))
+        clips = generate_clips(system, params, filled(batch, size), range(begin, begin + size), settings, cameras=seen)
+        made.append(clips.frames_BTHWC[:len(batch)])
+    return np.concatenate(made)
+
+
+def _latent_cameras(system: System, path: cameras.Path) -> LatentCameras:
+    intrinsics = np.broadcast_to(cameras.INTRINSICS, (*path.roll_BT.shape, 4))
+    return cameras_of_latents(intrinsics, path.world_to_camera(), system.config.codec.time_stride)
+
+
+def _real_clips(system: System, params: Params, count: int) -> dict[str, float]:
+    """The reader's own error, and how often the right camera is preferred, on test clips."""
+    source, frames = data_source(system.config, "test"), _frames(system, 1)
+    records = [source[index] for index in range(min(count, len(source)))]
+    frames_BTHWC = np.stack([record["frames"][:frames] for record in records])
+    path = cameras.Path.of(np.stack([record["world_to_camera"][:frames] for record in records]))
+    labels_B3 = np.array([[record[name] for name in ("digit", "colour", "direction")] for record in records])
+    read = camera_reader.read_cameras(frames_BTHWC, labels_B3[:, DIRECTION])
+    digits_B, colours_B, _ = reader.default_reader().read(read.tiles_BSSC[:, None])
+    captions = [record["caption_long"].decode() for record in records]
+    preferred_B = _preferred(system, params, captions, frames_BTHWC, _latent_cameras(system, path))
+    return {**camera_reader.camera_figures(read.path, path), "digit": float((digits_B == labels_B3[:, 0]).mean()),
+            "colour": float((colours_B == labels_B3[:, 1]).mean()), "right_camera_preferred": float(preferred_B.mean())}
+
+
+def _preferred(system: System, params: Params, captions: list[str], frames_BTHWC: np.ndarray, seen: LatentCameras
+               ) -> np.ndarray:
+    """(B,) whether a clip is likelier with its own camera than with the next clip's."""
+    wrong = jax.tree.map(lambda part: np.roll(part, -1, axis=0), seen)
+    size, better = system.config.evaluate.batch_size, []
+    for begin in range(0, len(captions), size):
+        kept = min(size, len(captions) - begin)
+        one = slice(begin, begin + kept)
+        latents = system.encode(_filled(frames_BTHWC[one], size))
+        noisy = noised_by_seeds(system, latents, range(begin, begin + size))
+        features = system.caption_features(params, filled(captions[one], size))
+        right_B, wrong_B = (_nll(system, params, noisy, features, jax.tree.map(np.asarray, of_clips), one)
+                            for of_clips in (seen, wrong))
+        better.append((right_B < wrong_B)[:kept])
+    return np.concatenate(better)
+
+
+def _nll(system: System, params: Params, noisy: jax.Array, features: jax.Array, seen: LatentCameras, part: slice
+         ) -> np.ndarray:
+    """(B,) -log p of noised latents seen by a part of these cameras, in nats."""
+    batch = jax.tree.map(lambda of_clips: _filled(of_clips[part], len(noisy)), seen)
+    return fetch(frame_nll(system, params, noisy, VideoText(features, {0: features}, batch))).sum(axis=1)
+
+
+def _filled(array_B: np.ndarray, size: int) -> np.ndarray:
+    """The array with its last entry repeated up to a batch's size."""
+    return np.concatenate([array_B, np.repeat(array_B[-1:], size - len(array_B), axis=0)])

@@ -1,0 +1,89 @@
+"""The control module that train.target=control trains beside a model: with it the model follows a camera."""
+
+import dataclasses
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epy
+from flax import traverse_util
+
+from starflow_jax import sharding
+from starflow_jax.config import Config, UserError
+from starflow_jax.flow.control import fresh_control
+from starflow_jax.model.beside import check_backbone, read_checkpoint
+from starflow_jax.model.parameters import Params, model_fingerprint
+
+with epy.lazy_imports():
+    from starflow_jax.checkpoints import training
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlModule:
+    """As it was read."""
+
+    params: Params
+    backbone: str  # beside.fingerprint_of the model that it was trained beside
+    source: str
+
+    @property
+    def checksum(self) -> str:
+        """Equal for equal parameters."""
+        found = 0
+        for _, array in sorted(traverse_util.flatten_dict(self.params, sep="/").items()):
+            found = zlib.crc32(np.ascontiguousarray(array).tobytes(), found)
+        return f"{found:08x}"
+
+
+def fresh_module(config: Config, key: jax.Array) -> Params:
+    """What training begins with, {"control": parameters}, float32: the model is its backbone."""
+    return {"control": fresh_control(config.model, config.control.width, config.codec.time_stride, key)}
+
+
+def with_module(config: Config, frozen: Params, trained: Params) -> Params:
+    """The model's parameters: those of the backbone and the control module's."""
+    return {**frozen, **trained}
+
+
+def open_control_checkpoints(config: Config, workdir: Path, backbone: str) -> "training.Checkpoints":
+    """The workdir's. backbone: beside.fingerprint_of what they are trained beside. Raises UserError where they are
+    another model's, or were trained beside other weights."""
+    check_backbone(workdir, "control module was", config, backbone)
+    return training.Checkpoints(
+        workdir / "checkpoints", keep=config.train.keep_checkpoints, model_fingerprint={
+            **model_fingerprint(config), "target": "control", "control": dataclasses.asdict(config.control),
+            "backbone": backbone})
+
+
+def read_module(config: Config, workdir: Path) -> ControlModule | None:
+    """The averaged parameters of sample.control, or of a workdir of train.target=control; None where there is neither.
+
+    Raises UserError where there are none there, where all checkpoints are damaged, and where they do not fit the model.
+    """
+    own = config.train.target == "control"
+    if not (own or config.sample.control):
+        return None
+    found = read_checkpoint(Path(config.sample.control) if config.sample.control else workdir,
+                            config.sample.checkpoint == "best", "control")
+    params = traverse_util.unflatten_dict(
+        {tuple(name.split("/"))[1:]: array for name, array in found.arrays.items() if name.startswith("control/")})
+    _check_shapes(config, params, found.source)
+    mesh = sharding.current_mesh()
+    return ControlModule(jax.device_put(params, sharding.replicated(mesh) if mesh else None), found.backbone,
+                         f"control module {found.source}")
+
+
+def _check_shapes(config: Config, params: Params, source: str) -> None:
+    def shapes(tree: Any) -> Any:
+        return jax.tree.map(np.shape, tree)
+
+    try:
+        width = len(params["proj_out"]["bias"])
+        fits = shapes(params) == shapes(jax.eval_shape(lambda: fresh_control(
+            config.model, width, config.codec.time_stride, jax.random.key(0))))
+    except (KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise UserError(f"{source}: its control module belongs to another model")

@@ -1,0 +1,119 @@
+"""--config.train.target=control as its users run it: beside a model, resumed, sampled and streamed along a camera,
+measured, refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import starflow_jax as sf
+from starflow_jax.checkpoints.parameters import stored_params
+from starflow_jax.config import Config, Train, UserError
+from starflow_jax.io.video import read_video
+from starflow_jax.modes.train import train
+from starflow_jax.training.metrics import read_metrics
+from tests.modes.small_backbone import config_with_data, same_states, stop_and_resume, write_model
+from tests.small_model import CAPTIONS
+from tests.small_run import run_here
+
+PROMPT, MOVES = CAPTIONS[0], "pan_right:4; zoom_in:5"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    config = config_with_data(tmp_path_factory.mktemp("data"))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, camera=True, image_probability=0.0))
+
+
+@pytest.fixture(scope="module")
+def model(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(config, tmp_path_factory.mktemp("model"), seed=1)
+
+
+def beside(config: Config, model: Path) -> Config:
+    settings = Train(target="control", init_from=str(model), steps=4, batch_size=4, learning_rate=3e-2, warmup_steps=1,
+                     log_every=1, checkpoint_every=2, evaluate_every=4, ema=0.5, validation_clips=4, sheet_clips=0)
+    return dataclasses.replace(config, train=settings)
+
+
+@pytest.fixture(scope="module")
+def workdir(config: Config, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("control")
+    train(beside(config, model), workdir)
+    return workdir
+
+
+def video(folder: Path, *arguments: str) -> np.ndarray:
+    """What --mode=sample writes, as int."""
+    code, _, err = run_here(["--mode=sample", f"--config.sample.prompt={PROMPT}", *arguments,
+                             f"--config.sample.output={folder}"])
+    assert code == 0, err
+    path, = folder.glob("*.mp4")
+    return read_video(path)[0].astype(int)
+
+
+def test_checkpoints_hold_the_module_alone_and_resume_bit_for_bit(
+    config: Config, model: Path, workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert {name.split("/")[0] for name in stored_params(workdir / "checkpoints" / "4")} == {"control"}
+    rows = read_metrics(workdir)
+    assert "denoiser_loss" not in rows[0] and rows[-1]["validation_bits_per_dim"] > 0
+    stop_and_resume(beside(config, model), tmp_path, monkeypatch)
+    same_states(workdir, tmp_path)
+
+
+def test_a_camera_changes_the_video_of_the_workdir_and_of_the_model_with_sample_control(
+    model: Path, workdir: Path, tmp_path: Path
+) -> None:
+    own = video(tmp_path / "own", f"--workdir={workdir}", f"--config.sample.camera={MOVES}")
+    named = video(tmp_path / "named", f"--workdir={model}", f"--config.sample.camera={MOVES}",
+                  f"--config.sample.control={workdir}")
+    np.testing.assert_array_equal(own, named)
+    backbone = video(tmp_path / "backbone", f"--workdir={model}")
+    still = video(tmp_path / "still", f"--workdir={workdir}")
+    np.testing.assert_array_equal(still, backbone)  # without a camera the module has no part in it
+    assert np.abs(own - backbone).mean() > 1
+    facts = json.loads(next((tmp_path / "own").glob("*.json")).read_text())
+    assert facts["settings"]["camera"] == MOVES and "control module" in facts["model"]
+
+
+def test_a_file_gives_the_video_of_its_poses_and_streams_and_the_api_agree(workdir: Path, tmp_path: Path) -> None:
+    camera = tmp_path / "still.txt"
+    camera.write_text("".join(f"{frame} 1 1 0.5 0.5 0 0 1 0 0 {0.3 * frame} 0 1 0 0 0 0 1 0\n" for frame in range(17)))
+    loaded = sf.load(workdir)
+    whole = loaded.generate(PROMPT, camera=str(camera), frames=17)
+    parts = list(loaded.stream(PROMPT, camera=str(camera), frames=17))
+    assert np.abs(np.concatenate(parts).astype(int) - whole.frames).max() <= 1
+    other = loaded.generate(PROMPT, camera="still", frames=17)
+    assert np.abs(other.frames.astype(int) - whole.frames).max() > 1
+    assert np.isfinite(whole.log_likelihood) and whole.log_likelihood != other.log_likelihood
+
+
+def test_what_does_not_fit_is_one_line(config: Config, model: Path, workdir: Path, tmp_path: Path) -> None:
+    def line(*arguments: str) -> str:
+        code, _, err = run_here(["--mode=sample", f"--config.sample.prompt={PROMPT}", *arguments])
+        assert code == 2
+        return err.splitlines()[-1]
+
+    assert "this model follows no camera" in line(f"--workdir={model}", "--config.sample.camera=orbit")
+    assert "holds no control module" in line(f"--workdir={model}", f"--config.sample.control={model}")
+    assert "missing.txt: the camera can't be read" in line(f"--workdir={workdir}", "--config.sample.camera=missing.txt")
+    other = write_model(config, tmp_path / "other", seed=2)
+    assert "was trained beside other weights" in line(f"--workdir={other}", f"--config.sample.control={workdir}")
+    with pytest.raises(UserError, match="its control module was trained beside other weights"):
+        train(beside(config, other), workdir)
+    with pytest.raises(UserError, match="data.camera"):
+        dataclasses.replace(beside(config, model), data=dataclasses.replace(config.data, camera=False))
+
+
+@pytest.mark.slow  # quick: tests/data/test_digits_camera_reader.py, and the samples above
+def test_the_evaluation_reads_paths_back(workdir: Path, tmp_path: Path) -> None:
+    code, out, err = run_here(["--mode=evaluate", f"--workdir={workdir}", "--config.evaluate.task=camera"])
+    assert code == 0, err
+    found = json.loads((workdir / "camera.json").read_text())
+    names = ("correlation_x", "correlation_y", "scale_error", "roll_error_degrees", "right_camera_preferred", "digit",
+             "colour")
+    assert all(np.isfinite(found[name]) for name in names)
+    assert found["real_clips"]["correlation_x"] > 0.9 and (workdir / "camera.png").exists() and "real clips" in out
