@@ -97,7 +97,7 @@ def _scale(path: Path) -> Any:
         facts = read_json(path)
         kind, alpha, root = facts["peft_type"], float(facts["lora_alpha"]), bool(facts.get("use_rslora"))
         refused = [name for name in REFUSED if facts.get(name)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: can't be read as the settings of LoRA factors ({error}); PEFT writes it beside "
                         f"{WEIGHTS}") from error
     if kind != "LORA" or refused:

@@ -20,34 +20,65 @@ from starflow_jax.io.files import first_line
 
 I3D_SIZE = 224  # pixels of a side
 LPIPS_LEAST = 64  # pixels of the shorter side: less vanishes in AlexNet's strides
-ARRAY_NAMES = {  # the globals in an array's pickle, by the names of NumPy 1 and 2, and where they are now
-    ("numpy.core.multiarray", "_reconstruct"): "numpy._core.multiarray",
-    ("numpy._core.multiarray", "_reconstruct"): "numpy._core.multiarray",
-    ("numpy", "ndarray"): "numpy",
-    ("numpy", "dtype"): "numpy",
-}
-
-
 class MissingPackage(UserError):
     """An extra that is not installed."""
 
 
+class _Dtype:
+    """What a pickle says of an array's dtype. NumPy's own would take any state, and crash with some."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+
+class _Array:
+    """What it says of an array."""
+
+    def __init__(self, *_: Any) -> None:
+        self.array = np.zeros(0)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, values = state
+        if dtype.name not in NUMBERS or not isinstance(values, bytes):
+            raise pickle.UnpicklingError(f"an array of {dtype.name!r:.50}")
+        array = np.frombuffer(values, np.dtype(dtype.name).newbyteorder(dtype.order))
+        self.array = array.reshape(shape, order="F" if fortran else "C").copy()
+
+
 class _ArraysOnly(pickle._Unpickler):  # the one in Python: see torch_zip.py
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ARRAY_NAMES:
+        if (module, name) not in STAND_INS:
             raise UserError(f"a file of weights asks for {module}.{name}: it may hold arrays alone")
-        return super().find_class(ARRAY_NAMES[module, name], name)
+        return STAND_INS[module, name]
+
+
+NUMBERS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
+STAND_INS = {  # for the globals in an array's pickle, by the names of NumPy 1 and 2
+    ("numpy.core.multiarray", "_reconstruct"): _Array, ("numpy._core.multiarray", "_reconstruct"): _Array,
+    ("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Dtype,
+}
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
     """Nested dictionaries of arrays from a pickle. Raises UserError where it holds anything else."""
     try:
         with open(path, "rb") as file:
-            return _ArraysOnly(file).load()
+            return _arrays(_ArraysOnly(file).load())
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can make its reader fail in any way
         raise UserError(f"can't read the weights {path} ({first_line(error)}); install the package again") from error
+
+
+def _arrays(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {str(name): _arrays(value) for name, value in tree.items()}
+    if not isinstance(tree, _Array):
+        raise pickle.UnpicklingError(f"it holds a {type(tree).__name__} among its arrays")
+    return tree.array
 
 
 def _package(name: str, pip_name: str) -> ModuleType:

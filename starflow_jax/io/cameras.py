@@ -14,7 +14,6 @@ Timestamps that count up by one are numbers of frames, as where a JSON has none:
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from starflow_jax.config import UserError
+from starflow_jax.io.files import parse_json
 
 SUFFIXES = (".txt", ".json")
 _RIGID = 1e-2  # what a rotation read from text may be off by
@@ -163,7 +163,7 @@ def _text_poses(text: str, name: str) -> list[_Pose]:
 
 def _json_poses(text: str, name: str) -> list[_Pose]:
     try:
-        given = json.loads(text)
+        given = parse_json(text)
     except ValueError as error:
         raise UserError(f"{name}: unreadable JSON ({error})") from error
     if not isinstance(given, dict) or not isinstance(given.get("world_to_camera"), list):
@@ -190,7 +190,7 @@ def _json_poses(text: str, name: str) -> list[_Pose]:
 def _number(value: Any, where: str) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise UserError(f"{where}: {str(value)[:40]!r} is no finite number")

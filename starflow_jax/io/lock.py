@@ -26,7 +26,7 @@ from typing import Any
 from etils import epath
 
 from starflow_jax.config import UserError
-from starflow_jax.io.files import write_text
+from starflow_jax.io.files import parse_json, write_text
 
 IN_USE = "in_use.json"
 # File systems whose flock all processes see that can see the files.
@@ -67,7 +67,7 @@ def file_system(folder: str) -> str:
 def _lock(folder: str) -> Iterator[None]:
     # Never deleted: whoever waits for a deleted file would get a lock that nobody else sees. Not inherited by programs
     # that this process starts, which would hold it beyond its end.
-    with open(Path(folder) / IN_USE, "a+") as file:
+    with open(Path(folder) / IN_USE, "a+", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -153,14 +153,14 @@ def _now() -> str:
 def _read(path: str) -> dict[str, Any] | None:
     """What the file says, {} for something else; None where there is no file."""
     try:
-        return _parsed(epath.Path(path).read_text())
+        return _parsed(epath.Path(path).read_bytes())
     except FileNotFoundError:
         return None
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def _parsed(text: str | bytes) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

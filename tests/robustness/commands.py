@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,19 +104,20 @@ def hostile(setting: Described) -> st.SearchStrategy[str]:
 
 
 @st.composite
-def commands(draw: Callable[[st.SearchStrategy[Any]], Any], modes: Sequence[str] = tuple(MODES)) -> list[str]:
-    """The arguments of starflow_jax.main: a config, a mode, a workdir and some settings, often the mode's own."""
-    mode = draw(st.sampled_from(modes))
-    odd = draw(st.sampled_from(("", "", "", "", "value", "value", "config", "workdir")))
+def commands(draw: Callable[[st.SearchStrategy[Any]], Any], modes: Sequence[str] = tuple(MODES),
+             odd: Sequence[str] = ("", "", "", "", "value", "value", "config", "workdir")) -> list[str]:
+    """The arguments of starflow_jax.main: a config, a mode, a workdir and some settings, often the mode's own. odd:
+    what may be other than likely."""
+    mode, odd_one = draw(st.sampled_from(modes)), draw(st.sampled_from(odd))
     own = [name for name in SETTINGS if name.partition(".")[0] in MODES[mode][1]]
     names = draw(st.lists(st.sampled_from(own) | st.sampled_from(sorted(SETTINGS)), max_size=6, unique=True))
     settings = []
     for name in names:
-        of = hostile if odd == "value" and draw(st.booleans()) else likely
+        of = hostile if odd_one == "value" and draw(st.booleans()) else likely
         value = draw(st.sampled_from(COMMANDS) if name == "sample.rewrite" else of(SETTINGS[name]))  # which is run
         settings.append(f"--config.{name}={value}")
-    config = draw(st.sampled_from(CONFIGS if odd == "config" else CONFIGS[:5]))
-    workdir = draw(st.sampled_from(WORKDIRS)) if odd == "workdir" else "new"
+    config = draw(st.sampled_from(CONFIGS if odd_one == "config" else CONFIGS[:5]))
+    workdir = draw(st.sampled_from(WORKDIRS)) if odd_one == "workdir" else "new"
     prompt = ["--config.sample.prompt=a red seven moves right"] if draw(st.integers(0, 4)) else []
     return [f"--config={config}", f"--mode={mode}", f"--workdir={workdir}", *prompt, *settings]
 
@@ -207,6 +209,7 @@ def judged(code: int, err: str) -> Result:
 
 def result_in_process(arguments: Sequence[str], folder: Path) -> Result:
     """Of a command run as a process of a small model with MEMORY, which is ended after a while of work."""
+    shutil.rmtree(folder / "new", ignore_errors=True)
     with tempfile.TemporaryDirectory() as said:
         out, err = Path(said) / "out", Path(said) / "err"
         with open(out, "wb") as stdout, open(err, "wb") as stderr:

@@ -378,6 +378,51 @@ def _read_licences(folder: Path, path: Path) -> None:
     carry_licence(folder, folder / "workdir")
 
 
+def _make_cameras(folder: Path) -> None:
+    rows = [[1, 0, 0, 0.1], [0, 1, 0, 0.2], [0, 0, 1, -0.5]]
+    line = " ".join(map(str, (0.9, 1.6, 0.5, 0.5, 0, 0, *rows[0], *rows[1], *rows[2])))
+    (folder / "a.txt").write_text("https://example.org/a\n" + "".join(f"{1000 * n} {line}\n" for n in range(4)))
+    (folder / "b.json").write_text(json.dumps({"intrinsics": [0.9, 1.6, 0.5, 0.5], "world_to_camera": [rows] * 4,
+                                               "timestamps": [0, 5, 6, 9]}))
+
+
+def _read_cameras(_: Path, path: Path) -> None:
+    from starflow_jax.io.cameras import read_cameras
+
+    read_cameras(str(path), 5, 32, 48).relative_to_first()
+
+
+def _make_lock(folder: Path) -> None:
+    (folder / "in_use.json").write_text(json.dumps({"host": "a", "pid": 7, "since": "2026-11-01", "token": "1234"}))
+
+
+def _read_lock(folder: Path, path: Path) -> None:
+    """As a run that is refused, and as one that finds a lease."""
+    import fcntl
+
+    from starflow_jax.io import lock
+
+    lock._who(lock._read(str(path)))
+    with open(path) as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        try:
+            with lock._lock(str(folder)):
+                raise AssertionError("held twice")
+        except UserError:
+            pass
+
+
+def _make_details(folder: Path) -> None:
+    (folder / "video.json").write_text(json.dumps({"prompt": "a", "seed": 1, "identity": "1234", "outcome": ["exact"],
+                                                   "bits_per_dim": 1.5, "deep_steps_per_block": [3], "seconds": 2.0}))
+
+
+def _read_details(_: Path, path: Path) -> None:
+    from starflow_jax.sampling.identity import facts_of
+
+    facts_of(path)
+
+
 # Captions and lists.
 
 
@@ -652,6 +697,9 @@ READERS: dict[str, Reader] = {
     "metrics": Reader(_make_metrics, _read_metrics, writes=True),
     "measured runs": Reader(_make_measured, _read_measured),
     "licences": Reader(_make_licences, _read_licences, ("*.md", "LICENSE", "*.txt"), writes=True),
+    "cameras": Reader(_make_cameras, _read_cameras),
+    "lock": Reader(_make_lock, _read_lock),
+    "details of a video": Reader(_make_details, _read_details),
     "captions": Reader(_make_captions, _read_captions, ("*.txt", "*.json")),
     "lists": Reader(_make_lists, _read_list, ("list.*", "plain.*"), crashes=True),
     "tar": Reader(_make_tar, _read_list),
