@@ -35,6 +35,14 @@ def counting(frames, height=32, width=32):
     return np.broadcast_to(levels[:, None, None, None], (frames, height, width, 3))
 
 
+def textured(frames, height, width):
+    """Blocks of colours that slide, under noise: what an encoder has work with."""
+    random = np.random.default_rng(height)
+    blocks = random.integers(0, 255, (height // 8 + 1, width // 8 + 1, 3)).repeat(8, 0).repeat(8, 1)[:height, :width]
+    slid = np.stack([np.roll(blocks, (step, 2 * step), (0, 1)) for step in range(frames)])
+    return (slid + random.integers(-3, 4, slid.shape)).clip(0, 255).astype(np.uint8)
+
+
 def write_at(path, frames_THWC, times, rate=1000):
     """A video whose frames are shown from the given times on, in seconds."""
     with av.open(str(path), "w") as container:
@@ -47,6 +55,33 @@ def write_at(path, frames_THWC, times, rate=1000):
             frame.pts, frame.time_base = round(time * rate), Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+def write_as(path, frames_THWC, codec, pixels, rate=16):
+    """A video by any of ffmpeg's encoders."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *frames_THWC.shape[1:3], pixels
+        for frame in frames_THWC:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+ENCODERS = (("libx264", "yuv420p", "mp4"), ("mpeg4", "yuv420p", "avi"), ("mjpeg", "yuvj422p", "mkv"),
+            ("libvpx-vp9", "yuv420p", "webm"), ("libx264", "yuv444p", "mkv"), ("mpeg2video", "yuv420p", "mpg"))
+
+
+def write_mixed(folder: Path, count: int) -> None:
+    """So many videos, no two alike in size, length, rate or encoder."""
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for index in range(count):
+        encoder, pixels, suffix = ENCODERS[index % len(ENCODERS)]
+        height, width = 2 * random.integers(20, 150, 2)
+        rate = random.choice([16, 24, 25, 30])
+        frames = textured(int(rate * random.uniform(1.2, 2.5)), height, width)
+        write_as(folder / f"v{index:02d}.{suffix}", frames, encoder, pixels, int(rate))
+        (folder / f"v{index:02d}.txt").write_text(f"clip {index}")
 
 
 def write_inputs(folder: Path) -> None:

@@ -103,8 +103,8 @@ def check_reachable(path: str, setting: str) -> None:
     if not separator:
         return
     if scheme not in DRIVERS:
-        raise UserError(f"{setting}={path[:200]}: addresses of {scheme[:20]}:// can't be read; download the files, or "
-                        f"name one of {', '.join(f'{known}://' for known in DRIVERS)}")
+        raise UserError(f"{setting}={path[:200]}: addresses of {scheme[:20]}:// are not taken; name a local path "
+                        f"or one of {', '.join(f'{known}://' for known in DRIVERS)}")
     from etils import epath
 
     try:

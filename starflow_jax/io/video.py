@@ -140,7 +140,7 @@ class NotAVideo(Exception):
 def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
     """Reads a whole video: frames (T, H, W, 3) uint8 and its frames per second.
 
-    Raises UserError where the file is missing, damaged, or holds no video frames.
+    Raises UserError where the file is missing, damaged, or holds no video frames, or more than fit into memory.
     """
     if not Path(path).is_file():
         raise UserError(f"video not found: {path}; check the path")
@@ -149,11 +149,13 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             rate = stream.average_rate or stream.guessed_rate
-            frames = []
+            frames: list[np.ndarray] = []
             for packet in container.demux(stream):
                 if packet.is_corrupt:
                     raise UserError(f"video {path} is damaged or cut short; copy or encode it again")
                 frames += [to_rgb(frame) for frame in packet.decode()]
+                if frames:
+                    _check_memory(f"video {path}", len(frames) * frames[0].nbytes)
     except UserError:
         raise
     except NotAVideo as error:
@@ -169,11 +171,23 @@ def read_video(path: str | os.PathLike[str]) -> tuple[np.ndarray, float]:
 
 
 def at_rate(frames_THWC: np.ndarray, fps: float, wanted: float) -> np.ndarray:
-    """Frames (T, ...) of a video of `fps` as one of `wanted` frames per second has them: repeated or left out."""
+    """Frames (T, ...) of a video of `fps` as one of `wanted` frames per second has them: repeated or left out.
+
+    Raises UserError where they don't fit into memory.
+    """
     if fps == wanted:  # where the quotient below may round down
         return frames_THWC
     count = max(1, round(len(frames_THWC) * wanted / fps))
+    _check_memory(f"a video of {fps:.3g} frames per second at {wanted:g}", count * frames_THWC[0].nbytes)
     return frames_THWC[np.minimum(np.arange(count) * fps / wanted, len(frames_THWC) - 1).astype(int)]
+
+
+def _check_memory(what: str, size: int) -> None:
+    """Raises UserError where frames of so many bytes, which are copied twice, take more than this machine has."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 3 * size > memory:
+        raise UserError(f"{what}: its frames take {size / 1e9:.1f} GB or more, over a third of this machine's "
+                        f"{memory / 1e9:.1f} GB; give a shorter or smaller one")
 
 
 def to_rgb(frame: av.VideoFrame, threads: int = 0) -> np.ndarray:

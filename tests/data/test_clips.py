@@ -18,7 +18,7 @@ from starflow_jax.data.raw.items import Item, Rejected
 from starflow_jax.data.raw.job import Bucket, Job
 from starflow_jax.io import video as video_io
 from starflow_jax.io.video import write_mp4
-from tests.prepared_input import changed, counting, real_videos, scene, write_at
+from tests.prepared_input import changed, counting, real_videos, scene, textured, write_as, write_at
 
 SQUARE, WIDE, TALL = Bucket(16, 16, "1:1"), Bucket(16, 24, "3:2"), Bucket(24, 16, "2:3")
 ALL = Job(Prepare(fps=0, max_upscale=1.0, min_brightness=0.0, min_motion=0.0, cut_threshold=0.0), folder="",
@@ -294,14 +294,6 @@ def test_what_is_kept_is_nearly_what_was_seen_and_the_same_bytes(frames, limit):
 SIZES = [(16, 24), (18, 86), (62, 30), (66, 150), (94, 112), (130, 66)]
 
 
-def textured(frames, height, width):
-    """Blocks of colours that slide, under noise: what an encoder has work with."""
-    random = np.random.default_rng(height)
-    blocks = random.integers(0, 255, (height // 8 + 1, width // 8 + 1, 3)).repeat(8, 0).repeat(8, 1)[:height, :width]
-    slid = np.stack([np.roll(blocks, (step, 2 * step), (0, 1)) for step in range(frames)])
-    return (slid + random.integers(-3, 4, slid.shape)).clip(0, 255).astype(np.uint8)
-
-
 def test_clips_of_mixed_sizes_are_the_same_bytes_in_any_order():
     """Memory is not clean: what earlier clips left in it must not show."""
     clips = [Clip(textured(17 + index, *size), WIDE, 16 + index, 0.0) for index, size in enumerate(SIZES)]
@@ -343,15 +335,6 @@ def test_every_cpu_decodes_and_resizes_to_the_same_frames(tmp_path, codec, pixel
             libavutil.av_force_cpu_flags(-1)
     differ = [key for key, frames in made_by.items() if frames != made_by[-1, *key[1:]]]
     assert len(made_by) == 24 and not differ
-
-
-def write_as(path, frames_THWC, codec, pixels):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=16)
-        stream.height, stream.width, stream.pix_fmt = *frames_THWC.shape[1:3], pixels
-        for frame in frames_THWC:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode(None))
 
 
 def test_playlists_and_what_is_too_large_are_left_out(tmp_path):

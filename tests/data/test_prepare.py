@@ -134,6 +134,26 @@ def test_what_is_left_out_is_counted_and_listed(whole):
     assert not (whole / ".parts").exists()
 
 
+def test_what_a_hostile_folder_holds_costs_one_line_each(inputs, tmp_path):
+    source, outside = tmp_path / "in", tmp_path / "outside"
+    for folder in (source, outside):
+        folder.mkdir()
+    shutil.copy(inputs / "wide0.mp4", source / "good.mp4")
+    for name in ("good", "playlist"):
+        (source / f"{name}.txt").write_text("a caption")
+    (source / "playlist.mp4").write_text(f"ffconcat version 1.0\nfile '{inputs / 'wide1.mp4'}'\n")
+    shutil.copy(inputs / "wide0.mp4", source / "deep.mp4")
+    (source / "deep.json").write_text("[" * 100_000)
+    (source / "loop").symlink_to(source)
+    (source / "outside").symlink_to(outside)
+    (outside / "back").symlink_to(source)
+    done = prepare_clips(job(source, tmp_path / "out"), processes=1)
+    assert (done["items"], done["clips"]) == (3, 4)
+    assert [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()] == [
+        {"key": "deep", "reason": "unreadable JSON: nested too deeply"},
+        {"key": "playlist", "reason": "not a video file of a known kind; playlists are not followed"}]
+
+
 def test_shards_are_even_and_in_order(inputs, whole):
     sizes = [shard.count for shard in shards.written_shards(epath.Path(whole), shards.CLIPS)
              if shard.bucket == "16x24_5f"]

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
 import sys
 import tarfile
@@ -114,6 +115,17 @@ def test_one_bad_line_of_a_jsonl_list_costs_one_line(tmp_path):
     found = reasons(items)
     assert found["row 1"].startswith("unreadable JSON") and "not UTF-8" in found["a.mp4#2"]
     assert found["row 3"] == "no path" and items[4].key == "a.mp4#4"
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    write(tmp_path, b_mp4="", c_mp4="", c_txt="fine")
+    (tmp_path / "list.csv").write_text("path,caption\na.mp4,one\nd.mp4,two\n")
+    os.mkfifo(tmp_path / "a.mp4")
+    os.mkfifo(tmp_path / "b.txt")
+    (tmp_path / "d.mp4").symlink_to("/dev/zero")
+    reason = "unreadable: not a regular file"
+    assert reasons(read(tmp_path)) == {"a": reason, "b": reason, "d": reason}
+    assert reasons(read(tmp_path / "list.csv")) == {"a.mp4#0": reason, "d.mp4#1": reason}
 
 
 DEEP = "[" * 100_000
@@ -244,8 +256,8 @@ def test_inputs_that_can_not_be_are_refused(tmp_path, name, message):
 
 @pytest.mark.parametrize("source,message", [
     ("gs://bucket/videos", "needs its driver; pip install gcsfs"), ("gs://b/*.tar", "pip install gcsfs"),
-    ("s3://bucket/list.csv", "pip install s3fs"), ("http://host/videos.tar", "addresses of http:// can't be read"),
-    ("https://host/list.csv", "download the files, or name one of gs://")])
+    ("s3://bucket/list.csv", "pip install s3fs"), ("http://host/videos.tar", "addresses of http:// are not taken"),
+    ("https://host/list.csv", "name a local path or one of gs://")])
 def test_addresses_that_can_not_be_read_are_refused(source, message, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     monkeypatch.setitem(sys.modules, "s3fs", None)

@@ -197,6 +197,17 @@ def test_frames_that_are_too_large_are_not_decoded(tmp_path):
         video_io.read_video(tmp_path / "v.gif")
 
 
+def test_what_does_not_fit_into_memory_is_said(tmp_path, monkeypatch):
+    video_io.write_mp4(tmp_path / "v.mp4", moving_square(30), fps=8)  # 138 kB of frames
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 102}.get)
+    assert len(video_io.read_video(tmp_path / "v.mp4")[0]) == 30
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 80}.get)
+    with pytest.raises(UserError, match=r"v\.mp4: its frames take 0\.0 GB or more, over a third"):
+        video_io.read_video(tmp_path / "v.mp4")
+    with pytest.raises(UserError, match="a video of 1e-06 frames per second at 16: its frames take 73.7 GB"):
+        video_io.at_rate(moving_square(1), 1e-6, 16)
+
+
 def test_growing_mp4_plays_before_it_is_closed(tmp_path):
     frames_THWC = moving_square(8)
     writer = video_io.growing_mp4(tmp_path / "grows.mp4", fps=8)

@@ -1,8 +1,14 @@
 """--mode=prepare from raw files to what training reads; by the command line on real videos (slow)."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -18,8 +24,9 @@ from starflow_jax.modes.train import train
 from starflow_jax.sharding import make_mesh
 from starflow_jax.training.run import open_batches
 from tests import small_run
-from tests.data.test_prepare import examples
-from tests.prepared_input import real_videos, write_inputs
+from tests.data.test_prepare import examples, tree
+from tests.prepared_input import real_videos, write_inputs, write_mixed
+from tests.small_run import ROOT
 
 PREPARE = dict(resolution=18, aspect_ratios="1:1,3:2", fps=0, frames=9, min_motion=0.01, items_per_part=4,
                validation_share=0.2, test_share=0.2, processes=1, batch_size=3)
@@ -113,6 +120,53 @@ def test_prepared_data_needs_a_folder_and_no_digits_readers(config):
         dataclasses.replace(config.data, source="digits", latents=True)
     with pytest.raises(UserError, match="only moving digits can be read"):
         dataclasses.replace(config, train=dataclasses.replace(config.train, adherence_prompts=8))
+
+
+def test_addresses_that_can_not_be_written_to_are_one_line(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    for output, message in (("gs://bucket/out", "needs its driver; pip install gcsfs"),
+                            ("http://host/out", "addresses of http:// are not taken")):
+        asked = dataclasses.replace(config, prepare=dataclasses.replace(config.prepare, output=output))
+        with pytest.raises(UserError, match=f"prepare.output={output}: {message}"):
+            prepare(asked, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_mixed_videos_are_the_same_bytes_at_any_number_of_processes_and_after_kills(tmp_path):
+    """By the command line: on one process, on two, and on two that are killed again and again."""
+    write_mixed(tmp_path / "in", 40)
+    wanted = [f"--config.prepare.{name}" for name in (
+        f"input={tmp_path / 'in'}", "resolution=72", "frames=9", "max_upscale=9.0", "cut_threshold=0.0",
+        "items_per_part=3", "clips_per_shard=7", "validation_share=0.2", "test_share=0.2")]
+
+    def command(name, processes):
+        return small_run.command(tmp_path / name, tmp_path / "data", "--mode=prepare", *wanted,
+                                 f"--config.prepare.processes={processes}")
+
+    for name, processes in (("one", 1), ("two", 2)):
+        subprocess.run(command(name, processes), cwd=ROOT, env=small_run.environment(), check=True)
+    kills, random, done = 0, np.random.default_rng(0), tmp_path / "killed" / "prepared" / "prepared.json"
+    while not done.exists() and kills < 4:
+        dirty = small_run.environment(MALLOC_PERTURB_=str(30 * kills))  # what memory holds before it is written
+        run = subprocess.Popen(command("killed", 2), cwd=ROOT, env=dirty, start_new_session=True)
+        parts = len(_finished_parts(done.parent))
+        while run.poll() is None and len(_finished_parts(done.parent)) <= parts and not done.exists():
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 1))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        kills += 1
+    assert kills >= 3
+    subprocess.run(command("killed", 2), cwd=ROOT, env=small_run.environment(), check=True)
+    expected = tree(tmp_path / "one" / "prepared")
+    prepared = json.loads((tmp_path / "one" / "prepared" / "prepared.json").read_text())
+    assert prepared["items"] == 40 and prepared["clips"] > 80 and len(expected) > 20
+    assert tree(tmp_path / "two" / "prepared") == tree(tmp_path / "killed" / "prepared") == expected
+
+
+def _finished_parts(folder):
+    return list(folder.glob(".parts/*/summary.json"))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,12 @@ def printable(name: str) -> str:
 
 def reason_of(error: Exception) -> str:
     return str(error) if isinstance(error, Unusable) else f"unreadable: {getattr(error, 'strerror', '') or error}"
+
+
+def check_file(path: str) -> None:
+    """Raises Unusable for a pipe or a device, from which bytes may come without end, or never."""
+    if "://" not in path and os.path.exists(path) and not os.path.isfile(path):
+        raise Unusable("unreadable: not a regular file")
 
 
 def check_size(what: str, size: int, megabytes: int, setting: str) -> None:

@@ -18,6 +18,7 @@ from starflow_jax.data.raw.items import (
     Unusable,
     camera_of,
     captions_of,
+    check_file,
     check_size,
     is_image,
     parse_json,
@@ -57,6 +58,7 @@ def item_of_row(folder: epath.Path, number: int, row: Any, settings: Prepare) ->
             raise Unusable("not a video or picture by its name's ending")
         if not (folder / name).exists():
             raise Unusable("file not found")
+        check_file(str(folder / name))
         long, short = captions_of(row, settings)
         start, end = _seconds(row, "start", 0.0), _seconds(row, "end", math.inf)
         if not 0 <= start < end:

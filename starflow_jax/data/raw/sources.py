@@ -30,6 +30,7 @@ from starflow_jax.data.raw.items import (
     Unusable,
     camera_of,
     captions_of,
+    check_file,
     check_size,
     fields_of,
     is_image,
@@ -127,9 +128,11 @@ def _from_folder(folder: epath.Path, name: str, settings: Prepare) -> Item | Rej
     key = printable(name[:-len(path.suffix)])
     beside = {suffix: path.with_suffix(f".{suffix}") for suffix in text_suffixes(settings)}
     try:
+        check_file(str(path))
         files = {}
         for suffix, file in beside.items():
             if file.exists():
+                check_file(str(file))
                 check_size(f".{suffix}", file.stat().length, settings.max_text_mb, "max_text_mb")
                 files[suffix] = file.read_bytes()
         long, short = captions_of(fields_of(files), settings)
