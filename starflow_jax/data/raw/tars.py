@@ -26,6 +26,7 @@ from starflow_jax.data.raw.items import (
 )
 
 TARS = (".tar", ".tar.gz", ".tgz")
+_GZIP = b"\x1f\x8b"  # what it begins with
 _ALWAYS = 2**26  # bytes that may be unpacked of any tar, however small it is
 _LONG_NAME = 2**20  # bytes of a header that carries a name
 _NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
@@ -109,7 +110,11 @@ def _members(path: epath.Path, most_times: int) -> Iterator[tuple[str, str, tarf
     """(the sample's key, suffix, header, the tar to read it from) of each file; raises ReadError at what unpacks to
     more than so many times the tar's size."""
     most = _ALWAYS + most_times * path.stat().length
-    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as tar:
+    with path.open("rb") as file:
+        # No bzip2 and xz, of which ten kilobytes, that tarfile unpacks at once, can become gigabytes.
+        packed = file.read(len(_GZIP)) == _GZIP
+    with (path.open("rb") as file,
+          tarfile.open(fileobj=file, mode="r|gz" if packed else "r|", tarinfo=_Header) as tar):
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header in memory
             if member.offset_data + member.size > most:
