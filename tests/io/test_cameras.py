@@ -106,6 +106,8 @@ def test_what_is_no_text_and_no_pose_is_said():
         parse_cameras(b"\xff\xfe", "a.txt")
     with pytest.raises(UserError, match="a.txt: holds no pose; each line has 19 numbers"):
         parse_cameras(URL.encode(), "a.txt")
+    with pytest.raises(UserError, match="unreadable JSON"):
+        parse_cameras(b"[" * 100_000, "a.json")
 
 
 def test_between_poses_the_place_moves_straight_and_the_rotation_evenly(tmp_path):

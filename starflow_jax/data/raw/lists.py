@@ -80,6 +80,7 @@ def _camera_files(folder: epath.Path, row: Mapping[str, Any], settings: Prepare)
     files = {}
     for suffix, path in beside.items() if settings.camera else ():
         if path.exists():
+            check_file(str(path))
             check_size("camera", path.stat().length, settings.max_text_mb, "max_text_mb")
             files[suffix] = path.read_bytes()
     return files
