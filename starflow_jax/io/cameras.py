@@ -69,7 +69,7 @@ class Cameras:
 
     def _at(self, times_T: np.ndarray, wanted_N: np.ndarray) -> "Cameras":
         """Between two poses the camera's place moves in a straight line and its rotation by slerp."""
-        from scipy.spatial.transform import Rotation, Slerp  # a third of a second
+        from scipy.spatial.transform import Rotation, Slerp  # half a second
 
         if len(times_T) == 1:
             return Cameras(*(values.repeat(len(wanted_N), 0) for values in (self.intrinsics_T4,

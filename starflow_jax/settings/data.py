@@ -42,6 +42,8 @@ class Data(Settings):
     def check(self) -> None:
         self.require("directory", bool(self.directory) or self.source == "digits",
                      "must name the folder that --mode=prepare wrote")
+        self.require("camera", self.source == "digits" or not self.camera,
+                     "is of the moving digits; data prepared with prepare.camera=true have their own")
         self.require("latents", self.source == "prepared" or not self.latents, "needs data.source=prepared")
 
 

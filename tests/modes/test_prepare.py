@@ -116,6 +116,8 @@ def test_nothing_to_validate_on_is_said_before_training(config, tmp_path):
 def test_prepared_data_needs_a_folder_and_no_digits_readers(config):
     with pytest.raises(UserError, match="must name the folder"):
         dataclasses.replace(config.data, directory="")
+    with pytest.raises(UserError, match="data.camera=True.*prepare.camera=true have their own"):
+        dataclasses.replace(config.data, camera=True)
     with pytest.raises(UserError, match="needs data.source=prepared"):
         dataclasses.replace(config.data, source="digits", latents=True)
     with pytest.raises(UserError, match="only moving digits can be read"):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epy
 
-with epy.lazy_imports():  # a third of a second
+with epy.lazy_imports():  # a second
     from scipy import interpolate
 
 SPEED = (0.02, 0.02)  # of a digit's moving axis, in sides per frame: one for all, or a steady pan would look the same
