@@ -1,7 +1,10 @@
 """What several tests share: a tiny model and parameters in which nothing is zero."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -114,3 +117,17 @@ def changed(settings: Sample, **changes: Any) -> Sample:
     solver = dataclasses.replace(settings.solver, **{name: changes[name] for name in changes if name in of_solver})
     rest = {name: value for name, value in changes.items() if name not in of_solver}
     return dataclasses.replace(settings, solver=solver, **rest)
+
+
+@contextlib.contextmanager
+def flipped_bits(path: Path) -> Iterator[Path]:
+    """A file with two flipped bits in its middle; then it is as it was."""
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    for at in (len(whole) // 2, len(whole) // 2 + 1):
+        damaged[at] ^= 1
+    path.write_bytes(damaged)
+    try:
+        yield path
+    finally:
+        path.write_bytes(whole)

@@ -9,27 +9,24 @@ from pathlib import Path
 from absl import logging
 
 from starflow_jax.config import UserError
+from starflow_jax.io.checksums import CHECKSUMS, checksum, read_checksums
 from starflow_jax.io.files import first_line
 
-CHECKSUMS = "checksums"
+__all__ = ["CHECKSUMS", "damage_of", "first_line", "first_whole", "quick_checksum", "write_checksums"]
 PARTS, PIECE = 64, 1 << 20  # pieces of a large file, and bytes of each
 
 
 def _checksums(folder: Path, names: Iterable[str]) -> dict[str, int | None]:
     """CRC-32 of each file, None for one that is missing."""
-    def checksum(name: str) -> int | None:
-        value = 0
+    def found(name: str) -> int | None:
         try:
-            with open(folder / name, "rb") as file:
-                while chunk := file.read(1 << 24):
-                    value = zlib.crc32(chunk, value)
+            return checksum(folder / name)
         except FileNotFoundError:
             return None
-        return value
 
     names = list(names)
     with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(checksum, names)))
+        return dict(zip(names, pool.map(found, names)))
 
 
 def quick_checksum(path: Path) -> int:
@@ -55,11 +52,11 @@ def write_checksums(folder: Path) -> None:
 def damage_of(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files; None where nothing is."""
     try:
-        expected = json.loads((folder / CHECKSUMS).read_text())
-        if not (isinstance(expected, dict) and expected and all(type(value) is int for value in expected.values())):
-            return f"{CHECKSUMS} does not hold a checksum for each file"
+        expected = read_checksums(folder)
+        if not expected:
+            return f"{CHECKSUMS} is missing, or empty"
         found = _checksums(folder, expected)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, UserError) as error:
         return first_line(error)
     for name, value in expected.items():
         if found[name] != value:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from starflow_jax.checkpoints.released import flow_shapes, from_torch, released_names, to_torch
 from starflow_jax.config import Model, UserError
+from starflow_jax.io.checksums import check_file, checksums_of
 from starflow_jax.io.files import read_json, write_text
 from starflow_jax.io.tensor_files import open_safetensors, report_misfits, write_safetensors
 
@@ -44,11 +45,12 @@ def write_peft(target: Path, factors: Pairs, model: Model, *, rank: int, alpha: 
             tensors[down] = np.ascontiguousarray(np.asarray(a[layer]).T)
             tensors[up] = np.ascontiguousarray(to_torch(name, np.asarray(b[layer]), model.head_dim))
             modules.append(module.format(layer=layer))
-    write_safetensors(target, tensors, {"format": "pt", BACKBONE: backbone})
-    write_text(target.with_name(CONFIG), json.dumps({
-        "peft_type": "LORA", "base_model_name_or_path": base, "task_type": None, "inference_mode": True, "r": rank,
-        "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-        "target_modules": sorted(modules)}, indent=1))
+    with checksums_of(target.parent, [target.name, CONFIG]):
+        write_safetensors(target, tensors, {"format": "pt", BACKBONE: backbone})
+        write_text(target.with_name(CONFIG), json.dumps({
+            "peft_type": "LORA", "base_model_name_or_path": base, "task_type": None, "inference_mode": True, "r": rank,
+            "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+            "target_modules": sorted(modules)}, indent=1))
     return tensors
 
 
@@ -93,6 +95,7 @@ def _stacked(file: Path, name: str, pairs: Mapping[int, tuple[np.ndarray, np.nda
 
 def _scale(path: Path) -> Any:
     """rank -> what the product of factors is multiplied by."""
+    check_file(path)
     try:
         facts = read_json(path)
         kind, alpha, root = facts["peft_type"], float(facts["lora_alpha"]), bool(facts.get("use_rslora"))

@@ -14,6 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 from starflow_jax.checkpoints.checksums import CHECKSUMS, first_whole, write_checksums
 from starflow_jax.config import UserError
+from starflow_jax.io.checksums import checksums_of, is_damaged
 from starflow_jax.io.files import first_line, make_folder, read_json, sync, sync_all, write_text
 
 BEST = "validation_bits_per_dim"  # the smaller the better
@@ -131,8 +132,11 @@ def _drop_unreadable_metrics(directory: Path, best: str) -> None:
 def check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
     """That a model.json, which is written where there is none, is of this model; raises UserError where it isn't."""
     if not path.exists():
-        write_text(path, json.dumps(fingerprint, indent=1))
+        with checksums_of(path.parent, [path.name]):
+            write_text(path, json.dumps(fingerprint, indent=1))
         return
+    if is_damaged(path):
+        raise UserError(f"{path} is damaged; delete it if this workdir holds this model")
     try:
         held = traverse_util.flatten_dict(read_json(path), sep=".")
     except (ValueError, AssertionError, AttributeError) as error:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from starflow_jax.config import UserError
+from starflow_jax.io.checksums import check_file
 from starflow_jax.io.files import atomic_path
 
 
@@ -29,6 +30,7 @@ def import_arrays(path: Path) -> dict[str, Any]:
 
     Raises UserError for a missing or damaged file.
     """
+    check_file(Path(path))
     try:
         with safe_open(str(path), framework="numpy") as file:
             flat = {name: file.get_tensor(name) for name in file.keys()}

@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from starflow_jax.config import UserError
+from starflow_jax.io.checksums import check_file
 from starflow_jax.io.files import atomic_path, read_json
 
 DTYPES = {  # safetensors' names
@@ -67,6 +68,7 @@ def open_safetensors(path: Path) -> dict[str, StoredArray]:
     if len(indices) != 1:
         raise UserError(f"{path}: holds {len(files)} safetensors files and {len(indices)} index files; it must be "
                         "one file, or shards with one *.safetensors.index.json")
+    check_file(indices[0])
     try:
         shard_of = read_json(indices[0])["weight_map"]
         shards = {shard: _open_file(path / Path(shard).name) for shard in sorted(set(shard_of.values()))}
@@ -79,6 +81,7 @@ def open_safetensors(path: Path) -> dict[str, StoredArray]:
 
 
 def _open_file(path: Path) -> dict[str, StoredArray]:
+    check_file(path)
     try:
         with safe_open(str(path), framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epy
 
 from starflow_jax.config import Config, UserError, changed
+from starflow_jax.io.checksums import check_file
 from starflow_jax.io.files import read_json
 from starflow_jax.sharding import fetch
 
@@ -70,6 +71,7 @@ def read_checkpoint(path: Path, best: bool, target: str) -> Stored:
     """
     alone = (path / "state").is_dir()
     directory = path.absolute().parent if alone else path / "checkpoints"
+    check_file(directory / "model.json")
     try:
         facts = read_json(directory / "model.json")
         backbone, settings = str(facts["backbone"]), facts[target]

@@ -11,6 +11,7 @@ import numpy as np
 from starflow_jax.config import Model, Solver, UserError
 from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess
 from starflow_jax.io.arrays import export_arrays, import_arrays
+from starflow_jax.io.checksums import check_file, checksums_of
 from starflow_jax.io.files import write_text
 
 FIRST_GUESS, NOISE_GUESS, SOLVER = "first_guess.safetensors", "noise_guess.safetensors", "decoding.json"
@@ -31,12 +32,14 @@ class Calibration:
 def save_calibration(calibration: Calibration, folder: Path) -> None:
     """Write the guesses and the solver's MEASURED settings."""
     assert calibration.first_guess is not None
-    export_arrays(folder / FIRST_GUESS, dataclasses.asdict(calibration.first_guess), dtype=np.float16)
-    if calibration.noise_guess is None:
-        (folder / NOISE_GUESS).unlink(missing_ok=True)
-    else:
-        export_arrays(folder / NOISE_GUESS, dataclasses.asdict(calibration.noise_guess))
-    write_text(folder / SOLVER, json.dumps({name: getattr(calibration.solver, name) for name in MEASURED}, indent=1))
+    solver = {name: getattr(calibration.solver, name) for name in MEASURED}
+    with checksums_of(folder, CALIBRATED):
+        export_arrays(folder / FIRST_GUESS, dataclasses.asdict(calibration.first_guess), dtype=np.float16)
+        if calibration.noise_guess is None:
+            (folder / NOISE_GUESS).unlink(missing_ok=True)
+        else:
+            export_arrays(folder / NOISE_GUESS, dataclasses.asdict(calibration.noise_guess))
+        write_text(folder / SOLVER, json.dumps(solver, indent=1))
 
 
 def read_calibration(folder: Path, model: Model) -> Calibration:
@@ -45,6 +48,7 @@ def read_calibration(folder: Path, model: Model) -> Calibration:
     if not (folder / SOLVER).exists():
         return Calibration()
     try:
+        check_file(folder / SOLVER)
         found = json.loads((folder / SOLVER).read_text())
         if "kind" not in found:  # a file that names a wavefront by its updates alone
             found["kind"] = "wavefront" if found.get("updates") else "jacobi"
@@ -79,5 +83,6 @@ def _noise_guess(arrays: dict[str, Any]) -> NoiseGuess:
 
 def remove_calibration(folder: Path) -> None:
     """Delete what `save_calibration` wrote, where it is there."""
-    for name in CALIBRATED:
-        (folder / name).unlink(missing_ok=True)
+    with checksums_of(folder, CALIBRATED):
+        for name in CALIBRATED:
+            (folder / name).unlink(missing_ok=True)

@@ -19,8 +19,10 @@ from starflow_jax.codec.wan_stream import (
     statistics_beside,
     wan_config,
 )
-from starflow_jax.config import Config, UserError
+from starflow_jax.config import Config
 from starflow_jax.io.arrays import export_arrays, import_arrays
+from starflow_jax.io.checksums import checksums_of
+from starflow_jax.io.tensor_files import check_shapes
 from starflow_jax.model.sources import data_source
 
 FITTED_CLIPS = 1_000  # training clips that the patch codec is fitted to
@@ -84,7 +86,8 @@ def save_codec(codec: LatentCodec, folder: Path) -> None:
     """Write a fitted codec; a VAE's weights stay in the file that codec.weights names."""
     if isinstance(codec, patch.PatchCodec):
         arrays = {name: getattr(codec, name) for name in ("mean_P", "basis_PC", "scale")}
-        export_arrays(folder / FITTED_CODEC, arrays)
+        with checksums_of(folder, [FITTED_CODEC]):
+            export_arrays(folder / FITTED_CODEC, arrays)
 
 
 def read_codec(config: Config, folder: Path) -> LatentCodec:
@@ -93,12 +96,9 @@ def read_codec(config: Config, folder: Path) -> LatentCodec:
         return _load_vae(config)
     shape = patch_shape(config)
     arrays = {name: jnp.asarray(value) for name, value in import_arrays(folder / FITTED_CODEC).items()}
-    codec = patch.PatchCodec(arrays["mean_P"], arrays["basis_PC"], arrays["scale"], shape)
-    expected = (shape.pixels, config.model.channels)
-    if codec.basis_PC.shape != expected:
-        raise UserError(f"{folder / FITTED_CODEC}: its projection is {codec.basis_PC.shape}, this config's is "
-                        f"{expected}; use the config that made it")
-    return codec
+    pixels, channels = shape.pixels, config.model.channels
+    check_shapes(str(folder / FITTED_CODEC), arrays, {"mean_P": (pixels,), "basis_PC": (pixels, channels), "scale": ()})
+    return patch.PatchCodec(arrays["mean_P"], arrays["basis_PC"], arrays["scale"], shape)
 
 
 def codec_fingerprint(config: Config, codec: LatentCodec) -> dict[str, Any]:

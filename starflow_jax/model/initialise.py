@@ -16,6 +16,7 @@ from starflow_jax.checkpoints.growth import RESHAPING, Change, changes, grow
 from starflow_jax.checkpoints.parameters import newest_first, restore_params, stored_params
 from starflow_jax.config import Config, Model, UserError
 from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.io.checksums import check_file
 from starflow_jax.io.files import read_json
 from starflow_jax.io.tensor_files import check_shapes
 from starflow_jax.model.calibration import Calibration
@@ -101,6 +102,7 @@ def whole_checkpoint(source: Path) -> Path:
 def model_of(folder: Path) -> Model:
     """The model whose parameters a checkpoint holds. Raises UserError where its model.json can't be read."""
     path = folder.absolute().parent / "model.json"
+    check_file(path)
     try:
         settings: dict[str, Any] = read_json(path)["model"]
         return Model(**{**settings, "shallow_layers": tuple(settings["shallow_layers"])})

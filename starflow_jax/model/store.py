@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from starflow_jax import sharding
 from starflow_jax.config import Config, UserError, changed, from_dict
 from starflow_jax.io.arrays import export_arrays, import_arrays
+from starflow_jax.io.checksums import check_file, checksums_of
 from starflow_jax.io.files import read_json, write_text
 from starflow_jax.io.tensor_files import open_safetensors
 from starflow_jax.model import control, lora
@@ -35,7 +36,7 @@ with epy.lazy_imports():  # orbax, which the model in the package does not need
     from starflow_jax.checkpoints import checksums, parameters, training
 
 PRETRAINED = Path(__file__).parents[1] / "assets" / "tiny"
-PRETRAINED_WEIGHTS = "model.safetensors"
+PRETRAINED_WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 NO_BACKBONE = "train.init_from is empty"
 Convert = Callable[[str, jax.Array], Any]  # (name, parameter) -> what is kept of it
 
@@ -131,6 +132,7 @@ def settings_of(workdir: Path) -> Config:
     system = workdir if workdir == PRETRAINED else workdir / "system"
     for path in (system / SETTINGS, workdir / "checkpoints" / "model.json"):
         if path.exists():
+            check_file(path)
             try:
                 held = read_json(path)
                 return _placed(from_dict(held if path.name == SETTINGS else {"name": workdir.name, **held}), system)
@@ -280,7 +282,8 @@ def load_pretrained(config: Config, workdir: Path, convert: Convert | None = Non
 
 
 def _is_pretrained(config: Config) -> bool:
-    description = PRETRAINED / "model.json"
+    description = PRETRAINED / DESCRIPTION
+    check_file(description)
     return description.exists() and json.loads(description.read_text())["fingerprint"] == model_fingerprint(config)
 
 
@@ -312,7 +315,9 @@ def weights_of(config: Config, workdir: Path) -> str:
         weights = _checksum(PRETRAINED / PRETRAINED_WEIGHTS)
     if config.train.target == "decoder":
         weights += _checksum(whole_decoder(config, workdir, weights) / checksums.CHECKSUMS)
-    return weights + "".join(one.checksum for one in lora.read_all(config, workdir))
+    module = control.read_module(config, workdir)
+    added = [*lora.read_all(config, workdir), *([module] if module else [])]
+    return weights + "".join(one.checksum for one in added)
 
 
 def system_checksum(config: Config, workdir: Path) -> str:
@@ -339,6 +344,7 @@ def _checksum(path: Path) -> str:
 def save_pretrained(config: Config, system: System, params: Params, facts: dict[str, Any]) -> None:
     """Write a model into the package: parameters in float16, the system, and `facts` about its making."""
     PRETRAINED.mkdir(parents=True, exist_ok=True)
-    export_arrays(PRETRAINED / PRETRAINED_WEIGHTS, jax.tree.map(np.asarray, params), dtype=np.float16)
     save_system(system, PRETRAINED)
-    write_text(PRETRAINED / "model.json", json.dumps({"fingerprint": model_fingerprint(config), **facts}, indent=1))
+    with checksums_of(PRETRAINED, [PRETRAINED_WEIGHTS, DESCRIPTION]):
+        export_arrays(PRETRAINED / PRETRAINED_WEIGHTS, jax.tree.map(np.asarray, params), dtype=np.float16)
+        write_text(PRETRAINED / DESCRIPTION, json.dumps({"fingerprint": model_fingerprint(config), **facts}, indent=1))

@@ -19,6 +19,7 @@ from starflow_jax.codec.interface import LatentCodec, decode_latents, encode_fra
 from starflow_jax.config import Config, UserError
 from starflow_jax.data.batch import Batch
 from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.io.checksums import checksums_of
 from starflow_jax.io.files import atomic_path, write_text
 from starflow_jax.model.calibration import Calibration, read_calibration, remove_calibration, save_calibration
 from starflow_jax.model.codec import codec_fingerprint, make_codec, pixel_frames, read_codec, save_codec
@@ -147,7 +148,8 @@ def make_system(config: Config) -> System:
 
 def save_settings(config: Config, folder: Path) -> None:
     """Write all settings; model/store.py reads them."""
-    write_text(folder / SETTINGS, json.dumps(dataclasses.asdict(config), indent=1))
+    with checksums_of(folder, [SETTINGS]):
+        write_text(folder / SETTINGS, json.dumps(dataclasses.asdict(config), indent=1))
 
 
 def save_system(system: System, folder: Path) -> None:
@@ -155,7 +157,7 @@ def save_system(system: System, folder: Path) -> None:
     codec.weights names."""
     save_codec(system.codec, folder)
     save_settings(system.config, folder)
-    with atomic_path(folder / TOKENIZER) as path:
+    with checksums_of(folder, [TOKENIZER]), atomic_path(folder / TOKENIZER) as path:
         path.write_bytes(system.tokenizer.model)
     if system.calibration.first_guess is not None:
         save_calibration(system.calibration, folder)

@@ -25,6 +25,7 @@ from starflow_jax.checkpoints.torch_files import open_weights
 from starflow_jax.checkpoints.training import Checkpoints
 from starflow_jax.codec.wan_weights import STATISTICS
 from starflow_jax.config import Config, Convert, UserError, changed
+from starflow_jax.io.checksums import CHECKSUMS, checksums_of
 from starflow_jax.io.files import atomic_path
 from starflow_jax.io.hub import on_disk
 from starflow_jax.io.progress import ProgressBar, table
@@ -64,7 +65,7 @@ def convert(config: Config, workdir: Path) -> None:
         if flow:
             write_checkpoint(config, workdir, *flow)
         if vae:
-            config = write_vae(config, *vae)
+            config = write_vae(config, workdir, *vae)
         if flow:
             write_system(config, workdir)
             keep_licences(config, workdir)
@@ -145,10 +146,12 @@ def read_vae(config: Config, workdir: Path) -> tuple[dict[str, Any], Path]:
             for name, tensor in tensors.items()}, target
 
 
-def write_vae(config: Config, tensors: dict[str, Any], target: Path) -> Config:
+def write_vae(config: Config, workdir: Path, tensors: dict[str, Any], target: Path) -> Config:
     """Returns the settings that name the file."""
     source = Path(config.convert.codec)
-    _write(target, tensors)
+    ours = target.parent.absolute() == (workdir / "system").absolute()  # not a folder of the user's
+    with checksums_of(target.parent, [target.name]) if ours else contextlib.nullcontext():
+        _write(target, tensors)
     text, lines = licence_text({"the VAE": source})
     if not config.convert.source:
         print("\n".join(lines))
@@ -164,16 +167,15 @@ def write_system(config: Config, workdir: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if is_ours(source) and config.text.encoder == "trained":
         theirs = (source if (source / "checkpoints").is_dir() else source.absolute().parent.parent) / "system"
-        for path in (theirs / name for name in (TOKENIZER, FITTED_CODEC)):
-            if path.exists():
-                shutil.copy2(path, folder)
+        _copy([path for name in (TOKENIZER, FITTED_CODEC) if (path := theirs / name).exists()], folder)
     if config.text.weights and config.convert.copy:
-        shutil.copytree(config.text.weights, folder / TEXT_ENCODER, dirs_exist_ok=True)
+        _copy([path for path in Path(config.text.weights).iterdir() if path.is_file()], folder / TEXT_ENCODER)
         config = changed(config, "text", {"weights": TEXT_ENCODER})
     vae = Path(config.codec.weights)
     if config.codec.weights and vae.parent.absolute() != folder.absolute():
-        kept = shutil.copy2(vae, folder / VAE) if config.convert.copy else vae
-        config = changed(config, "codec", {"weights": VAE if config.convert.copy else str(Path(kept).absolute())})
+        if config.convert.copy:
+            _copy([vae], folder, VAE)
+        config = changed(config, "codec", {"weights": VAE if config.convert.copy else str(vae.absolute())})
     elif config.codec.weights:
         config = changed(config, "codec", {"weights": vae.name})
     save_settings(dataclasses.replace(config, convert=Convert()), folder)
@@ -182,6 +184,16 @@ def write_system(config: Config, workdir: Path) -> None:
         ("codec.weights", config.codec.weights or config.codec.kind == "patch")) if not held]
     print(f"settings -> {folder}" + (f"; sampling still needs {' and '.join(missing)}" if missing else
                                      f"; sample with --mode=sample --workdir={workdir} --config.sample.prompt=..."))
+
+
+def _copy(files: list[Path], folder: Path, name: str = "") -> None:
+    """Files, or the one file under another name, into a folder of the workdir."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {name or path.name: path for path in files if path.name != CHECKSUMS}
+    with checksums_of(folder, names):
+        for kept, path in names.items():
+            with atomic_path(folder / kept) as arriving:
+                shutil.copy2(path, arriving)
 
 
 def keep_licences(config: Config, workdir: Path) -> None:

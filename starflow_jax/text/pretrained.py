@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 
 from starflow_jax.config import UserError
+from starflow_jax.io.checksums import check_file
 from starflow_jax.io.files import read_json
 from starflow_jax.io.tensor_files import StoredArray, open_safetensors
 from starflow_jax.text.t5 import T5Config, stack_t5
@@ -39,6 +40,7 @@ def encoder_channels(folder: Path) -> int:
 @functools.lru_cache  # asked for with every module that is built
 def _encoder_config(folder: Path) -> T5Config:
     path = _file_of(folder, "config.json")
+    check_file(path)
     try:
         settings = read_json(path)
         kind = settings.get("feed_forward_proj"), settings.get("model_type", "t5")

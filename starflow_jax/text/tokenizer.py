@@ -11,6 +11,7 @@ import numpy as np
 import sentencepiece
 
 from starflow_jax.config import UserError
+from starflow_jax.io.checksums import check_file
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 
@@ -48,6 +49,7 @@ class Tokenizer:
         """From a file or from the bytes of one; raises UserError if it can't be read."""
         if isinstance(source, bytes):
             return cls(source)
+        check_file(Path(source))
         try:
             return cls(Path(source).read_bytes())
         except OSError as error:

@@ -11,9 +11,10 @@ from flax import traverse_util
 from starflow_jax.checkpoints.peft import read_peft, write_peft
 from starflow_jax.checkpoints.released import unstack_to_released
 from starflow_jax.config import UserError
+from starflow_jax.io.checksums import CHECKSUMS, read_checksums
 from starflow_jax.io.tensor_files import open_safetensors
 from starflow_jax.nn.lora import merged
-from tests.helpers import random_params
+from tests.helpers import flipped_bits, random_params
 from tests.small_model import CONFIG
 
 MODEL = CONFIG.model
@@ -36,9 +37,24 @@ def factors() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def with_checksums(tmp_path: Path) -> Path:
     write_peft(tmp_path / "adapter_model.safetensors", factors(), MODEL, rank=2, alpha=3.0, backbone="1234", base="b")
     return tmp_path
+
+
+@pytest.fixture
+def folder(with_checksums: Path) -> Path:
+    """As PEFT writes it."""
+    (with_checksums / CHECKSUMS).unlink()
+    return with_checksums
+
+
+def test_two_flipped_bits_are_found(with_checksums: Path) -> None:
+    assert set(read_checksums(with_checksums)) == {"adapter_model.safetensors", "adapter_config.json"}
+    for name in read_checksums(with_checksums):
+        with flipped_bits(with_checksums / name), pytest.raises(UserError, match=f"{name}: is damaged"):
+            read_peft(with_checksums, MODEL)
+    assert read_peft(with_checksums, MODEL)
 
 
 def test_they_adapt_the_releases_modules_as_peft_does(folder: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from starflow_jax.config import Solver, UserError
 from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess
 from starflow_jax.io.arrays import export_arrays
+from starflow_jax.io.checksums import CHECKSUMS
 from starflow_jax.model.calibration import (
     FIRST_GUESS,
     NOISE_GUESS,
@@ -30,7 +31,9 @@ NOISE = NoiseGuess(jnp.ones(CHANNELS), jnp.ones((CHANNELS, CHANNELS)), jnp.ones(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """Without checksums, by which any change is found."""
     save_calibration(Calibration(Solver("jacobi", block_size=4, start="noise"), FIRST, NOISE), tmp_path)
+    (tmp_path / CHECKSUMS).unlink()
     return tmp_path
 
 

@@ -16,9 +16,12 @@ from starflow_jax.checkpoints.licences import KEPT, carry_licence, find_licences
 from starflow_jax.checkpoints.torch_files import open_weights
 from starflow_jax.codec.kl_vae import KLConfig
 from starflow_jax.config import changed
+from starflow_jax.io.checksums import CHECKSUMS
 from starflow_jax.io.command_line import load_config
 from starflow_jax.io.video import read_video
+from starflow_jax.text import pretrained
 from tests.codec.test_kl_vae import random_tensors
+from tests.helpers import flipped_bits
 from tests.hub_server import serving
 from tests.modes.test_convert import random_released
 from tests.small_run import ROOT, environment, run_here
@@ -54,6 +57,19 @@ def test_it_samples_with_nothing_but_a_prompt(workdir: Path) -> None:
     assert frames.shape[0] == 5 and frames.shape[1] / frames.shape[2] == 48 / 32 and rate == 16
     told = json.loads(path.with_suffix(".json").read_text())
     assert told["settings"]["guidance"] == 3.5 and told["settings"]["solver"]["first_block_size"] == 32
+
+
+def test_two_flipped_bits_in_any_of_its_files_are_one_line(workdir: Path) -> None:
+    files = [workdir / "checkpoints" / "model.json", *(path for path in (workdir / "system").rglob("*") if (
+        path.is_file() and path.suffix not in (".md", ".txt") and path.name != CHECKSUMS))]  # but licences
+    names = {path.name for path in files}
+    assert names >= {"settings.json", "vae.safetensors", "spiece.model", "config.json", "model.safetensors"}
+    for path in files:
+        pretrained._encoder_config.cache_clear()
+        with flipped_bits(path):
+            code, _, complained = run_here(["--mode=sample", f"--workdir={workdir}", "--config.sample.prompt=a corgi"])
+        assert code == 2 and complained.startswith(f"starflow_jax: {path}") and "is damaged" in complained
+        assert len(complained.splitlines()) == 1
 
 
 def test_the_models_settings_win_in_one_line(workdir: Path) -> None:

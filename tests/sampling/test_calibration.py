@@ -13,6 +13,7 @@ from starflow_jax.config import Sample, Solver, UserError
 from starflow_jax.flow import decode
 from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess, fit_noise
 from starflow_jax.io.arrays import export_arrays
+from starflow_jax.io.checksums import CHECKSUMS
 from starflow_jax.model.calibration import Calibration
 from starflow_jax.model.quantize import quantize_params
 from starflow_jax.model.system import System, load_system, save_system
@@ -90,6 +91,7 @@ def test_another_models_calibration_is_not_left_behind(system: System, tmp_path:
 
 def test_a_file_that_names_a_wavefront_by_its_updates_alone_is_read(system: System, tmp_path: Path) -> None:
     save_system(with_guess(system, 0.5), tmp_path)
+    (tmp_path / CHECKSUMS).unlink()
     for updates, solver in ((0, Solver("jacobi", 36, 1, start="previous")),
                             (6, Solver("wavefront", 36, 1, 6, "previous"))):
         (tmp_path / "decoding.json").write_text(json.dumps(
@@ -99,6 +101,7 @@ def test_a_file_that_names_a_wavefront_by_its_updates_alone_is_read(system: Syst
 
 def test_a_guess_of_each_tokens_own_noise_alone_is_read(system: System, tmp_path: Path) -> None:
     save_system(with_guess(system, 0.5), tmp_path)
+    (tmp_path / CHECKSUMS).unlink()
     export_arrays(tmp_path / "noise_guess.safetensors", {"mean_K": np.zeros(4), "weights_KK": 2 * np.eye(4)})
     found = load_system(CONFIG, tmp_path).calibration.noise_guess
     assert found is not None
@@ -136,6 +139,7 @@ def test_the_loosest_tolerance_within_the_error() -> None:
 @pytest.mark.parametrize("text", ["{", "[]", "null", '{"block_size": -5}', '{"tolerence": 1}'])
 def test_a_damaged_file_is_named(system: System, tmp_path: Path, text: str) -> None:
     save_system(with_guess(system, 0.5), tmp_path)
+    (tmp_path / CHECKSUMS).unlink()
     (tmp_path / "decoding.json").write_text(text)
     with pytest.raises(UserError, match="decoding.json|block_size=-5"):
         load_system(CONFIG, tmp_path)

@@ -31,6 +31,7 @@ from PIL import Image
 from starflow_jax.config import Data, UserError
 from starflow_jax.data.digits import cameras
 from starflow_jax.data.digits.captions import COLOURS, DIGIT_WORDS, DIRECTIONS, caption
+from starflow_jax.io.checksums import check_file
 from starflow_jax.io.files import ARRIVING, atomic_path, make_folder
 
 SPLITS = ("train", "validation", "test")
@@ -103,6 +104,7 @@ class MovingDigitsConfig:
 
 @functools.cache
 def _all_scans() -> np.ndarray:
+    check_file(_DIGITS_PNG)
     grid = np.asarray(Image.open(_DIGITS_PNG))  # 50 rows, 100 columns of 20x20 scans
     scans = grid.reshape(50, 20, 100, 20).swapaxes(1, 2).reshape(5000, 20, 20)
     scans.flags.writeable = False

@@ -1,0 +1,43 @@
+"""Two flipped bits in any file of the package or of a workdir: one line when it is read, and never another video."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from starflow_jax.checkpoints.licences import KEPT
+from starflow_jax.config import UserError
+from starflow_jax.data.digits import dataset
+from starflow_jax.io.checksums import CHECKSUMS, read_checksums
+from starflow_jax.model.store import PRETRAINED, load_model, own_settings, settings_of
+from tests.helpers import flipped_bits
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "package"
+    shutil.copytree(PRETRAINED, folder)
+    monkeypatch.setattr("starflow_jax.model.store.PRETRAINED", folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", sorted({path.name for path in PRETRAINED.iterdir()} - {CHECKSUMS, KEPT}))
+def test_of_the_package(package: Path, tmp_path: Path, name: str) -> None:
+    config = settings_of(package)
+    with flipped_bits(package / name) as path:
+        with pytest.raises(UserError, match=f"{path}: is damaged, it has another checksum") as raised:
+            load_model(own_settings(config, tmp_path / "none")[0], tmp_path / "none")
+        assert "\n" not in str(raised.value)
+
+
+def test_all_that_the_package_carries_has_a_checksum() -> None:
+    for folder in (PRETRAINED, dataset._DIGITS_PNG.parent):
+        assert set(read_checksums(folder)) == {path.name for path in folder.iterdir()} - {CHECKSUMS, KEPT}
+
+
+def test_of_the_scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(dataset._DIGITS_PNG.parent, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(dataset, "_DIGITS_PNG", tmp_path / "digits.png")
+    dataset._all_scans.cache_clear()
+    with flipped_bits(tmp_path / "digits.png") as path, pytest.raises(UserError, match=f"{path}: is damaged"):
+        dataset._all_scans()
