@@ -51,7 +51,8 @@ class _Array:
 class _ArraysOnly(pickle._Unpickler):  # the one in Python: see torch_zip.py
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in STAND_INS:
-            raise UserError(f"a file of weights asks for {module}.{name}: it may hold arrays alone")
+            asked = f"{module}.{name}"  # of a damaged file: any text
+            raise UserError(f"a file of weights asks for {asked!r}: it may hold arrays alone")
         return STAND_INS[module, name]
 
 
@@ -63,14 +64,20 @@ STAND_INS = {  # for the globals in an array's pickle, by the names of NumPy 1 a
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
-    """Nested dictionaries of arrays from a pickle. Raises UserError where it holds anything else."""
+    """Nested dictionaries of finite arrays from a pickle. Raises UserError where it holds anything else."""
     try:
         with open(path, "rb") as file:
-            return _arrays(_ArraysOnly(file).load())
+            found = _arrays(_ArraysOnly(file).load())
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can make its reader fail in any way
         raise UserError(f"can't read the weights {path} ({first_line(error)}); install the package again") from error
+    whole = isinstance(found, dict) and all(
+        isinstance(leaf, np.ndarray) and np.issubdtype(leaf.dtype, np.number) and np.isfinite(leaf).all()
+        for leaf in jax.tree.leaves(found))
+    if not whole:
+        raise UserError(f"can't read the weights {path} (they are no finite arrays); install the package again")
+    return found
 
 
 def _arrays(tree: Any) -> Any:

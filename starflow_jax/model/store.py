@@ -281,6 +281,12 @@ def load_pretrained(config: Config, workdir: Path, convert: Convert | None = Non
                        _checksum(PRETRAINED / PRETRAINED_WEIGHTS))
 
 
+def check_there(config: Config, workdir: Path) -> None:
+    """Raises UserError where a workdir has no checkpoints, and the package no model of the config."""
+    if config.train.target == "all" and not (workdir / "checkpoints").exists():
+        _check_pretrained(config, f"{workdir} holds no checkpoint")
+
+
 def _is_pretrained(config: Config) -> bool:
     description = PRETRAINED / DESCRIPTION
     check_file(description)

@@ -36,6 +36,7 @@ from starflow_jax.model.system import System
 from starflow_jax.modes.experiments import evaluate_ablations, evaluate_denoisers, evaluate_guidance
 from starflow_jax.sampling import vbench
 from starflow_jax.sampling.given import read_given
+from starflow_jax.sampling.memory import check_evaluation
 from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
 
 SHOWN_PIXELS = 96  # small models' frames are enlarged to about this height
@@ -54,7 +55,9 @@ def evaluate(config: Config, workdir: Path) -> None:
         "ablations": (partial(evaluate_ablations, measure=evaluate_test_set), config.evaluate.batch_size),
         "quality": (evaluate_quality, 1)}
     measure, together = tasks[config.evaluate.task]
-    with on_mesh(sampling_mesh(config, together)):
+    mesh = sampling_mesh(config, together)
+    check_evaluation(config, mesh)
+    with on_mesh(mesh):
         measure(config, workdir)
 
 

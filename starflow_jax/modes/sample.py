@@ -15,10 +15,11 @@ from jax.experimental import multihost_utils
 from starflow_jax.config import Config, UserError
 from starflow_jax.io.files import check_writable
 from starflow_jax.io.progress import table
-from starflow_jax.model.store import load_model, system_checksum, weights_of
+from starflow_jax.model.store import check_there, load_model, system_checksum, weights_of
 from starflow_jax.sampling.files import made_by_others, output_folder
 from starflow_jax.sampling.given import given_frames
 from starflow_jax.sampling.identity import Recipe, checksum_of_given
+from starflow_jax.sampling.memory import check_videos
 from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
 from starflow_jax.sampling.offload import encode_ahead, takes_turns, with_parts_aside, with_tiles
 from starflow_jax.sampling.origin import origin_of
@@ -46,6 +47,9 @@ def sample(config: Config, workdir: Path) -> None:
     if not together:
         requests = share_of(requests, config.sample, process, jax.process_count())
     model_config, config = with_tiles(model_config), with_tiles(config)
+    check_there(model_config, workdir)
+    check_videos(config, mesh, max(1, min(len(requests), config.sample.batch_size)),
+                 kept=len(requests) if config.sample.keep else 0)
     failed: list[tuple[Request, Exception]] = []
     encoded: dict[str, np.ndarray] = {}
     videos_at_once = max(1, min(len(requests), config.sample.batch_size))

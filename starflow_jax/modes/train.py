@@ -10,6 +10,7 @@ from starflow_jax.checkpoints.training import BEST
 from starflow_jax.config import Config
 from starflow_jax.model.initialise import refuse_converted
 from starflow_jax.modes.alone import alone_in
+from starflow_jax.sampling.memory import check_training
 from starflow_jax.training.decoder_target import DecoderTarget
 from starflow_jax.training.loop import train_to_end
 from starflow_jax.training.metrics import read_metrics
@@ -24,6 +25,7 @@ def train(config: Config, workdir: Path) -> None:
     """
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_model(config.model, mesh)
+    check_training(config, mesh)
     first = jax.process_index() == 0
     with alone_in(workdir), jax.set_mesh(mesh):
         refuse_converted(workdir)

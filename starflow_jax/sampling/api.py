@@ -28,11 +28,12 @@ from starflow_jax.model.parameters import Params
 from starflow_jax.model.store import PRETRAINED, load_model, settings_of
 from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import Made, for_each, generate, most_likely, noised_draws
-from starflow_jax.sampling.conditions import caption_text
+from starflow_jax.sampling.conditions import caption_text, latent_frames
 from starflow_jax.sampling.files import file_rate, shown_scale
 from starflow_jax.sampling.generate import Clips, log_likelihood
 from starflow_jax.sampling.given import fit_picture, fit_video, given_frames, read_given
 from starflow_jax.sampling.likelihood import frame_nll
+from starflow_jax.sampling.memory import check_making
 from starflow_jax.sampling.mesh import each_on_mesh, on_mesh, sampling_mesh
 from starflow_jax.sampling.requests import Request, requests_for, rewritten, unknown_word_lines, with_length
 from starflow_jax.sampling.sizes import at_asked_size, resized
@@ -159,6 +160,8 @@ class Model:
             known_THWC = given_frames(config) if isinstance(image, str | Path) else fit_picture(config, image)
         config = with_length(config, known_THWC, extends=video is not None or bool(config.sample.video))
         requests = requests_for([prompt] if isinstance(prompt, str) else list(prompt), config.sample)
+        check_making(config, self.mesh, max(1, min(len(requests), config.sample.batch_size)),
+                     latent_frames(config, config.sample), stream)
         requests = rewritten(config, requests)
         for line in unknown_word_lines(config, requests):
             warnings.warn(line, stacklevel=3)

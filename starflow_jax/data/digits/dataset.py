@@ -33,6 +33,7 @@ from starflow_jax.data.digits import cameras
 from starflow_jax.data.digits.captions import COLOURS, DIGIT_WORDS, DIRECTIONS, caption
 from starflow_jax.io.checksums import check_file
 from starflow_jax.io.files import ARRIVING, atomic_path, make_folder
+from starflow_jax.io.memory import check_fits, host_bytes
 
 SPLITS = ("train", "validation", "test")
 # The split by scan never varies, also when `MovingDigitsConfig.seed` does: a model trained anywhere
@@ -359,12 +360,20 @@ def prepare(config: MovingDigitsConfig, data_dir: str) -> None:
                     shutil.rmtree(leftover)
                 if final.exists():
                     return
+                _check_room(config)
                 with atomic_path(final) as local:
                     made = _builder(config, str(local.parent / "made"))
                     made.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
                     pathlib.Path(made.data_path).rename(local)
     except OSError as error:
         raise UserError(f"cannot make the data set in {data_dir}: {error}; choose another folder") from error
+
+
+def _check_room(config: MovingDigitsConfig) -> None:
+    """Raises UserError where the clips that are rendered at once, in float32 and in uint8, do not fit into memory."""
+    most = min(_RENDER_CHUNK, max(config.clips(split) for split in SPLITS))
+    check_fits(f"data.size={config.size}, clips of {config.frames} frames", most * config.frames * config.size**2 * 7,
+               host_bytes(), "machine", "make them smaller, shorter (model.frames) or fewer (data.train_clips)")
 
 
 def source(config: MovingDigitsConfig, split: str, data_dir: str) -> Sequence[dict[str, Any]]:

@@ -1,0 +1,30 @@
+"""How much memory there is, and one line for what does not fit."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from starflow_jax.config import UserError
+
+GIB = 2**30
+# Limits of the container: of cgroups' second version, and of their first.
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def host_bytes() -> int:
+    """Of the machine, or of the container that limits it, swap included."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            memory = min(memory, int(Path(limit).read_text()))
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        memory += next((1024 * int(line.split()[1]) for line in lines if line.startswith("SwapTotal:")), 0)
+    return memory
+
+
+def check_fits(what: str, needed: float, there: float, where: str, mend: str) -> None:
+    """Raises UserError, with the figures, where more bytes are needed than there are."""
+    if needed > there:
+        raise UserError(f"{what}: at least {needed / GIB:,.1f} GiB of the {where}'s memory are needed, and there are "
+                        f"{there / GIB:,.1f} GiB; {mend}")
