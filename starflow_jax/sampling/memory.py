@@ -72,8 +72,8 @@ def check_making(config: Config, mesh: Mesh, together: int, frames: int, stream:
     if settings.offload and stream:  # its parts take turns
         flow = 0
     needed = flow + together * cache_bytes(config) + latents  # the noise of all frames is drawn first
-    if not stream:  # noise, sample and denoised sample lie there beside the frames
-        needed = max(needed, flow + 3 * latents + together * pixel_bytes(config, frames))
+    if not stream:  # noise and sample lie there beside the frames
+        needed = max(needed, flow + 2 * latents + together * pixel_bytes(config, frames))
     stages = settings.devices if stream else 1  # a stream's parts lie on devices of their own
     check_devices(_videos(config, together, frames), needed / stages, mesh, FEWER)
 
@@ -103,10 +103,11 @@ def check_training(config: Config, mesh: Mesh) -> None:
     frozen = 1 if config.lora.weights == "int8" else jnp.dtype(config.model.dtype).itemsize
     itemsize = {"all": 4 * 4, "lora": frozen, "decoder": 0}[config.train.target]
     check_devices("training this model", layer_parameters(config.model) * itemsize, mesh, SMALLER)
-    clip = latent_bytes(config, config.model.frames) // 4 if config.data.latents else pixel_bytes(
-        config, config.model.frames)
-    check_fits(f"train.batch_size={config.train.batch_size}", config.train.batch_size * clip // jax.process_count(),
-               host_bytes(), "machine", SMALLER)
+    if config.data.image_probability < 1:
+        frames = config.model.frames
+        clip = latent_bytes(config, frames) // 4 if config.data.latents else pixel_bytes(config, frames)
+        check_fits(f"train.batch_size={config.train.batch_size}", config.train.batch_size * clip / jax.process_count(),
+                   host_bytes(), "machine", SMALLER)
 
 
 def check_devices(what: str, needed: float, mesh: Mesh, mend: str) -> None:
