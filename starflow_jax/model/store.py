@@ -322,8 +322,8 @@ def weights_of(config: Config, workdir: Path) -> str:
     if config.train.target == "decoder":
         weights += _checksum(whole_decoder(config, workdir, weights) / checksums.CHECKSUMS)
     module = control.read_module(config, workdir)
-    added = [*lora.read_all(config, workdir), *([module] if module else [])]
-    return weights + "".join(one.checksum for one in added)
+    factors = "".join(one.checksum for one in lora.read_all(config, workdir))
+    return weights + factors + (module.checksum if module else "")
 
 
 def system_checksum(config: Config, workdir: Path) -> str:

@@ -101,7 +101,7 @@ def check_training(config: Config, mesh: Mesh) -> None:
     """The same of training: parameters with two moments and gradients, float32, or a frozen model that LoRA factors are
     trained beside; and a batch on the host."""
     frozen = 1 if config.lora.weights == "int8" else jnp.dtype(config.model.dtype).itemsize
-    itemsize = {"all": 4 * 4, "lora": frozen, "decoder": 0}[config.train.target]
+    itemsize = {"all": 4 * 4, "lora": frozen}.get(config.train.target, 0)
     check_devices("training this model", layer_parameters(config.model) * itemsize, mesh, SMALLER)
     if config.data.image_probability < 1:
         frames = config.model.frames
