@@ -47,7 +47,7 @@ def test_a_damaged_pickle_is_one_line_or_finite_arrays(tmp_path: Path) -> None:
     assert refused > 200
     for other in ([], 5, {"a": "text"}, {"a": np.array([np.nan])}, {"a": np.array(["text"])}):
         path.write_bytes(pickle.dumps(other))
-        with pytest.raises(UserError, match="no finite arrays|arrays alone"):
+        with pytest.raises(UserError, match="can't read the weights|arrays alone"):
             read_arrays(path)
 
 
