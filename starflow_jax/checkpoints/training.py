@@ -24,7 +24,7 @@ class Checkpoints:
     """The checkpoints of one model in one folder: the newest `keep`, and also the best by validation, with the least
     of the metric `best`.
 
-    Raises UserError where the folder holds another model's.
+    Raises UserError where the folder holds another model's, and where orbax can't open it.
     """
 
     def __init__(self, directory: Path, *, keep: int, model_fingerprint: dict[str, Any], best: str = BEST):
@@ -37,10 +37,15 @@ class Checkpoints:
         latest = ocp.checkpoint_managers.LatestN(keep)
         smallest = ocp.checkpoint_managers.BestN(
             get_metric_fn=lambda metrics: metrics[best], reverse=True, n=1, keep_checkpoints_without_metrics=False)
-        self._manager = ocp.CheckpointManager(epath.Path(self.directory), options=ocp.CheckpointManagerOptions(
+        options = ocp.CheckpointManagerOptions(
             best_fn=lambda metrics: metrics[best], best_mode="min",  # without best_fn orbax drops the metrics
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([latest, smallest]),
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums)))
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums))
+        try:
+            self._manager = ocp.CheckpointManager(epath.Path(self.directory), options=options)
+        except ValueError as error:
+            raise UserError(f"{self.directory}: a checkpoint's _CHECKPOINT_METADATA is damaged ({first_line(error)}); "
+                            "delete that file, which only says when it was written") from error
 
     def save(self, step: int, state: Any, data_state: dict[str, Any], metrics: dict[str, float] | None) -> None:
         """Start writing a checkpoint; the folder gets its final name once all of it is on disk.
@@ -124,7 +129,7 @@ def _drop_unreadable_metrics(directory: Path, best: str) -> None:
             continue
         try:
             float(read_json(path)[best])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             logging.error("%s is damaged; it is deleted", path)
             path.unlink()
 

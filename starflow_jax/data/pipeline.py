@@ -14,6 +14,7 @@ from absl import flags
 from starflow_jax.config import Data, UserError
 from starflow_jax.data.batch import Batch
 from starflow_jax.data.examples import ClipLength, Example, MakeExample, Source, TextInput, parts_of
+from starflow_jax.data.raw.tasks import check_processes
 
 
 def train_batches(
@@ -41,6 +42,7 @@ def train_batches(
     """
     if not 0 <= seed < 2**31:
         raise UserError(f"seed is {seed}: must be between 0 and {2**31 - 1}")
+    check_processes("data.workers", data.workers)
     make = MakeExample(data, length, text)
     streams, weights = [], []
     if data.image_probability < 1:

@@ -18,6 +18,10 @@ from starflow_jax.data.raw.building import PREPARED, read_prepared
 from starflow_jax.data.raw.job import by_setting
 from starflow_jax.io.files import parse_json
 
+CAPTIONS = {"caption_long", "caption_short", "fps"}
+FIELDS = {shards.CLIPS: {"media", *CAPTIONS}, shards.LATENTS: {"latents", *CAPTIONS},
+          shards.FEATURES: {"prompts", "lengths", "rows"}}
+
 
 class Record(dict):
     """An example; "frames" are decoded on first access, of `clip()`, its entry among the clips."""
@@ -116,7 +120,11 @@ def _check_derived(folder: epath.Path, kind: str, made_by: Any) -> None:
 def _open(folder: epath.Path, kind: str, bucket: str, split: str) -> Sequence[dict[str, Any]]:
     where = folder / kind / bucket / shards.VERSION
     try:
-        return shards.Readable(tfds.builder_from_directory(where).as_data_source(split=split), str(where))
+        builder = tfds.builder_from_directory(where)
+        missing = FIELDS[kind] - set(builder.info.features)
+        if missing:
+            raise ValueError(f"features.json has no {', '.join(sorted(missing))}")
+        return shards.Readable(builder.as_data_source(split=split), str(where))
     except Exception as error:  # TFDS and what it reads its metadata with fail in many ways
         raise shards.damaged(str(where), error) from error
 

@@ -64,7 +64,7 @@ def read_run(workdir: Path, parameters: int) -> Run:
         figures = {name: float(value) for name, value in figures.items()} | {"parameters": parameters}
         path = workdir / "horizon.json"
         horizon = read_json(path)["stretches"][-1] if path.exists() else None
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         raise UserError(f"{workdir}: its evaluate.json or horizon.json can't be read ({first_line(error)}); delete "
                         "both, and they are measured again") from error
     return Run(variant, int(seed), figures, horizon)

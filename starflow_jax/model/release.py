@@ -165,7 +165,7 @@ def read_arguments(path: Path) -> dict[str, Any]:
         listed = held["arguments"]
         maps = [listed] if isinstance(listed, dict) else listed
         return {key: value for one in maps for key, value in one.items()}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: can't be read as a YAML of the release, `arguments:` and a list of keys "
                         f"({' '.join(str(error).split()) or type(error).__name__})") from error
 

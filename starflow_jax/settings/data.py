@@ -36,8 +36,8 @@ class Data(Settings):
     first_frame_drop: float = setting(0.25, "share of clips that are shown without their first frame", PROBABILITY)
     caption_drop: float = setting(0.1, "share of clips that are shown without their caption", PROBABILITY)
     short_caption: float = setting(0.1, "share of captions that are the short ones", PROBABILITY)
-    workers: int = setting(0, "processes that decode clips; 0: threads of the training process",
-                           at_least(0, "threads", most=1000))
+    workers: int = setting(0, "processes that decode clips, at most 8 for each core; 0: threads of the training "
+                           "process", at_least(0, "threads", most=1000))
 
     def check(self) -> None:
         self.require("directory", bool(self.directory) or self.source == "digits",
@@ -107,7 +107,8 @@ class Prepare(Settings):
     items_per_part: int = setting(16, "videos of a folder or list that one process takes at a time",
                                   positive(1_000_000))
     clips_per_shard: int = setting(256, "clips per file", positive(1_000_000))
-    processes: int = setting(0, "processes that cut clips; 0: one per core", at_least(0, "one per core", most=10_000))
+    processes: int = setting(0, "processes that cut clips, at most 8 for each core; 0: one per core",
+                             at_least(0, "one per core", most=10_000))
     beam: str = setting("none", 'flags of an Apache Beam pipeline, such as "--runner=FlinkRunner ..."')
     camera: bool = setting(False, "with each video its camera, KEY.camera.txt or KEY.camera.json beside it; videos "
                            "without are left out")

@@ -47,3 +47,10 @@ def test_nothing_left_to_do_is_done():
     """As of a run that was killed between two kinds of tasks: neither processes nor Beam are started."""
     tasks.run(fail, [], what="test", processes=2, crashed=print)
     tasks.run(fail, [], what="test", beam="--runner=NoSuchRunner")
+
+
+def test_more_processes_than_a_machine_can_bear_are_refused(monkeypatch):
+    monkeypatch.setattr(tasks, "cores", lambda: 2)
+    tasks.check_processes("data.workers", 16)
+    with pytest.raises(UserError, match="data.workers=17: must be at most 16 here, 8 for each of 2 cores"):
+        tasks.check_processes("data.workers", 17)

@@ -50,6 +50,8 @@ def prepare_clips(job: Job, *, processes: int = 0, beam: str | None = None) -> d
     Raises UserError where the input is missing, the folder holds something prepared with other settings, another
     run works in it, the disk is full, or not one clip comes out.
     """
+    if beam is None:
+        tasks.check_processes("prepare.processes", processes)
     with shards.work_in(job.path):
         if not (job.path / PREPARED).exists():
             return _prepare(job, processes, beam)

@@ -122,7 +122,7 @@ def _parquet_rows(path: epath.Path) -> Iterator[Any]:
                 raise UserError(f'{path}: has no column "path"; its columns are {", ".join(table.schema_arrow.names)}')
             for batch in table.iter_batches():
                 yield from _rows_of(batch)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a Parquet file that can be read ({error})") from error
 
 

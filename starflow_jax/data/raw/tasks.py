@@ -18,11 +18,19 @@ from starflow_jax.config import UserError
 from starflow_jax.io.progress import ProgressBar
 
 T = TypeVar("T")
+PER_CORE = 8  # processes that are started at most
 
 
 def cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_processes(setting: str, count: int) -> None:
+    """Raises UserError for more processes than a machine of so many cores can bear."""
+    most = PER_CORE * cores()
+    if count > most:
+        raise UserError(f"{setting}={count}: must be at most {most} here, {PER_CORE} for each of {cores()} cores")
 
 
 def run(function: Callable[[T], None], tasks: Sequence[T], *, what: str, processes: int = 0, beam: str | None = None,
