@@ -57,7 +57,10 @@ def make_folder(folder: str | os.PathLike[str]) -> None:
 
 def sync(path: str | os.PathLike[str]) -> None:
     """Wait until the bytes of a file, or the names in a folder, are on the disk."""
-    opened = os.open(path, os.O_RDONLY)
+    try:
+        opened = os.open(path, os.O_RDONLY)
+    except PermissionError:  # names can be added to a folder whose names can't be read
+        return
     try:
         os.fsync(opened)
     except OSError as error:
