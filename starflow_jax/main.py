@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import traceback
+from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from starflow_jax.settings.help import entry, settings_text
 
 # What storage may answer, whatever is written: no room, no right, no such place.
 OF_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
-              errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR}
+              errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ESTALE}
 # Seconds without a sign of life, after which another process counts as lost: where each works alone, and where all work
 # together and then end.
 LOST_AFTER, LOST_TOGETHER_AFTER = 20, 40
@@ -133,6 +134,7 @@ def _show(text: str) -> None:
 def run() -> None:
     """Run; a UserError becomes one line and exit code 2."""
     logging.set_verbosity(logging.ERROR)  # orbax and TFDS log every step they take
+    logging.get_absl_handler().addFilter(_is_ours)
     try:
         app.run(main, flags_parser=parse_flags)
     except UserError as error:
@@ -151,6 +153,17 @@ def run() -> None:
         time.sleep(LOST_TOGETHER_AFTER + 10)  # where another one's loss is the cause, JAX ends this process meanwhile
         traceback.print_exc()
         os._exit(1)  # a normal exit waits for the others
+
+
+def _is_ours(record: LogRecord) -> bool:
+    """Not orbax's, which logs the traceback of what it then raises."""
+    return "orbax" not in record.pathname
+
+
+def _unless_too_late(unraisable: Any) -> None:
+    """Says what nothing could catch, but for tensorstore's writes that end once orbax has given a checkpoint up."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def starflow() -> None:

@@ -10,7 +10,7 @@ from absl import logging
 
 from starflow_jax.config import UserError
 from starflow_jax.io.checksums import CHECKSUMS, checksum, read_checksums
-from starflow_jax.io.files import first_line
+from starflow_jax.io.files import first_line, naming
 
 __all__ = ["CHECKSUMS", "damage_of", "first_line", "first_whole", "quick_checksum", "write_checksums"]
 PARTS, PIECE = 64, 1 << 20  # pieces of a large file, and bytes of each
@@ -20,7 +20,8 @@ def _checksums(folder: Path, names: Iterable[str]) -> dict[str, int | None]:
     """CRC-32 of each file, None for one that is missing."""
     def found(name: str) -> int | None:
         try:
-            return checksum(folder / name)
+            with naming(folder / name):
+                return checksum(folder / name)
         except FileNotFoundError:
             return None
 

@@ -1,7 +1,9 @@
 """Checkpoints by orbax: the whole state with the data position, asynchronous, atomic and verified."""
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from starflow_jax.io.checksums import checksums_of, is_damaged
 from starflow_jax.io.files import first_line, make_folder, read_json, sync, sync_all, write_text
 
 BEST = "validation_bits_per_dim"  # the smaller the better
+MOST_WORDS = 300  # letters of an error's own words, which end with what happened
 
 
 class Checkpoints:
@@ -54,16 +57,21 @@ class Checkpoints:
         deleted now, since its step will come again.
         """
         self.wait()
-        while self._damaged:
-            self._manager.delete(self._damaged.pop())
         ranked = metrics is not None and math.isfinite(metrics[self._best])
-        self._manager.save(step, args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)),
-            metrics=metrics if ranked else None, force=True)
+        with _writing(self.directory):
+            while self._damaged:
+                self._manager.delete(self._damaged.pop())
+            self._manager.save(step, args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_state)),
+                metrics=metrics if ranked else None, force=True)
 
     def wait(self) -> None:
-        """Wait until all that was started is on disk."""
-        self._manager.wait_until_finished()
+        """Wait until all that was started is on disk. Raises UserError where it could not be written."""
+        with _writing(self.directory):
+            self._manager.wait_until_finished()
+            self._sync_newest()
+
+    def _sync_newest(self) -> None:
         newest = self.directory / str(self.latest_step())
         for path in newest.glob("*"):  # what orbax adds when it renames the folder
             if path.is_file():
@@ -73,8 +81,11 @@ class Checkpoints:
                 sync(folder)
 
     def close(self) -> None:
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            with _writing(self.directory):
+                self._manager.close()
 
     def latest_step(self) -> int | None:
         """The newest checkpoint that was not found damaged; None where there is none."""
@@ -113,6 +124,20 @@ class Checkpoints:
             if not (folder / CHECKSUMS).exists():
                 write_checksums(folder)
                 sync_all(folder)
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Whatever orbax and tensorstore raise becomes a UserError, but for the loss of another process."""
+    try:
+        yield
+    except (UserError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        words = first_line(error).partition(" [")[0]  # tensorstore adds where in its source it happened
+        words = words if len(words) <= MOST_WORDS else f"... {words[-MOST_WORDS:]}"
+        raise UserError(f"{directory}: a checkpoint can't be written ({words}); those that are there are kept: once "
+                        "that is solved, the same command resumes") from error
 
 
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

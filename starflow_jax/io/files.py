@@ -46,6 +46,17 @@ def atomic_path(path: str | os.PathLike[str], keep: bool = False) -> Iterator[Pa
     sync(final.parent)
 
 
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Adds the file's name to an OSError without one, as reads and writes raise it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
 def make_folder(folder: str | os.PathLike[str]) -> None:
     """Make a folder and those above it, where they are missing; their names are synced to the disk."""
     path = Path(folder).absolute()
@@ -62,10 +73,11 @@ def sync(path: str | os.PathLike[str]) -> None:
     except PermissionError:  # names can be added to a folder whose names can't be read
         return
     try:
-        os.fsync(opened)
+        with naming(path):
+            os.fsync(opened)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
-            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+            raise
     finally:
         os.close(opened)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from starflow_jax.io.files import parse_json, write_text
+from starflow_jax.io.files import naming, parse_json, write_text
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -39,8 +39,9 @@ class MetricWriter:
         if not self.writes:
             return
         numbers = {name: _plain_number(value) for name, value in values.items()}
-        self._file.write(_json_line({"step": int(step), **numbers}))
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(_json_line({"step": int(step), **numbers}))
+            self._file.flush()
         for name, number in numbers.items():
             if number is not None:
                 self._tensorboard.add_scalar(name, number, int(step))
@@ -55,11 +56,13 @@ class MetricWriter:
     def sync(self) -> None:
         """Wait until the lines are on the disk."""
         if self.writes:
-            os.fsync(self._file.fileno())
+            with naming(self.path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self.writes:
-            self._file.close()
+            with naming(self.path):
+                self._file.close()
             self._tensorboard.close()
 
 

@@ -119,6 +119,11 @@ class Trial:
         if problem:
             return f"{what}: {problem}"
         code, said = self._command()
+        if code == 2 and kind == Kind.VANISH:  # nothing can make again what is gone: it is to be put back
+            if problem_with(code, said):
+                return f"{what}: {problem_with(code, said)}"
+            storage.fill(self.part.before)
+            code, said = self._command()
         if code:
             return f"{what}: the command does not go on: {said[-1500:]}"
         found = self._result()

@@ -201,10 +201,16 @@ def records(path: epath.Path) -> Iterator[Any]:
             local = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), path.name)
             path.copy(local)
         try:
-            opened = stack.enter_context(array_record_data_source.ArrayRecordDataSource([local]))
+            opened = array_record_data_source.ArrayRecordDataSource([local])
         except RuntimeError as error:
             raise damaged(path, error) from error
+        stack.callback(_close, opened)
         yield Readable(opened, str(path))
+
+
+def _close(opened: array_record_data_source.ArrayRecordDataSource) -> None:
+    with contextlib.suppress(RuntimeError):  # a reader that could not read says so once more
+        opened.__exit__(None, None, None)
 
 
 @dataclasses.dataclass(frozen=True)
