@@ -134,7 +134,7 @@ def _show(text: str) -> None:
 def run() -> None:
     """Run; a UserError becomes one line and exit code 2."""
     logging.set_verbosity(logging.ERROR)  # orbax and TFDS log every step they take
-    logging.get_absl_handler().addFilter(_is_ours)
+    logging.get_absl_handler().addFilter(is_ours)
     try:
         app.run(main, flags_parser=parse_flags)
     except UserError as error:
@@ -155,7 +155,7 @@ def run() -> None:
         os._exit(1)  # a normal exit waits for the others
 
 
-def _is_ours(record: LogRecord) -> bool:
+def is_ours(record: LogRecord) -> bool:
     """Not orbax's, which logs the traceback of what it then raises."""
     return "orbax" not in record.pathname
 

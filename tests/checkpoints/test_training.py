@@ -1,5 +1,7 @@
 """Checkpoints: bit for bit, the newest and the best kept, damage found, a kill at any moment survived."""
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -21,6 +23,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 from safetensors import safe_open
 
+from starflow_jax import main
+from starflow_jax.checkpoints import training
 from starflow_jax.checkpoints.checksums import first_whole
 from starflow_jax.checkpoints.parameters import restore_params
 from starflow_jax.checkpoints.training import BEST, Checkpoints
@@ -100,6 +104,26 @@ def test_all_of_it_is_on_the_disk_before_the_next_is_begun(tmp_path: Path, unsyn
     checkpoints.wait()
     assert steps_on_disk(tmp_path / "checkpoints") == {1} and unsynced(tmp_path) == []
     checkpoints.close()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
+                                   ValueError("RESOURCE_EXHAUSTED: No space left on device [source locations='a.cc']")])
+def test_what_can_not_be_written_is_one_line_and_costs_nothing_else(copy: Path, error: Exception, caplog,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(training, "write_checksums", full)
+    checkpoints = open_checkpoints(copy)
+    checkpoints.save(30, make_state(30), {"position": 30}, None)
+    with pytest.raises(UserError, match=r"can't be written \(.*No space left on device\); those") as caught:
+        checkpoints.wait()
+    assert "\n" not in str(caught.value) and "source" not in str(caught.value)
+    with contextlib.suppress(UserError):
+        checkpoints.close()
+    assert steps_on_disk(copy) == {10, 20}
+    said = [record for record in caplog.records if record.levelno >= logging.ERROR and main.is_ours(record)]
+    assert said == []  # orbax's tracebacks are not shown
 
 
 def test_restored_on_other_devices_than_wrote_it(tmp_path: Path) -> None:

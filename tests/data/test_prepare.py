@@ -119,6 +119,13 @@ def test_all_of_it_is_on_the_disk_in_the_end(inputs, tmp_path, unsynced):
     assert unsynced(tmp_path / "out") == ["."]  # that its parts are gone; if they come back, they are removed again
 
 
+def test_a_file_that_vanishes_while_it_is_read_is_one_line(whole, tmp_path):
+    path = epath.Path(shutil.copy(next((whole / "clips").rglob("*.array_record*")), tmp_path))
+    with pytest.raises(UserError, match=r"damaged \(open\(\) failed: No such file"), shards.records(path) as found:
+        path.unlink()
+        found.__getitems__([0])
+
+
 def test_what_is_left_out_is_counted_and_listed(whole):
     rejected = [json.loads(line) for line in (whole / "rejected.jsonl").read_text().splitlines()]
     assert {entry["key"]: entry["reason"].partition(":")[0] for entry in rejected} == REASONS
