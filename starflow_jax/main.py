@@ -134,7 +134,8 @@ def _show(text: str) -> None:
 def run() -> None:
     """Run; a UserError becomes one line and exit code 2."""
     logging.set_verbosity(logging.ERROR)  # orbax and TFDS log every step they take
-    logging.get_absl_handler().addFilter(is_ours)
+    logging.get_absl_logger().addFilter(is_ours)
+    sys.unraisablehook = _unless_too_late
     try:
         app.run(main, flags_parser=parse_flags)
     except UserError as error:

@@ -52,6 +52,7 @@ def run_here(arguments: Sequence[str], folder: Path = ROOT) -> tuple[int, str, s
     flags.FLAGS.unparse_flags()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["starflow_jax.main", *arguments])
+        patch.setattr(sys, "unraisablehook", sys.unraisablehook)  # it is put back afterwards
         patch.chdir(folder)
         try:
             main.run()
