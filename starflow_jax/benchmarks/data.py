@@ -148,7 +148,7 @@ def _write_examples(folder: epath.Path, latents: tuple[int, ...], count: int) ->
         shards.write_metadata(folder, [shard], spec, "benchmark")
         write_text(folder / kind / MADE_BY, "{}")
     bucket = {"frames": CLIP_FRAMES, "aspect_ratio": "16:9", "clips": {"train": count}}
-    write_text(folder / PREPARED, json.dumps({"buckets": {"bucket": bucket}}))
+    write_text(folder / PREPARED, json.dumps({"job": {}, "buckets": {"bucket": bucket}}))
 
 
 def _prompts() -> list[str]:
