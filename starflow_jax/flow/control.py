@@ -2,11 +2,13 @@
 
 A ray with origin o and unit direction d is the pair (o × d, d) of Plücker coordinates: the moment is the same for every
 point o of the ray, so the six numbers identify the line of the world that a pixel sees, and nothing else. The rays
-through a token's pixels are its control token; a small network maps it to `width` features, and each layer of the
-frozen deep block gets a linear map of these, which starts at zero. Slot s, which predicts token s, gets that token's:
-the map stays triangular, and frame n depends on the cameras of frames 0 .. n alone.
+through a token's pixels are its control token. A small network maps it to `width` features by way of sines, which tell
+near rays apart and can say of far ones that they see the same again; each layer of the frozen deep block gets a linear
+map of these, which starts at zero. Slot s, which predicts token s, gets that token's: the map stays triangular, and
+frame n depends on the cameras of frames 0 .. n alone.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,7 @@ from starflow_jax.nn.patch import patchify
 from starflow_jax.nn.transformer import Control
 
 CHANNELS = 6  # of a ray
+_FREQUENCY = 1.5  # radians by which a ray's number changes a feature, at first; the scene is about 1 from the camera
 # Parameters of a control module, and ray tokens (B, T, S, K) of some frames of a window.
 Steering = tuple[Any, jax.Array]
 
@@ -56,9 +59,10 @@ def cameras_of_latents(intrinsics_BT4: Any, world_to_camera_BT34: Any, time_stri
 def fresh_control(model: Model, width: int, time_stride: int, key: jax.Array) -> dict[str, Any]:
     """Parameters, float32, with which the model is its backbone: what is added to each layer is zero."""
     channels = CHANNELS * time_stride * model.patch_size**2
-    keys, draw = jax.random.split(key), jax.nn.initializers.lecun_normal()
-    return {"proj_in": {"kernel": draw(keys[0], (channels, width)), "bias": jnp.zeros(width)},
-            "proj_out": {"kernel": draw(keys[1], (width, width)), "bias": jnp.zeros(width)},
+    keys, draw = jax.random.split(key, 3), jax.nn.initializers.lecun_normal()
+    return {"proj_in": {"kernel": _FREQUENCY * jax.random.normal(keys[0], (channels, width)),
+                        "bias": jax.random.uniform(keys[1], (width,), maxval=2 * math.pi)},
+            "proj_out": {"kernel": draw(keys[2], (width, width)), "bias": jnp.zeros(width)},
             "layers": {"kernel": jnp.zeros((model.deep_layers, width, model.deep_width))}}
 
 
@@ -71,7 +75,7 @@ def control_of(steering: Steering | None) -> Control | None:
     def dense(name: str, x: jax.Array) -> jax.Array:
         return x @ params[name]["kernel"] + params[name]["bias"]
 
-    tokens_BTSC = dense("proj_out", jax.nn.gelu(dense("proj_in", rays_BTSK), approximate=False))
+    tokens_BTSC = dense("proj_out", jnp.sin(dense("proj_in", rays_BTSK)))
     return Control(tokens_BTSC.reshape(len(rays_BTSK), -1, tokens_BTSC.shape[-1]), params["layers"]["kernel"])
 
 
