@@ -24,7 +24,7 @@ from starflow_jax.settings.help import entry, settings_text
 
 # What storage may answer, whatever is written: no room, no right, no such place.
 OF_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
-              errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ESTALE}
+              errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ESTALE, errno.EEXIST, errno.ELOOP}
 # Seconds without a sign of life, after which another process counts as lost: where each works alone, and where all work
 # together and then end.
 LOST_AFTER, LOST_TOGETHER_AFTER = 20, 40

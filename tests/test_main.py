@@ -96,7 +96,7 @@ def test_a_workdir_that_cannot_be_written_is_found_at_once(mode: str, where: str
     assert err.startswith("starflow_jax: --workdir=/") and "can't be written to (" in err
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EROFS, errno.EEXIST, errno.ELOOP])
 def test_what_storage_refuses_is_one_line(error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(error, os.strerror(error), "/data/run/x.mp4")

@@ -98,9 +98,14 @@ class BatchIterator(Iterator[Batch]):
         return {"batches": self._taken}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continue with the batch after the last one that was taken before `get_state` gave `state`."""
+        """Continue with the batch after the last one that was taken before `get_state` gave `state`. Raises UserError
+        for what it never gives."""
+        taken = state.get("batches") if isinstance(state, dict) else None
+        if type(taken) is not int or not 0 <= taken < 2**40:
+            raise UserError(f"a checkpoint's place in the data is {str(state)[:80]!r}, which is none; delete the newest "
+                            "checkpoint, and the one before it is used")
         self.close()
-        self._taken = state["batches"]
+        self._taken = taken
 
     def close(self) -> None:
         """Stop reading ahead and end its processes; the next batch would start them again."""

@@ -136,7 +136,7 @@ def settings_of(workdir: Path) -> Config:
             try:
                 held = read_json(path)
                 return _placed(from_dict(held if path.name == SETTINGS else {"name": workdir.name, **held}), system)
-            except (OSError, ValueError, TypeError) as error:
+            except (OSError, ValueError, TypeError, AttributeError, UserError) as error:
                 raise UserError(f"{path}: can't be read as settings ({error})") from error
     raise UserError(f"{workdir}: holds no trained model; name a workdir that --mode=train or --mode=convert wrote")
 
