@@ -102,8 +102,8 @@ class BatchIterator(Iterator[Batch]):
         for what it never gives."""
         taken = state.get("batches") if isinstance(state, dict) else None
         if type(taken) is not int or not 0 <= taken < 2**40:
-            raise UserError(f"a checkpoint's place in the data is {str(state)[:80]!r}, which is none; delete the newest "
-                            "checkpoint, and the one before it is used")
+            raise UserError(f"a checkpoint's place in the data is {str(state)[:80]!r}, which is none; delete the "
+                            "newest checkpoint, and the one before it is used")
         self.close()
         self._taken = taken
 

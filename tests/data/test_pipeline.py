@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import pickle
+from typing import Any
 
 import jax
 import numpy as np
@@ -394,3 +395,10 @@ def test_what_makes_the_examples_can_be_pickled():
     make = examples.MakeExample(Data(caption_drop=0.0, short_caption=0.0), ClipLength(13), TEXT)
     copy = pickle.loads(pickle.dumps(make.image))
     assert copy(FakeSource(3)[2], np.random.default_rng(0)).prompt == "image:long 2"
+
+
+@pytest.mark.parametrize("state", [{}, [], None, 5, *({"batches": value} for value in (-1, "3", True, 2**70))])
+def test_a_place_in_the_data_that_is_none_is_one_line(state: Any) -> None:
+    batches = object.__new__(pipeline.BatchIterator)
+    with pytest.raises(UserError, match="a checkpoint's place in the data is .*, which is none"):
+        batches.set_state(state)

@@ -41,3 +41,12 @@ def test_of_the_scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset._all_scans.cache_clear()
     with flipped_bits(tmp_path / "digits.png") as path, pytest.raises(UserError, match=f"{path}: is damaged"):
         dataset._all_scans()
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"name": "x", "model": []}', '{"model": {"channels": -1}}', "[",
+                                  "[" * 10**5])
+def test_settings_that_are_none_name_their_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "system").mkdir()
+    (tmp_path / "system" / "settings.json").write_text(text)
+    with pytest.raises(UserError, match=f"{tmp_path / 'system' / 'settings.json'}: can't be read as settings"):
+        settings_of(tmp_path)
