@@ -63,12 +63,12 @@ class Mp4Writer:
     def write(self, frames_THWC: np.ndarray) -> None:
         """Append frames (T, H, W, 3) uint8, all of one size."""
         check_frames(frames_THWC)
-        frames_THWC = enlarge(frames_THWC, self._scale)
-        _, height, width, _ = frames_THWC.shape
-        frames_THWC = np.pad(frames_THWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        height, width = (self._scale * size for size in frames_THWC.shape[1:3])
         if self._stream is None:
-            self._stream = self._open_stream(*frames_THWC.shape[1:3])
-        for frame_HWC in frames_THWC:
+            self._stream = self._open_stream(height + height % 2, width + width % 2)
+        for index in range(len(frames_THWC)):  # one by one: enlarged, a whole video may be a hundred times as large
+            frame_HWC, = enlarge(frames_THWC[index:index + 1], self._scale)
+            frame_HWC = np.pad(frame_HWC, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
             frame = frame.reformat(
                 format=self._pixels, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG

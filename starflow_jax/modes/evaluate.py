@@ -4,6 +4,7 @@ folders of any system's videos, or one of the paper's experiments (experiments.p
 import dataclasses
 import json
 import time
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from starflow_jax.config import Config, UserError
+from starflow_jax.config import Config, Evaluate, UserError
 from starflow_jax.data.digits.captions import ATTRIBUTES
 from starflow_jax.evaluation import camera, classify, horizon, likelihood, quality
 from starflow_jax.evaluation.denoising import denoised_real_clips
@@ -189,7 +190,7 @@ def evaluate_video(config: Config, workdir: Path) -> None:
             between = likelihood.interpolate(system, params, (frames_THWC, other_THWC),
                                              (settings.caption, other_caption), settings.steps)
             progress.update()
-    path = workdir / "inspected" / Path(settings.video).stem
+    path = workdir / "inspected" / inspected_name(settings, frames_THWC)
     draw_surprise(path.with_name(f"{path.name}_surprise.png"), system, frames_THWC, found, settings.caption)
     scale = max(1, SHOWN_PIXELS // frames_THWC.shape[1])
     shown = frames_THWC[:len(trip.frames_THWC)]
@@ -207,6 +208,12 @@ def evaluate_video(config: Config, workdir: Path) -> None:
     facts["seconds"] = round(time.perf_counter() - began, 1)
     write_text(path.with_suffix(".json"), json.dumps(facts, indent=1))
     _print_video(facts, path)
+
+
+def inspected_name(settings: Evaluate, frames_THWC: np.ndarray) -> str:
+    """What the files of a video's likelihood are called: another video of the same name has others."""
+    shown = f"{zlib.crc32(settings.caption.encode(), zlib.crc32(frames_THWC.tobytes())):08x}"
+    return f"{Path(settings.video).stem}_{shown}"
 
 
 def draw_surprise(

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from starflow_jax.settings.fields import SEED, Allowed, Settings, at_least, names, one_of, positive, setting
+from starflow_jax.settings.fields import Allowed, Settings, at_least, names, one_of, positive, setting
 
 TARGETS = ("all", "lora", "control", "decoder")
 PROJECTIONS = ("qkv", "proj", "mlp_in", "mlp_out")  # of a Transformer layer
@@ -32,7 +32,8 @@ class Train(Settings):
                                     Allowed("at least 0 and below 1", lambda value: 0 <= value < 1))
     ema: float = setting(0.9999, "decay of the averaged parameters",
                          Allowed("at least 0 and below 1", lambda value: 0 <= value < 1))
-    seed: int = setting(0, "of parameters, data order and noise", SEED)
+    seed: int = setting(0, "of parameters, data order and noise",
+                        Allowed("0 to 2147483647 (2^31 - 1)", lambda value: 0 <= value < 2**31))
     target: str = setting("all", "what is trained: the flow with its denoiser and text encoder; or, beside the model "
                           "of init_from, which stays as it is, low-rank factors of its matrices, a module that "
                           "makes it follow a camera, or the codec's decoder on noised latents", one_of(*TARGETS))

@@ -268,6 +268,17 @@ def test_what_was_added_to_the_input_since_is_not_seen(inputs, whole, tmp_path, 
         assert name == "prepared.json" or found[name] == expected[name]
 
 
+@pytest.mark.parametrize("name", ["job.json", "units.jsonl"])
+def test_damaged_notes_of_a_run_are_one_line(inputs, tmp_path, monkeypatch, name):
+    settings = job(inputs, tmp_path / "out")
+    monkeypatch.setattr(building.tasks, "run", lambda *_, **__: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        prepare_clips(settings)
+    (tmp_path / "out" / ".parts" / name).write_text('{"')
+    with pytest.raises(UserError, match=rf"{name}: damaged .*; delete .*\.parts and start again"):
+        prepare_clips(settings)
+
+
 def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(inputs, whole):
     before = tree(whole)
     assert prepare_clips(job(inputs, whole), processes=1)["clips"] == 19

@@ -3,6 +3,7 @@ pretrained model."""
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -202,9 +203,11 @@ def test_files_of_a_video(tmp_path: Path, monkeypatch, capsys, system: System, p
                         other=str(tmp_path / "two.mp4"), steps=4, draws=2)
     evaluate(dataclasses.replace(CONFIG, evaluate=settings), tmp_path)
     folder = tmp_path / "inspected"
-    assert {path.name for path in folder.iterdir()} == {
-        "one.json", "one_surprise.png", "one_round_trip.png", "one_to_two.mp4", "one_to_two.png"}
-    facts = json.loads((folder / "one.json").read_text())
+    details, = folder.glob("*.json")
+    assert re.fullmatch("one_[0-9a-f]{8}", details.stem)
+    assert {path.name for path in folder.iterdir()} == {details.name, *(f"{details.stem}_{end}" for end in (
+        "surprise.png", "round_trip.png", "to_two.mp4", "to_two.png"))}
+    facts = json.loads(details.read_text())
     assert facts["frames"] == 9 and facts["frames_left_out"] == 1
     for kind in ("log_likelihood_nats", "caption_fit_nats"):
         np.testing.assert_allclose(np.sum(facts[f"{kind}_per_token"], axis=1), facts[f"{kind}_per_frame"], rtol=1e-4,

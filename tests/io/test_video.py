@@ -80,6 +80,8 @@ def test_odd_sizes_are_padded_and_pixels_enlarged(tmp_path):
     large_THWC, _ = video_io.read_video(tmp_path / "large.mp4")
     assert large_THWC.shape == (2, 20, 28, 3)
     assert large_THWC[:, :, :12].min() > 240 and large_THWC[:, :, 12:].max() < 15
+    video_io.write_mp4(tmp_path / "odd_and_large.mp4", video_THWC, fps=8, scale=3)
+    assert video_io.read_video(tmp_path / "odd_and_large.mp4")[0].shape == (2, 16, 22, 3)
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

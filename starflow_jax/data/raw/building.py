@@ -28,7 +28,7 @@ from starflow_jax.data.raw import clips, shards, tasks
 from starflow_jax.data.raw.items import Rejected
 from starflow_jax.data.raw.job import Job, by_setting
 from starflow_jax.data.raw.sources import Unit, list_units, read_unit
-from starflow_jax.io.files import ARRIVING, atomic_path, read_json, write_text
+from starflow_jax.io.files import ARRIVING, atomic_path, parse_json, read_json, write_text
 
 SUMMARY = "summary.json"  # of a part; sent last
 PREPARED, REJECTED = "prepared.json", "rejected.jsonl"
@@ -78,7 +78,7 @@ def _prepare(job: Job, processes: int, beam: str | None) -> dict[str, Any]:
     left = [unit for unit in units if not (_part(job, unit.index) / SUMMARY).exists()]
     tasks.run(partial(cut_unit, job), left, what="cut", processes=processes, beam=beam,
               crashed=partial(_skip_what_crashes, job))
-    summaries = [json.loads((_part(job, unit.index) / SUMMARY).read_text()) for unit in units]
+    summaries = [_noted(job, _part(job, unit.index) / SUMMARY) for unit in units]
     rejected = [entry for summary in summaries for entry in summary["rejected"]]
     write_text(job.path / REJECTED, "".join(json.dumps(entry) + "\n" for entry in rejected))
     gatherings = plan_shards(job, [summary["clips"] for summary in summaries])
@@ -210,7 +210,7 @@ def _open_parts(job: Job) -> list[Unit]:
     """The units, listed once: a run that resumes must not see what was added to the input since."""
     parts = job.path / _PARTS
     if (parts / _JOB).exists():
-        _check_same(job, json.loads((parts / _JOB).read_text()))
+        _check_same(job, _noted(job, parts / _JOB))
         for leftover in [*job.path.glob(f"{ARRIVING}*"), *parts.glob(f"{ARRIVING}*"),
                          *job.path.glob(f"{shards.CLIPS}/*/*/{ARRIVING}*"),
                          *job.path.glob(f"{shards.CAMERAS}/*/*/{ARRIVING}*")]:
@@ -220,8 +220,18 @@ def _open_parts(job: Job) -> list[Unit]:
                  for unit in list_units(job.settings.input, job.settings.items_per_part)]
         write_text(parts / _UNITS, "".join(line + "\n" for line in lines))
         write_text(parts / _JOB, json.dumps(job.described()))
-    entries = [json.loads(line) for line in (parts / _UNITS).read_text().splitlines()]
-    return [Unit(entry["index"], entry["kind"], entry["where"], tuple(entry["entries"])) for entry in entries]
+    return [Unit(entry["index"], entry["kind"], entry["where"], tuple(entry["entries"]))
+            for entry in _noted(job, parts / _UNITS, lines=True)]
+
+
+def _noted(job: Job, path: epath.Path, lines: bool = False) -> Any:
+    """What a run noted of its progress, as JSON or a line each. Raises UserError where that is damaged."""
+    try:
+        text = path.read_text()
+        return [parse_json(line) for line in text.splitlines()] if lines else parse_json(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete {job.path / _PARTS} and start again: all is cut anew"
+                        ) from error
 
 
 def _check_same(job: Job, begun: dict[str, Any]) -> None:
@@ -286,7 +296,7 @@ def _skip_what_crashes(job: Job, unit: Unit) -> None:
 
 def _crashing(job: Job, unit: Unit) -> list[str]:
     path = _marks(job, unit, "crashing")
-    return json.loads(path.read_text()) if path.exists() else []
+    return _noted(job, path) if path.exists() else []
 
 
 def _mark(job: Job, unit: Unit, key: str) -> None:
