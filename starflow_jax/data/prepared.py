@@ -20,7 +20,7 @@ from starflow_jax.io.files import parse_json
 
 CAPTIONS = {"caption_long", "caption_short", "fps"}
 FIELDS = {shards.CLIPS: {"media", *CAPTIONS}, shards.LATENTS: {"latents", *CAPTIONS},
-          shards.FEATURES: {"prompts", "lengths", "rows"}}
+          shards.FEATURES: {"prompts", "lengths", "rows"}, shards.CAMERAS: {"intrinsics", "world_to_camera"}}
 
 
 class Record(dict):
