@@ -4,6 +4,7 @@ import dataclasses
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def load_model(config: Config, workdir: Path, encoder: bool = True) -> LoadedMod
     Raises UserError where the workdir holds another model, or none and the package has none of this config.
     """
     loras = lora.read_all(config, workdir)
-    convert = _as_kept(config.sample.weights == "int8", lora.combined(loras), merge=config.sample.merge_lora)
+    convert = _as_kept(config.sample.weights, lora.combined(loras), merge=config.sample.merge_lora)
     if config.train.target == "decoder":
         loaded = load_with_decoder(config, workdir, convert)
     elif config.train.target in ("lora", "control"):
@@ -76,16 +77,17 @@ def load_model(config: Config, workdir: Path, encoder: bool = True) -> LoadedMod
     return loaded._replace(params=inference_params(config, params))
 
 
-def _as_kept(int8: bool, factors: Mapping[str, lora.Factors], merge: bool) -> Convert | None:
-    """What is kept of each parameter: with its factors, in int8; None where all stay as they are."""
+def _as_kept(weights: str, factors: Mapping[str, lora.Factors], merge: bool) -> Convert | None:
+    """What is kept of each parameter: with its factors, quantized as sample.weights says; None where all stay as they
+    are."""
     def convert(name: str, param: jax.Array) -> Any:
         own = factors.get(name)
         if own and merge:
             param = lora.merge(param, own)
-        kept = quantize_param(name, param) if int8 else param
+        kept = quantize_param(name, param, weights) if weights else param
         return Adapted(kept, *own) if own and not merge else kept
 
-    return convert if factors or int8 else None
+    return convert if factors or weights else None
 
 
 def _named_with(added: Sequence[lora.Lora | control.ControlModule], loaded: LoadedModel) -> LoadedModel:
@@ -102,13 +104,13 @@ def _named_with(added: Sequence[lora.Lora | control.ControlModule], loaded: Load
 
 
 def load_encoder(config: Config) -> Params:
-    """{"text": parameters} of a frozen text encoder on the mesh in force, with sample.weights=int8 quantized; {} where
+    """{"text": parameters} of a frozen text encoder on the mesh in force, quantized as sample.weights says; {} where
     there is none."""
-    mesh, int8 = sharding.current_mesh(), config.sample.weights == "int8"
+    mesh, weights = sharding.current_mesh(), config.sample.weights
 
     def placed(name: str, value: np.ndarray) -> Any:
         array: Any = sharding.spread(value, mesh) if mesh else jax.device_put(value)
-        return quantize_param(name, array) if int8 else array
+        return quantize_param(name, array, weights) if weights else array
 
     return frozen_encoder_params(config, placed)
 
@@ -118,8 +120,8 @@ def abstract_params(config: Config, mesh: Mesh, weights: str) -> Params:
     sample.weights is."""
     params = sharding.layers_as(jax.eval_shape(lambda: init_params(config, jax.random.key(0))),
                                 jnp.dtype(config.model.dtype))
-    if weights == "int8":
-        params = jax.eval_shape(quantize_params, params)
+    if weights:
+        params = jax.eval_shape(partial(quantize_params, weights=weights), params)
     return sharding.abstract(params, mesh)
 
 

@@ -1,6 +1,7 @@
 """A model as `load_model` places it on a mesh, in shapes."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,8 +35,9 @@ def abstract_model(config: Config, mesh: Mesh) -> tuple[dict[str, Any], Any]:
         encoder, ids = abstract_text_encoder(config), jax.ShapeDtypeStruct((1, config.model.text_length), jnp.int32)
         shapes = jax.eval_shape(lambda ids: encoder.init(jax.random.key(0), ids)["params"], ids)
         shapes = sharding.layers_as(shapes, jnp.dtype(config.model.dtype))
-        if config.sample.weights == "int8":
-            params |= sharding.abstract(jax.eval_shape(quantize_params, {"text": shapes}), mesh)
+        if config.sample.weights:
+            params |= sharding.abstract(jax.eval_shape(
+                partial(quantize_params, weights=config.sample.weights), {"text": shapes}), mesh)
         else:
             params["text"] = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,

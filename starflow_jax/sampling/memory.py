@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from starflow_jax.config import Config, Model
 from starflow_jax.io.memory import check_fits, host_bytes
 from starflow_jax.model.codec import frame_size
+from starflow_jax.model.quantize import BYTES
 from starflow_jax.sampling.conditions import latent_frames
 from starflow_jax.sampling.files import shown_scale
 
@@ -27,8 +28,8 @@ def layer_parameters(model: Model) -> int:
 
 def flow_bytes(config: Config) -> int:
     """Of these matrices, as sampling keeps them."""
-    itemsize = 1 if config.sample.weights == "int8" else jnp.dtype(config.model.dtype).itemsize
-    return layer_parameters(config.model) * itemsize
+    itemsize = BYTES.get(config.sample.weights, jnp.dtype(config.model.dtype).itemsize)
+    return int(layer_parameters(config.model) * itemsize)
 
 
 def latent_bytes(config: Config, frames: int) -> int:
@@ -100,7 +101,7 @@ def check_evaluation(config: Config, mesh: Mesh) -> None:
 def check_training(config: Config, mesh: Mesh) -> None:
     """The same of training: parameters with two moments and gradients, float32, or a frozen model that LoRA factors are
     trained beside; and a batch on the host."""
-    frozen = 1 if config.lora.weights == "int8" else jnp.dtype(config.model.dtype).itemsize
+    frozen = BYTES.get(config.lora.weights, jnp.dtype(config.model.dtype).itemsize)
     itemsize = {"all": 4 * 4, "lora": frozen}.get(config.train.target, 0)
     check_devices("training this model", layer_parameters(config.model) * itemsize, mesh, SMALLER)
     if config.data.image_probability < 1:

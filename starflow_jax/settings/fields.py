@@ -40,6 +40,7 @@ def one_of(*choices: str) -> Allowed:
 
 
 SEED = Allowed("0 to 4294967295 (2^32 - 1)", lambda value: 0 <= value < 2**32)
+WEIGHTS = ("", "int8", "int4")  # what the matrices of layers may be kept as
 PROBABILITY = Allowed("a probability, 0 to 1", lambda value: 0 <= value <= 1)
 NAMES = Allowed("comma-separated names", lambda value: all(names(value)))
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 from starflow_jax.settings.fields import (
     RATIO,
     SEED,
+    WEIGHTS,
     Allowed,
     Settings,
     UserError,
@@ -108,13 +109,13 @@ class Sample(Settings):
     as_released: bool = setting(False, "follow the release's own sampling program in details where ours differs")
     checkpoint: str = setting("newest", "the newest, or the best by validation; also for evaluation and packaging",
                               one_of("newest", "best"))
-    weights: str = setting("", "what the layers' matrices are kept as; empty: model.dtype", one_of("", "int8"))
+    weights: str = setting("", "what the layers' matrices are kept as; empty: model.dtype", one_of(*WEIGHTS))
     lora: str = setting("", "LoRA factors that are added to the model, FILE[:SCALE],...: workdirs of "
                         "train.target=lora, or PEFT's files",
                         Allowed("comma-separated names, each with or without a :SCALE of -1000 to 1000",
                                 lambda value: not value or all(map(_names_adapter, names(value)))))
     merge_lora: bool = setting(True, "those of sample.lora, or of the workdir, are added to the matrices when these "
-                               "are loaded, before they are rounded to int8; else their products are computed apart")
+                               "are loaded, before they are rounded (weights); else their products are computed apart")
     cache: str = setting("", "what the deep block's cache is kept as; empty: model.dtype", one_of("", "int8"))
     output: str = setting("", "folder of the videos, or of one video the file NAME.mp4; empty: WORKDIR/samples")
     overwrite: bool = setting(False, "files under such a name, or VBench's, that another run made are replaced; else "

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from starflow_jax.settings.fields import Allowed, Settings, at_least, names, one_of, positive, setting
+from starflow_jax.settings.fields import WEIGHTS, Allowed, Settings, at_least, names, one_of, positive, setting
 
 TARGETS = ("all", "lora", "control", "decoder")
 PROJECTIONS = ("qkv", "proj", "mlp_in", "mlp_out")  # of a Transformer layer
@@ -68,7 +68,7 @@ class Lora(Settings):
     blocks: str = setting("deep", "the blocks whose layers have them",
                           Allowed(f"comma-separated parts of {', '.join(BLOCKS)}",
                                   lambda value: set(names(value)) <= set(BLOCKS)))
-    weights: str = setting("", "what the layers' frozen matrices are kept as; empty: model.dtype", one_of("", "int8"))
+    weights: str = setting("", "what the layers' frozen matrices are kept as; empty: model.dtype", one_of(*WEIGHTS))
 
     @property
     def named_targets(self) -> tuple[str, ...]:

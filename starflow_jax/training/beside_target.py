@@ -41,7 +41,8 @@ class BesideTarget(FlowTarget):
     def __init__(self, system: System, mesh: Mesh) -> None:
         super().__init__(system, mesh)
         config = system.config
-        self._backbone = load_backbone(config, quantize_param if frozen_as(config) == "int8" else None).params
+        weights = frozen_as(config)
+        self._backbone = load_backbone(config, partial(quantize_param, weights=weights) if weights else None).params
 
     def abstract_state(self) -> TrainState:
         return sharding.abstract(jax.eval_shape(partial(_create, self._system.config)), self._mesh)

@@ -48,6 +48,11 @@ def size(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def size_packed(tree: Any) -> float:
+    """Bytes on the device, where two int4 values share one."""
+    return sum(leaf.size * (0.5 if leaf.dtype == jnp.int4 else leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree))
+
+
 def named(tree: Any) -> dict[str, Any]:
     return {sharding.parameter_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
@@ -137,7 +142,7 @@ def decoding_a_frame(shaped: Any, variables: Any) -> Any:
                                       solver=Solver(TOKENS // 2), branches=2, **window)
 
 
-def temporaries(program: Any, device: jax.Device, quantized: bool) -> tuple[int, int]:
+def temporaries(program: Any, device: jax.Device, weights: str) -> tuple[int, int]:
     """Bytes that the program takes beside its arguments, and those of the layers' matrices in bfloat16."""
     def shaped(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
@@ -145,7 +150,7 @@ def temporaries(program: Any, device: jax.Device, quantized: bool) -> tuple[int,
     params = abstract_params_of(Config("wide", WIDE, Text(encoder="frozen")))["flow"]
     whole = sum(2 * leaf.size for name, leaf in named(params).items() if "layers/" in name and "kernel" in name)
     params = sharding.layers_as(params, jnp.bfloat16)
-    params = jax.eval_shape(quantize_params, params) if quantized else params
+    params = jax.eval_shape(partial(quantize_params, weights=weights), params) if weights else params
     params = jax.tree.map(lambda leaf: shaped(*leaf.shape, dtype=leaf.dtype), params)
     with nothing_kept():
         memory = program(shaped, {"params": params}).compile().memory_analysis()
@@ -154,10 +159,12 @@ def temporaries(program: Any, device: jax.Device, quantized: bool) -> tuple[int,
 
 @pytest.mark.parametrize("program", [forward, decoding_a_frame])
 def test_no_more_than_a_layer_is_scaled_back_at_a_time(program: Any) -> None:
-    """On a CPU, which multiplies in float32: all layers there would be twice the bytes of `whole`."""
-    extra, whole = temporaries(program, jax.devices()[0], quantized=True)
-    assert extra < 2 * whole / WIDE.deep_layers + 2**20
-    unquantized, _ = temporaries(program, jax.devices()[0], quantized=False)
+    """On a CPU, which multiplies in float32: all layers there would be twice the bytes of `whole`. Of int4 values there
+    are copies before and after their scales."""
+    for weights, copies in (("int8", 1), ("int4", 2.5)):
+        extra, whole = temporaries(program, jax.devices()[0], weights)
+        assert extra < copies * 2 * whole / WIDE.deep_layers + 2**20, weights
+    unquantized, _ = temporaries(program, jax.devices()[0], "")
     assert unquantized > 2 * whole  # there XLA does convert them all: the measure can tell
 
 
@@ -166,28 +173,33 @@ def test_on_a_tpu_no_weights_are_scaled_back_outside_of_the_products(program: An
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, TPUs' compiler, is not installed: pip install -e '.[tpu]'")
     device = topology("v5e:2x2")[0]
-    with_int8, whole = temporaries(program, device, quantized=True)
-    assert with_int8 < temporaries(program, device, quantized=False)[0] + whole / WIDE.deep_layers / 4
+    plain, whole = temporaries(program, device, "")
+    for weights in ("int8", "int4"):
+        assert temporaries(program, device, weights)[0] < plain + whole / WIDE.deep_layers / 4, weights
 
 
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, sf.Model]:
-    return {weights: sf.load(weights=weights) for weights in ("", "int8")}
+    return {weights: sf.load(weights=weights) for weights in ("", "int8", "int4")}
 
 
 def test_the_pretrained_model_shrinks(loaded: dict[str, sf.Model]) -> None:
     sizes = {weights: size(model.params) for weights, model in loaded.items()}
     assert sizes[""] > 12e6 and sizes["int8"] < 0.3 * sizes[""]
     assert loaded["int8"].config.sample.weights == "int8"
+    # Half a byte a value and two for each 32; norms, biases, the encoder of text and what surrounds layers stay.
+    matrices = sum(leaf.size for leaf in jax.tree.leaves(loaded["int4"].params) if leaf.dtype == jnp.int4)
+    assert sizes["int8"] - size_packed(loaded["int4"].params) > 0.4 * matrices > 1e6
 
 
 def test_its_likelihood_stays_what_it_was(loaded: dict[str, sf.Model]) -> None:
-    """Measured: 0.00003 bits per dimension on 256 test clips."""
-    bits = []
-    for model in loaded.values():
+    """Measured: 0.00003 bits per dimension on 256 test clips; in int4 0.0042."""
+    bits = {}
+    for weights, model in loaded.items():
         system = dataclasses.replace(model.system, config=changed(model.config, "evaluate", dict(batch_size=16)))
-        bits.append(bits_per_frame(system, model.params, likelihood_batches(system, "test", 16)).mean())
-    assert 0 < abs(bits[1] - bits[0]) < 2e-4
+        bits[weights] = bits_per_frame(system, model.params, likelihood_batches(system, "test", 16)).mean()
+    assert 0 < abs(bits["int8"] - bits[""]) < 2e-4
+    assert 0 < abs(bits["int4"] - bits[""]) < 5e-3
 
 
 @pytest.mark.slow
