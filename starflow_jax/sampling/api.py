@@ -210,7 +210,7 @@ def load(source: str | Path = "", *, weights: str = "", lora: str | Path = "", m
          control: str | Path = "", mesh: Mapping[str, int] | None = None) -> Model:
     """The model in the package; or that of a workdir, which --mode=train or --mode=convert wrote.
 
-    weights: what the layers' matrices are kept as, "int8" or, by default, as the model's own settings say.
+    weights: what the layers' matrices are kept as, "int8", "int4" or, by default, as the model's own settings say.
     lora: "FILE[:SCALE],...", LoRA factors that are added to it: workdirs of train.target=lora, or PEFT's files.
     merge_lora: whether they, or a workdir's own, are added to the matrices or kept apart; by default as its settings
     say.
