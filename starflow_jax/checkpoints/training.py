@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,9 @@ class Checkpoints:
                 sync_all(folder)
 
 
+OF_OTHERS = "Gloo|NCCL|[Cc]oordination|[Bb]arrier"  # in errors of what processes do together
+
+
 @contextlib.contextmanager
 def _writing(directory: Path) -> Iterator[None]:
     """Whatever orbax and tensorstore raise becomes a UserError, but for the loss of another process."""
@@ -134,6 +138,8 @@ def _writing(directory: Path) -> Iterator[None]:
     except (UserError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
+        if jax.process_count() > 1 and re.search(OF_OTHERS, str(error)):  # as which orbax may raise such a loss
+            raise jax.errors.JaxRuntimeError(str(error)) from error
         words = first_line(error).partition(" [")[0]  # tensorstore adds where in its source it happened
         words = words if len(words) <= MOST_WORDS else f"... {words[-MOST_WORDS:]}"
         raise UserError(f"{directory}: a checkpoint can't be written ({words}); those that are there are kept: once "

@@ -127,6 +127,15 @@ def test_what_can_not_be_written_is_one_line_and_costs_nothing_else(copy: Path, 
     assert of_orbax and not any(map(main.is_ours, of_orbax))  # the command line does not show its tracebacks
 
 
+@pytest.mark.parametrize("processes, expected", [(1, UserError), (2, jax.errors.JaxRuntimeError)])
+def test_a_lost_process_is_no_fault_of_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int,
+                                               expected: type[Exception]) -> None:
+    """Orbax may say it as any error; what trains then says that another process was lost (training/loop.py)."""
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with pytest.raises(expected, match="Gloo"), training._writing(tmp_path):
+        raise ValueError("UNKNOWN: Gloo AllGather failed: connection closed by peer")
+
+
 def test_restored_on_other_devices_than_wrote_it(tmp_path: Path) -> None:
     script = f"""
         import jax, jax.numpy as jnp
