@@ -1,7 +1,6 @@
 """The control module that train.target=control trains beside a model: with it the model follows a camera."""
 
 import dataclasses
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from flax import traverse_util
 from starflow_jax import sharding
 from starflow_jax.config import Config, UserError
 from starflow_jax.flow.control import fresh_control
-from starflow_jax.model.beside import check_backbone, read_checkpoint
+from starflow_jax.model.beside import check_backbone, checksum_of, read_checkpoint
 from starflow_jax.model.parameters import Params, model_fingerprint
 
 with epy.lazy_imports():
@@ -31,10 +30,7 @@ class ControlModule:
     @property
     def checksum(self) -> str:
         """Equal for equal parameters."""
-        found = 0
-        for _, array in sorted(traverse_util.flatten_dict(self.params, sep="/").items()):
-            found = zlib.crc32(np.ascontiguousarray(array).tobytes(), found)
-        return f"{found:08x}"
+        return checksum_of(traverse_util.flatten_dict(self.params, sep="/"))
 
 
 def fresh_module(config: Config, key: jax.Array) -> Params:

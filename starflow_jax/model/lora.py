@@ -6,7 +6,6 @@ flat one, {name of the matrix: Factors}, with every scale in B.
 
 import dataclasses
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from flax import traverse_util
 
 from starflow_jax import sharding
 from starflow_jax.config import Config, Model, UserError
-from starflow_jax.model.beside import check_backbone, read_checkpoint
+from starflow_jax.model.beside import check_backbone, checksum_of, read_checkpoint
 from starflow_jax.model.parameters import Params, model_fingerprint
 from starflow_jax.nn.lora import Adapted, merged
 
@@ -47,11 +46,8 @@ class Lora:
     @property
     def checksum(self) -> str:
         """Equal for equal factors."""
-        found = 0
-        for name in sorted(self.factors):
-            for array in self.factors[name]:
-                found = zlib.crc32(np.ascontiguousarray(array).tobytes(), found)
-        return f"{found:08x}"
+        return checksum_of({f"{name}/{part}": array for name, of_one in self.factors.items()
+                            for part, array in of_one._asdict().items()})
 
 
 def kernel_shapes(model: Model) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from starflow_jax.config import Config, Train, UserError
+from starflow_jax.config import Config, Model, Train, UserError
 from starflow_jax.data.batch import Batch
 from starflow_jax.flow.control import window_rays
 from starflow_jax.model.parameters import Params
@@ -99,7 +99,12 @@ def rays_of(batch: Batch, config: Config) -> jax.Array:
     if batch.intrinsics_BT4 is None or batch.world_to_camera_BT34 is None:
         raise UserError("train.target=control: these data have no cameras; set data.camera=true for moving digits, or "
                         "prepare videos with a camera beside each of them")
-    return window_rays(batch.cameras_of_latents(config.codec.time_stride), config.model)
+    return _rays_of(batch, config.codec.time_stride, config.model)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _rays_of(batch: Batch, time_stride: int, model: Model) -> jax.Array:
+    return window_rays(batch.cameras_of_latents(time_stride), model)
 
 
 def tokens_of(batch: Batch, config: Config) -> int:
