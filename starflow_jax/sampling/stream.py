@@ -59,24 +59,25 @@ def stream_clips(
     timeline: Timeline | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield the clips' next frames, uint8 (B, T, H, W, 3), T = 1 for the first latent frame and the codec's time
-    stride for each after it; the given ones come first. Raises UserError as `make_conditions` does, and where
-    sample.denoise or sample.devices rules a stream out."""
+    stride for each after it; the given ones come first. timeline: what is to watch it; its owner closes it. Raises
+    UserError as `make_conditions` does, and where sample.denoise or sample.devices rules a stream out."""
     deep, rest = stream_devices(settings.devices)
     given = make_conditions(system, params, captions, seeds, settings, known_BTHWC)
     finish = Finisher(system, params, given, settings, rest)
-    timeline = timeline or Timeline()
     index = given.given
     pending: list[jax.Array] = []
     needed = {"flow", "control", "denoiser"} if settings.renoise else {"flow", "control"}
     deep_params, deep_given = _on(deep, ({part: params[part] for part in needed & set(params)}, given))
     for u_BGSK, report in deep_frames(system, deep_params, deep_given, settings):
-        timeline.watch("deep", index, u_BGSK)
-        timeline.deep_reports.append(report)
+        if timeline:
+            timeline.watch("deep", index, u_BGSK)
+            timeline.deep_reports.append(report)
         # What was dispatched a step ago is fetched only now, with the deep block at work on the next.
         yield from map(fetch, pending)
         pending, reports = finish(_on(rest, u_BGSK))
-        timeline.shallow_reports.append(reports)
-        if pending:
+        if timeline:
+            timeline.shallow_reports.append(reports)
+        if timeline and pending:
             timeline.watch("rest", index, pending)
         index += u_BGSK.shape[1]
     yield from map(fetch, pending)

@@ -26,7 +26,8 @@ class Event:
 
 
 class Timeline:
-    """Waits, in threads of its own, for what was dispatched, and records when it was done."""
+    """Waits, in threads of its own, for what was dispatched, and records when it was done. Until it is closed it holds
+    the threads, and all that they have waited for."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -47,11 +48,12 @@ class Timeline:
         self._queues[stage].put((frame, time.perf_counter() - self._began, result))
 
     def close(self) -> list[Event]:
-        """All events, once the last is done."""
+        """All events, once the last is done. May be called again."""
         for waiting in self._queues.values():
             waiting.put(None)
         for thread in self._threads:
             thread.join()
+        self._queues, self._threads = {}, []
         return sorted(self.events, key=lambda event: event.done)
 
     def _wait(self, stage: str, waiting: queue.Queue) -> None:

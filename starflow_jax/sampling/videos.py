@@ -178,6 +178,7 @@ class Videos:
         prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
         with self._writing(), contextlib.ExitStack() as opened, ProgressBar(
                 "stream", settings.frames or system.pixel_frames, unit="frame", compiles=True) as progress:
+            opened.callback(timeline.close)
             for one, request in zip(files, batch):
                 begin(one, self.recipe, self.origin, request)
             writers = [opened.enter_context(contextlib.closing(growing_mp4(one.video, file_rate(system.config), scale)))

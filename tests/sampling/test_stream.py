@@ -1,6 +1,9 @@
 """Streams: the frames of the whole clip, on one device or two, as early as they can be."""
 
 import dataclasses
+import gc
+import itertools
+import threading
 from pathlib import Path
 
 import jax
@@ -67,6 +70,28 @@ def test_a_frame_leaves_one_frame_after_it_is_made(system: System, params) -> No
     events = timeline.close()
     assert sorted(e.frame for e in events if e.stage == "deep") == list(range(6))
     assert all(e.asked <= e.done for e in events)
+
+
+def test_a_stream_leaves_no_thread_and_no_array_behind(system: System, params) -> None:
+    """Neither one that ended nor one that was left, with and without a timeline."""
+    def run(take: int, *, watched: bool = False) -> None:
+        settings, timeline = changed(SETTINGS, frames=9, frames_per_step=1), Timeline() if watched else None
+        for _ in itertools.islice(stream_clips(system, params, CAPTIONS, SEEDS, settings, timeline=timeline), take):
+            pass
+        if timeline:
+            timeline.close()
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return threading.active_count(), len(jax.live_arrays())
+
+    run(3)
+    first = held()
+    run(3)
+    run(1)
+    run(3, watched=True)
+    run(1, watched=True)
+    assert held() == first
 
 
 def test_timeline_notes_what_was_dispatched() -> None:
