@@ -18,8 +18,9 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from configs import t2i, t2v
 from starflow_jax import config as settings_of
 from starflow_jax import sharding
-from starflow_jax.config import UserError, from_config_dict
+from starflow_jax.config import UserError, changed, from_config_dict
 from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.settings.training import OPTIMIZERS
 from starflow_jax.training.state import abstract_state
 from tests.conftest import FAST_COMPILATION
 from tests.helpers import latents, text, tiny_model
@@ -103,9 +104,10 @@ def test_one_table_and_no_collisions() -> None:
 
 @pytest.mark.parametrize(("config", "variant"), [
     (t2v, "tiny"), (t2v, "3b"), (t2v, "7b"), (t2i, "tiny"), (t2i, "released")])
-def test_every_models_state_has_its_shardings(config: ModuleType, variant: str) -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_models_state_has_its_shardings(config: ModuleType, variant: str, optimizer: str) -> None:
     """On 8 x 4 devices of which only shapes are needed; of the large models, nothing large is left whole."""
-    state = abstract_state(from_config_dict(config.get_config(variant)))
+    state = abstract_state(changed(from_config_dict(config.get_config(variant)), "train", {"optimizer": optimizer}))
     leaves, _ = jax.tree.flatten_with_path(state)
     shardings = jax.tree.leaves(sharding.parameter_shardings(state, shape_of(1, 8, 4, 1)))
     kept = {}

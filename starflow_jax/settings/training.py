@@ -5,6 +5,7 @@ import dataclasses
 from starflow_jax.settings.fields import WEIGHTS, Allowed, Settings, at_least, names, one_of, positive, setting
 
 TARGETS = ("all", "lora", "control", "decoder")
+OPTIMIZERS = ("adamw", "muon")
 PROJECTIONS = ("qkv", "proj", "mlp_in", "mlp_out")  # of a Transformer layer
 BLOCKS = ("shallow", "deep", "denoiser")
 
@@ -18,11 +19,13 @@ class Train(Settings):
     image_batch_size: int = setting(0, "images per step; 0: as many as a batch of clips has frames",
                                     at_least(0, "as many as frames", most=10_000_000))
     accumulate: int = setting(1, "microbatches per step", positive(1_000_000))
+    optimizer: str = setting("adamw", "of flow and denoiser; muon: each step of a layer's matrix is orthogonalized "
+                             "(fewer steps to the same loss), AdamW for the rest", one_of(*OPTIMIZERS))
     learning_rate: float = setting(5e-5, "after warm-up", positive(1000))
     final_learning_rate: float = setting(1e-6, "at the end of the cosine decay", positive(1000))
     warmup_steps: int = setting(1_000, "steps of linear warm-up; a run of fewer steps is all warm-up",
                                 at_least(0, "none", most=1_000_000_000))
-    weight_decay: float = setting(1e-4, "of AdamW", at_least(0, most=1000))
+    weight_decay: float = setting(1e-4, "of the optimizers", at_least(0, most=1000))
     clip: float = setting(1.0, "largest gradient norm; a larger one is scaled down", positive(1_000_000_000))
     outlier_factor: float = setting(8.0, "a step whose gradient norm is this many times its running mean is skipped",
                                     Allowed("greater than 1, at most 1000000", lambda value: 1 < value <= 1e6))

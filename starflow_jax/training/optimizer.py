@@ -1,11 +1,19 @@
 """Learning-rate schedule and the two optimizers (DESIGN: training constants)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from starflow_jax.config import Train
 from starflow_jax.model.parameters import Params
+from starflow_jax.sharding import parameter_name
+
+# Root mean square of a step of Muon at learning rate 1, about AdamW's, so that one learning rate serves both
+# (Muon is Scalable for LLM Training, section 2.2).
+MUON_RMS = 0.2
 
 
 def schedule(settings: Train) -> optax.Schedule:
@@ -17,19 +25,37 @@ def schedule(settings: Train) -> optax.Schedule:
 
 
 def flow_optimizer(settings: Train) -> optax.GradientTransformation:
-    """AdamW (0.9, 0.95) behind a clip by global norm."""
-    return optax.chain(
-        optax.clip_by_global_norm(settings.clip),
-        optax.adamw(schedule(settings), b1=0.9, b2=0.95, weight_decay=settings.weight_decay))
+    """AdamW (0.9, 0.95) or Muon behind a clip by global norm."""
+    return _clipped(settings, schedule(settings), beta2=0.95)
 
 
 def denoiser_optimizer(settings: Train) -> optax.GradientTransformation:
-    """The denoiser's own AdamW, warmed up and decayed with the flow's."""
+    """The denoiser's own, warmed up and decayed with the flow's."""
     shape, peak = schedule(settings), settings.learning_rate
     rate = lambda count: shape(count) * (settings.denoiser_learning_rate / peak)  # noqa: E731
-    return optax.chain(
-        optax.clip_by_global_norm(settings.clip),
-        optax.adamw(rate, b1=0.9, b2=settings.denoiser_beta2, weight_decay=settings.weight_decay))
+    return _clipped(settings, rate, settings.denoiser_beta2)
+
+
+def _clipped(settings: Train, rate: optax.Schedule, beta2: float) -> optax.GradientTransformation:
+    if settings.optimizer == "muon":
+        decay = settings.weight_decay
+        optimizer = muon(rate, weight_decay=decay, adam_weight_decay=decay, adam_b1=0.9, adam_b2=beta2,
+                         consistent_rms=MUON_RMS, muon_weight_dimension_numbers=layer_matrices)
+    else:
+        optimizer = optax.adamw(rate, b1=0.9, b2=beta2, weight_decay=settings.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(settings.clip), optimizer)
+
+
+def layer_matrices(params: Params) -> Any:
+    """The axes of what Muon orthogonalizes: each layer's matrices, queries, keys and values apart, of parameters
+    stacked over layers (L, in, ..., out). None for the rest, which AdamW with Nesterov's momentum trains: embeddings,
+    norms, biases, and what leads into and out of a stack."""
+    def axes(path: Any, value: jax.Array) -> MuonDimensionNumbers | None:
+        names = parameter_name(path).split("/")
+        is_matrix = "layers" in names and names[-1] == "kernel"
+        return MuonDimensionNumbers(reduction_axis=1, output_axis=value.ndim - 1) if is_matrix else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def averaged(ema: Params, params: Params, accepted: jax.Array, settings: Train) -> Params:
