@@ -76,7 +76,10 @@ def _lock(folder: str) -> Iterator[None]:
         file.truncate(0)
         file.write(json.dumps(_myself()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)  # an empty file: nobody
 
 
 @contextlib.contextmanager
@@ -151,11 +154,12 @@ def _now() -> str:
 
 
 def _read(path: str) -> dict[str, Any] | None:
-    """What the file says, {} for something else; None where there is no file."""
+    """What the file says, {} for something else; None where there is no file, or an empty one, which a lock left."""
     try:
-        return _parsed(epath.Path(path).read_bytes())
+        content = epath.Path(path).read_bytes()
     except FileNotFoundError:
         return None
+    return _parsed(content) if content else None
 
 
 def _parsed(text: str | bytes) -> dict[str, Any]:

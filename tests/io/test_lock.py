@@ -47,6 +47,14 @@ def test_the_second_is_refused_and_hears_who_is_there(tmp_path: Path) -> None:
         "using it; wait for its end, stop it, or name another --workdir")
     with lock.held(tmp_path / "run"):
         pass
+    assert (tmp_path / "run" / lock.IN_USE).read_text() == ""
+
+
+def test_what_a_lock_left_is_no_lease(tmp_path: Path, shared, monkeypatch) -> None:
+    (tmp_path / lock.IN_USE).touch()
+    monkeypatch.setattr(lock, "EXPIRES", 300.0)
+    with lock.held(tmp_path):
+        assert holder(tmp_path)["pid"] == os.getpid()
 
 
 def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
