@@ -70,8 +70,8 @@ def residuals(updates: int) -> np.ndarray:
     config = tiny()
     system, params, *_ = load_model(config, Path("no workdir"))
     given = make_conditions(system, params, PROMPTS, range(len(PROMPTS)), config.sample)
-    variables, grid, frames = decoding_variables(params), system.token_grid, given.noise_BNSK.shape[1]
-    exact = decode.generate(system.flow, variables, given.noise_BNSK, given.texts.first,
+    variables, grid, frames = decoding_variables(params), system.token_grid, given.total
+    exact = decode.generate(system.flow, variables, given.noise(0, frames), given.texts.first,
                             guidance=config.sample.guidance, token_grid=grid, guess_BSK=given.guess_BSK)
     u_BNSK = jnp.concatenate([frame for frame, _ in exact], axis=1)
 
@@ -80,7 +80,7 @@ def residuals(updates: int) -> np.ndarray:
                                     token_grid=grid, guess_BSK=given.guess_BSK)
         solver = decode.Solver(config.model.tokens_per_frame, tolerance=0.0, max_steps=count)
         _, _, report = decode.decode_frames(
-            system.flow, variables, state, given.noise_BNSK[:, frame:frame + 1], jnp.float32(config.sample.guidance),
+            system.flow, variables, state, given.noise(frame, 1), jnp.float32(config.sample.guidance),
             solver=solver, window=frames, token_grid=grid, branches=2)
         return np.asarray(report.residual[0])
 

@@ -18,7 +18,7 @@ from starflow_jax.flow import decode
 from starflow_jax.io.command_line import load_config
 from starflow_jax.model.codec import frame_size
 from starflow_jax.model.system import System
-from starflow_jax.sampling.conditions import Conditions, Draws, given_latents, guidance_texts, make_conditions
+from starflow_jax.sampling.conditions import Conditions, Draws, Noise, given_latents, guidance_texts, make_conditions
 from starflow_jax.sampling.denoise import denoise, denoise_window
 from starflow_jax.sampling.generate import deep_frames, generate_clips
 from starflow_jax.sampling.solver import chosen_solver, shallow_solver
@@ -55,7 +55,7 @@ def check_pipeline(folder: Path, case: dict, compare: Compare, workdir: Path) ->
     check_text(case, system, params, settings, compare)
 
     known_BTHWC = None if known is None else known[None]
-    draws = Draws(system.flow.tokens(_frames_last(tensors["in/noise"])), *(
+    draws = Draws(Noise(given_BN=system.flow.tokens(_frames_last(tensors["in/noise"]))), *(
         None if known is None else _frames_last(tensors[f"in/{name}"][:, None])
         for name in ("image_noise", "image_posterior_noise")))
     given = make_conditions(system, params, [case["caption"]], [0], settings, known_BTHWC, draws)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from starflow_jax.config import Config, UserError
+from starflow_jax.config import Config, Sample, UserError
 from starflow_jax.data.digits.captions import ATTRIBUTES, COLOUR_NAMES, DIRECTION_NAMES, caption
 from starflow_jax.data.examples import decoded
 from starflow_jax.evaluation.frechet import frechet_distance
@@ -26,8 +26,8 @@ from starflow_jax.model.parameters import Params
 from starflow_jax.model.sources import long_clips
 from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import filled
-from starflow_jax.sampling.conditions import Text, caption_text, make_conditions, noised
-from starflow_jax.sampling.generate import deep_frames
+from starflow_jax.sampling.conditions import Conditions, Text, caption_text, make_conditions, noised
+from starflow_jax.sampling.generate import deep_frames, joined
 from starflow_jax.sampling.likelihood import frame_nll
 from starflow_jax.sampling.stream import Finisher
 from starflow_jax.sharding import fetch
@@ -134,15 +134,23 @@ def measure_samples(
             batch, kept = prompts.batch(begin, size), min(size, count - begin)
             given = make_conditions(system, params, batch.captions, range(begin, begin + size), settings,
                                     changes=batch.changes)
-            finish = Finisher(system, params, given, settings)
-            frames = (fetch(part) for u_BGSK, _ in deep_frames(system, params, given, settings)
-                      for part in finish(u_BGSK)[0])
+            noisy: list[jax.Array] = []
+            frames = _frames(system, params, given, settings, noisy)
             for stretch, frames_BTHWC in enumerate(in_stretches(frames, system.pixel_frames, length * stride)):
                 found.add(stretch, frames_BTHWC[:kept], batch.labels_of(stretch))
                 shown.add(stretch, frames_BTHWC[:kept])
                 progress.update(kept * length)
-            found.add_bits(bits_of(system, params, finish.noisy_BNhwC, given.text)[:kept], length)
+            found.add_bits(bits_of(system, params, joined(*noisy), given.text)[:kept], length)
     return found, shown
+
+
+def _frames(system: System, params: Params, given: Conditions, settings: Sample, noisy: list[jax.Array]
+            ) -> Iterator[np.ndarray]:
+    """The pixels of each latent frame as it is made; its latents with their noise are put into `noisy`."""
+    finish = Finisher(system, params, given, settings)
+    for u_BGSK, _ in deep_frames(system, params, given, settings):
+        noisy.append(finish.latents(u_BGSK)[0])
+        yield from map(fetch, finish.pixels(noisy[-1], given))
 
 
 def measure_real(

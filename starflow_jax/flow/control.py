@@ -35,8 +35,9 @@ class LatentCameras(flax.struct.PyTreeNode):
     world_to_camera_BNR44: Any
 
     def cut(self, first: int, last: int) -> "LatentCameras":
-        """Those of latent frames first to last."""
-        return LatentCameras(self.intrinsics_BNR4[:, first:last], self.world_to_camera_BNR44[:, first:last])
+        """Those of latent frames first to last; behind the video's end, its last one's."""
+        frames = np.minimum(np.arange(first, last), self.intrinsics_BNR4.shape[1] - 1)
+        return LatentCameras(self.intrinsics_BNR4[:, frames], self.world_to_camera_BNR44[:, frames])
 
 
 def cameras_of_latents(intrinsics_BT4: Any, world_to_camera_BT34: Any, time_stride: int) -> LatentCameras:

@@ -5,7 +5,7 @@ same for every frame; `generate` drives it over a video of any length, `invert_s
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -41,12 +41,14 @@ def start_window(
     guess_BSK: jax.Array | None = None,
     cache: str = "",
     steering: Steering | None = None,
+    count: jax.Array | None = None,
 ) -> WindowState:
     """Fill the cache with the text and the T >= 0 known frames of u (TI2V, extension, restarts).
 
     texts: (branches, B, text_length, text_dim), branch 0 conditional; None: a model without text.
     guess: of the first frame, where none is known; 0 by default. cache: what keys and values are kept as, "int8" or
-    the model's dtype. steering: of the known frames; None also where there are none.
+    the model's dtype. steering: of the known frames; None also where there are none. count: int32, how many of the
+    frames, at least one, are known; what is behind them does not matter, so that one program serves any number.
     """
     batch, frames, tokens, channels = known_BTSK.shape
     text = None if texts_GBTD is None else texts_GBTD[0]
@@ -58,8 +60,13 @@ def start_window(
                                control_of(steering))
 
     guess = jnp.zeros((batch, tokens, channels), known_BTSK.dtype) if guess_BSK is None else guess_BSK
-    previous = known_BTSK[:, -1] if frames else guess
-    return _laid_out(WindowState(apply_flow(model, params, begin), previous, jnp.int32(frames)))
+    known = apply_flow(model, params, begin)
+    if count is None:
+        return _laid_out(WindowState(known, known_BTSK[:, -1] if frames else guess, jnp.int32(frames)))
+    previous = lax.dynamic_index_in_dim(known_BTSK, count - 1, axis=1, keepdims=False)
+    text_length = 0 if text is None else text.shape[1]
+    known = known.replace(cache=known.cache.replace(length=text_length + count * tokens), last_B1C=previous[:, -1:])
+    return _laid_out(WindowState(known, previous, count))
 
 
 # The state is donated: its cache, most of what decoding holds, is written in place.
@@ -108,59 +115,103 @@ class Later:
     """What is different in a window that was encoded again, or does not begin with the video's first frame."""
 
     text_GBTD: jax.Array | None = None  # in place of the first text; None: the same
-    guidance: float | None = None  # None: the same
     # (last frames of u, how many of them to encode, how many were made) -> those, as they are encoded
     refresh: Callable[[jax.Array, int, int], jax.Array] | None = None
 
 
+ByFrame = Callable[[int, int], jax.Array]  # (first frame to make, how many) -> (B, frames, S, K)
+
+
 def generate(
-    model: STARFlow, params: Any, noise_BTSK: jax.Array, texts: jax.Array | dict[int, jax.Array] | None, *,
-    guidance: float = 0.0, solver: Solver = SEQUENTIAL, token_grid: tuple[int, int],
-    known_BTSK: jax.Array | None = None, window: int | None = None, context: int | None = None,
-    later: Later = Later(), guess_BSK: jax.Array | None = None, start_BTSK: jax.Array | None = None, cache: str = "",
-    steer: Callable[[int, int, int], Steering | None] | None = None,
+    model: STARFlow, params: Any, noise_BTSK: jax.Array | ByFrame, texts: jax.Array | Mapping[int, jax.Array] | None, *,
+    guidance: float | Callable[[bool], float] = 0.0, solver: Solver = SEQUENTIAL, token_grid: tuple[int, int],
+    known_BTSK: jax.Array | None = None, window: int | None = None, context: int | None = None, later: Later = Later(),
+    guess_BSK: jax.Array | None = None, start_BTSK: jax.Array | ByFrame | None = None, cache: str = "",
+    steer: Callable[[int, int, int], Steering | None] | None = None, total: int | None = None,
 ) -> Iterator[tuple[jax.Array, Report]]:
     """Yield the frames of u that follow the known ones, (B, G, S, K) with their report, as they are finished.
 
-    noise: one frame of it per frame to make. texts: (branches, B, text_length, text_dim), conditional
-    features and, with guidance, what they are guided away from; or a dict of them by the index of the made
-    frame from which on they hold (0 must be there). Past `window` frames (default: all fit), or with
-    another text, the last `context` frames are encoded again at positions from 0 and generation continues, as `later`
-    says. The solver starts at `start`, shaped as the noise, or each frame at the one before (the first at `guess`).
+    noise: one frame of it per frame to make, an array or what gives them; then total says how many there are, and the
+    window is given. texts: (branches, B, text_length, text_dim), conditional features and, with guidance, what they are
+    guided away from; or a mapping of them by the index of the made frame from which on they hold (0 must be there).
+    Past `window` frames (default: all fit), or with another text, the last `context` frames are encoded again at
+    positions from 0 and generation continues, as `later` says. guidance: the weight, or what gives it, told whether
+    `later` is. The solver starts at `start`, as the noise, or each frame at the one before (the first at `guess`).
     cache: see `start_window`. steer: (first frame of a window, of some of its frames, their number) -> their steering;
-    frames are counted from the video's first one, given or made. Parameters in the hosts' memory (`sharding.to_host`)
-    are on the devices for a step only.
+    frames are counted from the video's first one, given or made; what it gives of frames behind them does not matter.
+
+    The mapping, and what is called, are looked at when a step begins: what they say of frames that are not begun may
+    still change. Parameters in the hosts' memory (`sharding.to_host`) are on the devices for a step only.
     Raises ValueError where the known frames or the context do not fit the window.
     """
-    batch, total, tokens, channels = noise_BTSK.shape
-    u_BTSK = jnp.zeros((batch, 0, tokens, channels), noise_BTSK.dtype) if known_BTSK is None else known_BTSK
-    window = window or u_BTSK.shape[1] + total
+    noise_of, start_of = _by_frame(noise_BTSK), None if start_BTSK is None else _by_frame(start_BTSK)
+    total = noise_BTSK.shape[1] if total is None and not callable(noise_BTSK) else total
+    given, begin = 0 if known_BTSK is None else known_BTSK.shape[1], 0
+    assert total is not None
+    window = window or given + total
     context = window * 3 // 4 if context is None else context
-    text_of: dict[int, Any] = texts if isinstance(texts, dict) else {0: texts}
+    text_of: Mapping[int, Any] = texts if isinstance(texts, Mapping) else {0: texts}
     state: Any = None
-    given, begin = u_BTSK.shape[1], 0
-    for step in schedule(total, u_BTSK.shape[1], solver, window=window, context=context, changes=text_of):
-        now = slice(step.index, step.index + step.frames)
+    u_BWSK: Any = None  # the window's last frames; before the video's first one 0
+    for step in schedule(total, given, solver, window=window, context=context, changes=text_of):
+        z_BGSK = noise_of(step.index, step.frames)
+        if u_BWSK is None:
+            known_BTSK = z_BGSK[:, :0] if known_BTSK is None else known_BTSK
+            u_BWSK = _last_frames(known_BTSK, window)
         if step.encode is not None:
             state = None  # its cache is free before the next one is made
             begin = given + step.index - step.encode
-            kept_BTSK = u_BTSK[:, u_BTSK.shape[1] - step.encode:]
-            if step.index and later.refresh is not None:
-                kept_BTSK = later.refresh(u_BTSK, step.encode, step.index)
             text_GBTD = text_of[step.text]
             if step.later and not step.text and later.text_GBTD is not None:
                 text_GBTD = later.text_GBTD
+            # Windows that move on have one number of frames; with another text any number are encoded again.
+            count = step.encode if step.index and step.encode != context else None
+            if step.index and later.refresh is not None:
+                seen_BTSK = u_BWSK[:, max(window - given - step.index, 0):]
+                kept_BTSK = later.refresh(seen_BTSK, step.encode, step.index)
+                kept_BTSK = kept_BTSK if count is None else _padded(kept_BTSK, window)
+            elif count is None:
+                kept_BTSK = u_BWSK[:, window - step.encode:]
+            else:
+                kept_BTSK = _in_front(u_BWSK, count)
             state = start_window(model, to_devices(params, after=kept_BTSK), kept_BTSK, text_GBTD, window=window,
                                  token_grid=token_grid, guess_BSK=guess_BSK, cache=cache,
-                                 steering=steer(begin, begin, step.encode) if steer and step.encode else None)
+                                 steering=steer(begin, begin, kept_BTSK.shape[1]) if steer and step.encode else None,
+                                 count=None if count is None else jnp.int32(count))
         made_BGSK, state, report = decode_frames(
-            model, to_devices(params, after=(state, u_BTSK)), state, noise_BTSK[:, now],
-            jnp.float32(guidance if later.guidance is None or not step.later else later.guidance),
-            None if start_BTSK is None else start_BTSK[:, now],
+            model, to_devices(params, after=(state, u_BWSK)), state, z_BGSK,
+            jnp.float32(guidance(step.later) if callable(guidance) else guidance),
+            None if start_of is None else start_of(step.index, step.frames),
             steer(begin, given + step.index, step.frames) if steer else None, solver=step.solver, window=window,
             token_grid=token_grid, branches=1 if text_GBTD is None else text_GBTD.shape[0])
-        u_BTSK = jnp.concatenate([u_BTSK, made_BGSK], axis=1)[:, -window:]
+        u_BWSK = _followed(u_BWSK, made_BGSK)
         yield made_BGSK, report
+
+
+def _by_frame(given_BT: jax.Array | ByFrame) -> ByFrame:
+    return given_BT if callable(given_BT) else lambda first, count: given_BT[:, first:first + count]
+
+
+def _last_frames(known_BTSK: jax.Array, window: int) -> jax.Array:
+    """(B, window, S, K): the last of them, behind zeros where there are fewer."""
+    last = known_BTSK[:, max(known_BTSK.shape[1] - window, 0):]
+    return jnp.pad(last, ((0, 0), (window - last.shape[1], 0), (0, 0), (0, 0)))
+
+
+def _padded(known_BTSK: jax.Array, window: int) -> jax.Array:
+    return jnp.pad(known_BTSK, ((0, 0), (0, window - known_BTSK.shape[1]), (0, 0), (0, 0)))
+
+
+@jax.jit
+def _in_front(u_BWSK: jax.Array, count: int | jax.Array) -> jax.Array:
+    """The last `count` frames in front; what is behind them does not matter."""
+    return jnp.roll(u_BWSK, count, axis=1)
+
+
+@jax.jit
+def _followed(u_BWSK: jax.Array, made_BGSK: jax.Array) -> jax.Array:
+    """As many last frames, with those that were made."""
+    return jnp.concatenate([u_BWSK, made_BGSK], axis=1)[:, made_BGSK.shape[1]:]
 
 
 @partial(jax.jit, static_argnames=("model", "token_grid"))

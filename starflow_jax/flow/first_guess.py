@@ -34,9 +34,12 @@ class NoiseGuess(flax.struct.PyTreeNode):
     weights_KK: jax.Array
     before_KK: jax.Array
 
-    def __call__(self, z_BNSK: jax.Array) -> jax.Array:
-        """(B, N, S, K) tokens of u from those of z."""
-        return self.mean_K + z_BNSK @ self.weights_KK + _token_before(z_BNSK) @ self.before_KK
+    def __call__(self, z_BNSK: jax.Array, before_B1SK: jax.Array | None = None) -> jax.Array:
+        """(B, N, S, K) tokens of u from those of z. before: z of the frame before them; None or 0: there is none."""
+        before = _token_before(z_BNSK)
+        if before_B1SK is not None:
+            before = before.at[:, 0, 0].set(before_B1SK[:, 0, -1])
+        return self.mean_K + z_BNSK @ self.weights_KK + before @ self.before_KK
 
 
 def fit_noise(z_BNSK: np.ndarray, u_BNSK: np.ndarray) -> NoiseGuess:

@@ -53,6 +53,7 @@ class Sampling:
             if config.sample.stream:
                 resident["params"]["flow"] = self.shallow_blocks["params"]
         self.chain = Chain(resident)
+        self.seeds = jax.ShapeDtypeStruct((config.plan.videos,), jnp.uint32)
         self.shallow: dict[str, Any] = dict(solver=shallow_solver(self.solver), token_grid=config.model.token_grid)
 
     def _without_denoiser(self) -> dict[str, Any]:
@@ -69,10 +70,10 @@ class Sampling:
 
     @property
     def windows(self) -> int:
-        return len(denoising_windows(self.config, self.total))
+        return sum(1 for _ in denoising_windows(self.config, self.total))
 
     def conditions(self) -> tuple[Any, Any]:
-        """(text by branches, noise)."""
+        """(text by branches, noise of a step)."""
         model, videos, run = self.config.model, self.config.plan.videos, self.chain.run
         text = None
         if model.text_length:
@@ -87,15 +88,10 @@ class Sampling:
             if ahead:
                 self.chain.resident = {**held, "params": {**held["params"], "text": None}}
             text = run("text by branches", stack_branches, features, videos, times=captions)
-        seeds = jax.ShapeDtypeStruct((videos,), jnp.uint32)
-        noise = run("noise", draw_noise, seeds, (self.total, model.tokens_per_frame, model.token_channels))
-        if self.config.sample.renoise and self.total > model.frames:
-            shape = (self.total, model.height * model.width, model.channels)
-            fresh = run("noise of frames encoded again", draw_noise, seeds, shape)
-            self.fresh = jax.ShapeDtypeStruct(
-                (videos, self.total, model.height, model.width, model.channels), fresh.dtype, sharding=fresh.sharding)
-            self.chain.resident["fresh noise"] = self.fresh
-        return text, noise
+        shape = model.tokens_per_frame, model.token_channels
+        drawn = [run("noise of a step", draw_noise, self.seeds, (frames, *shape), 0, times=times)
+                 for frames, times in collections.Counter(step.frames for step in self.steps).items()]
+        return text, drawn[0]
 
     @property
     def steps(self) -> list[inversion.Solver]:
@@ -143,8 +139,10 @@ class Sampling:
             denoiser_step, denoiser_alone(self.params))
         clean = self.chain.run(f"{sample.denoise}, frames encoded again", step, self.flow, needed, noisy, text,
                                times=times)
+        fresh = self.chain.run("noise of frames encoded again", draw_noise, self.seeds, (frames, *clean.shape[2:]), 0,
+                               times=times)
         return self.chain.run("shallow blocks, frames encoded again", encode_again, self.flow, self.shallow_blocks,
-                              clean, self.fresh, 0, frames=frames, times=times)
+                              clean, fresh, times=times)
 
     def whole(self) -> list[Program]:
         """As sampling/generate.py does."""
@@ -186,20 +184,20 @@ class Sampling:
         texts, noise = self.conditions()
         text = _conditional(texts)
         noisy = jax.ShapeDtypeStruct(
-            (*noise.shape[:1], self.total, model.height, model.width, model.channels), jnp.float32,
+            (*noise.shape[:1], model.frames, model.height, model.width, model.channels), jnp.float32,
             sharding=sharding.named_sharding(self.mesh, ("batch",), noise.shape[:1]))
         times_of = collections.Counter(self.steps)
         for step, u in self.deep_frames(texts, noise).items():
             times = times_of[step]
             latents, _ = run("shallow blocks, a step", decode.invert_shallow, self.flow, self.shallow_blocks, u,
                              times=times, unknown_trips=config.plan.updates, **self.shallow)
-            noisy = run("frames in their places", place, noisy, latents, 0, times=times)
+            noisy = run("frames in their places", place, noisy, _frames(latents, 1), 0, times=times)
         denoises = config.sample.denoise == "denoiser" and model.denoiser != "none"
         if denoises and model.denoiser == "first_layer" and not config.sample.as_released:
             self._denoiser_stream(noisy, text)
         elif denoises:
             run("denoiser, a window", denoiser_step, self.flow, denoiser_alone(self.params),
-                _frames(noisy, self.window), text,                times=self.total)
+                _frames(noisy, self.window), text, times=self.total)
         self._codec_stream(_frames(noisy, 1))
         return self.chain.programs
 

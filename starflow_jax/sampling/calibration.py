@@ -147,7 +147,7 @@ def decode_deep(system: System, params: Params, captions: Sequence[str], setting
 
 def deep_decoder(system: System, params: Params, captions: Sequence[str], settings: Sample, first_seed: int = 0
                  ) -> Decoder:
-    """What `decode_deep` does, as a function to be timed: noise, text and first guesses are ready before."""
+    """What `decode_deep` does, as a function to be timed: text and first guesses are ready before."""
     solver, size = deep_solver(chosen_solver(system, settings)), settings.batch_size
     batches = list(in_batches(captions, size))
     given = jax.block_until_ready([

@@ -1,5 +1,6 @@
 """What a batch of videos depends on: text features, noise, given frames."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -28,6 +29,9 @@ POSTERIOR_NOISE = 0xC0DEC  # and into that of the codec's own
 RENOISE = 0xF4E5  # and into that of the noise on frames that are encoded again
 
 
+ENDLESS = sys.maxsize  # latent frames of a video that goes on until nobody wants more
+
+
 class VideoText(flax.struct.PyTreeNode):
     """Text features (..., B, S, D) of videos of any length."""
 
@@ -40,21 +44,46 @@ class VideoText(flax.struct.PyTreeNode):
         since = max(at for at in self.later if at <= frame)
         return self.later[since] if since or start else self.first
 
+    def change(self, frame: int, features: jax.Array, needed: int) -> None:
+        """Let others hold from a frame on that nothing was made of yet; forgets what only held before frame `needed`.
+        """
+        holds = max(at for at in self.later if at <= max(needed, 0))
+        for at in [at for at in self.later if 0 < at < holds]:
+            del self.later[at]
+        self.later[frame] = features
+
 
 Text = jax.Array | VideoText  # features (B, S, D) of every window, or of each
+
+
+class Noise(flax.struct.PyTreeNode):
+    """Standard normal numbers of videos, (B, N, *shape): drawn from the videos' seeds for whichever frames are asked
+    for, or given."""
+
+    seeds_B: Any = None  # uint32
+    given_BN: jax.Array | None = None
+    shape: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())  # of a frame's, of those that are drawn
+
+    def frames(self, first: int, count: int) -> jax.Array:
+        """Those of so many frames from `first` on."""
+        if self.given_BN is not None:
+            return self.given_BN[:, first:first + count]
+        return draw_noise(self.seeds_B, (count, *self.shape), first)
 
 
 class Conditions(flax.struct.PyTreeNode):
     """All that a batch of videos depends on, on the device; frames are latent frames."""
 
     texts: VideoText  # (branches, B, text_length, text_dim); frames are counted from the first to make
-    noise_BNSK: jax.Array  # of the frames to make
+    noise_BNSK: Noise  # of all frames; that of given ones is not used
     known_BTSK: jax.Array | None  # u of the given frames
     known_BThwC: jax.Array | None  # and their noised latents
     guess_BSK: jax.Array | None  # of the first frame
-    start_BNSK: jax.Array | None  # where the solver starts; None: each frame from the one before
-    fresh_BNhwC: jax.Array | None = None  # what all frames, given ones too, are noised with when they are encoded again
+    noise_guess: NoiseGuess | None  # where the solver starts, if it does so from the noise; None: at the noise itself
+    fresh_BNhwC: Noise | None = None  # what all frames, given ones too, are noised with when they are encoded again
     cameras: LatentCameras | None = None  # of all frames, given ones too
+    total: int = flax.struct.field(pytree_node=False, default=ENDLESS)  # frames, given ones included
+    starts_at_noise: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def given(self) -> int:
@@ -67,29 +96,46 @@ class Conditions(flax.struct.PyTreeNode):
         later = {at + self.given if at else 0: texts[0] for at, texts in self.texts.later.items()}
         return VideoText(self.texts.first[0], later, self.cameras)
 
+    def text_at(self, frame: int, start: int) -> jax.Array:
+        """The conditional features that hold at a frame of the whole video, in a window that begins with `start`."""
+        return self.texts.at(max(frame - self.given, 0), start)[0]
+
+    def noise(self, first: int, count: int) -> jax.Array:
+        """(B, count, S, K): of frames to make, counted from the first of these."""
+        return self.noise_BNSK.frames(self.given + first, count)
+
+    def start(self, first: int, count: int) -> jax.Array:
+        """(B, count, S, K): where the solver starts at these frames, from their noise."""
+        noise = self.noise(first, count)
+        if self.noise_guess is None:
+            return noise
+        before = self.noise(first - 1, 1) if first else jnp.zeros_like(noise[:, :1])
+        return _from_noise(self.noise_guess, noise, before)
+
 
 class Draws(flax.struct.PyTreeNode):
     """The random numbers of a batch of videos, standard normal."""
 
-    noise_BNSK: jax.Array  # of all frames' tokens; that of given ones is not used
+    noise_BNSK: Noise  # of all frames' tokens; that of given ones is not used
     given_BThwC: jax.Array | None = None  # what given frames are noised with
     posterior_BThwC: jax.Array | None = None  # and what their latents are drawn with, as released
-    fresh_BNhwC: jax.Array | None = None  # what frames are noised with when they are encoded again
+    fresh_BNhwC: Noise | None = None  # what frames are noised with when they are encoded again
 
 
-def draw(system: System, seeds: Sequence[int], total: int, given: int = 0, renoise: bool = False) -> Draws:
-    """The random numbers of videos of `total` latent frames, `given` of which are given, all from their seeds.
+def draw(system: System, seeds: Sequence[int], given: int = 0, renoise: bool = False) -> Draws:
+    """The random numbers of videos of any length, `given` of whose latent frames are given, all from their seeds.
     renoise: whether frames will be encoded again with noise of their own."""
-    model, grid = system.config.model, (system.config.model.height, system.config.model.width)
+    model = system.config.model
+    latent = (model.height, model.width, model.channels)
 
-    def latents(seeds: Sequence[int], frames: int) -> jax.Array:
-        noise = noise_for(seeds, (frames, grid[0] * grid[1], model.channels))
-        return noise.reshape(len(seeds), frames, *grid, model.channels)
+    def of_given(kind: int) -> jax.Array:
+        noise = noise_for([seed ^ kind for seed in seeds], (given, model.height * model.width, model.channels))
+        return noise.reshape(len(seeds), given, *latent)
 
-    return Draws(noise_for(seeds, (total, model.tokens_per_frame, model.token_channels)),
-                 latents([seed ^ GIVEN_NOISE for seed in seeds], given) if given else None,
-                 latents([seed ^ POSTERIOR_NOISE for seed in seeds], given) if given and system.as_released else None,
-                 latents([seed ^ RENOISE for seed in seeds], total) if renoise else None)
+    return Draws(Noise(np.asarray(seeds, np.uint32), shape=(model.tokens_per_frame, model.token_channels)),
+                 of_given(GIVEN_NOISE) if given else None,
+                 of_given(POSTERIOR_NOISE) if given and system.as_released else None,
+                 Noise(np.asarray([seed ^ RENOISE for seed in seeds], np.uint32), shape=latent) if renoise else None)
 
 
 def make_conditions(
@@ -102,16 +148,18 @@ def make_conditions(
     draws: Draws | None = None,
     changes: Mapping[int, Sequence[str]] | None = None,
     cameras: LatentCameras | None = None,
+    total: int = 0,
 ) -> Conditions:
     """Captions, seeds and given frames, (B, T, H, W, 3) uint8, as the flow takes them. draws: in place of the seeds'.
     changes: each video's other captions by the latent frame from which on they hold, in place of sample.changes.
-    cameras: each video's own, in place of sample.camera.
+    cameras: each video's own, in place of sample.camera. total: latent frames, perhaps ENDLESS, in place of
+    sample.frames.
 
     Raises UserError for a length that can't be, where the given frames fill it or their prompt is changed, and for a
     way of denoising that the model lacks.
     """
     system.codec_behind(settings.denoise)  # raises now, not once the latents are made
-    total = latent_frames(system.config, settings)
+    total = total or latent_frames(system.config, settings)
     known, known_latents = None, None
     given = 0 if known_BTHWC is None else 1 + (known_BTHWC.shape[1] - 1) // system.config.codec.time_stride
     if known_BTHWC is not None and given >= total:
@@ -120,7 +168,7 @@ def make_conditions(
     if changes is None:
         changes = {at: [prompt] * len(captions) for at, prompt in prompt_changes(system.config, settings).items()}
     encodes_again = total > system.config.model.frames or bool(changes)
-    draws = draws or draw(system, seeds, total, given, renoise=settings.renoise and encodes_again)
+    draws = draws or draw(system, seeds, given, renoise=settings.renoise and encodes_again)
     if known_BTHWC is not None:
         known_latents = noised_given(system, known_BTHWC, draws)
         known = shallow_tokens(system.flow, params, known_latents)
@@ -128,14 +176,11 @@ def make_conditions(
         raise UserError(f"sample.changes={settings.changes!r}: the prompt of given frames can't be changed")
     texts = _video_texts(system, params, {0: captions} | {at - given: other for at, other in changes.items()}, settings,
                          total)
-    noise = draws.noise_BNSK[:, given:] if given else draws.noise_BNSK
     fitted = system.calibration
     guess = None if fitted.first_guess is None or given else _first_frame(fitted.first_guess, texts.first)
-    start = None
-    if chosen_solver(system, settings).start == "noise":
-        start = noise if fitted.noise_guess is None else _from_noise(fitted.noise_guess, noise)
-    return Conditions(texts, noise, known, known_latents, guess, start, draws.fresh_BNhwC,
-                      cameras or _cameras(system, params, settings, len(captions)))
+    return Conditions(texts, draws.noise_BNSK, known, known_latents, guess, fitted.noise_guess, draws.fresh_BNhwC,
+                      cameras or _cameras(system, params, settings, len(captions)), total,
+                      starts_at_noise=chosen_solver(system, settings).start == "noise")
 
 
 def _cameras(system: System, params: Params, settings: Sample, videos: int) -> LatentCameras | None:
@@ -216,8 +261,8 @@ def _first_frame(guess: FirstGuess, texts: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _from_noise(guess: NoiseGuess, noise: jax.Array) -> jax.Array:
-    return guess(noise)
+def _from_noise(guess: NoiseGuess, noise: jax.Array, before: jax.Array) -> jax.Array:
+    return guess(noise, before)
 
 
 def latent_frames(config: Config, settings: Sample) -> int:
@@ -251,15 +296,15 @@ def prompt_changes(config: Config, settings: Sample) -> dict[int, str]:
 def noise_for(seeds: Sequence[int], shape_NSK: tuple[int, int, int]) -> jax.Array:
     """(B, N, S, K): each clip's noise comes from its own seed, frame by frame, so that a seed gives the same
     video alone, in a batch, and at any length."""
-    return draw_noise(np.asarray(seeds, np.uint32), shape_NSK)
+    return draw_noise(np.asarray(seeds, np.uint32), shape_NSK, 0)
 
 
 @partial(jax.jit, static_argnums=1)
-def draw_noise(seeds_B: jax.Array, shape_NSK: tuple[int, int, int]) -> jax.Array:
-    """`noise_for` as a program."""
+def draw_noise(seeds_B: jax.Array, shape_N: tuple[int, ...], first: int | jax.Array) -> jax.Array:
+    """`noise_for` as a program, of the frames from `first` on."""
     def of_clip(seed: jax.Array) -> jax.Array:
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(shape_NSK[0]))
-        return jax.vmap(lambda key: jax.random.normal(key, shape_NSK[1:]))(keys)
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(first + jnp.arange(shape_N[0]))
+        return jax.vmap(lambda key: jax.random.normal(key, shape_N[1:]))(keys)
 
     return jax.vmap(of_clip)(seeds_B)
 

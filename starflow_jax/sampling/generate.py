@@ -1,8 +1,10 @@
 """From prompts to frames."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -67,19 +69,37 @@ def generate_clips(
     return dataclasses.replace(clips, certificate_B=certificate(system, params, clips, given))
 
 
+class Live(Protocol):
+    """What may change while a video is made: asked by each step of the deep block when it begins."""
+
+    def begin(self, given: Conditions, frame: int) -> None:
+        """Enter into `given` what changes from a frame on, the next one to make (counted from the first of these)."""
+
+    def guidance(self, later: bool) -> float:
+        """The weight; later: the window has moved on or the prompt has changed."""
+
+    def steering(self, begin: int, first: int, frames: int) -> Steering | None:
+        """Of so many frames from `first` on, in a window that begins with frame `begin`, as `decode.generate` asks."""
+
+
 def deep_frames(
-    system: System, params: Params, given: Conditions, settings: Sample
+    system: System, params: Params, given: Conditions, settings: Sample, live: Live | None = None
 ) -> Iterator[tuple[jax.Array, Report]]:
     """Yield the u of the frames to make, one solver step's frames at a time, as `decode.generate` does."""
     model, texts = system.config.model, given.texts
-    later = decode.Later(texts.later[0], settings.guidance_past_window,
-                         refresher(system, params, given, settings) if settings.renoise else None)
+    later = decode.Later(texts.later[0], refresher(system, params, given, settings) if settings.renoise else None)
+    steer: Callable[[int, int, int], Steering | None] | None = None
+    if live:
+        steer = live.steering
+    elif given.cameras:
+        steer = partial(steering, params, model, given.text)
     return decode.generate(
-        system.flow, decoding_variables(params), given.noise_BNSK, {**texts.later, 0: texts.first},
-        guidance=settings.guidance, solver=deep_solver(chosen_solver(system, settings)), token_grid=system.token_grid,
-        known_BTSK=given.known_BTSK, window=model.frames, context=context_frames(model, settings), later=later,
-        guess_BSK=given.guess_BSK, start_BTSK=given.start_BNSK, cache=settings.cache,
-        steer=partial(steering, params, model, given.text) if given.cameras else None)
+        system.flow, decoding_variables(params), given.noise, ChainMap({0: texts.first}, texts.later),
+        guidance=live.guidance if live else settings.weight, solver=deep_solver(chosen_solver(system, settings)),
+        token_grid=system.token_grid, known_BTSK=given.known_BTSK, window=model.frames,
+        context=context_frames(model, settings), later=later, guess_BSK=given.guess_BSK,
+        start_BTSK=given.start if given.starts_at_noise else None, cache=settings.cache, steer=steer,
+        total=given.total - given.given)
 
 
 def log_likelihood(system: System, params: Params, clips: Clips) -> np.ndarray:
@@ -100,7 +120,7 @@ def certificate(system: System, params: Params, clips: Clips, given: Conditions)
     noisy = jnp.asarray(clips.noisy_BNhwC[:, :window])
     z = encode_z(system.flow, params, noisy, given.texts.first[0],
                  steering(params, system.config.model, given.text, 0, 0, noisy.shape[1]))[:, given.given:]
-    noise = given.noise_BNSK[:, :z.shape[1]]
+    noise = given.noise(0, z.shape[1])
     return fetch(jnp.sum((z - noise)**2, axis=(1, 2, 3)) / jnp.sum(noise**2, axis=(1, 2, 3)))
 
 

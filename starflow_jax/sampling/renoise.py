@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax import lax
 
 from starflow_jax.config import Sample, UserError
 from starflow_jax.flow.starflow import STARFlow, apply_flow
@@ -33,25 +32,23 @@ def refresher(
     if not model.local_shallow:
         raise UserError("sample.renoise=true: needs model.local_shallow, or a frame can't be denoised before all are "
                         "made")
-    solver, text = shallow_solver(chosen_solver(system, settings)), given.text
+    solver = shallow_solver(chosen_solver(system, settings))
 
     def refresh(u_BTSK: jax.Array, frames: int, made: int) -> jax.Array:
         noisy, _ = invert_all(system.flow, shallow_variables(params), u_BTSK, solver=solver,
                               token_grid=system.token_grid)
         done = given.given + made
-        clean = denoise_window(system, params, noisy, done - 1, text, settings.denoise, done - noisy.shape[1])
-        return encode_again(system.flow, shallow_variables(params), clean, given.fresh_BNhwC, done - frames,
-                            frames=frames)
+        clean = denoise_window(system, params, noisy, done - 1, given.text, settings.denoise, done - noisy.shape[1])
+        assert given.fresh_BNhwC is not None
+        return encode_again(system.flow, shallow_variables(params), clean,
+                            given.fresh_BNhwC.frames(done - frames, frames))
 
     return refresh
 
 
-@partial(jax.jit, static_argnums=0, static_argnames="frames")
-def encode_again(
-    flow: STARFlow, shallow: Any, clean_BThwC: jax.Array, fresh_BNhwC: jax.Array, first: int, *, frames: int
-) -> jax.Array:
-    """u of the last `frames` latents with their noise, (B, frames, S, K); `first`: the first one's place in the video.
-    shallow: as `shallow_variables` gives them."""
-    noise = lax.dynamic_slice_in_dim(fresh_BNhwC, first, frames, axis=1)
-    noisy = clean_BThwC[:, clean_BThwC.shape[1] - frames:] + flow.config.noise_std * noise
+@partial(jax.jit, static_argnums=0)
+def encode_again(flow: STARFlow, shallow: Any, clean_BThwC: jax.Array, fresh_BNhwC: jax.Array) -> jax.Array:
+    """u of the last of the latents with noise, as many as there is noise, (B, N, S, K). shallow: as `shallow_variables`
+    gives them."""
+    noisy = clean_BThwC[:, clean_BThwC.shape[1] - fresh_BNhwC.shape[1]:] + flow.config.noise_std * fresh_BNhwC
     return apply_flow(flow, shallow, STARFlow.shallow_forward, noisy)[0][-1]

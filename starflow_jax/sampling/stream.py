@@ -4,7 +4,7 @@ The deep block runs on the first device; the shallow stack, the denoiser and the
 there is one. On a mesh each stage is sharded over all its devices. JAX dispatches without waiting, so the deep
 block's next frame is dispatched before the one before it is fetched, and it never waits for the rest. The frames
 equal those of the whole clip: each stage is causal, and the denoiser, which looks one frame ahead, is one frame
-late.
+late. What is held does not grow with the video, and its frames are counted within windows: a stream may go on for ever.
 
 With sample.offload nothing works beside the deep block: its weights, and the weights and caches of denoiser and
 codec, are on the device in turns. The deep block's cache stays there.
@@ -12,7 +12,7 @@ codec, are on the device in turns. The deep block's cache stays there.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,9 @@ from starflow_jax.flow.denoiser_stream import score_next
 from starflow_jax.flow.inversion import Report
 from starflow_jax.model.parameters import Params, shallow_variables
 from starflow_jax.model.system import System
-from starflow_jax.sampling.conditions import Conditions, make_conditions, text_at
-from starflow_jax.sampling.denoise import AS_THEY_ARE, denoise_window, window_input
-from starflow_jax.sampling.generate import deep_frames
+from starflow_jax.sampling.conditions import Conditions, make_conditions
+from starflow_jax.sampling.denoise import AS_THEY_ARE, denoise_window
+from starflow_jax.sampling.generate import Live, deep_frames
 from starflow_jax.sampling.offload import takes_turns
 from starflow_jax.sampling.solver import chosen_solver, shallow_solver
 from starflow_jax.sampling.timeline import Timeline
@@ -61,84 +61,112 @@ def stream_clips(
     """Yield the clips' next frames, uint8 (B, T, H, W, 3), T = 1 for the first latent frame and the codec's time
     stride for each after it; the given ones come first. timeline: what is to watch it; its owner closes it. Raises
     UserError as `make_conditions` does, and where sample.denoise or sample.devices rules a stream out."""
-    deep, rest = stream_devices(settings.devices)
     given = make_conditions(system, params, captions, seeds, settings, known_BTHWC)
+    for step in stream_steps(system, params, given, settings, timeline=timeline):
+        yield from map(fetch, step.pixels)
+
+
+class Step(NamedTuple):
+    """What a step of the deep block has led to, handed over once the next one has begun."""
+
+    pixels: list[jax.Array]  # of the latent frames that it completes, uint8 (B, T, H, W, 3) each
+    begun: int  # latent frames that the deep block has begun by now, given ones included
+    deep: Report
+    shallow: tuple[Report, ...]
+
+
+def stream_steps(system: System, params: Params, given: Conditions, settings: Sample, *, live: Live | None = None,
+                 timeline: Timeline | None = None) -> Iterator[Step]:
+    """Yield a stream's steps, until `given.total` frames are made. Of what was made no more is held than a window."""
+    deep, rest = stream_devices(settings.devices)
     finish = Finisher(system, params, given, settings, rest)
-    index = given.given
-    pending: list[jax.Array] = []
     needed = {"flow", "control", "denoiser"} if settings.renoise else {"flow", "control"}
-    deep_params, deep_given = _on(deep, ({part: params[part] for part in needed & set(params)}, given))
-    for u_BGSK, report in deep_frames(system, deep_params, deep_given, settings):
+    deep_params, given = _on(deep, ({part: params[part] for part in needed & set(params)}, given))
+    frames, begun, done = deep_frames(system, deep_params, given, settings, live), given.given, None
+    while begun < given.total:
+        if live:
+            live.begin(given, begun - given.given)
+        u_BGSK, report = next(frames)
         if timeline:
-            timeline.watch("deep", index, u_BGSK)
+            timeline.watch("deep", begun, u_BGSK)
             timeline.deep_reports.append(report)
+        begun += u_BGSK.shape[1]
         # What was dispatched a step ago is fetched only now, with the deep block at work on the next.
-        yield from map(fetch, pending)
-        pending, reports = finish(_on(rest, u_BGSK))
+        if done is not None:
+            yield done._replace(begun=begun)
+        pixels, shallow = finish(_on(rest, u_BGSK), given)
         if timeline:
-            timeline.shallow_reports.append(reports)
-        if timeline and pending:
-            timeline.watch("rest", index, pending)
-        index += u_BGSK.shape[1]
-    yield from map(fetch, pending)
+            timeline.shallow_reports.append(shallow)
+        if timeline and pixels:
+            timeline.watch("rest", begun - u_BGSK.shape[1], pixels)
+        done = Step(pixels, begun, report, shallow)
+    if done is not None:
+        yield done
 
 
 class Finisher:
-    """From u to pixels, frame after frame: what is known so far, and how many frames of it were emitted."""
+    """From u to pixels, frame after frame: holds the latents of one of the denoiser's windows, and how many frames of
+    the video were emitted."""
 
     def __init__(self, system: System, params: Params, given: Conditions, settings: Sample,
                  device: jax.Device | None = None) -> None:
-        model = system.config.model
         self._system, self._params, self._settings = system, _on(device, params), settings
-        self._in_turns = takes_turns(settings)
+        self._device, self._in_turns = device, takes_turns(settings)
         self._shallow_solver = shallow_solver(chosen_solver(system, settings))
-        self._text = _on(device, given.text)
         self._codec, self._cache = _on(device, system.codec_behind(settings.denoise)), None
-        batch, made = given.noise_BNSK.shape[:2]
-        known = given.known_BThwC
-        self._window, self._next, self._state = -1, 0, None  # of the denoiser
-        self._ready = 0 if known is None else known.shape[1]
-        self._emitted = 0
-        shape = (batch, self._ready + made, model.height, model.width, model.channels)
-        # Frames that are not made yet are 0: nothing that is taken depends on them.
-        noisy = jnp.zeros(shape) if known is None else jnp.zeros(shape).at[:, :self._ready].set(known)
-        self._noisy = _on(device, lay_out(noisy))
-        self._clean = self._noisy[:, :0]
-        self._windows = denoising_windows(system.config, shape[1])
-        self._latency = latency(system, settings)
+        self._given: jax.Array | None = _on(device, given.known_BThwC)  # until they are taken
+        self._total, self._latency = given.total, latency(system, settings)
+        self._ready = self._emitted = 0  # frames whose latents are known, and whose pixels were emitted
+        self._windows = denoising_windows(system.config, given.total)
+        self._window = next(self._windows)
+        self._next, self._state = 0, None  # of the denoiser: its next frame, and what it knows of the window
+        self._noisy: Any = None  # of the window; frames that are not made yet are 0: nothing that is taken sees them
+        self._clean: list[jax.Array] = []  # as released: the last frames that were emitted, which the denoiser sees
 
-    @property
-    def noisy_BNhwC(self) -> jax.Array:
-        """The latents with their noise; of frames that are not made yet 0."""
-        return self._noisy
+    def __call__(self, u_BGSK: jax.Array, given: Conditions) -> tuple[list[jax.Array], tuple[Report, ...]]:
+        """Take the next frames of u; returns the pixels that they complete, and the shallow blocks' reports. given:
+        what was given first, whose texts may have changed since."""
+        noisy, reports = self.latents(u_BGSK)
+        return self.pixels(noisy, given), reports
 
-    def __call__(self, u_BGSK: jax.Array) -> tuple[list[jax.Array], tuple[Report, ...]]:
-        """Take the next frames of u; returns the pixels that they complete, and the shallow blocks' reports."""
-        noisy, reports = decode.invert_shallow(
+    def latents(self, u_BGSK: jax.Array) -> tuple[jax.Array, tuple[Report, ...]]:
+        """(B, G, h, w, C): latents with their noise of frames of u, and the shallow blocks' reports."""
+        return decode.invert_shallow(
             self._system.flow, shallow_variables(self._params), u_BGSK, solver=self._shallow_solver,
             token_grid=self._system.token_grid)
-        self._noisy = place(self._noisy, noisy, self._ready)
-        self._ready += u_BGSK.shape[1]
-        total = self._noisy.shape[1]
-        done = total if self._ready == total else self._ready - self._latency
-        out = []
-        while self._emitted < done:
-            out.append(self._pixels(self._emitted))
-            self._emitted += 1
-        return out, reports
 
-    def _pixels(self, frame: int) -> jax.Array:
-        start, stop, begin, _ = next(window for window in self._windows if window.begin <= frame < window.end)
-        cached = self._system.config.model.denoiser == "first_layer" and not self._system.as_released
-        if self._settings.denoise == "denoiser" and cached:
-            latent = self._denoised(frame, start, stop, begin)
-        else:
-            window = window_input(self._system, self._noisy, self._clean, start, stop, begin)
-            clean = denoise_window(self._system, self._params, window, begin, self._text, self._settings.denoise,
-                                   start)
-            latent = clean[:, frame - start:frame - start + 1]
+    def pixels(self, noisy_BGhwC: jax.Array, given: Conditions) -> list[jax.Array]:
+        """The pixels that the next frames' latents complete; those of the given frames come with the first ones."""
+        out: list[jax.Array] = []
+        parts, self._given = [noisy_BGhwC] if self._given is None else [self._given, noisy_BGhwC], None
+        for part in parts:
+            for index in range(part.shape[1]):
+                self._take(part if part.shape[1] == 1 else frame_of(part, index))
+                while self._emitted < self._ready and self._ready > self._needed():
+                    out.append(self._next_pixels(given))
+        return out
+
+    def _needed(self) -> int:
+        """The last frame that the next one's pixels depend on."""
+        return min(self._emitted + self._latency, self._window.stop - 1)
+
+    def _take(self, latent: jax.Array) -> None:
+        if self._noisy is None:
+            batch, _, *shape = latent.shape
+            self._noisy = _on(self._device, lay_out(jnp.zeros((batch, self._system.config.model.frames, *shape))))
+        self._noisy = place(self._noisy, latent, self._ready - self._window.start)
+        self._ready += 1
+
+    def _next_pixels(self, given: Conditions) -> jax.Array:
+        frame = self._emitted
+        latent = self._denoised(frame, given)
+        self._emitted += 1
         if self._system.as_released:
-            self._clean = jnp.concatenate([self._clean, latent], axis=1)
+            self._clean = [*self._clean, latent][-self._system.config.model.frames:]
+        if self._emitted == self._window.end < self._total:
+            before, self._window = self._window, next(self._windows)
+            self._noisy = moved_on(self._noisy, self._window.start - before.start)
+            self._next, self._state = self._window.start, None
         frames, cache = decode_next(
             to_devices(self._codec, after=latent), latent, to_devices(self._cache),
             self._system.config.codec.later_frames_scale, self._system.as_released)
@@ -149,19 +177,34 @@ class Finisher:
         """A stage's state until its next turn, and the stage done with this one."""
         return jax.block_until_ready(to_host(state)) if self._in_turns else state
 
-    def _denoised(self, frame: int, start: int, stop: int, begin: int) -> jax.Array:
-        """A frame of a window, denoised with the cache, which the window's context fills first."""
-        model = self._system.config.model
-        if self._window != start:
-            self._window, self._next, self._state = start, start, None
+    def _denoised(self, frame: int, given: Conditions) -> jax.Array:
+        """(B, 1, h, w, C): a frame's latent."""
+        model, window = self._system.config.model, self._window
+        at = frame - window.start
+        if self._settings.denoise in AS_THEY_ARE or model.denoiser == "none":
+            return frame_of(self._noisy, at)
+        text: jax.Array = _on(self._device, given.text_at(window.begin, window.start))
+        if model.denoiser == "first_layer" and not self._system.as_released:
+            return self._by_frames(frame, text)
+        noisy = self._noisy[:, :window.stop - window.start]
+        if self._system.as_released and window.begin > window.start:
+            seen = self._clean[window.start - frame:][:window.begin - window.start]
+            noisy = jnp.concatenate([*seen, noisy[:, window.begin - window.start:]], axis=1)
+        clean = denoise_window(self._system, self._params, noisy, window.begin, text, self._settings.denoise,
+                               window.start)
+        return frame_of(clean, at)
+
+    def _by_frames(self, frame: int, text: jax.Array) -> jax.Array:
+        """The same with the denoiser's cache, which the window's context fills first."""
+        model, window = self._system.config.model, self._window
         while self._next <= frame:
             score, state = score_next(
                 self._system.flow, to_devices(self._params["denoiser"], after=self._noisy), to_devices(self._state),
-                self._noisy, self._next, text_at(self._text, begin, start) if model.text_length else None,
-                frames=min(1 + model.denoiser_lookahead, stop - self._next))
+                self._noisy, self._next - window.start, text if model.text_length else None,
+                frames=min(1 + model.denoiser_lookahead, window.stop - self._next))
             self._state = self._kept(state)
             self._next += 1
-        return self._noisy[:, frame:frame + 1] - model.denoising_step * score
+        return frame_of(self._noisy, frame - window.start) - model.denoising_step * score
 
 
 def _on(device: jax.Device | None, tree: Any) -> Any:
@@ -181,6 +224,20 @@ def latency(system: System, settings: Sample) -> int:
         raise UserError("sample.denoise=score: the score of a frame depends on all frames after it; "
                         "stream with denoiser, decoder or none")
     return model.denoiser_lookahead * (model.denoiser_layers if model.denoiser == "every_layer" else 1)
+
+
+@jax.jit
+def frame_of(latents: jax.Array, at: int | jax.Array) -> jax.Array:
+    """(B, 1, h, w, C): one of the frames."""
+    return jax.lax.dynamic_slice_in_dim(latents, at, 1, axis=1)
+
+
+@partial(jax.jit, donate_argnums=0)
+def moved_on(noisy: jax.Array, by: int | jax.Array) -> jax.Array:
+    """The latents of a window that begins so many frames later, as far as they are known; behind them 0."""
+    frames = noisy.shape[1]
+    known = jnp.arange(frames) + by < frames
+    return constrain(jnp.where(known[:, None, None, None], jnp.roll(noisy, -by, axis=1), 0), "batch", *[None] * 4)
 
 
 @partial(jax.jit, donate_argnums=0)

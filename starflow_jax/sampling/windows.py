@@ -50,22 +50,23 @@ def windowed(
                             for span in spans], axis=1)
 
 
-def denoising_windows(config: Config, total: int) -> list[Window]:
-    """The windows in which a clip is denoised. As released, they overlap by the denoiser's window, and all frames after
-    the overlap are taken."""
+def denoising_windows(config: Config, total: int) -> Iterator[Window]:
+    """The windows in which a clip is denoised, one after the other. As released, they overlap by the denoiser's window,
+    and all frames after the overlap are taken."""
     if not config.sample.as_released:
         return output_windows(config, total, config.model.denoiser_lookahead)
     size = config.model.frames
     overlap = min(config.model.denoiser_window, size - 1)
-    return list(windows(total, size, overlap))
+    return windows(total, size, overlap)
 
 
-def output_windows(config: Config, total: int, ahead: int) -> list[Window]:
+def output_windows(config: Config, total: int, ahead: int) -> Iterator[Window]:
     """Windows of the training length that cover a clip, each frame taken from one with the `ahead` frames after it."""
     size = config.model.frames
     if total <= size:
-        return [Window(0, total, 0, total)]
+        yield Window(0, total, 0, total)
+        return
     context = max(1, min(config.model.denoiser_window, size * 3 // 4) - ahead)
     # A window's last `ahead` frames lack their look-ahead, so the next window makes them again.
-    return [Window(start, stop, max(begin - ahead, 0), stop if stop == total else stop - ahead)
-            for start, stop, begin, _ in windows(total, size, context + ahead)]
+    for start, stop, begin, _ in windows(total, size, context + ahead):
+        yield Window(start, stop, max(begin - ahead, 0), stop if stop == total else stop - ahead)

@@ -148,6 +148,10 @@ class Sample(Settings):
         """The weight once the window has moved on or the prompt has changed."""
         return self.guidance if self.later_guidance < 0 else self.later_guidance
 
+    def weight(self, later: bool) -> float:
+        """Of guidance. later: the window has moved on or the prompt has changed."""
+        return self.guidance_past_window if later else self.guidance
+
     @property
     def guided(self) -> bool:
         """Whether any window is."""

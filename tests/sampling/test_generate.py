@@ -13,7 +13,7 @@ from starflow_jax.flow import decode
 from starflow_jax.flow.jacobi import Outcome
 from starflow_jax.model.parameters import decoding_variables, flow_variables
 from starflow_jax.model.system import System
-from starflow_jax.sampling.conditions import draw, extended, noise_for, shallow_tokens
+from starflow_jax.sampling.conditions import Draws, Noise, extended, noise_for, shallow_tokens
 from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.generate import Clips, generate_clips, log_likelihood
 from starflow_jax.sampling.likelihood import frame_nll, window_nll
@@ -126,8 +126,7 @@ def test_a_video_says_how_its_solution_ended(system: System, params, clips: Clip
     loose = changed(SETTINGS, block_size=4, tolerance=0.1)
     whole = generate_clips(system, params, CAPTIONS, [5, 6, 7], loose)
     np.testing.assert_array_equal(whole.solved.outcome_B, [Outcome.CONVERGED] * 3)
-    draws = draw(system, [5, 6, 7], 3)
-    broken = draws.replace(noise_BNSK=draws.noise_BNSK.at[1, 2].set(jnp.nan))
+    broken = Draws(Noise(given_BN=noise_for([5, 6, 7], (3, 4, 4)).at[1, 2].set(jnp.nan)))
     made = generate_clips(system, params, CAPTIONS, [5, 6, 7], loose, draws=broken)
     np.testing.assert_array_equal(made.solved.outcome_B, [Outcome.CONVERGED, Outcome.NOT_FINITE, Outcome.CONVERGED])
     assert made.solved.deep_steps_BK[1, -1] == 1 and np.isnan(made.solved.deep_residual_BK[1, -1])
