@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from starflow_jax.config import Solver, UserError
     from starflow_jax.io.command_line import load_config
     from starflow_jax.modes import run
-    from starflow_jax.sampling.api import Model, Video, load
+    from starflow_jax.sampling.api import Model, Session, Video, load
 
-__all__ = ["Model", "Solver", "UserError", "Video", "load", "load_config", "run"]
+__all__ = ["Model", "Session", "Solver", "UserError", "Video", "load", "load_config", "run"]
 
 _WHERE = {"Solver": "config", "UserError": "config", "load_config": "io.command_line", "run": "modes"}
 

@@ -14,10 +14,11 @@ Timestamps that count up by one are numbers of frames, as where a JSON has none:
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -259,20 +260,57 @@ def named_cameras(moves: str, frames: int, height: int, width: int) -> Cameras:
     for move, factor, count in _counted(moves, frames):
         steps[begin:begin + count] = [_faster(_MOVES[move], factor)] * len(steps[begin:begin + count])
         begin += count
-    pose_44, distance, poses = np.eye(4), 1.0, []
-    for number, step in enumerate(steps):
-        if number:  # the first frame is where the path begins
-            moved_44, distance = _moved(step, distance)
-            pose_44 = moved_44 @ pose_44
-        poses.append(pose_44[:3])
-    focal = max(height, width)
-    intrinsics_T4 = np.tile(np.array([focal / width, focal / height, 0.5, 0.5], np.float32), (frames, 1))
+    poses = [view.pose_44[:3] for view in (View(), *moved(steps[1:], View()))]  # the first is where the path begins
+    intrinsics_T4 = np.tile(square_intrinsics(height, width), (frames, 1))
     return Cameras(intrinsics_T4, np.array(poses, np.float32))
+
+
+def square_intrinsics(height: int, width: int) -> np.ndarray:
+    """fx, fy, cx, cy, float32, of a camera with square pixels that sees the longer side at 53 degrees."""
+    focal = max(height, width)
+    return np.array([focal / width, focal / height, 0.5, 0.5], np.float32)
+
+
+class View(NamedTuple):
+    """Where a camera is: its pose, float64 (4, 4) world to camera, and the distance at which moves see the scene."""
+
+    pose_44: np.ndarray = np.eye(4)
+    distance: float = 1.0
+
+
+def moved(steps: Iterable["_Step"], view: View) -> Iterator[View]:
+    """The views after each of the steps, from a view on."""
+    for step in steps:
+        moved_44, distance = _moved(step, view.distance)
+        view = View(moved_44 @ view.pose_44, distance)
+        yield view
+
+
+def moves_in_turn(moves: str) -> Iterator["_Step"]:
+    """The steps of moves by name, of which the last one, without a number of frames, goes on for ever. Raises UserError
+    as `named_cameras` does, and for another one without a number."""
+    read = _read_moves(moves)
+    for move, _, count in read[:-1]:
+        if count is None:
+            raise UserError(f'camera "{moves}": only the last move may go on without a number of frames; write '
+                            f'"{move}:12" for {move}')
+    return itertools.chain.from_iterable(
+        itertools.repeat(_faster(_MOVES[move], factor), *([] if count is None else [count]))
+        for move, factor, count in read)
 
 
 def _counted(moves: str, frames: int) -> list[tuple[str, float, int]]:
     """(move, factor, frames) of each."""
-    read = []
+    read = _read_moves(moves)
+    open_moves = sum(count is None for _, _, count in read)
+    left = max(0, frames - sum(count or 0 for _, _, count in read))
+    shares = iter(np.diff(np.arange(open_moves + 1) * left // max(open_moves, 1)).tolist())
+    return [(move, factor, next(shares) if count is None else count) for move, factor, count in read]
+
+
+def _read_moves(moves: str) -> list[tuple[str, float, int | None]]:
+    """(move, factor, frames or None) of each."""
+    read: list[tuple[str, float, int | None]] = []
     for part in filter(None, (part.strip() for part in moves.split(";"))):
         named, colon, count = (piece.strip() for piece in part.partition(":"))
         move, star, factor = (piece.strip() for piece in named.partition("*"))
@@ -283,10 +321,7 @@ def _counted(moves: str, frames: int) -> list[tuple[str, float, int]]:
                      _positive(count, int, part) if colon else None))
     if not read:
         raise UserError('camera: names no move; give one, such as "pan_right", or several, "pan_right:12; zoom_in:13"')
-    open_moves = sum(count is None for _, _, count in read)
-    left = max(0, frames - sum(count or 0 for _, _, count in read))
-    shares = iter(np.diff(np.arange(open_moves + 1) * left // max(open_moves, 1)).tolist())
-    return [(move, factor, next(shares) if count is None else count) for move, factor, count in read]
+    return read
 
 
 def _positive(text: str, kind: Callable[[str], Any], part: str) -> Any:

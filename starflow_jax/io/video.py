@@ -7,6 +7,9 @@ B clips. Files appear whole or not at all, each written under a temporary name a
 
 import io
 import os
+import struct
+import tempfile
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -73,12 +76,15 @@ class Mp4Writer:
             frame = frame.reformat(
                 format=self._pixels, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
             )
-            self._container.mux(self._stream.encode(frame))
+            self._take(self._stream.encode(frame))
 
     def close(self) -> None:
         if self._stream is not None:
-            self._container.mux(self._stream.encode(None))
+            self._take(self._stream.encode(None))
         self._container.close()
+
+    def _take(self, packets: Sequence[av.Packet]) -> None:
+        self._container.mux(packets)
 
     def _open_stream(self, height: int, width: int) -> av.VideoStream:
         stream = self._container.add_stream("libx264", rate=self._rate)
@@ -98,6 +104,51 @@ def growing_mp4(path: str | os.PathLike[str], fps: float, scale: int = 1) -> Mp4
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return Mp4Writer(path, fps, scale, {"movflags": "+frag_every_frame+empty_moov+default_base_moof",
                                         "flush_packets": "1"}, {"crf": "16", "tune": "zerolatency"})
+
+
+class Recording(Mp4Writer):
+    """Frames that are encoded as they come, onto the disk but in no file with a name: a killed process leaves nothing
+    behind. `save` writes an MP4 of those so far, as often as one likes."""
+
+    _CODEC = {"crf": "16", "tune": "zerolatency"}  # each frame is a packet at once, and none waits for later ones
+    _PACKET = struct.Struct("<q?Q")  # its time, whether a video may begin with it, its size
+
+    def __init__(self, fps: float, scale: int = 1) -> None:
+        super().__init__(io.BytesIO(), fps, scale, {}, self._CODEC)
+        self._fps, self._file = fps, tempfile.TemporaryFile()
+
+    def _take(self, packets: Sequence[av.Packet]) -> None:
+        for packet in packets:
+            content = bytes(packet)
+            self._file.write(self._PACKET.pack(packet.pts, packet.is_keyframe, len(content)) + content)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the frames so far; at least one."""
+        assert self._stream is not None
+        with atomic_path(path) as temporary:
+            writer = Mp4Writer(temporary, self._fps, self._scale, {"movflags": "+faststart"}, self._CODEC)
+            stream = writer._open_stream(self._stream.height, self._stream.width)
+            stream.codec_context.open()
+            for time, begins, content in self._packets():
+                packet = av.Packet(content)
+                packet.pts = packet.dts = time
+                packet.time_base, packet.is_keyframe, packet.stream = 1 / self._rate, begins, stream
+                writer._container.mux(packet)
+            writer._container.close()
+
+    def _packets(self) -> Iterator[tuple[int, bool, bytes]]:
+        self._file.seek(0)
+        try:
+            while header := self._file.read(self._PACKET.size):
+                time, begins, size = self._PACKET.unpack(header)
+                yield time, begins, self._file.read(size)
+        finally:
+            self._file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Forget the frames."""
+        self._container.close()
+        self._file.close()
 
 
 # The kinds of files that hold the video themselves. What is left out are above all playlists (ffconcat, m3u8, DASH),

@@ -14,8 +14,9 @@ from jax.experimental import multihost_utils
 
 from starflow_jax.config import Config, UserError
 from starflow_jax.io.files import check_writable
-from starflow_jax.io.progress import table
+from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.model.store import check_there, load_model, system_checksum, weights_of
+from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.files import made_by_others, output_folder
 from starflow_jax.sampling.given import given_frames
 from starflow_jax.sampling.identity import Recipe, checksum_of_given
@@ -23,6 +24,7 @@ from starflow_jax.sampling.memory import check_videos
 from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
 from starflow_jax.sampling.offload import encode_ahead, takes_turns, with_parts_aside, with_tiles
 from starflow_jax.sampling.origin import origin_of
+from starflow_jax.sampling.record import read_record
 from starflow_jax.sampling.requests import Request, read_requests, rewritten, share_of, with_length
 from starflow_jax.sampling.sizes import at_asked_size, resized
 from starflow_jax.sampling.videos import Videos
@@ -36,6 +38,8 @@ def sample(config: Config, workdir: Path) -> None:
 
     Raises UserError for what can't be, and where a video failed, once the others are made.
     """
+    if config.sample.session:
+        return _replay(config, workdir)
     requests = read_requests(config)  # what can't be is found before anything is loaded
     if config.sample.rewrite:
         rewriter(config.sample.rewrite)
@@ -84,6 +88,29 @@ def sample(config: Config, workdir: Path) -> None:
         raise
     _wait_for_the_others()
     _report(videos)
+
+
+def _replay(config: Config, workdir: Path) -> None:
+    """Make the video of sample.session again."""
+    read_record(config.sample.session)  # what can't be is found before anything is loaded
+    path = output_folder(config, workdir) / f"{Path(config.sample.output_file or config.sample.session).stem}.mp4"
+    for there in (path, path.with_suffix(".json")):
+        if there.exists() and not config.sample.overwrite:
+            raise UserError(f"{there}: is there already; name another --config.sample.output, or replace it with "
+                            "--config.sample.overwrite=true")
+    check_there(config, workdir)
+    mesh = sampling_mesh(config, videos=1)
+    with on_mesh(mesh):
+        loaded = load_model(config, workdir)
+    print(f"model: {loaded.source}")
+    session = Model(loaded.system, loaded.params, loaded.source, loaded.weights, mesh).replay(config.sample.session)
+    with ProgressBar("replay", session.asked, unit="frame", compiles=True) as progress, session:
+        for frames_THWC in session:
+            progress.update(len(frames_THWC))
+    try:
+        print(session.save(path))
+    except OSError as error:
+        raise UserError(f"sample.output={path}: can't be written to ({error})") from error
 
 
 def _check_names(recipe: Recipe, workdir: Path, folder: Path, requests: list[Request]) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import html
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,31 @@ from numpy.typing import ArrayLike
 from starflow_jax.config import Config, UserError, changed
 from starflow_jax.config import Mesh as MeshSettings
 from starflow_jax.io.compiled import keep_compiled_programs
+from starflow_jax.io.live_camera import as_json
 from starflow_jax.io.video import mp4_bytes, write_mp4
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.store import PRETRAINED, load_model, settings_of
 from starflow_jax.model.system import System
-from starflow_jax.sampling.batches import Made, for_each, generate, most_likely, noised_draws
-from starflow_jax.sampling.conditions import caption_text, latent_frames
+from starflow_jax.sampling.batches import Made, generate, most_likely, noised_draws
+from starflow_jax.sampling.conditions import caption_text, latent_frames, prompt_changes
 from starflow_jax.sampling.files import file_rate, shown_scale
 from starflow_jax.sampling.generate import Clips, log_likelihood
 from starflow_jax.sampling.given import fit_picture, fit_video, given_frames, read_given
+from starflow_jax.sampling.identity import plain
 from starflow_jax.sampling.likelihood import frame_nll
 from starflow_jax.sampling.memory import check_making
-from starflow_jax.sampling.mesh import each_on_mesh, on_mesh, sampling_mesh
+from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
+from starflow_jax.sampling.record import Record, read_record
 from starflow_jax.sampling.requests import Request, requests_for, rewritten, unknown_word_lines, with_length
+from starflow_jax.sampling.session import Session, latents_of
 from starflow_jax.sampling.sizes import at_asked_size, resized
-from starflow_jax.sampling.stream import stream_clips
+from starflow_jax.sampling.solver import chosen_solver
+from starflow_jax.sampling.steered import Change
+from starflow_jax.sampling.warm_up import NONE, warm_up
 
 # Settings of `sample` that belong to the command line: its files, and what the methods say in other ways.
-OF_THE_COMMAND_LINE = ("offload", "prompt", "prompts_file", "vbench", "stream", "output", "overwrite", "checkpoint")
+OF_THE_COMMAND_LINE = ("offload", "prompt", "prompts_file", "session", "vbench", "stream", "output", "overwrite",
+                       "checkpoint")
 OF_LOADING = ("weights", "lora", "merge_lora", "control")
 
 
@@ -88,6 +95,7 @@ class Model:
     system: System
     params: Params = dataclasses.field(repr=False)
     source: str
+    weights: str  # a checksum, equal for equal parameters
     mesh: Mesh = dataclasses.field(repr=False)  # that the parameters lie on
 
     @property
@@ -114,17 +122,73 @@ class Model:
         with on_mesh(self.mesh):
             return self._videos(prompt, *self._begin(prompt, settings, video=video))
 
-    def stream(self, prompt: str, *, image: str | Path | ArrayLike = "", **settings: Any) -> Iterator[np.ndarray]:
-        """The video's frames as they are made, uint8 (T, H, W, 3): the first by itself, then the codec's time stride
-        together. Raises UserError for what can't be."""
+    def stream(self, prompt: str, *, frames: int = 0, image: str | Path | ArrayLike = "", recording: bool = True,
+               **settings: Any) -> Session:
+        """A session: the video's frames as they are made, uint8 (T, H, W, 3), the first by itself, then the codec's
+        time stride together; its prompt, guidance and camera may be changed meanwhile.
+
+        frames: after how many it ends; 0: never. recording: frames are kept, on disk, so that the session can be saved.
+        Raises UserError for what can't be.
+        """
+        return self._session(prompt, {**settings, "frames": frames}, image, recording=recording)
+
+    def replay(self, path: str | Path) -> Session:
+        """The session of a JSON that `Session.save` wrote, once more: the same frames, bit for bit on the same device.
+        It ends where that was saved; until then it may be steered anew.
+
+        Raises UserError for what is no such JSON, and for one of other weights.
+        """
+        record = read_record(path)
+        if self._parameters != record.weights:
+            raise UserError(f"{path}: is of {record.model} with weights {record.weights}; those of {self.source} are "
+                            f"{self._parameters}")
+        with on_mesh(self.mesh):
+            system, _, _ = self._begin(record.start["prompt"], dict(record.settings), stream=True)
+        return Session(system, self.params, self.mesh, record)
+
+    def warm_up(self, **settings: Any) -> None:
+        """Compile, by making a few frames, all that a session of these settings of `stream` may need, so that none
+        waits for the compiler: its beginning, also from a picture, windows that move on, changes of prompt, guidance
+        and camera, and its end. What is left out is the beginning from a video, whose length is its own."""
+        stride, image = self.config.codec.time_stride, settings.pop("image", "")
+        settings = {**settings, "frames": 0, "rewrite": ""}
+        _, _, known_THWC = self._begin("", settings, image=image, stream=True)
+        given = latents_of(known_THWC, stride)
+
+        def begin(frames: int = 0, changes: Mapping[int, Change] = NONE, picture: bool = False) -> Session:
+            first = np.zeros((8, 8, 3), np.uint8) if picture and not given else image
+            asked = {**settings, "frames": 1 + (given + frames - 1) * stride if frames else 0}
+            return self._session("", asked, first, changes, recording=False)
+
+        warm_up(begin, steerable="control" in self.params)
+
+    def _session(self, prompt: str, settings: dict[str, Any], image: str | Path | ArrayLike,
+                 changes: Mapping[int, Change] = NONE, recording: bool = True) -> Session:
+        """changes: beside those of settings, by the latent frame from which on they hold, given ones aside."""
         with on_mesh(self.mesh):
             system, requests, known_THWC = self._begin(prompt, settings, image=image, stream=True)
+        config = changed(system.config, "sample", {"frames": settings["frames"]})  # 0: no end, and no length
         if len(requests) > 1:
             raise UserError(f"sample.count={len(requests)}: a stream is one video; call it once for each seed")
-        request, = requests
-        parts = stream_clips(system, self.params, [request.prompt], [request.seed], system.config.sample,
-                             for_each(known_THWC, 1))
-        return (part_BTHWC[0] for part_BTHWC in each_on_mesh(self.mesh, parts))
+        request, sample = requests[0], config.sample
+        if not sample.frames and config.model.frames < 3:
+            raise UserError(f"frames=0: a window of {config.model.frames} latent frames is too short to move on; ask "
+                            f"for up to {system.pixel_frames} frames")
+        if chosen_solver(system, sample).frames_per_step > 1:
+            raise UserError(f"sample.solver.frames_per_step={sample.solver.frames_per_step}: a session begins one latent "
+                            "frame at a time, so that it can be steered; leave it out")
+        given = latents_of(known_THWC, config.codec.time_stride)
+        script: dict[int, Change] = {at: {"prompt": other} for at, other in prompt_changes(config, sample).items()}
+        script |= {given + at: change for at, change in changes.items()}
+        if min(script, default=given) < given:
+            raise UserError(f"sample.changes={sample.changes!r}: the prompt of given frames can't be changed")
+        # The record has what these say in fields of its own.
+        kept = plain(dataclasses.replace(sample, image="", video="", camera="", changes="", rewrite=""))
+        kept = {name: value for name, value in kept.items() if name not in (*OF_THE_COMMAND_LINE, *OF_LOADING)}
+        camera = as_json(sample.camera) if sample.camera else None
+        start = {"prompt": request.prompt, "guidance": None, "camera": camera}
+        record = Record(self.source, self._parameters, kept, request.seed, start, script, known_THWC)
+        return Session(dataclasses.replace(system, config=config), self.params, self.mesh, record, recording=recording)
 
     def log_likelihood(self, video: "Video | str | Path | ArrayLike", prompt: str, *, draws: int = 0) -> float:
         """Exact log p of a video given a prompt, in nats: of its latents with the training noise, averaged over draws
@@ -141,6 +205,13 @@ class Model:
                 text = caption_text(self.system, self.params, [prompt] * len(noisy), noisy.shape[1])
                 nll += float(frame_nll(self.system, self.params, noisy, text).sum(axis=1).mean()) * len(noisy) / draws
             return -nll
+
+    @property
+    def _parameters(self) -> str:
+        """What they are, and as what they are kept."""
+        sample = self.config.sample
+        apart = ", LoRA apart" if sample.lora and not sample.merge_lora else ""
+        return f"{self.weights} as {sample.weights or self.config.model.dtype}{apart}"
 
     def _begin(self, prompt: str | Sequence[str], settings: dict[str, Any], *, image: str | Path | ArrayLike = "",
                video: "Video | str | Path | ArrayLike | None" = None, stream: bool = False,
@@ -232,4 +303,4 @@ def load(source: str | Path = "", *, weights: str = "", lora: str | Path = "", m
     devices = sampling_mesh(config, videos=1)
     with on_mesh(devices):
         loaded = load_model(config, workdir)
-    return Model(loaded.system, loaded.params, loaded.source, devices)
+    return Model(loaded.system, loaded.params, loaded.source, loaded.weights, devices)

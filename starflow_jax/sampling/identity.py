@@ -15,8 +15,8 @@ from starflow_jax.sampling.requests import Request
 
 # Settings of `sample` that say which videos are made, where, how many at a time and in which memory, but not what is in
 # them. What the files that they name hold is in the checksums.
-NOT_IN_THE_VIDEO = ("prompt", "prompts_file", "vbench", "image", "video", "count", "keep", "seed", "batch_size",
-                    "devices", "offload", "output", "overwrite", "checkpoint", "lora", "control")
+NOT_IN_THE_VIDEO = ("prompt", "prompts_file", "session", "vbench", "image", "video", "count", "keep", "seed",
+                    "batch_size", "devices", "offload", "output", "overwrite", "checkpoint", "lora", "control")
 OF_A_CHOICE = ("count", "keep", "seed")  # which of a prompt's videos is kept depends on which were made
 NOT_IN_THE_MODEL = ("remat", "sequence_parallel", "unroll_layers")
 

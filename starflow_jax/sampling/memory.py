@@ -69,11 +69,12 @@ def check_videos(config: Config, mesh: Mesh, together: int, kept: int = 0) -> No
 def check_making(config: Config, mesh: Mesh, together: int, frames: int, stream: bool) -> None:
     """The same of the devices alone. frames: latent frames of a video."""
     settings = config.sample
-    flow, latents = flow_bytes(config), together * latent_bytes(config, frames)
+    held = min(frames, config.model.frames) if stream else frames  # a stream holds no more than a window
+    flow, latents = flow_bytes(config), together * latent_bytes(config, held)
     if settings.offload and stream:  # its parts take turns
         flow = 0
-    needed = flow + together * cache_bytes(config) + latents  # the noise of all frames is drawn first
-    if not stream:  # noise and sample lie there beside the frames
+    needed = flow + together * cache_bytes(config) + latents
+    if not stream:  # u and the sample lie there beside the frames
         needed = max(needed, flow + 2 * latents + together * pixel_bytes(config, frames))
     stages = settings.devices if stream else 1  # a stream's parts lie on devices of their own
     check_devices(_videos(config, together, frames), needed / stages, mesh, FEWER)

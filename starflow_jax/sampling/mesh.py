@@ -7,8 +7,6 @@ the heads; further devices take further videos.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,6 @@ from starflow_jax import config as settings_of
 from starflow_jax import sharding
 from starflow_jax.config import Config, UserError
 
-Item = TypeVar("Item")
 SMALLEST_SHARD = 64 * 2**20  # bytes of layers that are worth a device: of fewer, moving activations costs more
 
 
@@ -58,14 +55,3 @@ def suited(config: Config, devices: int, videos: int) -> settings_of.Mesh:
 def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
     """The mesh in force, for loading a model and for using it; one of a single device changes nothing."""
     return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
-
-
-def each_on_mesh(mesh: Mesh, items: Iterator[Item]) -> Iterator[Item]:
-    """An iterator's items, the mesh in force only while one is made."""
-    while True:
-        with on_mesh(mesh):
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-        yield item

@@ -66,6 +66,7 @@ class Sample(Settings):
     prompt: str = setting("", "what the video shows")
     prompts_file: str = setting("", "a text file with a prompt on each line")
     rewrite: str = setting("", 'lengthens prompts: a command (prompt in, longer prompt out), or "module:function"')
+    session: str = setting("", "a JSON that Session.save wrote: its video is made again, by its own settings")
     vbench: str = setting("", 'VBench\'s prompt list, a file or "installed": its prompts, files named as it expects')
     negative_prompt: str = setting("", "what guidance steers away from; empty: the empty caption")
     changes: str = setting("", 'other prompts from later frames on: "25: a red seven moves left; 49: ..."')
@@ -159,6 +160,10 @@ class Sample(Settings):
 
     def check_prompts(self) -> None:
         """Raises UserError unless prompts are given in one way. Not a part of `check`: the API takes them otherwise."""
+        if self.session:
+            self.require("session", not (self.prompt or self.prompts_file or self.vbench),
+                         "has its own prompts; leave out sample.prompt, sample.prompts_file and sample.vbench")
+            return
         if self.vbench and (self.prompt or self.prompts_file):
             raise UserError("sample.vbench is a list of prompts; leave out sample.prompt and sample.prompts_file")
         if self.prompt and self.prompts_file:
