@@ -18,7 +18,8 @@ from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Conditions, extended, guidance_texts
 from starflow_jax.sampling.files import file_rate
 
-Change = dict[str, Any]  # "prompt", "guidance", "camera" (in the form of io/live_camera.py): those that change
+NAMES = ("prompt", "guidance", "camera")
+Change = dict[str, Any]  # those of NAMES that change; the camera in the form of io/live_camera.py
 
 
 class Steered:
@@ -70,7 +71,7 @@ class Steered:
         change = self._due() | self._taken() if frame else {}
         if change:
             self._see(self._frame)
-        change = {name: value for name, value in change.items() if self._differs(name, value)}
+        change = {name: change[name] for name in NAMES if name in change and self._differs(name, change[name])}
         if not change:
             return
         guided, followed = self.guided, self._now["camera"] is not None
@@ -93,6 +94,7 @@ class Steered:
         """As `Live` says."""
         if self._now["camera"] is None:
             return None
+        # Where a window is encoded again, it may ask for frames that are not begun, whose cameras do not matter.
         self._see(min(first + frames, self._frame) if first < self._frame else first + frames)
         # In double precision to the axes of the window's first camera: a path may lead far from where it began.
         to_first_44 = np.linalg.inv(self._seen[begin][-1].world_to_camera_44)
