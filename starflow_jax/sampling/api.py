@@ -25,6 +25,7 @@ from starflow_jax.config import Mesh as MeshSettings
 from starflow_jax.io.compiled import keep_compiled_programs
 from starflow_jax.io.live_camera import as_json
 from starflow_jax.io.video import mp4_bytes, write_mp4
+from starflow_jax.model.codec import frame_size
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.store import PRETRAINED, load_model, settings_of
 from starflow_jax.model.system import System
@@ -143,7 +144,11 @@ class Model:
             raise UserError(f"{path}: is of {record.model} with weights {record.weights}; those of {self.source} are "
                             f"{self._parameters}")
         with on_mesh(self.mesh):
-            system, _, _ = self._begin(record.start["prompt"], dict(record.settings), stream=True)
+            system, _, _ = self._begin(record.start["prompt"], record.settings, stream=True)
+        if record.known_THWC is not None:
+            count, *size = record.known_THWC.shape[:3]
+            if tuple(size) != frame_size(system.config) or (count - 1) % system.config.codec.time_stride:
+                raise UserError(f"{path}: its {count} given frames of {size[0]}x{size[1]} don't suit this model")
         return Session(system, self.params, self.mesh, record)
 
     def warm_up(self, **settings: Any) -> None:
@@ -175,8 +180,8 @@ class Model:
             raise UserError(f"frames=0: a window of {config.model.frames} latent frames is too short to move on; ask "
                             f"for up to {system.pixel_frames} frames")
         if chosen_solver(system, sample).frames_per_step > 1:
-            raise UserError(f"sample.solver.frames_per_step={sample.solver.frames_per_step}: a session begins one latent "
-                            "frame at a time, so that it can be steered; leave it out")
+            raise UserError(f"sample.solver.frames_per_step={sample.solver.frames_per_step}: a session begins one "
+                            "latent frame at a time, so that it can be steered; leave it out")
         given = latents_of(known_THWC, config.codec.time_stride)
         script: dict[int, Change] = {at: {"prompt": other} for at, other in prompt_changes(config, sample).items()}
         script |= {given + at: change for at, change in changes.items()}

@@ -49,8 +49,10 @@ def read_record(path: str | Path) -> Record:
         known = [_pixels(png) for png in held["given"]]
         changes = {_count(change["latent_frame"]): _change(change)
                    for change in held["changes"]}
+        if not isinstance(held["settings"], dict):
+            raise ValueError("settings that are none")
         start = {"prompt": check_prompt(held["prompt"]), "guidance": None, "camera": None} | _change(held)
-        return Record(str(held["model"]), str(held["weights"]), dict(held["settings"]), _count(held["seed"]), start,
+        return Record(str(held["model"]), str(held["weights"]), held["settings"], _count(held["seed"]), start,
                       changes, np.stack(known) if known else None, _count(held["frames"]))
     except OSError as error:
         raise UserError(f"{path}: the session can't be read ({error.strerror or error})") from error

@@ -223,6 +223,27 @@ def test_growing_mp4_plays_before_it_is_closed(tmp_path):
     assert len(video_io.read_video(tmp_path / "grows.mp4")[0]) == 8
 
 
+def test_a_recording_is_saved_as_often_as_one_likes(tmp_path):
+    """All frames until then, as if they had been written at once; nothing lies beside the files."""
+    frames_THWC, recording = moving_square(8), video_io.Recording(fps=8, scale=2)
+    recording.write(frames_THWC[:1])
+    recording.write(frames_THWC[1:5])
+    recording.save(tmp_path / "early.mp4")
+    recording.write(frames_THWC[5:])
+    recording.save(tmp_path / "whole.mp4")
+    recording.save(tmp_path / "again.mp4")
+    at_once = video_io.Recording(fps=8, scale=2)
+    at_once.write(frames_THWC)
+    at_once.save(tmp_path / "at_once.mp4")
+    early_THWC, rate = video_io.read_video(tmp_path / "early.mp4")
+    whole_THWC, _ = video_io.read_video(tmp_path / "whole.mp4")
+    assert len(early_THWC) == 5 and len(whole_THWC) == 8 and rate == 8
+    np.testing.assert_array_equal(early_THWC, whole_THWC[:5])
+    assert np.abs(whole_THWC[:, ::2, ::2].astype(int) - frames_THWC).mean() < 4
+    assert len({(tmp_path / f"{name}.mp4").read_bytes() for name in ("whole", "again", "at_once")}) == 1
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 @pytest.mark.parametrize("pixels", ["yuv420p", "yuv444p"])
 def test_the_same_frames_give_the_same_bytes_whatever_memory_held_before(pixels: str) -> None:
     """In fresh processes whose memory is filled with something else each time."""

@@ -116,6 +116,21 @@ def _read_lock(folder: Path, path: Path) -> None:
             pass
 
 
+def _make_session(folder: Path) -> None:
+    from starflow_jax.sampling.record import Record, write_record
+
+    start = {"prompt": "a", "guidance": None, "camera": "orbit"}
+    changes = {3: {"prompt": "b", "guidance": 1.5}, 5: {"camera": {"pose": [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0]]}}}
+    write_record(folder / "session.json", Record("model", "1234", {"guidance": 2.0}, 7, start, changes,
+                                                 np.zeros((1, 8, 8, 3), np.uint8), 21), time_stride=4)
+
+
+def _read_session(_: Path, path: Path) -> None:
+    from starflow_jax.sampling.record import read_record
+
+    read_record(path)
+
+
 def _make_details(folder: Path) -> None:
     (folder / "video.json").write_text(json.dumps({"prompt": "a", "seed": 1, "identity": "1234", "outcome": ["exact"],
                                                    "bits_per_dim": 1.5, "deep_steps_per_block": [3], "seconds": 2.0}))
@@ -337,6 +352,7 @@ OWN: dict[str, Reader] = {
     "licences": Reader(_make_licences, _read_licences, ("*.md", "LICENSE", "*.txt"), writes=True),
     "cameras": Reader(_make_cameras, _read_cameras),
     "lock": Reader(_make_lock, _read_lock),
+    "session": Reader(_make_session, _read_session),
     "details of a video": Reader(_make_details, _read_details),
     "prepared data": Reader(_make_prepared, _read_prepared, crashes=True),
     "records": Reader(_make_records, _read_records, crashes=True),

@@ -17,6 +17,7 @@ from starflow_jax.flow.control import fresh_control
 from starflow_jax.io.video import read_video
 from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.mesh import sampling_mesh
+from starflow_jax.sampling.steered import Steered
 from starflow_jax.sampling.stream import stream_clips
 from tests.small_model import CAPTIONS, CONFIG, SETTINGS, small_system
 
@@ -153,37 +154,6 @@ def test_saved_in_the_middle_it_has_what_was_shown(model: Model, tmp_path: Path)
     np.testing.assert_array_equal(whole(model.replay(tmp_path / "one.json")), first)
 
 
-@pytest.mark.parametrize("latent_frames", [60, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_nothing_grows_and_nothing_is_compiled_in_mid_stream(model: Model, compiled, latent_frames: int) -> None:
-    """After `warm_up` alone, whatever is changed when, whatever the end, from a picture too, or begun unguided."""
-    for settings in (dict(), dict(guidance=0.0)):
-        model.warm_up(**settings)
-        before = compiled()
-        with model.stream(CAPTIONS[0], seed=3, **settings) as session:
-            held = steer_at_random(session, latent_frames)
-        assert compiled() == before
-        assert max(held[len(held) // 2:]) <= max(held[:len(held) // 2]) + 2
-        for frames in (1, 5, 9, 13, 29):
-            steer_at_random(model.stream(CAPTIONS[0], frames=frames, **settings), latent_frames)
-        steer_at_random(model.stream(CAPTIONS[0], image=np.zeros((8, 8, 3), np.uint8), **settings), 9)
-        assert compiled() == before
-
-
-def steer_at_random(session: sf.Session, parts: int) -> list[int]:
-    """How many arrays are alive after each part."""
-    random, held = np.random.default_rng(0), []
-    for _ in itertools.islice(session, parts):
-        choice = random.integers(8)
-        if choice == 0:
-            session.prompt = CAPTIONS[random.integers(3)]
-        elif choice == 1:
-            session.guidance = float(random.integers(3))
-        elif choice == 2:
-            session.camera = ("pan_left", "zoom_in:3", np.eye(4)[:3])[random.integers(3)]
-        held.append(len(jax.live_arrays()))
-    return held
-
-
 def test_a_session_leaves_nothing_behind(model: Model) -> None:
     def run() -> None:
         with model.stream(CAPTIONS[0], seed=3) as session:
@@ -200,8 +170,6 @@ def test_a_session_leaves_nothing_behind(model: Model) -> None:
 
 def test_a_camera_far_from_where_it_began_is_as_exact_as_there(model: Model) -> None:
     """A window's rays after 4,000 latent frames along a straight line are those of its beginning."""
-    from starflow_jax.sampling.steered import Steered
-
     steered = Steered(model.system, model.params, model.config.sample,
                       {"prompt": "", "guidance": None, "camera": "pan_right"}, {})
     steered.begin_video(None, 0)
@@ -259,9 +227,52 @@ def test_what_cannot_be_saved_or_replayed_is_one_line(model: Model, tmp_path: Pa
             model.replay(tmp_path / "wrong.json")
     with pytest.raises(sf.UserError, match="can't be read"):
         model.replay(tmp_path / "none.json")
+    other = model.stream(CAPTIONS[0], image=np.zeros((8, 8, 3), np.uint8))
+    next(other)
+    held = json.loads(other.save(tmp_path / "two.mp4").with_suffix(".json").read_text())
+    (tmp_path / "wrong.json").write_text(json.dumps({**held, "given": held["given"] * 2}))
+    with pytest.raises(sf.UserError, match="2 given frames of 8x8 don't suit"):
+        model.replay(tmp_path / "wrong.json")
+    with pytest.raises(sf.UserError, match="frames_per_step=2: a session begins one latent frame at a time"):
+        model.stream(CAPTIONS[0], solver=dict(frames_per_step=2))
 
 
 def test_a_window_that_cannot_move_on_has_no_endless_stream(model: Model) -> None:
     short = steerable(dataclasses.replace(CONFIG.model, frames=2), model.params)
     with pytest.raises(sf.UserError, match="frames=0: .* up to 5 frames"):
         short.stream(CAPTIONS[0])
+
+
+@pytest.mark.parametrize("latent_frames, guidance", [
+    (60, [0.0]), pytest.param(10_000, [0.0, 1.5], marks=pytest.mark.slow)])
+def test_nothing_grows_and_nothing_is_compiled_in_mid_stream(
+    model: Model, compiled, latent_frames: int, guidance: list[float]
+) -> None:
+    """After `warm_up` alone, whatever is changed when, whatever the end, from a picture too, or begun unguided."""
+    jax.clear_caches()  # what the tests before it compiled
+    for settings in [dict(guidance=weight) for weight in guidance]:
+        model.warm_up(**settings)
+        before = compiled()
+        with model.stream(CAPTIONS[0], seed=3, **settings) as session:
+            held = steer_at_random(session, latent_frames)
+        assert compiled() == before
+        assert max(held[len(held) // 2:]) <= max(held[:len(held) // 2])
+        for frames in (1, 5, 9, 13, 29):
+            steer_at_random(model.stream(CAPTIONS[0], frames=frames, **settings), latent_frames)
+        steer_at_random(model.stream(CAPTIONS[0], image=np.zeros((8, 8, 3), np.uint8), **settings), 9)
+        assert compiled() == before
+
+
+def steer_at_random(session: sf.Session, parts: int) -> list[int]:
+    """How many arrays are alive after each part."""
+    random, held = np.random.default_rng(0), []
+    for _ in itertools.islice(session, parts):
+        choice = random.integers(8)
+        if choice == 0:
+            session.prompt = CAPTIONS[random.integers(3)]
+        elif choice == 1:
+            session.guidance = float(random.integers(3))
+        elif choice == 2:
+            session.camera = ("pan_left", "zoom_in:3", np.eye(4)[:3])[random.integers(3)]
+        held.append(len(jax.live_arrays()))
+    return held
