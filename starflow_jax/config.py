@@ -17,12 +17,12 @@ from starflow_jax.settings.data import Convert, Data, Prepare
 from starflow_jax.settings.fields import Settings, UserError, required, type_hints, whole_number
 from starflow_jax.settings.model import METADATA, REMAT, SEQUENCE_PARALLEL, Codec, Mesh, Model, Text
 from starflow_jax.settings.sampling import EVALUATIONS, Evaluate, Sample, Solver
-from starflow_jax.settings.training import BENCHMARKS, Benchmark, Control, Decoder, Lora, Plan, Train
+from starflow_jax.settings.training import BENCHMARKS, Benchmark, Control, Decoder, Lora, Plan, Student, Train
 
 __all__ = [
     "BENCHMARKS", "EVALUATIONS", "METADATA", "REMAT", "SEQUENCE_PARALLEL", "Benchmark", "Codec", "Config", "Control",
-    "Convert", "Data", "Decoder", "Evaluate", "Lora", "Mesh", "Model", "Plan", "Prepare", "Sample", "Solver", "Text",
-    "Train", "UserError", "changed", "choose_variant", "from_config_dict", "from_dict", "to_config_dict",
+    "Convert", "Data", "Decoder", "Evaluate", "Lora", "Mesh", "Model", "Plan", "Prepare", "Sample", "Solver", "Student",
+    "Text", "Train", "UserError", "changed", "choose_variant", "from_config_dict", "from_dict", "to_config_dict",
     "unknown_setting", "whole_number"]
 
 
@@ -40,6 +40,7 @@ class Config(Settings):
     train: Train = Train()
     lora: Lora = Lora()
     control: Control = Control()
+    student: Student = Student()
     decoder: Decoder = Decoder()
     sample: Sample = Sample()
     mesh: Mesh = Mesh()
@@ -60,6 +61,9 @@ class Config(Settings):
                               "must be true with train.target=control, which needs clips with their cameras")
             self.data.require("image_probability", not self.data.image_probability,
                               "must be 0 with train.target=control: a picture has no path of a camera")
+        if self.train.target == "student":
+            self.student.require("layers", len(self.student.chosen_layers) in (0, self.model.deep_layers),
+                                 f"must name as many as model.deep_layers={self.model.deep_layers}")
         self.lora.require("blocks", "denoiser" not in self.lora.blocks or self.model.denoiser != "none",
                           "this model has no denoiser")
 

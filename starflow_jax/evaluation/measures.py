@@ -40,3 +40,10 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     if count < 2:
         return mean, math.nan
     return mean, float(special.stdtrit(count - 1, (1 + level) / 2) * np.std(values, ddof=1) / math.sqrt(count))
+
+
+def share_interval(share: float, count: int) -> tuple[float, float]:
+    """(share, half the width of Wilson's 95 % interval for it) of so many independent yes or no."""
+    z = 1.96
+    spread = math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return share, z * spread / (1 + z**2 / count)

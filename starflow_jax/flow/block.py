@@ -110,6 +110,12 @@ class FlowBlock(nn.Module):
             cache = cache.append(kv)
         return Known(cache, jnp.broadcast_to(self.sos, (batch, 1, channels)).astype(x_BSC.dtype))
 
+    def follow(self, x_BSC: jax.Array, rope_2SE: jax.Array, known: Known, branches: int = 1) -> Known:
+        """What is known once the next S slots' tokens are given, whatever their noise."""
+        inputs = jnp.concatenate([known.last_B1C, x_BSC[:, :-1]], axis=1)
+        _, kv = self.predict(jnp.tile(inputs, (branches, 1, 1)), rope_2SE, known.cache)
+        return Known(known.cache.append(kv), x_BSC[:, -1:])
+
     def predict(self, inputs_BNC: jax.Array, rope_2NE: jax.Array, cache: KVCache, control: Control | None = None
                 ) -> tuple[Affine, KeyValue]:
         """The next N slots' predictions from what each slot sees; the cache is only read."""

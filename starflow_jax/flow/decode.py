@@ -89,25 +89,120 @@ def decode_frames(
 
     start: where the solver starts; None: at the previous frame. steering: of these frames.
     """
-    batch, frames, tokens, channels = z_BGSK.shape
+    rope = _rope(model, state, z_BGSK.shape[1], window, token_grid)
+    found = _inverse(model, params, state, z_BGSK, guidance, start_BGSK, steering, rope, solver, branches)
+    u_BGSK = found.x_BSC.reshape(z_BGSK.shape)
+    return (u_BGSK, _laid_out(WindowState(found.known, u_BGSK[:, -1], state.frame + z_BGSK.shape[1])), found.report)
+
+
+def _rope(model: STARFlow, state: WindowState, frames: int, window: int, token_grid: tuple[int, int]) -> jax.Array:
+    """Of the next frames' slots."""
+    tokens = token_grid[0] * token_grid[1]
     positions = model.rope((window, *token_grid), None)
-    rope = lax.dynamic_slice_in_dim(positions, state.frame * tokens, frames * tokens, axis=1)
-    z = z_BGSK.reshape(batch, -1, channels)
-    start = jnp.tile(state.previous_BSK, (1, frames, 1)) if start_BGSK is None else start_BGSK.reshape(z.shape)
+    return lax.dynamic_slice_in_dim(positions, state.frame * tokens, frames * tokens, axis=1)
+
+
+def _inverse(model: STARFlow, params: Any, state: WindowState, z_BGSK: jax.Array, guidance: jax.Array,
+             start_BGSK: jax.Array | None, steering: Steering | None, rope: jax.Array, solver: Solver, branches: int
+             ) -> Inverse:
+    """Of the next frames' noise, as `decode_frames` takes it."""
+    z = z_BGSK.reshape(z_BGSK.shape[0], -1, z_BGSK.shape[-1])
+    start = _start(state, z_BGSK, start_BGSK).reshape(z.shape)
 
     def invert(flow: STARFlow) -> Inverse:
         return flow.deep.inverse(z, rope, state.known, start, solver, guidance if branches == 2 else None,
                                  control_of(steering))
 
-    found = apply_flow(model, params, invert)
+    return apply_flow(model, params, invert)
+
+
+def _start(state: WindowState, z_BGSK: jax.Array, start_BGSK: jax.Array | None) -> jax.Array:
+    """Where the solver starts, shaped as the noise."""
+    if start_BGSK is not None:
+        return start_BGSK
+    return jnp.tile(state.previous_BSK[:, None], (1, z_BGSK.shape[1], 1, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A smaller deep block, beside the same shallow ones, whose solution of each step is where the solver starts. It
+    sees the frames that were decided upon, not those that it drafted, so that it does not go astray in a long video."""
+
+    model: STARFlow
+    params: Any  # {"params": {"deep": its own}}
+    tolerance: float
+
+
+@partial(jax.jit, static_argnames=("model", "window", "token_grid", "branches"))
+def draft_frames(
+    model: STARFlow,
+    params: Any,
+    state: WindowState,
+    z_BGSK: jax.Array,
+    guidance: jax.Array,
+    start_BGSK: jax.Array | None = None,
+    *,
+    solver: Solver,
+    window: int,
+    token_grid: tuple[int, int],
+    branches: int,
+) -> tuple[jax.Array, Report]:
+    """What `decode_frames` finds, without going on from there: the state stays. A sample whose draft is not finite gets
+    the start that it would have without."""
+    rope = _rope(model, state, z_BGSK.shape[1], window, token_grid)
+    found = _inverse(model, params, state, z_BGSK, guidance, start_BGSK, None, rope, solver, branches)
     u_BGSK = found.x_BSC.reshape(z_BGSK.shape)
-    return u_BGSK, _laid_out(WindowState(found.known, u_BGSK[:, -1], state.frame + frames)), found.report
+    finite_B = jnp.all(jnp.isfinite(found.x_BSC), axis=(1, 2))
+    kept = jnp.where(finite_B[:, None, None, None], u_BGSK, _start(state, z_BGSK, start_BGSK))
+    return constrain(kept, "batch", None, None, None), found.report
+
+
+@partial(jax.jit, static_argnames=("model", "window", "token_grid", "branches"), donate_argnames="state")
+def follow_frames(model: STARFlow, params: Any, state: WindowState, u_BGSK: jax.Array, *, window: int,
+                  token_grid: tuple[int, int], branches: int) -> WindowState:
+    """The state behind the next G frames of u, which another block found."""
+    frames = u_BGSK.shape[1]
+    rope = _rope(model, state, frames, window, token_grid)
+    tokens_BSK = u_BGSK.reshape(u_BGSK.shape[0], -1, u_BGSK.shape[-1])
+
+    def follow(flow: STARFlow) -> Known:
+        return flow.deep.follow(tokens_BSK, rope, state.known, branches)
+
+    return _laid_out(WindowState(apply_flow(model, params, follow), u_BGSK[:, -1], state.frame + frames))
 
 
 def _laid_out(state: WindowState) -> WindowState:
     """Over the current mesh in one way wherever it comes from, so that the next step is the program of all others."""
     known = state.known.replace(last_B1C=constrain(state.known.last_B1C, "batch", None, None))
     return state.replace(known=known, previous_BSK=constrain(state.previous_BSK, "batch", None, None))
+
+
+class _Drafting:
+    """A draft from step to step, with a window of its own."""
+
+    def __init__(self, draft: Draft, window: int, token_grid: tuple[int, int], cache: str) -> None:
+        self._draft, self._cache = draft, cache
+        self._how: dict[str, Any] = dict(window=window, token_grid=token_grid)
+        self._state: Any = None
+
+    def begin(self, kept_BTSK: jax.Array, text_GBTD: jax.Array | None, guess_BSK: jax.Array | None, count: int | None
+              ) -> None:
+        """As `start_window`."""
+        self._state, self._branches = None, _branches(text_GBTD)  # the cache is free before the next one is made
+        self._state = start_window(self._draft.model, self._draft.params, kept_BTSK, text_GBTD, guess_BSK=guess_BSK,
+                                   cache=self._cache, count=None if count is None else jnp.int32(count), **self._how)
+
+    def frames(self, z_BGSK: jax.Array, guidance: jax.Array, start_BGSK: jax.Array | None, solver: Solver
+               ) -> tuple[jax.Array, Report]:
+        """As `draft_frames`."""
+        return draft_frames(self._draft.model, self._draft.params, self._state, z_BGSK, guidance, start_BGSK,
+                            solver=dataclasses.replace(solver, tolerance=self._draft.tolerance),
+                            branches=self._branches, **self._how)
+
+    def follow(self, made_BGSK: jax.Array) -> None:
+        """Go on behind the frames that were made in place of those drafted."""
+        self._state = follow_frames(self._draft.model, self._draft.params, self._state, made_BGSK,
+                                    branches=self._branches, **self._how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +223,7 @@ def generate(
     known_BTSK: jax.Array | None = None, window: int | None = None, context: int | None = None, later: Later = Later(),
     guess_BSK: jax.Array | None = None, start_BTSK: jax.Array | ByFrame | None = None, cache: str = "",
     steer: Callable[[int, int, int], Steering | None] | None = None, total: int | None = None,
+    draft: Draft | None = None,
 ) -> Iterator[tuple[jax.Array, Report]]:
     """Yield the frames of u that follow the known ones, (B, G, S, K) with their report, as they are finished.
 
@@ -136,7 +232,8 @@ def generate(
     guided away from; or a mapping of them by the index of the made frame from which on they hold (0 must be there).
     Past `window` frames (default: all fit), or with another text, the last `context` frames are encoded again at
     positions from 0 and generation continues, as `later` says. guidance: the weight, or what gives it, told whether
-    `later` is. The solver starts at `start`, as the noise, or each frame at the one before (the first at `guess`).
+    `later` is. The solver starts at `start`, as the noise, or each frame at the one before (the first at `guess`);
+    with a draft, which is not steered, that one's does, and the solver starts where it ended.
     cache: see `start_window`. steer: (first frame of a window, of some of its frames, their number) -> their steering;
     frames are counted from the video's first one, given or made; what it gives of frames behind them does not matter.
 
@@ -151,6 +248,7 @@ def generate(
     window = window or given + total
     context = window * 3 // 4 if context is None else context
     text_of: Mapping[int, Any] = texts if isinstance(texts, Mapping) else {0: texts}
+    drafts = _Drafting(draft, window, token_grid, cache) if draft else None
     state: Any = None
     u_BWSK: Any = None  # the window's last frames; before the video's first one 0
     for step in schedule(total, given, solver, window=window, context=context, changes=text_of):
@@ -178,14 +276,26 @@ def generate(
                                  token_grid=token_grid, guess_BSK=guess_BSK, cache=cache,
                                  steering=steer(begin, begin, kept_BTSK.shape[1]) if steer and step.encode else None,
                                  count=None if count is None else jnp.int32(count))
+            if drafts:
+                drafts.begin(kept_BTSK, text_GBTD, guess_BSK, count)
+        weight = jnp.float32(guidance(step.later) if callable(guidance) else guidance)
+        start_BGSK = None if start_of is None else start_of(step.index, step.frames)
+        drafted = None
+        if drafts:
+            start_BGSK, drafted = drafts.frames(z_BGSK, weight, start_BGSK, step.solver)
         made_BGSK, state, report = decode_frames(
-            model, to_devices(params, after=(state, u_BWSK)), state, z_BGSK,
-            jnp.float32(guidance(step.later) if callable(guidance) else guidance),
-            None if start_of is None else start_of(step.index, step.frames),
+            model, to_devices(params, after=(state, u_BWSK)), state, z_BGSK, weight, start_BGSK,
             steer(begin, given + step.index, step.frames) if steer else None, solver=step.solver, window=window,
-            token_grid=token_grid, branches=1 if text_GBTD is None else text_GBTD.shape[0])
+            token_grid=token_grid, branches=_branches(text_GBTD))
+        if drafts and step.index + step.frames < total:
+            drafts.follow(made_BGSK)
         u_BWSK = _followed(u_BWSK, made_BGSK)
-        yield made_BGSK, report
+        yield made_BGSK, report.replace(draft=drafted)
+
+
+def _branches(text_GBTD: jax.Array | None) -> int:
+    """Of guidance."""
+    return 1 if text_GBTD is None else text_GBTD.shape[0]
 
 
 def _by_frame(given_BT: jax.Array | ByFrame) -> ByFrame:

@@ -62,6 +62,7 @@ class Report(flax.struct.PyTreeNode):
     steps: jax.Array
     residual: jax.Array
     outcome: jax.Array  # int8: a jacobi.Outcome
+    draft: "Report | None" = None  # of what the iteration started from, where a smaller block solved for that
 
 
 class Known(flax.struct.PyTreeNode):

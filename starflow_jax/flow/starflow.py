@@ -57,12 +57,17 @@ class STARFlow(nn.Module):
         tokens."""
         if text_BTD is not None:
             chex.assert_shape(text_BTD, (x_BTHWC.shape[0], None, None))
-        grid = self.grid(x_BTHWC.shape)
         outputs, logdets = self.shallow_forward(x_BTHWC)
-        u_BSK = _join_frames(outputs[-1])
-        z_BSK, logdet = self.deep.forward(u_BSK, self.rope(grid, text_BTD), text_BTD, control)
-        z_BTSK = z_BSK.reshape(outputs[-1].shape)
+        z_BTSK, logdet = self.deep_forward(outputs[-1], self.grid(x_BTHWC.shape)[1:], text_BTD, control)
         return FlowOutput(z_BTSK, (*outputs, z_BTSK), (*logdets, logdet))
+
+    def deep_forward(self, u_BTSK: jax.Array, token_grid: tuple[int, int], text_BTD: jax.Array | None = None,
+                     control: Control | None = None) -> tuple[jax.Array, jax.Array]:
+        """f_D: noise (B, T, S, K), and the deep block's log-determinant (B, T*S, K). token_grid: a frame's rows and
+        columns of tokens."""
+        rope = self.rope((u_BTSK.shape[1], *token_grid), text_BTD)
+        z_BSK, logdet = self.deep.forward(_join_frames(u_BTSK), rope, text_BTD, control)
+        return z_BSK.reshape(u_BTSK.shape), logdet
 
     def shallow_forward(self, x_BTHWC: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         """f_S: tokens after 0, 1, ... shallow blocks in raster order, and the blocks' log-determinants."""

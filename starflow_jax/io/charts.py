@@ -12,7 +12,7 @@ Series = tuple[Sequence[float], Sequence[float]]  # means, and halves of their i
 
 
 class Chart(NamedTuple):
-    """Points over numbers, or over names."""
+    """Points over numbers, or over names; where a series has NaN, it has none."""
 
     title: str
     x: Sequence[float] | Sequence[str]
@@ -51,8 +51,9 @@ def _draw(axes: Any, chart: Chart) -> None:
     if chart.level is not None:
         axes.axhline(chart.level, color="0.6", linestyle="--")
     for label, (means, halves) in chart.series.items():
-        axes.errorbar(places, means, np.nan_to_num(np.asarray(halves, float)), marker="o", markersize=4, capsize=3,
-                      linestyle="" if named else "-", label=label)
+        there = np.isfinite(np.asarray(means, float))
+        axes.errorbar(places[there], np.asarray(means)[there], np.nan_to_num(np.asarray(halves, float))[there],
+                      marker="o", markersize=4, capsize=3, linestyle="" if named else "-", label=label)
     if chart.log:
         axes.set_xscale("log")
     if named:

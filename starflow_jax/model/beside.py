@@ -1,9 +1,10 @@
 """Parameters that are trained beside a model that stays as it is: where they are kept, and which model they belong to.
 """
 
+import dataclasses
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from etils import epy
 from starflow_jax.config import Config, UserError, changed
 from starflow_jax.io.checksums import check_file
 from starflow_jax.io.files import read_json
+from starflow_jax.model.parameters import model_fingerprint
 from starflow_jax.sharding import fetch
 
 with epy.lazy_imports():
@@ -41,17 +43,77 @@ def checksum_of(arrays: Mapping[str, Any]) -> str:
     return f"{found:08x}"
 
 
-def check_backbone(workdir: Path, what: str, config: Config, backbone: str) -> None:
-    """Raises UserError where a workdir's checkpoints were trained beside another model. backbone: a checksum of the
-    config's."""
-    held = backbone_of(workdir / "checkpoints" / "model.json")
+class Kind(NamedTuple):
+    """What a train.target trains beside a model, and how its checkpoints are kept."""
+
+    words: str
+    was: str  # or were
+    one: str  # or some
+    settings: Callable[[Config], dict[str, Any]]  # that its parameters depend on, besides the model's
+    best: str = "validation_bits_per_dim"  # of its validations, the smaller the better: as checkpoints.training.BEST
+
+
+def _of_lora(config: Config) -> dict[str, Any]:
+    settings = dataclasses.asdict(config.lora)
+    del settings["weights"]  # the backbone's
+    return settings
+
+
+def _of_decoder(config: Config) -> dict[str, Any]:
+    return {"width": config.decoder.width, "layers": config.decoder.layers} if config.codec.kind == "patch" else {}
+
+
+KINDS = {
+    "lora": Kind("LoRA factors", "were", "some", _of_lora),
+    "control": Kind("control module", "was", "one", lambda config: dataclasses.asdict(config.control)),
+    "student": Kind("smaller deep block", "was", "one", lambda _: {}),  # whose sizes are the model's
+    "decoder": Kind("decoder", "was", "one", _of_decoder, best="validation_l1"),
+}
+
+
+def _fingerprint(config: Config, backbone: str) -> dict[str, Any]:
+    """What the checkpoints of config.train.target depend on."""
+    target = config.train.target
+    return {**model_fingerprint(config), "target": target, target: KINDS[target].settings(config),
+            "backbone": backbone}
+
+
+def open_checkpoints(config: Config, workdir: Path, backbone: str) -> "training.Checkpoints":
+    """The workdir's, of config.train.target. backbone: a checksum of what they are trained beside. Raises UserError
+    where they are another model's, or were trained beside other weights."""
+    _check_backbone(config, workdir, backbone)
+    return training.Checkpoints(
+        workdir / "checkpoints", keep=config.train.keep_checkpoints, best=KINDS[config.train.target].best,
+        model_fingerprint=_fingerprint(config, backbone))
+
+
+def whole_beside(config: Config, workdir: Path, backbone: str) -> Path:
+    """The checkpoint of a workdir that what config.train.target trained there is read from.
+
+    Raises UserError where there is none, where all are damaged, and where it was trained beside other weights.
+    """
+    _check_backbone(config, workdir, backbone)
+    folder, _ = _whole(workdir, config.sample.checkpoint == "best", config.train.target)
+    training.check_fingerprint(folder.parent / "model.json", _fingerprint(config, backbone))
+    return folder
+
+
+def stored_beside(workdir: Path, own: Config) -> tuple[Path, str]:
+    """(such a checkpoint of a workdir with its own settings, a checksum of whatever it was trained beside)."""
+    backbone = _backbone_of(workdir / "checkpoints" / "model.json")
+    return whole_beside(own, workdir, backbone), backbone
+
+
+def _check_backbone(config: Config, workdir: Path, backbone: str) -> None:
+    """Raises UserError where a workdir's checkpoints were trained beside another model."""
+    held, kind = _backbone_of(workdir / "checkpoints" / "model.json"), KINDS[config.train.target]
     if held not in ("", backbone):
-        raise UserError(f"{workdir}: its {what} trained beside other weights (checksum {held}) than those of "
-                        f"{config.train.init_from or 'the model in the package'} ({backbone}); name them with "
+        raise UserError(f"{workdir}: its {kind.words} {kind.was} trained beside other weights (checksum {held}) than "
+                        f"those of {config.train.init_from or 'the model in the package'} ({backbone}); name them with "
                         "--config.train.init_from=WORKDIR, or WORKDIR/checkpoints/STEP")
 
 
-def backbone_of(path: Path) -> str:
+def _backbone_of(path: Path) -> str:
     """What the file of such checkpoints' fingerprint says; "" where there is none, or where it can't be read, which
     Checkpoints then reports."""
     try:
@@ -69,33 +131,44 @@ class Stored(NamedTuple):
     source: str
 
 
-WORDS = {"lora": "LoRA factors", "control": "control module"}  # of what such a train.target trains
-
-
 def read_checkpoint(path: Path, best: bool, target: str) -> Stored:
-    """The newest or best whole checkpoint of a workdir that train.target=`target` made, or one of its checkpoints.
+    """The newest or best whole checkpoint of a workdir that train.target=`target` made, or one of its checkpoints,
+    beside whatever model it was trained.
 
     Raises UserError where there are none, and where all are damaged.
     """
-    alone = (path / "state").is_dir()
-    directory = path.absolute().parent if alone else path / "checkpoints"
+    folder, facts = _whole(path, best, target)
+    arrays = {name: np.asarray(array) for name, array in parameters.stored_params(folder).items()}
+    return Stored(arrays, facts[target], str(facts["backbone"]),
+                  str(path) if _is_alone(path) else f"{path}, step {folder.name}")
+
+
+def _whole(path: Path, best: bool, target: str) -> tuple[Path, dict[str, Any]]:
+    """(the newest or best whole checkpoint of a workdir, or the checkpoint itself; its model.json)."""
+    kind = KINDS[target]
+    directory = path.absolute().parent if _is_alone(path) else path / "checkpoints"
     check_file(directory / "model.json")
     try:
         facts = read_json(directory / "model.json")
-        backbone, settings = str(facts["backbone"]), facts[target]
+        _ = facts["backbone"], facts[target]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no {WORDS[target]}; train some there with --config.train.target={target}"
+        raise UserError(f"{path} holds no {kind.words}; train {kind.one} there with --config.train.target={target}"
                         ) from error
-    step = checksums.first_whole(directory, [int(path.name)] if alone else _steps(directory, facts, best))
+    step = checksums.first_whole(directory, [int(path.name)] if _is_alone(path) else _steps(
+        directory, facts, best, kind.best))
     if step is None:
-        raise UserError(f"{path} holds no checkpoint of {WORDS[target]} yet; its training goes on with "
-                        "the same command")
-    arrays = {name: np.asarray(array) for name, array in parameters.stored_params(directory / str(step)).items()}
-    return Stored(arrays, settings, backbone, str(path) if alone else f"{path}, step {step}")
+        raise UserError(f"{path} holds no checkpoint of its {kind.words} yet; the training goes on with the same "
+                        "command")
+    return directory / str(step), facts
 
 
-def _steps(directory: Path, fingerprint: dict[str, Any], best: bool) -> list[int]:
-    checkpoints = training.Checkpoints(directory, keep=1, model_fingerprint=fingerprint)
+def _is_alone(path: Path) -> bool:
+    """Whether it is a checkpoint, and not a workdir."""
+    return (path / "state").is_dir()
+
+
+def _steps(directory: Path, fingerprint: dict[str, Any], best: bool, metric: str) -> list[int]:
+    checkpoints = training.Checkpoints(directory, keep=1, model_fingerprint=fingerprint, best=metric)
     steps = checkpoints.steps(best)
     checkpoints.close()
     return steps
@@ -108,6 +181,6 @@ def settings_beside(config: Config) -> Config:
     config = changed(config, "train", {"init_from": str(Path(source).absolute()) if source else ""})
     if config.train.target == "decoder":
         return changed(config, "sample", {"denoise": "decoder", "renoise": False})
-    if config.train.target == "control":
+    if config.train.target != "lora":
         return config
     return changed(config, "sample", {"weights": config.lora.weights, "merge_lora": not config.lora.weights})

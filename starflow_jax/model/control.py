@@ -6,17 +6,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epy
 from flax import traverse_util
 
 from starflow_jax import sharding
 from starflow_jax.config import Config, UserError
 from starflow_jax.flow.control import fresh_control
-from starflow_jax.model.beside import check_backbone, checksum_of, read_checkpoint
-from starflow_jax.model.parameters import Params, model_fingerprint
-
-with epy.lazy_imports():
-    from starflow_jax.checkpoints import training
+from starflow_jax.model.beside import checksum_of, read_checkpoint
+from starflow_jax.model.parameters import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +37,6 @@ def fresh_module(config: Config, key: jax.Array) -> Params:
 def with_module(config: Config, frozen: Params, trained: Params) -> Params:
     """The model's parameters: those of the backbone and the control module's."""
     return {**frozen, **trained}
-
-
-def open_control_checkpoints(config: Config, workdir: Path, backbone: str) -> "training.Checkpoints":
-    """The workdir's. backbone: beside.fingerprint_of what they are trained beside. Raises UserError where they are
-    another model's, or were trained beside other weights."""
-    check_backbone(workdir, "control module was", config, backbone)
-    return training.Checkpoints(
-        workdir / "checkpoints", keep=config.train.keep_checkpoints, model_fingerprint={
-            **model_fingerprint(config), "target": "control", "control": dataclasses.asdict(config.control),
-            "backbone": backbone})
 
 
 def read_module(config: Config, workdir: Path) -> ControlModule | None:

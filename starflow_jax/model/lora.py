@@ -18,12 +18,12 @@ from flax import traverse_util
 
 from starflow_jax import sharding
 from starflow_jax.config import Config, Model, UserError
-from starflow_jax.model.beside import check_backbone, checksum_of, read_checkpoint
-from starflow_jax.model.parameters import Params, model_fingerprint
+from starflow_jax.model.beside import checksum_of, read_checkpoint
+from starflow_jax.model.parameters import Params
 from starflow_jax.nn.lora import Adapted, merged
 
 with epy.lazy_imports():
-    from starflow_jax.checkpoints import peft, released, training
+    from starflow_jax.checkpoints import peft, released
 
 A, B = "lora_a", "lora_b"
 
@@ -86,17 +86,6 @@ def with_factors(config: Config, frozen: Params, factors: Params) -> Params:
             lora_a, lora_b = trained[(*path, A)], trained[(*path, B)]
             params[(*path, "kernel")] = Adapted(params[(*path, "kernel")], lora_a, scale * lora_b)
     return traverse_util.unflatten_dict(params)
-
-
-def open_lora_checkpoints(config: Config, workdir: Path, backbone: str) -> "training.Checkpoints":
-    """The workdir's. backbone: beside.fingerprint_of what they are trained beside. Raises UserError where they are
-    another model's, or were trained beside other weights."""
-    check_backbone(workdir, "LoRA factors were", config, backbone)
-    settings = dataclasses.asdict(config.lora)
-    del settings["weights"]  # the backbone's
-    return training.Checkpoints(
-        workdir / "checkpoints", keep=config.train.keep_checkpoints,
-        model_fingerprint={**model_fingerprint(config), "target": "lora", "lora": settings, "backbone": backbone})
 
 
 def read_all(config: Config, workdir: Path) -> list[Lora]:

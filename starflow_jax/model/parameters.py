@@ -1,19 +1,29 @@
-"""Parameters of a config: fresh ones, their shapes, and the views that the flow's methods take."""
+"""Parameters of a config: fresh ones, their shapes, a checkpoint's, and the views that the flow's methods take."""
 
 import dataclasses
 import json
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epy
+from flax import traverse_util
 
+from starflow_jax import sharding
 from starflow_jax.config import Config, Model, Text
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.model.text import text_encoder
 from starflow_jax.nn.transformer import unstacked
 from starflow_jax.sharding import current_mesh
 
-Params = dict[str, Any]  # {"flow", "denoiser" (where there is one), "text" (where it is trained)}
+with epy.lazy_imports():
+    from starflow_jax.checkpoints import parameters as stored
+
+# {"flow", "denoiser" (where there is one), "text" (where it is trained)}, and beside them "control" and "draft"
+Params = dict[str, Any]
 
 
 def model_fingerprint(config: Config) -> dict[str, Any]:
@@ -51,8 +61,9 @@ def shallow_variables(params: Params) -> dict[str, Any]:
 def inference_params(config: Config, params: Params) -> Params:
     """Parameters as sampling uses them: the flow's layers one by one where the config unrolls them, since on a
     CPU XLA copies a layer's weights out of a stack at each use. Sharded ones stay stacked, as their shardings are."""
-    whole = config.model.unroll_layers and current_mesh() is None
-    return {**params, "flow": _unstacked(params["flow"])} if whole else params
+    if not config.model.unroll_layers or current_mesh() is not None:
+        return params
+    return {**params, **{name: _unstacked(params[name]) for name in ("flow", "draft") if name in params}}
 
 
 _unstacked = jax.jit(unstacked)
@@ -73,3 +84,17 @@ def init_params(config: Config, key: jax.Array) -> Params:
         ids = jnp.zeros((1, model.text_length), jnp.int32)
         params["text"] = text_encoder(config).init(text_key, ids)["params"]
     return params
+
+
+def restored_params(config: Config, folder: Path, convert: Callable[[str, jax.Array], Any] | None = None,
+                    named: str = "") -> Params:
+    """The averaged parameters of a checkpoint whose names ("flow/deep/...") begin as a pattern says, on the mesh in
+    force, the layers' matrices in model.dtype. convert, errors: see `restore_params`."""
+    abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    mesh = current_mesh()
+    if mesh:
+        abstract = sharding.abstract(abstract, mesh)
+    abstract = sharding.layers_as(abstract, jnp.dtype(config.model.dtype))
+    wanted = {name: leaf for name, leaf in traverse_util.flatten_dict(abstract, sep="/").items()
+              if re.match(named, name)}
+    return stored.restore_params(folder, traverse_util.unflatten_dict(wanted, sep="/"), convert)

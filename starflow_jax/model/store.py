@@ -22,14 +22,21 @@ from starflow_jax.io.checksums import check_file, checksums_of
 from starflow_jax.io.files import read_json, write_text
 from starflow_jax.io.tensor_files import open_safetensors
 from starflow_jax.model import control, lora
-from starflow_jax.model.beside import fingerprint_of
+from starflow_jax.model.beside import fingerprint_of, whole_beside
 from starflow_jax.model.calibration import CALIBRATED, read_calibration
 from starflow_jax.model.codec import FITTED_CODEC
-from starflow_jax.model.decoder import read_decoder, whole_decoder
-from starflow_jax.model.initialise import whole_checkpoint
-from starflow_jax.model.parameters import Params, inference_params, init_params, model_fingerprint
+from starflow_jax.model.decoder import read_decoder
+from starflow_jax.model.initialise import model_of, whole_checkpoint
+from starflow_jax.model.parameters import (
+    Params,
+    inference_params,
+    init_params,
+    model_fingerprint,
+    restored_params,
+)
 from starflow_jax.model.quantize import quantize_param, quantize_params
-from starflow_jax.model.system import SETTINGS, System, load_system, save_system
+from starflow_jax.model.student import Draft, read_draft
+from starflow_jax.model.system import SETTINGS, System, load_system, placed, save_system
 from starflow_jax.model.text import TOKENIZER, frozen_encoder_params
 from starflow_jax.nn.lora import Adapted
 
@@ -39,6 +46,7 @@ with epy.lazy_imports():  # orbax, which the model in the package does not need
 PRETRAINED = Path(__file__).parents[1] / "assets" / "tiny"
 PRETRAINED_WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 NO_BACKBONE = "train.init_from is empty"
+DEEP, ALL_BUT_DEEP = "flow/deep/", "(?!flow/deep/)"  # names of parameters
 Convert = Callable[[str, jax.Array], Any]  # (name, parameter) -> what is kept of it
 
 
@@ -53,9 +61,9 @@ class LoadedModel(NamedTuple):
 
 def load_model(config: Config, workdir: Path, encoder: bool = True) -> LoadedModel:
     """The workdir's model, or the package's where the workdir holds none, on the mesh in force, with the LoRA factors
-    of sample.lora and the control module of sample.control; its parameters as `inference_params` gives them. Where
-    another train.target made the workdir, the model that it was trained beside, and what was. encoder: with a frozen
-    text encoder, or without.
+    of sample.lora, the control module of sample.control and the draft of sample.draft; its parameters as
+    `inference_params` gives them. Where another train.target made the workdir, the model that it was trained beside,
+    and what was. encoder: with a frozen text encoder, or without.
 
     Raises UserError where the workdir holds another model, or none and the package has none of this config.
     """
@@ -63,17 +71,22 @@ def load_model(config: Config, workdir: Path, encoder: bool = True) -> LoadedMod
     convert = _as_kept(config.sample.weights, lora.combined(loras), merge=config.sample.merge_lora)
     if config.train.target == "decoder":
         loaded = load_with_decoder(config, workdir, convert)
+    elif config.train.target == "student":
+        loaded = load_with_student(config, workdir, convert)
     elif config.train.target in ("lora", "control"):
         loaded = load_backbone(config, convert)
         loaded = loaded._replace(system=dataclasses.replace(
             loaded.system, calibration=read_calibration(workdir / "system", config.model)))
     else:
         loaded = load_trained(config, workdir, convert) or load_pretrained(config, workdir, convert)
-    module = control.read_module(config, workdir)
+    module, draft = control.read_module(config, workdir), _draft(config)
     params = {**loaded.params, **(load_encoder(config) if encoder else {})}
-    loaded = _named_with([*loras, *([module] if module else [])], loaded)
+    loaded = _named_with([*loras, *([module] if module else []), *([draft] if draft else [])], loaded)
     if module:
         params["control"] = module.params
+    if draft:
+        rounded = _as_kept(config.sample.weights, {}, merge=False)
+        params["draft"] = restored_params(draft.config, draft.folder, rounded, DEEP)["flow"]
     return loaded._replace(params=inference_params(config, params))
 
 
@@ -90,7 +103,7 @@ def _as_kept(weights: str, factors: Mapping[str, lora.Factors], merge: bool) -> 
     return convert if factors or weights else None
 
 
-def _named_with(added: Sequence[lora.Lora | control.ControlModule], loaded: LoadedModel) -> LoadedModel:
+def _named_with(added: Sequence[lora.Lora | control.ControlModule | Draft], loaded: LoadedModel) -> LoadedModel:
     """The model with what was added to it in its name and checksum. Raises UserError for what belongs to another."""
     if not added:
         return loaded
@@ -101,6 +114,10 @@ def _named_with(added: Sequence[lora.Lora | control.ControlModule], loaded: Load
                             f"{loaded.source} ({backbone})")
     return loaded._replace(source=", with ".join([loaded.source, *(one.source for one in added)]),
                            weights=loaded.weights + "".join(one.checksum for one in added))
+
+
+def _draft(config: Config) -> Draft | None:
+    return read_draft(config, settings_of(Path(config.sample.draft))) if config.sample.draft else None
 
 
 def load_encoder(config: Config) -> Params:
@@ -177,7 +194,7 @@ def own_settings(config: Config, workdir: Path) -> tuple[Config, str]:
     if own.train.target != "all":  # made beside a model, which the config may name at another place
         beside = {"target": own.train.target, "init_from": config.train.init_from or own.train.init_from}
         config = dataclasses.replace(changed(config, "train", beside), decoder=own.decoder, lora=own.lora,
-                                     control=own.control)
+                                     control=own.control, student=own.student)
     line = f"{workdir} holds a model with settings of its own, which are used: {', '.join(passed_over)}"
     return config, line if passed_over else ""
 
@@ -207,25 +224,58 @@ def _trained_checkpoint(config: Config, workdir: Path) -> Path | None:
     return None if step is None else checkpoints.directory / str(step)
 
 
-def _load_checkpoint(config: Config, workdir: Path, folder: Path, convert: Convert | None) -> LoadedModel:
-    """The model of one of a workdir's checkpoints."""
-    mesh = sharding.current_mesh()
-    abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    if mesh:
-        abstract = sharding.abstract(abstract, mesh)
-    abstract = sharding.layers_as(abstract, jnp.dtype(config.model.dtype))
-    params = parameters.restore_params(folder, abstract, convert)
-    return LoadedModel(_placed_system(load_system(config, workdir / "system")), params,
+def _load_checkpoint(config: Config, workdir: Path, folder: Path, convert: Convert | None, deep: bool = True
+                     ) -> LoadedModel:
+    """The model of one of a workdir's checkpoints. deep: with its deep block, or without."""
+    return LoadedModel(placed(load_system(config, workdir / "system")),
+                       restored_params(config, folder, convert, "" if deep else ALL_BUT_DEEP),
                        f"{workdir}, step {folder.name}", _checksum(folder / checksums.CHECKSUMS))
 
 
-def load_backbone(config: Config, convert: Convert | None = None) -> LoadedModel:
-    """The model of train.init_from, or the package's. Raises UserError where it is missing, or another config's."""
+def backbone_config(config: Config) -> Config:
+    """The settings of the model that config.train.target trains beside: for a student, its teacher's, whose deep block
+    has other sizes. Raises UserError where these are not known."""
+    if config.train.target != "student":
+        return config
+    layers, width, source = config.student.teacher_layers, config.student.teacher_width, config.train.init_from
+    if not (layers and width):
+        held = model_of(whole_checkpoint(Path(source))) if source else settings_of(PRETRAINED).model
+        layers, width = layers or held.deep_layers, width or held.deep_width
+    model = dataclasses.replace(config.model, deep_layers=layers, deep_width=width)
+    return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, target="all"))
+
+
+def load_backbone(config: Config, convert: Convert | None = None, deep: bool = True) -> LoadedModel:
+    """The model of train.init_from, or the package's. deep: with its deep block; without, it need not be there. Raises
+    UserError where the model is missing, or another config's."""
     if config.train.init_from:
         folder = backbone_checkpoint(config)
-        return _load_checkpoint(config, folder.parents[1], folder, convert)
+        return _load_checkpoint(backbone_config(config), folder.parents[1], folder, convert, deep)
     _check_pretrained(config, NO_BACKBONE, "--config.train.init_from")
     return load_pretrained(config, PRETRAINED, convert)
+
+
+def load_teacher(config: Config) -> LoadedModel:
+    """The whole model that a student of these settings was trained beside, as `load_model` gives one."""
+    loaded = load_backbone(config, _as_kept(config.sample.weights, {}, merge=False))
+    params = inference_params(config, {**loaded.params, **load_encoder(config)})
+    return loaded._replace(params=params, system=dataclasses.replace(loaded.system, config=backbone_config(config)))
+
+
+def load_with_student(config: Config, workdir: Path, convert: Convert | None = None) -> LoadedModel:
+    """The model of train.init_from, or the package's, with the smaller deep block that was trained beside it in place
+    of its own.
+
+    Raises UserError where one of them is missing, and where the block was trained beside another model.
+    """
+    folder = whole_beside(config, workdir, backbone_fingerprint(config))
+    teacher = load_backbone(config, convert, deep=False)
+    system = dataclasses.replace(teacher.system, config=config,
+                                 calibration=read_calibration(workdir / "system", config.model))
+    block = restored_params(config, folder, convert, DEEP)["flow"]
+    return LoadedModel(system, {**teacher.params, "flow": {**teacher.params["flow"], **block}},
+                       f"{teacher.source}, with the smaller deep block of {workdir}, step {folder.name}",
+                       f"{teacher.weights}{_checksum(folder / checksums.CHECKSUMS)}")
 
 
 def load_with_decoder(config: Config, workdir: Path, convert: Convert | None = None) -> LoadedModel:
@@ -238,14 +288,14 @@ def load_with_decoder(config: Config, workdir: Path, convert: Convert | None = N
     system = dataclasses.replace(backbone.system, decoder=decoder,
                                  calibration=read_calibration(workdir / "system", config.model))
     both = f"{backbone.weights}{_checksum(folder / checksums.CHECKSUMS)}"
-    return LoadedModel(_placed_system(system), backbone.params,
+    return LoadedModel(placed(system), backbone.params,
                        f"{backbone.source}, with the decoder of {workdir}, step {folder.name}", both)
 
 
 def backbone_checkpoint(config: Config) -> Path:
     """The checkpoint that train.init_from names. Raises UserError where it holds another model than the config's."""
     folder = whole_checkpoint(Path(config.train.init_from)).absolute()
-    training.check_fingerprint(folder.parent / "model.json", model_fingerprint(config))
+    training.check_fingerprint(folder.parent / "model.json", model_fingerprint(backbone_config(config)))
     return folder
 
 
@@ -255,6 +305,11 @@ def backbone_weights(config: Config) -> str:
         return _checksum(backbone_checkpoint(config) / checksums.CHECKSUMS)
     _check_pretrained(config, NO_BACKBONE, "--config.train.init_from")
     return _checksum(PRETRAINED / PRETRAINED_WEIGHTS)
+
+
+def backbone_checksum(config: Config) -> str:
+    """What checkpoints of config.train.target name that model by. Raises UserError as loading it would."""
+    return backbone_weights(config) if config.train.target == "decoder" else backbone_fingerprint(config)
 
 
 def backbone_fingerprint(config: Config) -> str:
@@ -279,7 +334,7 @@ def load_pretrained(config: Config, workdir: Path, convert: Convert | None = Non
     if convert:
         params = jax.tree_util.tree_map_with_path(
             lambda path, leaf: convert(sharding.parameter_name(path), leaf), params)
-    return LoadedModel(_placed_system(load_system(config, PRETRAINED)), params, "the pretrained model",
+    return LoadedModel(placed(load_system(config, PRETRAINED)), params, "the pretrained model",
                        _checksum(PRETRAINED / PRETRAINED_WEIGHTS))
 
 
@@ -290,9 +345,11 @@ def check_there(config: Config, workdir: Path) -> None:
 
 
 def _is_pretrained(config: Config) -> bool:
+    """Whether the package's is the model of the config, or that which train.target trains beside."""
     description = PRETRAINED / DESCRIPTION
     check_file(description)
-    return description.exists() and json.loads(description.read_text())["fingerprint"] == model_fingerprint(config)
+    return description.exists() and json.loads(description.read_text())["fingerprint"] == model_fingerprint(
+        backbone_config(config))
 
 
 def _check_pretrained(config: Config, why: str, setting: str = "--workdir") -> None:
@@ -300,15 +357,6 @@ def _check_pretrained(config: Config, why: str, setting: str = "--workdir") -> N
         raise UserError(f"{why}, and the package carries no model of {config.name}; "
                         "train one (--mode=train), convert released weights (--mode=convert "
                         f"--config.convert.source=FILE_OR_DIR), or name the folder of one with {setting}")
-
-
-def _placed_system(system: System) -> System:
-    """With a copy of the codec, and of a decoder trained for it, on every device of the mesh in force."""
-    mesh = sharding.current_mesh()
-    if mesh is None:
-        return system
-    codec, decoder = jax.device_put((system.codec, system.decoder), sharding.replicated(mesh))
-    return dataclasses.replace(system, codec=codec, decoder=decoder)
 
 
 def weights_of(config: Config, workdir: Path) -> str:
@@ -321,11 +369,10 @@ def weights_of(config: Config, workdir: Path) -> str:
     else:
         _check_pretrained(config, f"{workdir} holds no checkpoint")
         weights = _checksum(PRETRAINED / PRETRAINED_WEIGHTS)
-    if config.train.target == "decoder":
-        weights += _checksum(whole_decoder(config, workdir, weights) / checksums.CHECKSUMS)
-    module = control.read_module(config, workdir)
-    factors = "".join(one.checksum for one in lora.read_all(config, workdir))
-    return weights + factors + (module.checksum if module else "")
+    if config.train.target in ("student", "decoder"):
+        weights += _checksum(whole_beside(config, workdir, backbone_checksum(config)) / checksums.CHECKSUMS)
+    added = (*lora.read_all(config, workdir), control.read_module(config, workdir), _draft(config))
+    return weights + "".join(one.checksum for one in added if one)
 
 
 def system_checksum(config: Config, workdir: Path) -> str:

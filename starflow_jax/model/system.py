@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epy
 
+from starflow_jax import sharding
 from starflow_jax.codec.interface import LatentCodec, decode_latents, encode_frames
 from starflow_jax.config import Config, UserError
 from starflow_jax.data.batch import Batch
@@ -169,6 +170,15 @@ def load_system(config: Config, folder: Path) -> System:
     """Read what `save_system` wrote. Raises UserError where a file is missing, damaged or another model's."""
     return System(config, read_tokenizer(config, folder), read_codec(config, folder),
                   read_calibration(folder, config.model))
+
+
+def placed(system: System) -> System:
+    """With a copy of the codec, and of a decoder trained for it, on every device of the mesh in force."""
+    mesh = sharding.current_mesh()
+    if mesh is None:
+        return system
+    codec, decoder = jax.device_put((system.codec, system.decoder), sharding.replicated(mesh))
+    return dataclasses.replace(system, codec=codec, decoder=decoder)
 
 
 def training_source(system: System, split: str = "train") -> Sequence[dict[str, Any]]:

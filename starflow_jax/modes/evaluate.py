@@ -34,7 +34,12 @@ from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.io.video import write_mp4
 from starflow_jax.model.store import load_model
 from starflow_jax.model.system import System
-from starflow_jax.modes.experiments import evaluate_ablations, evaluate_denoisers, evaluate_guidance
+from starflow_jax.modes.experiments import (
+    evaluate_ablations,
+    evaluate_denoisers,
+    evaluate_guidance,
+    evaluate_students,
+)
 from starflow_jax.sampling import vbench
 from starflow_jax.sampling.given import read_given
 from starflow_jax.sampling.memory import check_evaluation
@@ -53,6 +58,7 @@ def evaluate(config: Config, workdir: Path) -> None:
         "classify": (classify_by_likelihood, config.evaluate.batch_size),
         "denoisers": (evaluate_denoisers, config.sample.batch_size),
         "guidance": (evaluate_guidance, config.sample.batch_size),
+        "students": (evaluate_students, config.sample.batch_size),
         "ablations": (partial(evaluate_ablations, measure=evaluate_test_set), config.evaluate.batch_size),
         "quality": (evaluate_quality, 1)}
     measure, together = tasks[config.evaluate.task]

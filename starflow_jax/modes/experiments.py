@@ -1,4 +1,5 @@
-"""--mode=evaluate, the paper's experiments: denoisers side by side, guidance, and the runs of configs/ablations.py."""
+"""--mode=evaluate, experiments: denoisers side by side, guidance, the runs of configs/ablations.py, and smaller deep
+blocks beside their teacher."""
 
 import dataclasses
 import json
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from starflow_jax.config import Config, UserError
-from starflow_jax.evaluation import ablations, denoisers, guidance
+from starflow_jax.evaluation import ablations, denoisers, guidance, students
 from starflow_jax.evaluation.ablations import in_words
 from starflow_jax.evaluation.causality import dependence
 from starflow_jax.evaluation.split import prompts_to_read, real_clips
@@ -21,7 +22,7 @@ from starflow_jax.io.files import write_text
 from starflow_jax.io.pictures import HeatMap, contact_sheet, draw_heat_maps
 from starflow_jax.io.progress import table
 from starflow_jax.model.sources import fixed_captions
-from starflow_jax.model.store import load_model, settings_of
+from starflow_jax.model.store import backbone_weights, load_model, load_teacher, settings_of
 from starflow_jax.sampling.conditions import noised
 
 SHEET_SEED, SHEET_SCALE = 0, 4
@@ -84,6 +85,46 @@ def evaluate_ablations(config: Config, workdir: Path, measure: Callable[[Config,
               f"--workdir={workdir}/NAME)")
     also = ", ablations_causality.png" if causality else ""
     print(f"\nwritten to {workdir}: ablations.json, ablations.png{also}")
+
+
+def evaluate_students(config: Config, workdir: Path) -> None:
+    """The students in this folder beside their teacher: WORKDIR/students.json and a picture. Raises UserError where
+    there are none, and for students of several teachers."""
+    began = time.perf_counter()
+    runs = {run.name: dataclasses.replace(settings_of(run), evaluate=config.evaluate, sample=config.sample)
+            for run in students.runs_in(workdir)}
+    runs = {name: own for name, own in runs.items() if own.train.target == "student"}
+    if not runs:
+        raise UserError(f"{workdir} holds no workdir of train.target=student; train some, such as "
+                        f"--config.train.target=student --config.model.deep_layers=2 --workdir={workdir / 'half'}")
+    checksums = {name: backbone_weights(own) for name, own in runs.items()}
+    if len(set(checksums.values())) > 1:
+        raise UserError(f"{workdir} holds students of several teachers ({checksums}); measure those of one in a folder "
+                        "of their own")
+    teacher = load_teacher(next(iter(runs.values())))
+    models = {students.TEACHER: students.Measured(teacher.system, teacher.params, students.TEACHER)}
+    for name, own in runs.items():
+        loaded = load_model(own, workdir / name)
+        models[name] = students.Measured(loaded.system, loaded.params, students.kind_of(own.student))
+    rows = students.measure(models)
+    draw_charts(workdir / "students.png", students.charts(rows), f"{teacher.source} and smaller deep blocks of it; "
+                f"{config.evaluate.clips} test clips, {config.evaluate.prompts} test prompts")
+    _write(workdir, "students", {"teacher": teacher.source, "models": rows,
+                                 "sample_settings": dataclasses.asdict(config.sample)}, began)
+    names = [name for name in rows[students.TEACHER] if name != "deep_parameters"]
+    print(table([(one, *(_cell(row[name]) for name in names)) for one, row in rows.items()],
+                ("", *(name.replace("_", " ") for name in names))))
+    drafts = {one: row["as_draft"] for one, row in rows.items() if "as_draft" in row}
+    columns = list(next(iter(drafts.values())))
+    print("\n" + table([(one, *(_cell(row[name]) for name in columns)) for one, row in drafts.items()],
+                       ("the teacher, drafted by", *(name.replace("_", " ") for name in columns))))
+    print(f"\nwritten to {workdir}: students.json, students.png")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, tuple):
+        return in_words(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _measured(config: Config, run: Path, measure: Callable[[Config, Path], None]) -> int:

@@ -20,7 +20,7 @@ def plan(config: Config, workdir: Path) -> None:
     Raises UserError for a topology that is unknown, and for what does not divide over its devices.
     """
     config.plan.require("step", config.plan.step != "train" or config.train.target != "decoder",
-                        "plans train.target=all, lora or control, not decoder")
+                        "plans train.target=all, lora, control or student, not decoder")
     devices = topology(config.plan.topology)
     if config.plan.step == "codec":
         devices = devices[:1]  # each chip has videos of its own

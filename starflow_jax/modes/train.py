@@ -46,7 +46,8 @@ def _say_how_it_starts(config: Config, run: Run) -> None:
         print(f"resuming from step {int(run.state.step)}")
     elif config.train.target != "all":
         what = {"decoder": "a decoder", "lora": f"LoRA factors of rank {config.lora.rank}",
-                "control": f"a control module of width {config.control.width}"}
+                "control": f"a control module of width {config.control.width}",
+                "student": f"a deep block of {config.model.deep_layers} layers and width {config.model.deep_width}"}
         print(f"{what[config.train.target]} beside {config.train.init_from or 'the model in the package'}, which stays "
               "as it is")
     elif config.train.init_from:

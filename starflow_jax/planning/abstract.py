@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from starflow_jax.codec.patch import PatchCodec
 from starflow_jax.config import Config
 from starflow_jax.model.codec import patch_shape
 from starflow_jax.model.quantize import quantize_params
-from starflow_jax.model.store import abstract_params
+from starflow_jax.model.store import abstract_params, settings_of
 from starflow_jax.model.text import text_encoder
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.text.pretrained import FLAN_T5_XL
@@ -31,6 +32,9 @@ def abstract_text_encoder(config: Config) -> T5Encoder:
 def abstract_model(config: Config, mesh: Mesh) -> tuple[dict[str, Any], Any]:
     """(parameters as `load_model` places them on the mesh, the codec), in shapes."""
     params = abstract_params(config, mesh, config.sample.weights)
+    if config.sample.draft:
+        own = dataclasses.replace(config, model=settings_of(Path(config.sample.draft)).model)
+        params["draft"] = {"deep": abstract_params(own, mesh, config.sample.weights)["flow"]["deep"]}
     if config.text.encoder == "frozen" and config.model.text_length:
         encoder, ids = abstract_text_encoder(config), jax.ShapeDtypeStruct((1, config.model.text_length), jnp.int32)
         shapes = jax.eval_shape(lambda ids: encoder.init(jax.random.key(0), ids)["params"], ids)

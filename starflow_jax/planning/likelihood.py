@@ -33,7 +33,7 @@ class GivenClip(Sampling):
     def __init__(self, config: Config, mesh: Mesh) -> None:
         super().__init__(changed(changed(config, "plan", {"videos": 1}), "sample", dict(
             guidance=0.0, later_guidance=-1.0, solver=vars(Solver("jacobi", tolerance=0.0)), frames=0, stream=False,
-            offload=False, renoise=False)), mesh)
+            offload=False, renoise=False, draft="")), mesh)
 
     def given(self) -> list[Program]:
         """All of them."""
@@ -74,7 +74,7 @@ class GivenClip(Sampling):
         texts = jax.ShapeDtypeStruct((1, *text.shape), text.dtype,
                                      sharding=NamedSharding(self.mesh, PartitionSpec(None, *text.sharding.spec)))
         of_step = self.deep_frames(texts, z)
-        del self.chain.resident["cache"]
+        self._drop_caches()
         return self.shallow_frames(self.chain.run("frames together", joined, *(of_step[step] for step in self.steps)))
 
 

@@ -36,8 +36,8 @@ def compile_step(config: Config, mesh: Mesh) -> list[Program]:
 
 
 def _train_programs(config: Config, mesh: Mesh) -> list[Program]:
-    """The training step on latents and text features that were prepared before; of LoRA or a control module beside its
-    whole backbone."""
+    """The training step on latents and text features that were prepared before; of LoRA, a control module or a smaller
+    deep block beside its whole backbone."""
     model, clips = config.model, config.train.batch_size
     sharding.check_batch("train.batch_size / train.accumulate", clips // config.train.accumulate, mesh)
     by_clip = sharding.batch_sharding(mesh)

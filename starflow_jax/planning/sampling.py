@@ -26,7 +26,7 @@ from starflow_jax.planning.chain import Chain
 from starflow_jax.planning.program import Program
 from starflow_jax.sampling.conditions import draw_noise, latent_frames, stack_branches
 from starflow_jax.sampling.denoise import denoiser_alone, denoiser_step, score_step
-from starflow_jax.sampling.generate import joined
+from starflow_jax.sampling.generate import drafting, joined
 from starflow_jax.sampling.likelihood import window_nll
 from starflow_jax.sampling.offload import takes_turns, with_tiles
 from starflow_jax.sampling.renoise import encode_again
@@ -108,28 +108,52 @@ class Sampling:
         encoded = collections.Counter(step.encode for step in self._schedule() if step.index and step.encode)
         guidance = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(self.mesh))
         branches = 1 if texts is None else texts.shape[0]
-        state = self._begin("the text", texts, jax.ShapeDtypeStruct((noise.shape[0], 0, *noise.shape[2:]), noise.dtype))
+        nothing = jax.ShapeDtypeStruct((noise.shape[0], 0, *noise.shape[2:]), noise.dtype)
+        state = self._begin("the text", texts, nothing)
+        draft = drafting(self.config.model, self.params["draft"], self.config.sample) if self.drafts else None
+        drafted = self._begin("the text", texts, nothing, draft=draft) if draft else None
         made = {}
         for index, (step, times) in enumerate(collections.Counter(self.steps).items()):
-            self.chain.resident["cache"] = state
+            self.chain.resident |= {"cache": state, "draft's cache": drafted}
+            like = " like the first" if index == 0 and step != deep_solver(self.solver) else ""
+            z, start, solving = _frames(noise, step.frames), None, dict(
+                branches=branches, times=times, unknown_trips=self.config.plan.updates, **how)
+            if draft:
+                start, _ = self.chain.run(
+                    f"draft, a step{like}", decode.draft_frames, draft.model, draft.params, drafted, z, guidance, None,
+                    solver=dataclasses.replace(step, tolerance=draft.tolerance), **solving)
             made[step], state, _ = self.chain.run(
-                "deep block, a step" + (" like the first" if index == 0 and step != deep_solver(self.solver) else ""),
-                decode.decode_frames, self.flow, self.variables, state, _frames(noise, step.frames), guidance, None,
-                solver=step, branches=branches, times=times, unknown_trips=self.config.plan.updates, **how)
+                f"deep block, a step{like}", decode.decode_frames, self.flow, self.variables, state, z, guidance, start,
+                solver=step, **solving)
+            if draft:
+                drafted = self.chain.run(
+                    f"draft, behind a step{like}", decode.follow_frames, draft.model, draft.params, drafted, made[step],
+                    branches=branches, times=times, **how)
         for frames, times in encoded.items():
-            del self.chain.resident["cache"]
+            self._drop_caches()
             kept = _frames(made[step], frames)
             if self.config.sample.renoise:
                 kept = self._renoised(_frames(made[step], self.config.model.frames), texts, frames, times)
-            self._begin("frames encoded again", texts, kept, times)
-        self.chain.resident["cache"] = state
+            for one in (None, draft) if draft else (None,):
+                self._begin("frames encoded again", texts, kept, times, one)
+        self.chain.resident |= {"cache": state, "draft's cache": drafted}
         return made
 
-    def _begin(self, name: str, texts: Any, known: Any, times: int = 1) -> Any:
+    @property
+    def drafts(self) -> bool:
+        """Whether a smaller deep block drafts each step."""
+        return "draft" in self.params
+
+    def _drop_caches(self) -> None:
+        self.chain.resident |= {"cache": None, "draft's cache": None}
+
+    def _begin(self, name: str, texts: Any, known: Any, times: int = 1, draft: decode.Draft | None = None) -> Any:
         model = self.config.model
+        flow, variables = (draft.model, draft.params) if draft else (self.flow, self.variables)
         return self.chain.run(
-            f"deep block, {name}", decode.start_window, self.flow, self.variables, known, texts, guess_BSK=None,
-            window=model.frames, token_grid=model.token_grid, cache=self.config.sample.cache, times=times)
+            f"{'draft' if draft else 'deep block'}, {name}", decode.start_window, flow, variables, known, texts,
+            guess_BSK=None, window=model.frames, token_grid=model.token_grid, cache=self.config.sample.cache,
+            times=times)
 
     def _renoised(self, u: Any, texts: Any, frames: int, times: int) -> Any:
         """As sampling/renoise.py does."""
@@ -150,7 +174,7 @@ class Sampling:
         texts, noise = self.conditions()
         of_step = self.deep_frames(texts, noise)
         made = [of_step[step] for step in self.steps]
-        del self.chain.resident["cache"]
+        self._drop_caches()
         u = run("frames together", joined, *made)
         noisy = self.shallow_frames(u)
         window, text = _frames(noisy, self.window), _conditional(texts)

@@ -49,7 +49,7 @@ from starflow_jax.sampling.warm_up import NONE, warm_up
 # Settings of `sample` that belong to the command line: its files, and what the methods say in other ways.
 OF_THE_COMMAND_LINE = ("offload", "prompt", "prompts_file", "session", "vbench", "stream", "output", "overwrite",
                        "checkpoint")
-OF_LOADING = ("weights", "lora", "merge_lora", "control")
+OF_LOADING = ("weights", "lora", "merge_lora", "control", "draft")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -283,7 +283,7 @@ def _frames(config: Config, video: "Video | str | Path | ArrayLike", keep: str, 
 
 
 def load(source: str | Path = "", *, weights: str = "", lora: str | Path = "", merge_lora: bool | None = None,
-         control: str | Path = "", mesh: Mapping[str, int] | None = None) -> Model:
+         control: str | Path = "", draft: str | Path = "", mesh: Mapping[str, int] | None = None) -> Model:
     """The model in the package; or that of a workdir, which --mode=train or --mode=convert wrote.
 
     weights: what the layers' matrices are kept as, "int8", "int4" or, by default, as the model's own settings say.
@@ -291,6 +291,7 @@ def load(source: str | Path = "", *, weights: str = "", lora: str | Path = "", m
     merge_lora: whether they, or a workdir's own, are added to the matrices or kept apart; by default as its settings
     say.
     control: a workdir of train.target=control, with whose module the model follows a camera.
+    draft: a workdir of train.target=student, whose smaller deep block drafts for the model.
     mesh: over which of this process's devices it is sharded, the settings of `mesh` under their own names, such as
     {"tensor": 4}; by default over as many as suit it. Programs are compiled once and kept on disk for the next process,
     in the user's cache folder unless jax_compilation_cache_dir names another. Raises UserError where there is no model,
@@ -301,7 +302,7 @@ def load(source: str | Path = "", *, weights: str = "", lora: str | Path = "", m
     workdir = Path(source) if str(source) else PRETRAINED
     config = settings_of(workdir)
     asked = {"weights": weights or None, "lora": str(lora) or None, "merge_lora": merge_lora,
-             "control": str(control) or None}
+             "control": str(control) or None, "draft": str(draft) or None}
     config = changed(config, "sample", {name: value for name, value in asked.items() if value is not None})
     # Not the mesh that it was trained on.
     config = changed(config, "mesh", {**dataclasses.asdict(MeshSettings()), **(mesh or {})})

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.config import Sample, UserError
+from starflow_jax.config import Model, Sample, UserError
 from starflow_jax.flow import decode
 from starflow_jax.flow.control import LatentCameras, Steering, control_of
 from starflow_jax.flow.inversion import Report
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, decoding_variables, flow_variables, shallow_variables
+from starflow_jax.model.student import flow_of
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Conditions, Draws, VideoText, make_conditions, steering
 from starflow_jax.sampling.denoise import denoise
@@ -99,7 +100,13 @@ def deep_frames(
         token_grid=system.token_grid, known_BTSK=given.known_BTSK, window=model.frames,
         context=context_frames(model, settings), later=later, guess_BSK=given.guess_BSK,
         start_BTSK=given.start if given.starts_at_noise else None, cache=settings.cache, steer=steer,
-        total=given.total - given.given)
+        total=given.total - given.given,
+        draft=drafting(model, params["draft"], settings) if "draft" in params else None)
+
+
+def drafting(model: Model, params: Params, settings: Sample) -> decode.Draft:
+    """How a smaller deep block, {"deep": parameters}, drafts for the model."""
+    return decode.Draft(flow_of(model, params["deep"]), {"params": params}, settings.draft_tolerance)
 
 
 def log_likelihood(system: System, params: Params, clips: Clips) -> np.ndarray:

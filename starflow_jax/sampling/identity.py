@@ -16,7 +16,8 @@ from starflow_jax.sampling.requests import Request
 # Settings of `sample` that say which videos are made, where, how many at a time and in which memory, but not what is in
 # them. What the files that they name hold is in the checksums.
 NOT_IN_THE_VIDEO = ("prompt", "prompts_file", "session", "vbench", "image", "video", "count", "keep", "seed",
-                    "batch_size", "devices", "offload", "output", "overwrite", "checkpoint", "lora", "control")
+                    "batch_size", "devices", "offload", "output", "overwrite", "checkpoint", "lora", "control",
+                    "draft")
 OF_A_CHOICE = ("count", "keep", "seed")  # which of a prompt's videos is kept depends on which were made
 NOT_IN_THE_MODEL = ("remat", "sequence_parallel", "unroll_layers")
 
@@ -26,7 +27,7 @@ class Recipe:
     """All that makes a video but its prompt and its seed."""
 
     config: Config
-    weights: str  # checksums of the flow's weights with its LoRA factors and control module,
+    weights: str  # checksums of the flow's weights with its LoRA factors, control module and draft,
     system: str  # of the files of tokenizer, codec, text encoder and calibration,
     given: str  # and of the given frames and the camera's file; "": none
 

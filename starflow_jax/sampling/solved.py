@@ -21,6 +21,7 @@ class Solved:
     deep_residual_BK: np.ndarray  # squared relative change in the last of them
     shallow_steps_B: np.ndarray  # summed over the shallow blocks' blocks of tokens; the frames' largest
     outcome_B: np.ndarray  # jacobi.Outcome: the worst of all blocks of tokens, the shallow blocks' too
+    draft_steps_BK: np.ndarray | None = None  # as deep_steps_BK, of the block of sample.draft; None: there is none
 
     def check(self, index: int, what: str) -> None:
         """Raises UserError, which begins with `what`, where a video's solution is not finite."""
@@ -30,7 +31,9 @@ class Solved:
 
     def facts(self, index: int) -> dict[str, Any]:
         """What the JSON file of a video says of it."""
+        drafted = None if self.draft_steps_BK is None else self.draft_steps_BK[index].tolist()
         return {"deep_steps_per_block": self.deep_steps_BK[index].tolist(),
+                **({} if drafted is None else {"draft_steps_per_block": drafted}),
                 "deep_residual_per_block": [float(f"{residual:.3g}") for residual in self.deep_residual_BK[index]],
                 "shallow_steps": int(self.shallow_steps_B[index]),
                 "outcome": Outcome(self.outcome_B[index]).words}
@@ -51,4 +54,6 @@ def solved(deep: Sequence[Report], shallow: Sequence[Sequence[Report]]) -> Solve
     worst = [most(report.outcome) for report in (*deep, *(report for part in shallow for report in part))]
     shallow_steps = [np.sum([most(report.steps.sum(axis=0, keepdims=True)) for report in part], axis=0)
                      for part in shallow]
-    return Solved(steps_BK, residual_BK, np.max(shallow_steps, axis=0), np.max(worst, axis=0))
+    drafts = [report.draft.steps for report in deep if report.draft is not None]
+    return Solved(steps_BK, residual_BK, np.max(shallow_steps, axis=0), np.max(worst, axis=0),
+                  np.concatenate(drafts).T if drafts else None)

@@ -80,7 +80,7 @@ def stream_steps(system: System, params: Params, given: Conditions, settings: Sa
     """Yield a stream's steps, until `given.total` frames are made. Of what was made no more is held than a window."""
     deep, rest = stream_devices(settings.devices)
     finish = Finisher(system, params, given, settings, rest)
-    needed = {"flow", "control", "denoiser"} if settings.renoise else {"flow", "control"}
+    needed = {"flow", "control", "draft", *(["denoiser"] if settings.renoise else [])}
     deep_params, given = _on(deep, ({part: params[part] for part in needed & set(params)}, given))
     frames, begun, done = deep_frames(system, deep_params, given, settings, live), given.given, None
     while begun < given.total:

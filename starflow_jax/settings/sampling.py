@@ -117,6 +117,10 @@ class Sample(Settings):
                                 lambda value: not value or all(map(_names_adapter, names(value)))))
     merge_lora: bool = setting(True, "those of sample.lora, or of the workdir, are added to the matrices when these "
                                "are loaded, before they are rounded (weights); else their products are computed apart")
+    draft: str = setting("", "a workdir of train.target=student: its smaller deep block drafts each step's frames, and "
+                         "the solver starts there; the result is the model's own")
+    draft_tolerance: float = setting(1e-2, "largest relative change at which a draft is solved",
+                                     at_least(0, "exact", most=1_000_000))
     cache: str = setting("", "what the deep block's cache is kept as; empty: model.dtype", one_of("", "int8"))
     output: str = setting("", "folder of the videos, or of one video the file NAME.mp4; empty: WORKDIR/samples")
     overwrite: bool = setting(False, "files under such a name, or VBench's, that another run made are replaced; else "
@@ -131,6 +135,8 @@ class Sample(Settings):
                          "needs whole clips; leave it out, or set sample.stream=false")
         self.require("output", not (self.vbench and self.output_file), "sample.vbench names its files; name a folder")
         self.require("keep", not (self.vbench and self.keep), "sample.vbench needs every video; leave one of them out")
+        self.require("draft", not self.draft or self.solver.kind != "sequential",
+                     "is where an iteration starts; sample.solver.kind=sequential has none")
         self.require("renoise", not (self.renoise and (self.denoise in ("none", "decoder") or self.as_released)),
                      "needs sample.denoise=denoiser or score, and sample.as_released=false")
 
@@ -173,7 +179,8 @@ class Sample(Settings):
                             "or a file of them, one per line, with --config.sample.prompts_file=FILE")
 
 
-EVALUATIONS = ("test_set", "horizon", "camera", "video", "classify", "quality", "denoisers", "guidance", "ablations")
+EVALUATIONS = ("test_set", "horizon", "camera", "video", "classify", "quality", "denoisers", "guidance", "ablations",
+               "students")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +192,7 @@ class Evaluate(Settings):
     clips: int = setting(1_000, "test clips whose likelihood is measured, or whose caption is chosen by it (classify)",
                          positive(10_000_000))
     batch_size: int = setting(64, "clips at once, and draws of one video", positive(10_000))
-    prompts: int = setting(500, "test prompts whose samples are measured (test_set, horizon, camera)",
+    prompts: int = setting(500, "test prompts whose samples are measured (test_set, horizon, camera, students)",
                            positive(1_000_000))
     latent_frames: int = setting(128, "latent frames of each of them (horizon)", positive(100_000))
     video: str = setting("", "a video file: its exact likelihood given `caption`, and its way to z and back (video)")

@@ -2,9 +2,19 @@
 
 import dataclasses
 
-from starflow_jax.settings.fields import WEIGHTS, Allowed, Settings, at_least, names, one_of, positive, setting
+from starflow_jax.settings.fields import (
+    WEIGHTS,
+    Allowed,
+    Settings,
+    at_least,
+    names,
+    one_of,
+    positive,
+    setting,
+    whole_number,
+)
 
-TARGETS = ("all", "lora", "control", "decoder")
+TARGETS = ("all", "lora", "control", "student", "decoder")
 OPTIMIZERS = ("adamw", "muon")
 PROJECTIONS = ("qkv", "proj", "mlp_in", "mlp_out")  # of a Transformer layer
 BLOCKS = ("shallow", "deep", "denoiser")
@@ -39,7 +49,8 @@ class Train(Settings):
                         Allowed("0 to 2147483647 (2^31 - 1)", lambda value: 0 <= value < 2**31))
     target: str = setting("all", "what is trained: the flow with its denoiser and text encoder; or, beside the model "
                           "of init_from, which stays as it is, low-rank factors of its matrices, a module that "
-                          "makes it follow a camera, or the codec's decoder on noised latents", one_of(*TARGETS))
+                          "makes it follow a camera, a smaller deep block, or the codec's decoder on noised latents",
+                          one_of(*TARGETS))
     init_from: str = setting("", "a workdir, or one of its checkpoints, whose model training starts from; empty: "
                              "random parameters, and for the other targets the model in the package")
     log_every: int = setting(20, "steps between lines of metrics", positive(1_000_000_000))
@@ -87,6 +98,46 @@ class Control(Settings):
     """The module that train.target=control trains: rays of a camera to features, and these into each layer."""
 
     width: int = setting(64, "features of a token", positive(65_536))
+
+
+def _ascending(listed: str) -> bool:
+    """Whether they are whole numbers, each greater than the one before."""
+    numbers = [whole_number(name) for name in names(listed)]
+    found = [number for number in numbers if number is not None]
+    return len(found) == len(numbers) and found == sorted(set(found))
+
+
+@dataclasses.dataclass(frozen=True)
+class Student(Settings):
+    """The smaller deep block that train.target=student trains, of model.deep_layers and model.deep_width, beside its
+    teacher: the model of train.init_from. Its loss is the sum of what has a weight, in nats per dimension."""
+
+    start: str = setting("teacher", "what its training begins with: layers of the teacher, narrowed by activations "
+                         "where deep_width is smaller; or random parameters", one_of("teacher", "random"))
+    layers: str = setting("", "the teacher's layers that it begins with, counted from 0, as many as deep_layers; "
+                          "empty: evenly spaced ones, the first and the last among them",
+                          Allowed("comma-separated whole numbers, each greater than the one before",
+                                  lambda value: not value or _ascending(value)))
+    clips: int = setting(64, "training clips by whose activations a narrower one's channels, heads and hidden units "
+                         "are chosen", positive(1_000_000))
+    likelihood: float = setting(1.0, "weight of the negative log-likelihood", at_least(0, "none", most=1_000_000))
+    mean: float = setting(1.0, "weight of half the squared difference of the teacher's mean of each token, in units of "
+                          "the teacher's scale", at_least(0, "none", most=1_000_000))
+    scale: float = setting(1.0, "weight of the squared difference of the teacher's log-scale of each token",
+                           at_least(0, "none", most=1_000_000))
+    teacher_layers: int = setting(0, "the teacher's deep_layers, for plans without it; 0: as it has them",
+                                  at_least(0, "as the teacher has them", most=10_000))
+    teacher_width: int = setting(0, "the teacher's deep_width, for plans without it; 0: as it has it",
+                                 at_least(0, "as the teacher has it", most=1_000_000))
+
+    def check(self) -> None:
+        self.require("likelihood", self.likelihood + self.mean + self.scale > 0,
+                     "of likelihood, mean and scale one needs a weight")
+
+    @property
+    def chosen_layers(self) -> tuple[int, ...]:
+        """`layers` as numbers."""
+        return tuple(map(int, names(self.layers))) if self.layers else ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""train.target=lora, control: parameters that are trained beside a model, which stays as it is."""
+"""train.target=lora, control, student: parameters that are trained beside a model, which stays as it is."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,8 @@ from starflow_jax.model.control import fresh_module, with_module
 from starflow_jax.model.lora import fresh_factors, with_factors
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.quantize import quantize_param
-from starflow_jax.model.store import abstract_params, load_backbone
+from starflow_jax.model.store import abstract_params, backbone_config, load_backbone
+from starflow_jax.model.student import fresh_block, with_block
 from starflow_jax.model.system import System
 from starflow_jax.training.metrics import MetricWriter
 from starflow_jax.training.state import TrainState, create_state
@@ -31,7 +32,8 @@ class Beside(NamedTuple):
     whole: Callable[[Config, Params, Params], Params]  # (config, the frozen model's parameters, these) -> the model's
 
 
-PARTS = {"lora": Beside(fresh_factors, with_factors), "control": Beside(fresh_module, with_module)}
+PARTS = {"lora": Beside(fresh_factors, with_factors), "control": Beside(fresh_module, with_module),
+         "student": Beside(fresh_block, with_block)}
 
 
 class BesideTarget(FlowTarget):
@@ -70,13 +72,19 @@ def frozen_as(config: Config) -> str:
 
 def beside_step(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
     """`make_train_step` of the part that train.target names; the frozen parameters that it takes are the backbone's."""
-    return make_train_step(config, mesh, partial(PARTS[config.train.target].whole, config))
+    whole = with_teacher if config.train.target == "student" else PARTS[config.train.target].whole
+    return make_train_step(config, mesh, partial(whole, config))
+
+
+def with_teacher(config: Config, frozen: Params, trained: Params) -> Params:
+    """The student's model, with the deep block that it is compared to as "teacher"."""
+    return {**with_block(config, frozen, trained), "teacher": frozen["flow"]["deep"]}
 
 
 def abstract_beside(config: Config, mesh: Mesh) -> tuple[TrainState, Any]:
     """(a training state of that part, the backbone) on a mesh, in shapes."""
     return (sharding.abstract(jax.eval_shape(partial(_create, config)), mesh),
-            abstract_params(config, mesh, frozen_as(config)))
+            abstract_params(backbone_config(config), mesh, frozen_as(config)))
 
 
 def _create(config: Config) -> TrainState:

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from starflow_jax.config import Config
+from starflow_jax.config import Config, Student
 from starflow_jax.flow.control import control_of
 from starflow_jax.flow.likelihood import REFERENCE_NOISE, nll_mean
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, flow_variables
 from starflow_jax.model.text import encode_text, text_encoder
+from starflow_jax.training.distillation import differences
 
 
 def weighted_loss(loss: jax.Array, noise_std: float, reference: float = REFERENCE_NOISE) -> jax.Array:
@@ -46,17 +47,19 @@ def gradients(config: Config, params: Params, noisy: jax.Array, text: jax.Array,
     def features(model: Params) -> jax.Array:
         return text if text.ndim == 3 else encode_text(text_encoder(config), model["text"], text)
 
-    return gradients_from_features(STARFlow(config.model), params, noisy, features, whole, rays_BNSK)
+    student = config.student if config.train.target == "student" else None
+    return gradients_from_features(STARFlow(config.model), params, noisy, features, whole, rays_BNSK, student)
 
 
 def gradients_from_features(
     flow: STARFlow, params: Params, noisy: jax.Array, features: Callable[[Params], jax.Array],
-    whole: Whole = all_trained, rays_BNSK: jax.Array | None = None
+    whole: Whole = all_trained, rays_BNSK: jax.Array | None = None, student: Student | None = None
 ) -> tuple[Params, dict[str, jax.Array]]:
     """The same for any source of text features, a function of the model's parameters.
 
     Flow-score matching: the backward pass of the flow also gives dL/dx~, whose sigma * numel multiple is
-    the denoiser's regression target; where nothing of a denoiser is trained, it ends at what is trained.
+    the denoiser's regression target; where nothing of a denoiser is trained, it ends at what is trained. student:
+    weights of the loss of a smaller deep block, whose "teacher" is then among the model's parameters.
     """
     config = flow.config
 
@@ -65,15 +68,19 @@ def gradients_from_features(
         text = features(model)
         steered = None if rays_BNSK is None else control_of((model["control"], rays_BNSK))
         out = apply_flow(flow, flow_variables(model), STARFlow.forward, x, text, steered)
-        nll = nll_mean(out)
-        return weighted_loss(nll.loss, config.noise_std, config.denoising_step), (nll.loss, text)
+        losses = {"loss": nll_mean(out).loss}
+        total = losses["loss"] if student is None else student.likelihood * losses["loss"]
+        if student is not None and student.mean + student.scale:
+            losses |= differences(flow, model["teacher"], out, flow.grid(x.shape)[1:], text)
+            total += student.mean * losses["mean_error"] + student.scale * losses["scale_error"]
+        return weighted_loss(total, config.noise_std, config.denoising_step), (losses, text)
 
     trained = {name: value for name, value in params.items() if name != "denoiser"}
     denoises = "denoiser" in params
-    (_, (loss, text)), (grads, *grad_x) = jax.value_and_grad(
+    (_, (losses, text)), (grads, *grad_x) = jax.value_and_grad(
         flow_loss, argnums=(0, 1) if denoises else (0,), has_aux=True)(trained, noisy)
     if not denoises:
-        return grads, {"loss": loss}
+        return grads, losses
     target = lax.stop_gradient(config.noise_std * noisy.size * grad_x[0])
     text = lax.stop_gradient(text)
 
@@ -83,7 +90,7 @@ def gradients_from_features(
         return jnp.mean((score - target) ** 2)
 
     regression, denoiser_grads = jax.value_and_grad(denoiser_loss)(params["denoiser"])
-    return {**grads, "denoiser": denoiser_grads}, {"loss": loss, "denoiser_loss": regression}
+    return {**grads, "denoiser": denoiser_grads}, {**losses, "denoiser_loss": regression}
 
 
 def accumulated_gradients(config: Config, params: Params, noisy: jax.Array, text: jax.Array,

@@ -14,23 +14,21 @@ from starflow_jax.checkpoints.training import Checkpoints
 from starflow_jax.config import Config
 from starflow_jax.data.examples import ClipLength, TextInput
 from starflow_jax.data.pipeline import BatchIterator, train_batches
-from starflow_jax.model.beside import settings_beside
-from starflow_jax.model.control import open_control_checkpoints
-from starflow_jax.model.decoder import open_decoder_checkpoints
+from starflow_jax.model.beside import open_checkpoints, settings_beside
 from starflow_jax.model.initialise import inherited_system
-from starflow_jax.model.lora import open_lora_checkpoints
 from starflow_jax.model.parameters import model_fingerprint
-from starflow_jax.model.store import backbone_fingerprint, backbone_system, backbone_weights
+from starflow_jax.model.store import backbone_checksum, backbone_system
 from starflow_jax.model.system import System, load_system, make_system, save_system, training_source
 from starflow_jax.model.text import TOKENIZER, prompt_text
 from starflow_jax.training.beside_target import BesideTarget
 from starflow_jax.training.decoder_target import DecoderTarget
 from starflow_jax.training.stopping import StopOnTerm
+from starflow_jax.training.student_target import StudentTarget
 from starflow_jax.training.target import FlowTarget, Target
 
 TARGETS: dict[str, Callable[[System, Mesh], Target]] = {
-    "all": FlowTarget, "lora": BesideTarget, "control": BesideTarget, "decoder": DecoderTarget}
-OPENED = {"lora": open_lora_checkpoints, "control": open_control_checkpoints}  # checkpoints of what is beside a model
+    "all": FlowTarget, "lora": BesideTarget, "control": BesideTarget, "student": StudentTarget,
+    "decoder": DecoderTarget}
 
 
 @dataclasses.dataclass
@@ -66,10 +64,8 @@ def open_run(mesh: Mesh, config: Config, workdir: Path) -> Run:
 
 
 def _open_checkpoints(config: Config, workdir: Path) -> Checkpoints:
-    if config.train.target == "decoder":
-        return open_decoder_checkpoints(config, workdir, backbone_weights(config))
-    if config.train.target in OPENED:
-        return OPENED[config.train.target](config, workdir, backbone_fingerprint(config))
+    if config.train.target != "all":
+        return open_checkpoints(config, workdir, backbone_checksum(config))
     return Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints,
                        model_fingerprint=model_fingerprint(config))
 

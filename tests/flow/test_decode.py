@@ -1,5 +1,6 @@
 """The inverse of the flow: exactness, prefixes, windows, guidance, and one sample beside another."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -208,3 +209,40 @@ def test_another_text_holds_from_its_frame_on(setting: tuple[STARFlow, Any]) -> 
     assert np.abs(changed[:, 2:] - plain[:, 2:]).max() > 1e-3
     alone = run(setting, noise(1, 4)[:, 2:], texts=second, known_BTSK=jnp.asarray(plain[:, :2]), window=4)
     np.testing.assert_allclose(changed[:, 2:], alone, atol=1e-5)
+
+
+DRAFTER = dataclasses.replace(MODEL, deep_width=20)
+
+
+def drafts(setting: tuple[STARFlow, Any], tolerance: float = 1e-2) -> decode.Draft:
+    """By a deep block of another size, beside the same shallow ones."""
+    flow, variables = setting
+    return decode.Draft(flow, {"params": {"deep": variables["params"]["deep"]}}, tolerance)
+
+
+def test_a_draft_is_where_the_solver_starts_and_not_where_it_ends(setting: tuple[STARFlow, Any]) -> None:
+    """Two guided samples, past the window: exactly the same frames where the solver goes on to the end, whatever is
+    drafted, and a draft of the model itself saves all updates but the one that confirms it."""
+    texts, z = jnp.stack([text(MODEL, 2), text(MODEL, 2, seed=30)]), noise(2, 4)
+    options: dict[str, Any] = dict(guidance=1.5, window=3, context=1)
+    for block in (6, 4):
+        solver = Solver(block_size=block, tolerance=0.0)
+        drafted = run(setting, z, texts, solver=solver, draft=drafts(random_flow(DRAFTER)), **options)
+        np.testing.assert_array_equal(drafted, run(setting, z, texts, solver=solver, **options))
+    flow, variables = setting
+    solver = Solver(block_size=6, tolerance=1e-6)
+
+    def steps(draft: decode.Draft | None) -> list[tuple[np.ndarray, Any]]:
+        return [(np.asarray(report.steps), report.draft) for _, report in decode.generate(
+            flow, variables, z, texts, token_grid=GRID, solver=solver, draft=draft, **options)]
+
+    assert all((count == 1).all() and made.steps.shape == count.shape for count, made in steps(drafts(setting, 0.0)))
+    assert all(count.max() > 1 and made is None for count, made in steps(None))
+
+
+def test_a_draft_that_is_not_finite_is_passed_over(setting: tuple[STARFlow, Any]) -> None:
+    flow, variables = random_flow(DRAFTER)
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), variables)
+    solver = Solver(block_size=6, tolerance=1e-6)
+    np.testing.assert_array_equal(run(setting, noise(), solver=solver, draft=drafts((flow, broken))),
+                                  run(setting, noise(), solver=solver))

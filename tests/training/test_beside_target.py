@@ -1,5 +1,5 @@
 """A step that trains what is beside a model alone: LoRA factors on a mesh, in microbatches, on an int8 base, with a
-denoiser's; a control module."""
+denoiser's; a control module; a smaller deep block."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from starflow_jax import sharding
-from starflow_jax.config import Config, Data, Lora, Mesh, Train
+from starflow_jax.config import Config, Data, Lora, Mesh, Student, Train, changed
 from starflow_jax.data.batch import Batch
 from starflow_jax.flow.control import cameras_of_latents, window_rays
 from starflow_jax.model.quantize import quantize_params
@@ -44,9 +44,10 @@ def batch(config: Config) -> Batch:
         cameras_of_latents(intrinsics, world_to_camera[:, :, :3], stride), model)))
 
 
-def trained(config: Config, mesh: Any, backbone: Any, steps: int = 2) -> tuple[Any, list[Any]]:
+def trained(config: Config, mesh: Any, backbone: Any, steps: int = 2, begin: Any = None) -> tuple[Any, list[Any]]:
+    """From fresh parameters, or from `begin`."""
     state = jax.jit(lambda: create_state(
-        PARTS[config.train.target].fresh(config, jax.random.key(0)), config.train))()
+        begin or PARTS[config.train.target].fresh(config, jax.random.key(0)), config.train))()
     rows, step = [], beside_step(config, mesh)
     with jax.set_mesh(mesh):
         state = jax.device_put(state, sharding.parameter_shardings(state, mesh))
@@ -131,3 +132,60 @@ def test_a_control_module_on_a_mesh_and_in_microbatches(one_device: tuple[Any, l
     np.testing.assert_allclose(sharded_rows[1]["loss"], rows[1]["loss"], rtol=1e-5)
     _, in_parts = trained(config_of(target="control", batch_size=4, accumulate=2), ONE, params)
     np.testing.assert_allclose(in_parts[1]["loss"], rows[1]["loss"], rtol=1e-4)
+
+
+TEACHER = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, deep_layers=3))
+
+
+def student_of(model: dict[str, Any] | None = None, **settings: Any) -> Config:
+    config = dataclasses.replace(config_of(target="student"), student=Student(**{
+        "teacher_layers": 3, "teacher_width": CONFIG.model.deep_width, **settings}))
+    return changed(config, "model", model or {"deep_layers": 2, "deep_width": 20})
+
+
+def test_a_student_learns_alone_and_is_told_from_its_teacher(one_device: tuple[Any, list[Any]]) -> None:
+    """One with all of its teacher begins as near to it as rounding allows, at the teacher's own loss; of a smaller one
+    both errors fall, and the state holds its deep block alone, whatever the teacher's sizes are."""
+    teacher = random_params(TEACHER)
+    whole = student_of({"deep_layers": 3})
+    _, rows = trained(whole, ONE, teacher, begin={"flow": {"deep": teacher["flow"]["deep"]}})
+    assert rows[0]["mean_error"] < 1e-10 and rows[0]["scale_error"] < 1e-10 and rows[1]["mean_error"] > 1e-6
+    _, same = trained(dataclasses.replace(config_of(), model=TEACHER.model), ONE, teacher, steps=1)
+    assert rows[0]["loss"] == same[0]["loss"]  # LoRA factors change nothing at first either
+    config = student_of()
+    state, rows = trained(config, ONE, teacher, steps=4)
+    assert all(rows[-1][name] < rows[0][name] for name in ("loss", "mean_error", "scale_error"))
+    assert jax.tree.map(np.shape, state.params) == {"flow": {"deep": jax.tree.map(
+        np.shape, random_params(config)["flow"]["deep"])}}
+    held = size(random_params(config)["flow"]["deep"])
+    assert 4 * held <= size(state) < 4 * held + 64  # with their average and two moments
+    abstract, backbone = abstract_beside(config, ONE)
+    assert size(abstract) == size(state) and size(backbone) == size(teacher)
+
+
+def test_weights_choose_what_a_student_learns_from() -> None:
+    """Without the teacher's part it is the likelihood alone, and the teacher is not computed."""
+    teacher, likelihood = random_params(TEACHER), dict(likelihood=1.0, mean=0.0, scale=0.0)
+    begin = random_params(student_of())
+    begin = {"flow": {"deep": begin["flow"]["deep"]}}
+    alone, distilled = (trained(student_of(**weights), ONE, teacher, steps=3, begin=begin)[1] for weights in (
+        likelihood, dict(likelihood=0.0, mean=1.0, scale=1.0)))
+    assert "mean_error" not in alone[0] and alone[0]["loss"] == distilled[0]["loss"]
+    assert distilled[-1]["mean_error"] + distilled[-1]["scale_error"] < (
+        distilled[0]["mean_error"] + distilled[0]["scale_error"])
+    assert alone[-1]["loss"] < alone[0]["loss"] and alone[1]["loss"] != distilled[1]["loss"]
+
+
+@pytest.mark.slow  # the same step as above
+def test_a_student_on_a_mesh_and_in_microbatches() -> None:
+    params, config = random_params(TEACHER), student_of({"deep_layers": 2})
+    expected, rows = trained(config, ONE, params)
+    mesh = sharding.make_mesh(Mesh(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    backbone = jax.device_put(params, sharding.parameter_shardings(params, mesh))
+    state, sharded_rows = trained(config, mesh, backbone)
+    jax.tree.map(lambda ours, other: np.testing.assert_allclose(ours, other, atol=2e-5), state.ema, expected.ema)
+    settings = dataclasses.replace(config.train, batch_size=4, accumulate=2)
+    _, in_parts = trained(dataclasses.replace(config, train=settings), ONE, params)
+    for name in ("loss", "mean_error", "scale_error"):
+        np.testing.assert_allclose(sharded_rows[1][name], rows[1][name], rtol=1e-4)
+        np.testing.assert_allclose(in_parts[1][name], rows[1][name], rtol=1e-4)
