@@ -1,13 +1,14 @@
 """A smaller deep block: which parts of its teacher it begins with, and what they are."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
 from starflow_jax.config import Config, Student, UserError, changed
-from starflow_jax.model.student import Magnitudes, chosen_layers, cut, flow_of, kept_parts
+from starflow_jax.model.student import Kept, Magnitudes, chosen_layers, cut, flow_of, kept_parts
 from starflow_jax.nn.transformer import unstacked
 from tests.helpers import random_params
 from tests.small_model import CONFIG
@@ -19,6 +20,10 @@ DEEP = random_params(dataclasses.replace(CONFIG, model=TEACHER))["flow"]["deep"]
 def student(count: int, width: int = 40, **settings: object) -> Config:
     model = dataclasses.replace(TEACHER, deep_layers=count, deep_width=width)
     return dataclasses.replace(CONFIG, model=model, student=Student(**settings))  # type: ignore[arg-type]
+
+
+def parts_of(deep: Any, kept: Kept) -> Any:
+    return jax.jit(lambda deep: cut(deep, kept, TEACHER.head_dim))(deep)
 
 
 def test_layers_are_evenly_spaced_or_named() -> None:
@@ -41,7 +46,7 @@ def test_layers_are_evenly_spaced_or_named() -> None:
 def test_all_parts_are_the_teacher_itself() -> None:
     config = student(4)
     kept = kept_parts(chosen_layers(config, TEACHER), config.model, TEACHER, None)
-    jax.tree.map(np.testing.assert_array_equal, cut(DEEP, kept, TEACHER.head_dim), DEEP)
+    jax.tree.map(np.testing.assert_array_equal, parts_of(DEEP, kept), DEEP)
 
 
 def test_the_largest_parts_are_cut_out_of_every_matrix() -> None:
@@ -53,7 +58,7 @@ def test_the_largest_parts_are_cut_out_of_every_matrix() -> None:
     assert kept.heads_lh.tolist() == [[0], [1]] and kept.units_lm.shape == (2, 80)
     assert set(kept.units_lm[1]) == set(np.argsort(units[3])[80:])
     assert set(kept.channels_d) == set(np.argsort(channels[0] + channels[3])[20:])
-    block, rows, layer = cut(DEEP, kept, 20), kept.channels_d, DEEP["transformer"]["layers"]["layer"]
+    block, rows, layer = parts_of(DEEP, kept), kept.channels_d, DEEP["transformer"]["layers"]["layer"]
     shapes = jax.tree.map(np.shape, random_params(config)["flow"]["deep"])
     assert jax.tree.map(np.shape, block) == shapes
     found = jax.tree.map(lambda leaf: np.asarray(leaf[1]), block["transformer"]["layers"]["layer"])
