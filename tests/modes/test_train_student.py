@@ -187,9 +187,9 @@ def test_students_are_measured_beside_their_teacher(
     folder = tmp_path / "students"
     train(beside(config, model), folder / "half")
     train(beside(config, model, width=40, mean=0.0, scale=0.0), folder / "half_alone")
-    code, out, err = run_here([f"--workdir={folder}", "--mode=evaluate", "--config.evaluate.task=students",
-                               "--config.evaluate.clips=4", "--config.evaluate.prompts=4",
-                               "--config.sample.guidance=1.5"])
+    code, out, err = run_here(["--config=configs/t2v.py", f"--workdir={folder}", "--mode=evaluate",
+                               "--config.evaluate.task=students", "--config.evaluate.clips=4",
+                               "--config.evaluate.prompts=4", "--config.sample.batch_size=4"])
     assert code == 0, err
     rows = json.loads((folder / "students.json").read_text())["models"]
     assert list(rows) == ["teacher", "half", "half_alone"] and rows["teacher"]["bits_above_teacher"] == [0, 0]

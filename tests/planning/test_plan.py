@@ -8,11 +8,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import traverse_util
 
 from starflow_jax import config as settings_of
 from starflow_jax import sharding
 from starflow_jax.codec.wan_weights import abstract_params
 from starflow_jax.config import Config, UserError
+from starflow_jax.model.parameters import init_params
 from starflow_jax.modes.plan import plan
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.planning import roofline
@@ -22,7 +24,7 @@ from starflow_jax.planning.programs import compile_step
 from starflow_jax.planning.roofline import GIB, Chip
 from starflow_jax.planning.topology import topology
 from tests.codec.test_wan_vae import SMALL
-from tests.helpers import tiny_model
+from tests.helpers import HEAD_DIM, tiny_model
 from tests.planning.test_meshes import paper, with_plan
 
 CHIP = Chip("a", 1, hbm_bytes=GIB, peak_flops=1e12, hbm_bandwidth=1e11, ici_bandwidth=1e10)
@@ -90,6 +92,29 @@ def test_a_plan_of_lora_has_one_copy_of_the_backbone_and_a_state_of_factors_alon
     assert 0 <= memory.arguments + memory.resident - backbone - 4 * factors - clips < 64
     assert memory.output < 4 * factors + 512  # and scalars
     assert "--config.lora.weights=int8" in advice(config, dict.fromkeys(("data", "fsdp"), 1), GIB)
+
+
+def test_a_plan_of_a_student_has_its_whole_teacher_and_a_state_of_its_own_block(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sizes that the settings give: the teacher need not be there."""
+    monkeypatch.setattr(roofline, "chip_of", lambda device, memory=0: CHIP)
+    teacher = dataclasses.replace(with_plan(small(), step="train"), mesh=settings_of.Mesh(data=1))
+    config = dataclasses.replace(
+        teacher, train=dataclasses.replace(teacher.train, target="student"),
+        student=settings_of.Student(teacher_layers=teacher.model.deep_layers, teacher_width=teacher.model.deep_width),
+        model=dataclasses.replace(teacher.model, deep_layers=1, deep_width=HEAD_DIM))
+    planned = plan_of(config, jax.devices()[:1])
+    memory, = planned.cost.memory
+
+    def bytes_of(config: settings_of.Config, part: str) -> int:
+        return sum(4 * leaf.size for name, leaf in traverse_util.flatten_dict(
+            jax.eval_shape(lambda: init_params(config, jax.random.key(0))), sep="/").items() if name.startswith(part))
+
+    backbone, block = bytes_of(teacher, ""), bytes_of(config, "flow/deep/")
+    clips = 2 * 4 * (2 * 2 * 3 * 2 + 3 * 4)
+    assert 0 <= memory.arguments + memory.resident - backbone - 4 * block - clips < 64
+    assert memory.output < 4 * block + 1024  # and scalars
 
 
 @pytest.mark.slow  # quick: tests/flow/test_int8_cache.py and tests/nn/test_quantized.py, of single programs

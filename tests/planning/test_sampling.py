@@ -5,19 +5,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from flax import traverse_util
 
 from starflow_jax import config as settings_of
 from starflow_jax import sharding
+from starflow_jax.checkpoints.parameters import save_params
+from starflow_jax.config import Config
 from starflow_jax.flow import decode
 from starflow_jax.model import system
+from starflow_jax.model.beside import fingerprint_of, open_checkpoints
+from starflow_jax.model.system import save_system
 from starflow_jax.planning.sampling import sampling_programs
 from starflow_jax.sampling import conditions, denoise, generate, likelihood, renoise, shallow, stream
+from tests.helpers import random_params
 from tests.sharded_sampling import CONFIG_OF_TEST, PROMPTS, write_workdir
+from tests.small_model import small_system
 from tests.small_run import run_here
 
 PROGRAMS = [(system, "encode_text"), (system, "decode_latents"), (conditions, "stack_branches"),
             (conditions, "draw_noise"), (decode, "start_window"), (decode, "decode_frames"), (decode, "invert_shallow"),
+            (decode, "draft_frames"), (decode, "follow_frames"),
             (shallow, "part_of"), (shallow, "parts_together"), (generate, "joined"), (denoise, "denoiser_step"),
             (likelihood, "window_nll"), (stream, "place"), (renoise, "encode_again"),
             (stream, "score_next"), (stream, "decode_next")]
@@ -48,17 +57,34 @@ def by_function(texts: list[str]) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize(("streams", "offload", "frames"), [
-    (False, False, 0), (True, False, 0), (False, True, 25), pytest.param(True, False, 25, marks=pytest.mark.slow),
-    pytest.param(True, True, 25, marks=pytest.mark.slow)],
+def write_student(workdir: Path, teacher: Config) -> str:
+    """The workdir of a student of one layer, of random parameters."""
+    model = dataclasses.replace(teacher.model, deep_layers=1)
+    config = dataclasses.replace(teacher, model=model, train=settings_of.Train(target="student"))
+    whole = traverse_util.flatten_dict(random_params(teacher, scale=0.3), sep="/")
+    save_system(dataclasses.replace(small_system(config), config=config), workdir / "system")
+    block = traverse_util.flatten_dict(random_params(config, scale=0.3, seed=2), sep="/")
+    save_params(workdir / "checkpoints", {name: np.asarray(value) for name, value in block.items()
+                                          if name.startswith("flow/deep/")}, {})
+    open_checkpoints(config, workdir, fingerprint_of(whole)).close()
+    return str(workdir)
+
+
+@pytest.mark.parametrize(("streams", "offload", "frames", "drafts"), [
+    (False, False, 0, False), (True, False, 0, False), (False, True, 25, False),
+    pytest.param(True, False, 25, False, marks=pytest.mark.slow),
+    pytest.param(True, True, 25, False, marks=pytest.mark.slow),
+    pytest.param(False, False, 25, True, marks=pytest.mark.slow)],
     ids=["whole videos", "a stream", "past the window, one part after the other", "a stream past the window",
-         "a stream past the window, one part after the other"])
-def test_the_plans_programs_are_those_that_sampling_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                         streams: bool, offload: bool, frames: int) -> None:
+         "a stream past the window, one part after the other", "drafted, past the window"])
+def test_the_plans_programs_are_those_that_sampling_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: bool, offload: bool, frames: int, drafts: bool
+) -> None:
     """The user's command on four devices, two guided videos, two frames at once in shallow blocks; past the window,
     which is noised anew."""
     recorded: dict[str, list[str]] = {}
     write_workdir(tmp_path / "model")
+    draft = write_student(tmp_path / "draft", CONFIG_OF_TEST) if drafts else ""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
     tokens = 2 * 2 * CONFIG_OF_TEST.model.tokens_per_frame
     monkeypatch.setattr(shallow, "TOKENS", tokens)
@@ -67,7 +93,7 @@ def test_the_plans_programs_are_those_that_sampling_runs(tmp_path: Path, monkeyp
     code, _, error = run_here([
         "--config=configs/t2v.py", "--mode=sample", f"--workdir={tmp_path / 'model'}", "--config.sample.batch_size=2",
         f"--config.sample.prompts_file={tmp_path / 'prompts.txt'}", f"--config.sample.stream={streams}",
-        f"--config.sample.offload={offload}",
+        f"--config.sample.offload={offload}", f"--config.sample.draft={draft}",
         f"--config.sample.output={tmp_path / 'videos'}", f"--config.sample.frames={frames}",
         f"--config.sample.renoise={frames > 0}", "--config.mesh.data=2", "--config.mesh.tensor=2",
         "--config.model.unroll_layers=false"])
@@ -77,7 +103,7 @@ def test_the_plans_programs_are_those_that_sampling_runs(tmp_path: Path, monkeyp
     mesh = sharding.make_mesh(settings_of.Mesh(data=2, tensor=2))
     config = dataclasses.replace(
         CONFIG_OF_TEST, plan=settings_of.Plan(step="sample", videos=2), sample=settings_of.Sample(
-            guidance=2.0, stream=streams, offload=offload, frames=frames, renoise=frames > 0))
+            guidance=2.0, stream=streams, offload=offload, frames=frames, renoise=frames > 0, draft=draft))
     with jax.set_mesh(mesh):
         planned = by_function([program.lowered.as_text() for program in sampling_programs(config, mesh)])
     run = by_function([text for texts in recorded.values() for text in texts])
