@@ -314,10 +314,15 @@ def backbone_checksum(config: Config) -> str:
 
 def backbone_fingerprint(config: Config) -> str:
     """`fingerprint_of` that model, of which few arrays are read. Raises UserError as loading it would."""
+    return fingerprint_of(backbone_arrays(config))
+
+
+def backbone_arrays(config: Config) -> Mapping[str, Any]:
+    """{"flow/deep/...": array} of that model, each read when it is used. Raises UserError as loading it would."""
     if config.train.init_from:
-        return fingerprint_of(parameters.stored_params(backbone_checkpoint(config)))
+        return parameters.stored_params(backbone_checkpoint(config))
     _check_pretrained(config, NO_BACKBONE, "--config.train.init_from")
-    return fingerprint_of(open_safetensors(PRETRAINED / PRETRAINED_WEIGHTS))
+    return open_safetensors(PRETRAINED / PRETRAINED_WEIGHTS)
 
 
 def backbone_system(config: Config) -> System:

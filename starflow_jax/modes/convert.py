@@ -34,7 +34,7 @@ from starflow_jax.model.codec import FITTED_CODEC, released_codec, sizes_of_code
 from starflow_jax.model.initialise import inherited_arrays, is_ours, whole_checkpoint
 from starflow_jax.model.lora import read_workdir
 from starflow_jax.model.parameters import model_fingerprint
-from starflow_jax.model.store import own_settings
+from starflow_jax.model.store import backbone_arrays, own_settings
 from starflow_jax.model.system import save_settings
 from starflow_jax.model.text import TOKENIZER
 from starflow_jax.modes.alone import alone_in
@@ -207,9 +207,12 @@ def keep_licences(config: Config, workdir: Path) -> None:
 
 
 def write_released(config: Config, workdir: Path) -> None:
-    """The workdir's newest averaged parameters as one safetensors file under the release's names."""
+    """The workdir's newest averaged parameters as one safetensors file under the release's names; of a student with the
+    rest of its teacher, a whole model."""
     target = Path(config.convert.target)
-    arrays = stored_params(whole_checkpoint(workdir))
+    arrays: Mapping[str, Any] = stored_params(whole_checkpoint(workdir))
+    if config.train.target == "student":
+        arrays = {**backbone_arrays(config), **arrays}
     flow = {name.removeprefix("flow/"): array for name, array in arrays.items() if not name.startswith("text/")}
     check_shapes(str(workdir), flow, flow_shapes(config.model))
     tensors = unstack_to_released({name: _cast(array, config.convert.dtype) for name, array in flow.items()},

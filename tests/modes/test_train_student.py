@@ -9,10 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
+from safetensors.numpy import load_file
 
 import starflow_jax as sf
 from starflow_jax import sharding
 from starflow_jax.checkpoints.parameters import stored_params
+from starflow_jax.checkpoints.released import unstack_to_released
 from starflow_jax.config import Config, Student, Train, UserError, changed
 from starflow_jax.io.pictures import read_image
 from starflow_jax.io.video import read_video
@@ -22,6 +25,7 @@ from starflow_jax.sampling.conditions import make_conditions
 from starflow_jax.sampling.generate import deep_frames
 from starflow_jax.training.metrics import read_metrics
 from starflow_jax.training.run import open_run
+from tests.helpers import random_params
 from tests.modes.small_backbone import config_with_data, same_states, stop_and_resume, write_model
 from tests.modes.test_train_lora import bits
 from tests.small_model import CAPTIONS
@@ -175,6 +179,13 @@ def test_the_users_commands_from_training_to_videos(
         whole = one.generate(PROMPT, frames=frames, solver={"tolerance": 0}).frames
         streamed = np.concatenate(list(other.stream(PROMPT, frames=frames, solver={"tolerance": 0})))
         assert np.abs(streamed.astype(int) - whole).max() <= 1
+    whole_file = tmp_path / "whole.safetensors"
+    code, _, err = run_here([f"--workdir={workdir}", "--mode=convert", f"--config.convert.target={whole_file}"])
+    assert code == 0, err
+    assert set(load_file(whole_file)) == set(unstack_to_released(
+        {name.removeprefix("flow/"): value for name, value in traverse_util.flatten_dict(
+            random_params(beside(config, model)), sep="/").items() if not name.startswith("text/")},
+        beside(config, model).model))
     for mode in ("calibrate", "evaluate"):
         code, out, err = run_here([f"--workdir={workdir}", f"--mode={mode}"])
         assert code == 0 and "with the smaller deep block of" in out, err
