@@ -18,6 +18,7 @@ def calibrate(config: Config, workdir: Path) -> None:
 
     Raises UserError where none comes near enough to sequential decoding, and where another run has the workdir.
     """
+    config.sample.require("draft", not config.sample.draft, "a calibration is of the model alone; leave it out")
     own = (workdir / "system").exists()
     with alone_in(workdir) if own else contextlib.nullcontext(), on_mesh(sampling_mesh(config, PROMPTS)):
         _calibrate(config, workdir, workdir / "system" if own else PRETRAINED)

@@ -20,6 +20,7 @@ from starflow_jax.config import Config, Student, Train, UserError, changed
 from starflow_jax.io.pictures import read_image
 from starflow_jax.io.video import read_video
 from starflow_jax.model.store import LoadedModel, load_model, settings_of
+from starflow_jax.modes.calibrate import calibrate
 from starflow_jax.modes.train import train
 from starflow_jax.sampling.conditions import make_conditions
 from starflow_jax.sampling.generate import deep_frames
@@ -143,6 +144,8 @@ def test_what_does_not_fit_is_one_line(config: Config, model: Path, workdir: Pat
     assert "is no workdir of train.target=student" in line(f"--workdir={model}", f"--config.sample.draft={other}")
     assert "sample.solver.kind=sequential has none" in line(
         f"--workdir={model}", f"--config.sample.draft={workdir}", "--config.sample.solver.kind=sequential")
+    with pytest.raises(UserError, match="sample.draft=.*a calibration is of the model alone"):
+        calibrate(changed(config, "sample", {"draft": str(workdir)}), model)
     with pytest.raises(UserError, match="its smaller deep block was trained beside other weights"):
         train(beside(config, other), workdir)
     with pytest.raises(UserError, match="model.deep_layers=4: a student begins with parts of its teacher, which has 3"):
