@@ -32,15 +32,16 @@ def warm_up(begin: Begin, steerable: bool) -> None:
     _run(begin(picture=True), 3)
     further: list[Change] = [] if settings.guided else [{"guidance": 1.0}]
     further += [{"camera": "still"}] if steerable and not settings.camera else []
-    few = 1 if context_frames(model, settings) > 1 else 2  # frames in a window, and not as many as when it moves on
+    context = context_frames(model, settings)
+    few = 1 if context > 1 else 2  # frames in a window, and not as many as when it moves on
     # Each way of working on a window: encoded again with few frames in it and when it moves on, and what follows.
     for chosen in itertools.product(*([{}, change] for change in further)):
         change: Change = {"prompt": " "}
         for one in chosen:
             change |= one
         _run(begin(changes={few: change}), model.frames + 2)
-    if settings.renoise:  # the window's frames, of any number, are denoised before they are encoded again
-        for frame in range(1, model.frames):
+    if settings.renoise:  # the frames of a video's beginning, or of a window, of any number, are first noised anew
+        for frame in (*range(1, model.frames), *range(model.frames + 1, 2 * model.frames - context)):
             _run(begin(changes={frame: {"prompt": " "}}), frame + 1)
 
 
