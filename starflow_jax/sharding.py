@@ -144,7 +144,7 @@ def over_heads(attend: Callable, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: j
                *whole: jax.Array) -> jax.Array:
     """attend(q, k, v, *whole, past=past), each device with the heads and clips of its own.
 
-    past: (k, v, length), whose int8 keys and values have scales (B, H, P), or None; whole: what all devices have.
+    past: (k, v, length), as kernels.attention takes them, or None; whole: what all devices have.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -153,12 +153,20 @@ def over_heads(attend: Callable, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: j
     batch, = _dividing(("batch",), q_BSHD.shape, mesh)
     past_specs = None
     if past is not None:
-        cached = jax.tree.map(lambda x: array if np.ndim(x) == 4 else PartitionSpec(array[0], array[2], None), past[:2])
+        cached = jax.tree.map_with_path(lambda path, _: _of_cache(parameter_name(path), array), past[:2])
         past_specs = (*cached, spec((batch,)) if np.ndim(past[2]) else PartitionSpec())
     sharded = jax.shard_map(
         lambda q, k, v, past, *whole: attend(q, k, v, *whole, past=past), check_vma=False, out_specs=array,
         in_specs=(array, array, array, past_specs, *[PartitionSpec() for _ in whole]))
     return sharded(q_BSHD, k_BSHD, v_BSHD, past, *whole)
+
+
+def _of_cache(name: str, array: PartitionSpec) -> PartitionSpec:
+    """Of what a layer's cached keys and values consist of. array: of (B, S, H, D)."""
+    if name.endswith("layer"):
+        return PartitionSpec()
+    own = (array[0], array[2], None, None) if name.endswith("scale_BG1P") else tuple(array)
+    return PartitionSpec(*((None, *own) if "stack" in name else own))
 
 
 def over_tokens(attend: Callable, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array, *whole: jax.Array

@@ -6,7 +6,7 @@ a dtype or a device raises `Unsupported`, and the next one is tried; the referen
 
 import functools
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from starflow_jax.kernels import reference
-from starflow_jax.kernels.int8 import Int8Slots, Slots
+from starflow_jax.kernels.int8 import Int8Slots
 from starflow_jax.kernels.mask import Full, Mask, seen
-from starflow_jax.kernels.reference import Past
+from starflow_jax.kernels.stacked import Cached, Stacked, first_slots, taken
 from starflow_jax.kernels.unsupported import Unsupported
 
 with epy.lazy_imports():  # Pallas takes a fifth of a second, and short attention needs none of them
@@ -34,6 +34,7 @@ IMPLEMENTATIONS = {"reference": reference} | {name: kernel for kernels in KERNEL
                                               for name, kernel in kernels.items()}
 ATTENTION_RESULTS = ("attention_out", "attention_lse")  # by these names jax.checkpoint can keep them
 Masks: TypeAlias = tuple[Mask | None, ...]  # None: nothing is seen
+Past: TypeAlias = tuple[Cached, Cached, jax.Array]  # keys and values of earlier slots, and how many of them there are
 SHORT = 1024  # keys: up to here one product is as fast as a kernel, and autodiff does the rest
 
 
@@ -52,8 +53,9 @@ def attention(
     mask: one, or several, of which `which` (int32), known only when the program runs, selects one.
     past: (k_BPGD, v_BPGD, length) of a cache that is only read: every query also sees its first `length` slots
     (int32, one for all samples or (B,)). RoPE is the caller's. A cache of a multiple of 1024 slots on TPUs,
-    of 8 on GPUs, is read where it is; any other is copied first. Keys and values that are Int8Slots have no
-    derivatives; the reference and the TPU kernel apply their scales themselves, the GPU kernels get them scaled back.
+    of 8 on GPUs, is read where it is; any other is copied first. Keys and values that are Int8Slots or Stacked have no
+    derivatives; the reference and the TPU kernel apply scales themselves, the GPU kernels get what is scaled back; the
+    TPU kernel takes a layer from its stack itself, for the others it is copied.
     Over several devices, call it in a shard_map (check_vma=False) over samples and heads: XLA does not shard kernels.
     implementation: one of IMPLEMENTATIONS. By default the best that serves this call, of the platform that the
     program is lowered for.
@@ -69,8 +71,7 @@ def attention(
     if longest <= SHORT and implementation in (None, "reference"):
         sees = _dense(masks, which, q_BSHD, k_BKGD)
         if past is not None:
-            return lax.platform_dependent(q_BSHD, k_BKGD, v_BKGD, sees, past, cpu=_filled_part,
-                                          default=reference.attention)
+            return lax.platform_dependent(q_BSHD, k_BKGD, v_BKGD, sees, past, cpu=_filled_part, default=_whole)
         return checkpoint_name(reference.attention(q_BSHD, k_BKGD, v_BKGD, sees), ATTENTION_RESULTS[0])
     q_BSHD = q_BSHD * q_BSHD.shape[-1] ** -0.5
     out, lse_BHS = _flash(masks, implementation, q_BSHD, k_BKGD, v_BKGD, None, which)
@@ -82,6 +83,11 @@ def attention(
     return merge((out, lse_BHS), pieces)[0].astype(out.dtype)
 
 
+def _whole(q_BSHD, k_BKGD, v_BKGD, sees_SK, past: Past) -> jax.Array:
+    past_k, past_v, length = past
+    return reference.attention(q_BSHD, k_BKGD, v_BKGD, sees_SK, (taken(past_k), taken(past_v), length))
+
+
 def _filled_part(q_BSHD, k_BKGD, v_BKGD, sees_SK, past: Past) -> jax.Array:
     """reference.attention over the quarters of the cache that hold anything: a CPU pays for every slot."""
     past_k, past_v, length = past
@@ -89,12 +95,9 @@ def _filled_part(q_BSHD, k_BKGD, v_BKGD, sees_SK, past: Past) -> jax.Array:
     quarter = max(1, -(-slots // 4))
     ends = [min(end, slots) for end in range(quarter, slots + quarter, quarter)]
 
-    def first(x_BPGD: Slots, end: int) -> Slots:
-        return x_BPGD.first(end) if isinstance(x_BPGD, Int8Slots) else x_BPGD[:, :end]
-
     def upto(end: int):
-        return lambda past_k, past_v: reference.attention(q_BSHD, k_BKGD, v_BKGD, sees_SK,
-                                                          (first(past_k, end), first(past_v, end), length))
+        return lambda past_k, past_v: reference.attention(
+            q_BSHD, k_BKGD, v_BKGD, sees_SK, (first_slots(past_k, end), first_slots(past_v, end), length))
 
     filled = (jnp.max(length) - 1) // quarter
     return lax.switch(jnp.clip(filled, 0, len(ends) - 1), [upto(end) for end in ends], past_k, past_v)
@@ -162,14 +165,17 @@ def backward(masks: Masks, which, q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, do
 
 def _run(direction: str, masks: Masks, which, length_B, implementation: str | None, q_BSHD, k_BKGD, *arrays):
     """Call that direction of the implementation, or of the best one of each platform."""
-    keys: Any = k_BKGD
-    if isinstance(k_BKGD, Int8Slots):
-        keys = jax.ShapeDtypeStruct(k_BKGD.shape, q_BSHD.dtype)
+    kept = k_BKGD.stack_LBPGD if isinstance(k_BKGD, Stacked) else k_BKGD
+    is_int8 = isinstance(kept, Int8Slots)
+    dtype = q_BSHD.dtype if isinstance(kept, Int8Slots) else kept.dtype
+    keys = jax.ShapeDtypeStruct(k_BKGD.shape, dtype)
 
     def bind(kernel: ModuleType):
         run = getattr(kernel, direction)
-        if isinstance(k_BKGD, Int8Slots) and not kernel.TAKES_INT8:
+        if is_int8 and not kernel.TAKES_INT8:
             run = functools.partial(_scaled_back, run)
+        if isinstance(k_BKGD, Stacked) and not kernel.TAKES_STACKS:
+            run = functools.partial(_taken, run)
         branches = [functools.partial(_unseen, direction) if mask is None
                     else functools.partial(run, mask=mask, length_B=length_B) for mask in masks]
         return branches[0] if len(branches) == 1 else functools.partial(lax.switch, which, branches)
@@ -189,6 +195,11 @@ def _run(direction: str, masks: Masks, which, length_B, implementation: str | No
             chosen[platform] = bind(kernel)
             break
     return lax.platform_dependent(q_BSHD, k_BKGD, *arrays, default=bind(reference), **chosen)
+
+
+def _taken(run, q_BSHD, k_BKGD: Cached, v_BKGD: Cached, **options):
+    """A kernel that takes no stacks, on one layer's keys and values."""
+    return run(q_BSHD, taken(k_BKGD), taken(v_BKGD), **options)
 
 
 def _scaled_back(run, q_BSHD, k_BKGD: Int8Slots, v_BKGD: Int8Slots, **options):

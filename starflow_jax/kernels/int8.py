@@ -29,26 +29,23 @@ def rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 class Int8Slots(flax.struct.PyTreeNode):
     """Keys or values of one layer, or of a stack of them; each slot and head has a scale of its own. Slots are the last
-    axis of the scales: on a TPU a last axis of a few heads would take the memory of 128."""
+    axis of the scales: on a TPU a last axis of a few heads would take the memory of 128. Behind an axis of one they lie
+    as the TPU kernel reads them."""
 
     q_BPGD: jax.Array  # int8
-    scale_BGP: jax.Array  # float32
+    scale_BG1P: jax.Array  # float32
 
     @classmethod
     def of(cls, x_BPGD: jax.Array) -> "Int8Slots":
         q, scale_BPG = to_int8(x_BPGD, axis=-1)
-        return cls(q, scale_BPG.mT)
+        return cls(q, scale_BPG.mT[..., None, :])
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.q_BPGD.shape
 
-    def first(self, count: int) -> "Int8Slots":
-        """The first slots of one layer's."""
-        return Int8Slots(self.q_BPGD[:, :count], self.scale_BGP[..., :count])
-
     def scaled_back(self, dtype) -> jax.Array:
-        return (self.q_BPGD * self.scale_BGP.mT[..., None]).astype(dtype)
+        return (self.q_BPGD * jnp.moveaxis(self.scale_BG1P, -1, -3)).astype(dtype)
 
 
 Slots: TypeAlias = jax.Array | Int8Slots  # (B, P, G, D)

@@ -45,7 +45,7 @@ from starflow_jax.kernels.unsupported import Unsupported
 __all__ = ["backward", "check", "forward"]
 
 MULTIPROCESSORS = 132
-TAKES_INT8 = False  # see kernels.attention
+TAKES_INT8 = TAKES_STACKS = False  # see kernels.attention
 # A row's largest score to begin with: above all that are hidden, so that their weights are 0 also as long as a query
 # has seen nothing else.
 LOWEST = MASKED / 2

@@ -29,10 +29,11 @@ from jax.experimental.pallas import tpu as pltpu
 from starflow_jax.kernels.int8 import Int8Slots
 from starflow_jax.kernels.mask import HIDDEN, WHOLLY, Mask, seen, visible_blocks
 from starflow_jax.kernels.reference import MASKED
+from starflow_jax.kernels.stacked import Cached, Stacked, taken
 from starflow_jax.kernels.unsupported import Unsupported
 
 LANES, SUBLANES, INT8_SUBLANES = 128, 16, 32  # of a tile of bfloat16, and of int8
-TAKES_INT8 = True  # keys and values as Int8Slots; forward alone
+TAKES_INT8 = TAKES_STACKS = True  # keys and values as Int8Slots, as Stacked; forward alone
 BLOCK = 1024  # queries and keys of a visit
 # Keys whose scores are held at a time: few, so that registers hold them while the next ones are multiplied; in the
 # backward kernel, whose products take longer than all else, as many as are overlapped well.
@@ -42,6 +43,7 @@ DQ_BYTES = 24 * 2**20  # what a head's dq may take of the VMEM, whose 64 MiB on 
 VMEM_BYTES = 52 * 2**20
 Q, K, SEEN, EDGE = 0, 1, 2, 3  # rows of the list of visits
 FIRST, LAST = 1, 2  # bits of EDGE
+CACHED = "attention_forward_cached"  # the forward kernel's name where only the first `length` keys are there
 
 
 def check(q_BSHD: jax.Array, k_BKGD: jax.Array) -> None:
@@ -57,13 +59,14 @@ def forward(q_BSHD, k_BKGD, v_BKGD, *, mask: Mask, length_B, interpret: Any = Fa
     call = _Call(q_BSHD, k_BKGD, mask, length_B, interpret)
     kernel: Callable = _forward_kernel
     scales: list[tuple[jax.Array, pl.BlockSpec]] = []
-    if isinstance(k_BKGD, Int8Slots):
+    k, v = call.stack(k_BKGD), call.stack(v_BKGD)
+    if isinstance(k, Int8Slots):
         kernel = _int8_forward_kernel
-        scales = [(call.scale_row(x.scale_BGP), call.scale_spec) for x in (k_BKGD, v_BKGD)]
-        k_BKGD, v_BKGD = k_BKGD.q_BPGD, v_BKGD.q_BPGD
+        scales = [(call.scale_row(x.scale_BG1P), call.scale_spec) for x in (k, v)]
+        k, v = k.q_BPGD, v.q_BPGD
     out_BHDS, lse_BH1S = call(
-        kernel, "attention_forward", _visits(call.visible), 2,
-        call.transposed((q_BSHD, call.q_spec), (k_BKGD, call.k_spec), (v_BKGD, call.k_spec)) + scales,
+        kernel, "attention_forward" if length_B is None else CACHED, _visits(call.visible), 2,
+        call.transposed((q_BSHD, call.q_spec), (k, call.k_spec), (v, call.k_spec)) + scales,
         [(call.q_shape, q_BSHD.dtype, call.q_spec), (call.row_shape, jnp.float32, call.row_spec)],
         [(call.dim, call.q_block), (1, call.q_block), (1, call.q_block)])
     return call.transpose_back(out_BHDS, call.queries), lse_BH1S[:, :, 0, : call.queries]
@@ -84,15 +87,16 @@ def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, *, mask: Mas
         return lax.div(visits_ref[Q, i], jnp.int32(in_chunk))
 
     dq_spec = pl.BlockSpec((None, None, in_chunk, call.dim, call.q_block),
-                           lambda b, h, i, visits_ref, _: (b, h, chunk_of(visits_ref, i), 0, 0))
+                           lambda b, h, i, visits_ref, *_: (b, h, chunk_of(visits_ref, i), 0, 0))
     dk_spec = pl.BlockSpec((None, None, None, call.dim, call.k_block),
-                           lambda b, h, i, visits_ref, _: (b, h, chunk_of(visits_ref, i), 0, visits_ref[K, i]))
+                           lambda b, h, i, visits_ref, *_: (b, h, chunk_of(visits_ref, i), 0, visits_ref[K, i]))
     per_head = call.q_shape[:2]
     dk = ((*per_head, len(by_key), call.dim, k_blocks * call.k_block),
           k_BKGD.dtype if len(by_key) == call.group == 1 else jnp.float32, dk_spec)
     dq_BHIDS, *dkv_BHCDK = call(
         functools.partial(_backward_kernel, in_chunk=in_chunk), "attention_backward", visits, 5,
-        call.transposed((q_BSHD, call.q_spec), (k_BKGD, call.k_spec), (v_BKGD, call.k_spec), (dout_BSHD, call.q_spec))
+        call.transposed((q_BSHD, call.q_spec), (call.stack(k_BKGD), call.k_spec), (call.stack(v_BKGD), call.k_spec),
+                        (dout_BSHD, call.q_spec))
         + [(call.row(lse_BHS), call.row_spec), (call.row(delta_BHS), call.row_spec)],
         [((*per_head, len(by_key) * in_chunk, call.dim, call.q_block), q_BSHD.dtype, dq_spec), dk, dk],
         [(in_chunk, call.dim, call.q_block), *2 * [(call.dim, call.k_block)]])
@@ -103,10 +107,10 @@ def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, *, mask: Mas
             *(call.transpose_back(x, call.keys).astype(k_BKGD.dtype) for x in dkv_BGDK))
 
 
-def _int8_forward_kernel(visits_ref, length_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_ref, *refs, mask: Mask,
-                         keys: int):
+def _int8_forward_kernel(visits_ref, length_ref, layer_ref, q_ref, k_ref, v_ref, k_scale_ref, v_scale_ref, *refs,
+                         mask: Mask, keys: int):
     """`_forward_kernel` on int8 keys and values, each part of which is scaled back when it is used."""
-    _forward_kernel(visits_ref, length_ref, q_ref, _Scaled(k_ref, k_scale_ref, q_ref.dtype),
+    _forward_kernel(visits_ref, length_ref, layer_ref, q_ref, _Scaled(k_ref, k_scale_ref, q_ref.dtype),
                     _Scaled(v_ref, v_scale_ref, q_ref.dtype), *refs, mask=mask, keys=keys)
 
 
@@ -120,8 +124,8 @@ class _Scaled:
         return (self.q_ref[at].astype(jnp.float32) * self.scale_ref[at]).astype(self.dtype)
 
 
-def _forward_kernel(visits_ref, length_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, sum_ref, largest_ref, total_ref,
-                    *, mask: Mask, keys: int):
+def _forward_kernel(visits_ref, length_ref, layer_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, sum_ref, largest_ref,
+                    total_ref, *, mask: Mask, keys: int):
     visit = _Visit(visits_ref, length_ref, q_ref.shape[-1], k_ref.shape[-1])
 
     @pl.when(visit.is_first)
@@ -156,8 +160,8 @@ def _forward_kernel(visits_ref, length_ref, q_ref, k_ref, v_ref, out_ref, lse_re
         lse_ref[...] = jnp.where(nothing, MASKED, largest + jnp.log(total))
 
 
-def _backward_kernel(visits_ref, length_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref, dk_ref, dv_ref,
-                     dq_sum_ref, dk_sum_ref, dv_sum_ref, *, mask: Mask, keys: int, in_chunk: int):
+def _backward_kernel(visits_ref, length_ref, layer_ref, q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, dq_ref,
+                     dk_ref, dv_ref, dq_sum_ref, dk_sum_ref, dv_sum_ref, *, mask: Mask, keys: int, in_chunk: int):
     visit = _Visit(visits_ref, length_ref, q_ref.shape[-1], k_ref.shape[-1])
     starts_chunk, ends_chunk = visit.at_edge_of(in_chunk)
     in_sum = lax.rem(visit.q_block, jnp.int32(in_chunk))
@@ -252,29 +256,40 @@ def _dot(a, b, a_axis: int, b_axis: int) -> jax.Array:
 class _Call:
     """Shapes, block specifications and padding that both kernels share."""
 
-    def __init__(self, q_BSHD, k_BKGD, mask: Mask, length_B, interpret: Any):
+    def __init__(self, q_BSHD, k_BKGD: Cached, mask: Mask, length_B, interpret: Any):
         self.mask = mask
         self.batch, self.queries, self.heads, self.head_dim = q_BSHD.shape
         self.keys, self.group, self.interpret = k_BKGD.shape[1], self.heads // k_BKGD.shape[2], interpret
         self.q_block, self.k_block = (min(BLOCK, -(-n // LANES) * LANES) for n in (self.queries, self.keys))
         self.visible = visible_blocks(mask, self.queries, self.keys, self.q_block, self.k_block)
         self.length_B = jnp.full(self.batch, self.keys, jnp.int32) if length_B is None else length_B
-        sublanes = INT8_SUBLANES if isinstance(k_BKGD, Int8Slots) else SUBLANES
+        kept = k_BKGD.stack_LBPGD if isinstance(k_BKGD, Stacked) else k_BKGD
+        sublanes = INT8_SUBLANES if isinstance(kept, Int8Slots) else SUBLANES
         self.dim = -(-self.head_dim // sublanes) * sublanes
+        # A stack that needs padding would be copied whole at every layer.
+        self.fits = not self.keys % self.k_block and self.dim == self.head_dim
+        in_place = isinstance(k_BKGD, Stacked) and self.fits
+        self.layer_1 = jnp.reshape(k_BKGD.layer, 1) if in_place else jnp.zeros(1, jnp.int32)  # type: ignore[union-attr]
         self.q_shape = (self.batch, self.heads, self.dim, len(self.visible) * self.q_block)
         self.row_shape = (self.batch, self.heads, 1, self.q_shape[-1])
         self.q_spec = pl.BlockSpec((None, None, self.dim, self.q_block), self._q_index)
         self.row_spec = pl.BlockSpec((None, None, 1, self.q_block), self._q_index)
-        self.k_spec = pl.BlockSpec((None, None, self.dim, self.k_block), self._k_index)
-        self.scale_spec = pl.BlockSpec((None, None, 1, self.k_block), self._k_index)
+        self.k_spec = pl.BlockSpec((None, None, None, self.dim, self.k_block), self._k_index)
+        self.scale_spec = pl.BlockSpec((None, None, None, 1, self.k_block), self._k_index)
 
-    def _q_index(self, b, h, i, visits_ref, length_ref):
+    def _q_index(self, b, h, i, visits_ref, length_ref, layer_ref):
         return b, h, 0, visits_ref[Q, i]
 
-    def _k_index(self, b, h, i, visits_ref, length_ref):
+    def _k_index(self, b, h, i, visits_ref, length_ref, layer_ref):
         # Blocks beyond the sample's length become its last one, which is not fetched again.
         last = lax.div(jnp.maximum(length_ref[b] - 1, 0), jnp.int32(self.k_block))
-        return b, lax.div(h, jnp.int32(self.group)), 0, jnp.minimum(visits_ref[K, i], last)
+        return layer_ref[0], b, lax.div(h, jnp.int32(self.group)), 0, jnp.minimum(visits_ref[K, i], last)
+
+    def stack(self, keys: Cached) -> Any:
+        """(L, B, K, G, D), of which layer_1 says the layer: what is no stack, or does not fit, as a stack of one."""
+        if isinstance(keys, Stacked) and self.fits:
+            return keys.stack_LBPGD
+        return jax.tree.map(lambda array: array[None], taken(keys))
 
     def __call__(self, kernel, name: str, visits: np.ndarray, products: int, inputs, outputs, scratch):
         """inputs: (array, specification); outputs: (shape, dtype, specification); scratch: shapes of float32."""
@@ -282,26 +297,26 @@ class _Call:
         scores = heads * visits.shape[1] * self.q_block * self.k_block
         of_keys = (self.k_spec, self.scale_spec)
         fetched = sum((turns_of_k * self.k_block if any(spec is one for one in of_keys) else turns_of_q * self.q_block)
-                      * heads * array.shape[2] * array.dtype.itemsize for array, spec in inputs)
+                      * heads * array.shape[-2] * array.dtype.itemsize for array, spec in inputs)
         written = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype, _ in outputs)
         return pl.pallas_call(
             functools.partial(kernel, mask=self.mask, keys=self.keys), name=name, interpret=self.interpret,
             out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs],
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=2, grid=(self.batch, self.heads, visits.shape[1]),
+                num_scalar_prefetch=3, grid=(self.batch, self.heads, visits.shape[1]),
                 in_specs=[spec for _, spec in inputs], out_specs=[spec for *_, spec in outputs],
                 scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch]),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES),
             cost_estimate=pl.CostEstimate(flops=2 * products * self.dim * scores, transcendentals=scores,
                                           bytes_accessed=int(fetched) + written),
-        )(visits, self.length_B, *(array for array, _ in inputs))
+        )(visits, self.length_B, self.layer_1, *(array for array, _ in inputs))
 
     def transposed(self, *arrays_and_specs: tuple[jax.Array, pl.BlockSpec]) -> list[tuple[jax.Array, pl.BlockSpec]]:
-        """(B, S, H, D) to (B, H, D, S), with zeros up to whole blocks of positions and whole tiles of channels."""
-        def transpose(x_BSHD: jax.Array, block: int) -> jax.Array:
-            pad = ((0, 0), (0, -x_BSHD.shape[1] % block), (0, 0), (0, self.dim - self.head_dim))
-            return jnp.pad(x_BSHD, pad).transpose(0, 2, 3, 1)
+        """(..., S, H, D) to (..., H, D, S), with zeros up to whole blocks of positions and whole tiles of channels."""
+        def transpose(x_SHD: jax.Array, block: int) -> jax.Array:
+            pad = (*[(0, 0)] * (x_SHD.ndim - 3), (0, -x_SHD.shape[-3] % block), (0, 0), (0, self.dim - self.head_dim))
+            return jnp.moveaxis(jnp.pad(x_SHD, pad), -3, -1)
 
         return [(transpose(x, self.k_block if spec is self.k_spec else self.q_block), spec)
                 for x, spec in arrays_and_specs]
@@ -309,8 +324,8 @@ class _Call:
     def transpose_back(self, x_BHDS: jax.Array, length: int) -> jax.Array:
         return x_BHDS.transpose(0, 3, 1, 2)[:, :length, :, : self.head_dim]
 
-    def scale_row(self, scale_BGP: jax.Array) -> jax.Array:
-        return jnp.pad(scale_BGP, ((0, 0), (0, 0), (0, -scale_BGP.shape[2] % self.k_block)))[:, :, None]
+    def scale_row(self, scale_LBG1P: jax.Array) -> jax.Array:
+        return jnp.pad(scale_LBG1P, (*[(0, 0)] * 4, (0, -scale_LBG1P.shape[-1] % self.k_block)))
 
     def row(self, x_BHS: jax.Array) -> jax.Array:
         return jnp.pad(x_BHS, ((0, 0), (0, 0), (0, -x_BHS.shape[2] % self.q_block)))[:, :, None]

@@ -12,7 +12,7 @@ from jax import lax
 from starflow_jax.kernels.int8 import Int8Slots, Slots
 from starflow_jax.kernels.mask import HIDDEN, Mask, seen, visible_blocks
 
-TAKES_INT8 = True  # keys and values as Int8Slots; forward alone
+TAKES_INT8, TAKES_STACKS = True, False  # keys and values as Int8Slots, as Stacked; forward alone
 MASKED = -1e30
 Q_CHUNK, K_CHUNK = 512, 1024
 
@@ -148,8 +148,8 @@ class _Blocks:
         queries, self.keys, self.group = q_BSHD.shape[1], k_BKGD.shape[1], q_BSHD.shape[2] // k_BKGD.shape[2]
         self.mask, self.dtype = mask, q_BSHD.dtype
         self.k_NBGKD, self.v_NBGKD = (
-            Int8Slots(_chunks(x.q_BPGD, K_CHUNK), _row_chunks(x.scale_BGP, K_CHUNK)) if isinstance(x, Int8Slots)
-            else _chunks(x, K_CHUNK) for x in (k_BKGD, v_BKGD))
+            Int8Slots(_chunks(x.q_BPGD, K_CHUNK), _row_chunks(x.scale_BG1P[..., 0, :], K_CHUNK))
+            if isinstance(x, Int8Slots) else _chunks(x, K_CHUNK) for x in (k_BKGD, v_BKGD))
         visible = visible_blocks(mask, queries, self.keys, Q_CHUNK, K_CHUNK) != HIDDEN
         self.rows = (jnp.arange(len(visible)), jnp.asarray(visible))
         self.length_B111 = self.keys if length_B is None else length_B[:, None, None, None]
@@ -163,7 +163,7 @@ class _Blocks:
 
     def _chunk(self, x_NBGKD: Slots, index) -> jax.Array:
         if isinstance(x_NBGKD, Int8Slots):  # only this chunk is ever scaled back
-            return (x_NBGKD.q_BPGD[index] * x_NBGKD.scale_BGP[index][..., None]).astype(self.dtype)
+            return (x_NBGKD.q_BPGD[index] * x_NBGKD.scale_BG1P[index][..., None]).astype(self.dtype)
         return x_NBGKD[index]
 
 
@@ -216,7 +216,7 @@ def _per_query_head(x_BKGD: Slots, heads: int, dtype) -> tuple[jax.Array, jax.Ar
     """Keys or values (B, K, H, D), and what they must still be multiplied by: None or (B, H, 1, K)."""
     group = heads // x_BKGD.shape[2]
     if isinstance(x_BKGD, Int8Slots):
-        scale_BH1K = jnp.repeat(x_BKGD.scale_BGP, group, axis=1)[:, :, None]
+        scale_BH1K = jnp.repeat(x_BKGD.scale_BG1P, group, axis=1)
         return jnp.repeat(x_BKGD.q_BPGD.astype(dtype), group, axis=2), scale_BH1K
     return jnp.repeat(x_BKGD, group, axis=2), None
 

@@ -10,10 +10,11 @@ from jax import lax
 from jax.sharding import Mesh
 
 from starflow_jax.kernels.int8 import Int8Slots, Slots
+from starflow_jax.kernels.stacked import Cached, Stacked
 from starflow_jax.sharding import constrain, named_sharding, replicated
 
 AXES = (None, "batch", None, "heads", None)  # of keys and values, as sharding.TABLE names them
-SCALE_AXES = (None, "batch", "heads", None)  # of the scales of int8
+SCALE_AXES = (None, "batch", "heads", None, None)  # of the scales of int8
 BLOCK = 1024
 
 
@@ -42,7 +43,7 @@ class KVCache(flax.struct.PyTreeNode):
         zeros = constrain(jnp.zeros((layers, batch, slots, heads, head_dim), dtype), *AXES)
         kept: Layers = tuple(zeros) if unstacked else zeros
         if zeros.dtype == jnp.int8:
-            scale = constrain(jnp.zeros((layers, batch, heads, slots), jnp.float32), *SCALE_AXES)
+            scale = constrain(jnp.zeros((layers, batch, heads, 1, slots), jnp.float32), *SCALE_AXES)
             kept = tuple(map(Int8Slots, zeros, scale)) if unstacked else Int8Slots(zeros, scale)
         return cls(kept, kept, jnp.int32(0))
 
@@ -53,11 +54,18 @@ class KVCache(flax.struct.PyTreeNode):
         k, v = jax.tree.map(lambda part: jnp.pad(part, [*[(0, 0)] * (part.ndim - 3), (0, room), (0, 0), (0, 0)]), kv)
         return cls(k, v, jnp.int32(_slots(kv)))
 
+    def of_layer(self, layer: int | jax.Array) -> tuple[Cached, Cached]:
+        """One layer's keys and values; of a stack, where they lie. layer: an int for unstacked layers."""
+        def part(layers: Layers) -> Cached:
+            return layers[layer] if isinstance(layers, tuple) else Stacked(layers, jnp.int32(layer))
+
+        return part(self.k_LBPHD), part(self.v_LBPHD)
+
     def shardings(self, mesh: Mesh) -> Any:
         """A KVCache of the NamedSharding of each array; also of a cache of shapes."""
         def of(array: Any, axes: tuple[str | None, ...] = AXES) -> Any:
             if isinstance(array, Int8Slots):
-                return Int8Slots(of(array.q_BPGD), of(array.scale_BGP, SCALE_AXES))
+                return Int8Slots(of(array.q_BPGD), of(array.scale_BG1P, SCALE_AXES))
             return named_sharding(mesh, axes[-len(array.shape):], array.shape)
 
         k, v = jax.tree.map(of, (self.k_LBPHD, self.v_LBPHD), is_leaf=lambda part: isinstance(part, Int8Slots))
@@ -87,7 +95,7 @@ def _written(at: jax.Array, old: Slots, new: jax.Array) -> Slots:
     if isinstance(old, Int8Slots):
         rounded = Int8Slots.of(new)
         return Int8Slots(place(old.q_BPGD, rounded.q_BPGD, -3, AXES),
-                         place(old.scale_BGP, rounded.scale_BGP, -1, SCALE_AXES))
+                         place(old.scale_BG1P, rounded.scale_BG1P, -1, SCALE_AXES))
     return place(old, new, -3, AXES)
 
 

@@ -77,8 +77,8 @@ class Layer(nn.Module):
         return (self.mask, self.first_mask), is_first.astype(jnp.int32)
 
     @nn.compact
-    def __call__(self, x_BSD, past, is_first, rope_2SE, past_length):
-        """(x, this call's (k, v)). past: this layer's cached (k, v), of which `past_length` slots are filled, or None.
+    def __call__(self, x_BSD, past, is_first, rope_2SE):
+        """(x, this call's (k, v)). past: this layer's cached (k, v), and how many slots of them are filled; or None.
 
         is_first: a bool, or a traced one where all layers share one program.
         """
@@ -89,9 +89,8 @@ class Layer(nn.Module):
         q, k = apply_rope(q, rope_2SE), apply_rope(k, rope_2SE)
         axes = ("tokens", "hidden") if by_tokens(self.sequence_parallel, past) else (None, "heads")
         q, k, v = (constrain(part, "batch", *axes, None) for part in (q, k, v))
-        seen = None if past is None else (*past, past_length)
         masks, which = self._masks(is_first)
-        out = sequence_parallel_attention(self.sequence_parallel, q, k, v, masks, which, seen)
+        out = sequence_parallel_attention(self.sequence_parallel, q, k, v, masks, which, past)
         out = constrain(out.reshape(x_BSD.shape), "batch", "tokens", "hidden")
         x_BSD = _shard_tokens(x_BSD + Dense(width, dtype=self.dtype, name="proj")(out))
         hidden = Dense(4 * width, dtype=self.dtype, name="mlp_in")(self._norm(x_BSD, "mlp_norm"))
@@ -153,42 +152,40 @@ class Transformer(nn.Module):
                     kept: int | None, control: Control | None) -> tuple[jax.Array, Any]:
         """One layer after the other: of a stack by a loop, unstacked ones each with code of its own."""
         params = self.variables["params"]["layers"]["layer"]
-        past: Any = None if cache is None else (cache.k_LBPHD, cache.v_LBPHD)
         steers: Any = None if control is None else control.kernels_LCD.astype(self.dtype)
         steering = None if control is None else control.tokens_BSC.astype(self.dtype)
 
-        def run(x_BSD, params, past, is_first, kernel_CD=None):
+        def run(x_BSD, params, index, is_first, kernel_CD=None):
             if kernel_CD is not None:
                 x_BSD = x_BSD + steering @ kernel_CD
-            rope, length = rope_2SE[:, :x_BSD.shape[1]], None if cache is None else cache.length
+            past = None if cache is None else (*cache.of_layer(index), cache.length)
             x_BSD = checkpoint_name(x_BSD, LAYER_INPUT)
-            x_BSD, kv = layer.apply({"params": params}, x_BSD, past, is_first, rope, length)
+            x_BSD, kv = layer.apply({"params": params}, x_BSD, past, is_first, rope_2SE[:, :x_BSD.shape[1]])
             return x_BSD, kv if keep_kv else None
 
         if _is_unstacked(self.variables["params"]):
             made = []
             for index, of_layer in enumerate(params):
-                x_BSD, kv = run(x_BSD[:, :kept] if index else x_BSD, of_layer,
-                                None if past is None else tuple(part[index] for part in past), index == 0,
+                x_BSD, kv = run(x_BSD[:, :kept] if index else x_BSD, of_layer, index, index == 0,
                                 None if steers is None else steers[index])
                 made.append(jax.tree.map(lambda part: part[:, :kept], kv))
             return x_BSD, tuple(zip(*made)) if keep_kv else None
         if kept is not None:
-            return _first_apart(run, x_BSD, (params, past), self.layers, kept)
+            return _first_apart(run, x_BSD, params, self.layers, kept)
         if self.remat != "none":
             run = jax.checkpoint(run, prevent_cse=False, policy=_saved(self.remat))
-        is_first = jnp.arange(self.layers) == 0
-        return lax.scan(lambda x, of_layer: run(x, *of_layer), x_BSD, (params, past, is_first, steers),
+        which = jnp.arange(self.layers)
+        return lax.scan(lambda x, of_layer: run(x, *of_layer), x_BSD, (params, which, which == 0, steers),
                         unroll=self.layers if self.unroll else 1)
 
 
-def _first_apart(run: Callable, x_BSD: jax.Array, stack: Any, layers: int, kept: int) -> tuple[jax.Array, Any]:
+def _first_apart(run: Callable, x_BSD: jax.Array, params: Any, layers: int, kept: int) -> tuple[jax.Array, Any]:
     """The first layer on all slots, then a loop of the others on `kept` of them; keys and values of those.
 
     The loop takes each layer from the whole stack: a stack without its first layer would be a copy.
     """
     def of_layer(index):
-        return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
+        return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), params), index
 
     x_BSD, first = run(x_BSD, *of_layer(0), True)
     x_BSD, rest = lax.scan(lambda x, index: run(x, *of_layer(index), False), x_BSD[:, :kept], jnp.arange(1, layers))
@@ -201,7 +198,7 @@ class _FreshLayer(nn.Module):
     layer: Layer
 
     def __call__(self, x_BSD: jax.Array, rope_2SE: jax.Array) -> tuple[jax.Array, None]:
-        return self.layer(x_BSD, None, False, rope_2SE, None)[0], None
+        return self.layer(x_BSD, None, False, rope_2SE)[0], None
 
 
 def run_behind_prefix(

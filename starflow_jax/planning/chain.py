@@ -16,11 +16,12 @@ class Chain:
         self.resident = resident  # what stays on the devices while they run, in shapes
 
     def run(self, name: str, function: Any, *args: Any, times: float = 1, unknown_trips: float = 1,
-            options: dict[str, Any] | None = None, **keywords: Any) -> Any:
-        """What the function, a jitted one, returns, in shapes."""
+            filled: float = 1, options: dict[str, Any] | None = None, **keywords: Any) -> Any:
+        """What the function, a jitted one, returns, in shapes. times, unknown_trips, filled: as a Program has them."""
         lowered = function.lower(*args, **keywords)
         compiled = lowered.compile(compiler_options=options)
-        self.programs.append(Program(name, compiled, times, unknown_trips, self._held_with((args, keywords)), lowered))
+        self.programs.append(Program(name, compiled, times, unknown_trips, filled,
+                                     self._held_with((args, keywords)), lowered))
         return jax.tree.map(lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
                             lowered.out_info, compiled.output_shardings)
 

@@ -168,7 +168,7 @@ def _cost(programs: list[Program], chip: roofline.Chip, model_flops: float | Non
         return StepCost(memory), model_flops
     total, raw, bounds = program_cost.Cost(), 0.0, []
     for program in programs:
-        cost = program_cost.count(program.compiled, program.unknown_trips)
+        cost = program_cost.count(program.compiled, program.unknown_trips, program.filled)
         total += cost.times(program.times)
         raw += program.times * float((program.compiled.cost_analysis() or {}).get("flops", 0))
         bounds.append(ProgramBound(program.name, program.times, roofline.bound(cost, chip, 0.0).seconds))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from starflow_jax.kernels.pallas_tpu import CACHED
 from starflow_jax.planning.loop_trips import trips, value_of
 from starflow_jax.planning.program_text import HBM, Array, Computation, Instruction, Module, leaves, parse
 
@@ -46,15 +47,16 @@ class Cost:
         return _combine(lambda a, _: a * count, self, self)
 
 
-def count(compiled: Any, unknown_trips: float = 1) -> Cost:
+def count(compiled: Any, unknown_trips: float = 1, filled: float = 1) -> Cost:
     """The cost of a compiled program (`jax.jit(f).lower(...).compile()`), or of its text.
 
     A loop without a number of trips in it (a solver's) counts `unknown_trips` times; of a conditional the costliest
-    branch counts; of a kernel that declares nothing, its operands and results as bytes, and no operations.
+    branch counts; of a kernel that declares nothing, its operands and results as bytes, and no operations. Attention to
+    a cache declares that it is full, and reads what is filled: that share of it counts.
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     module = parse(text)
-    return _Counter(module, unknown_trips).run(module.entry, ())
+    return _Counter(module, unknown_trips, filled).run(module.entry, ())
 
 
 def _combine(function, a: Cost, b: Cost) -> Cost:
@@ -66,8 +68,8 @@ def _combine(function, a: Cost, b: Cost) -> Cost:
 
 
 class _Counter:
-    def __init__(self, module: Module, unknown_trips: float):
-        self.module, self.unknown_trips = module, unknown_trips
+    def __init__(self, module: Module, unknown_trips: float, filled: float):
+        self.module, self.unknown_trips, self.filled = module, unknown_trips, filled
         self.seen: dict[tuple, Cost] = {}
 
     def run(self, name: str, arguments: tuple) -> Cost:
@@ -107,7 +109,7 @@ class _Counter:
             product = _dot_flops if opcode == "dot" else _convolution_flops
             return Cost(flops=product(instruction, *(computation[name].arrays[0] for name in instruction.operands)))
         if opcode == "custom-call":
-            return _custom_call(computation, instruction)
+            return _custom_call(computation, instruction, self.filled)
         if opcode in ("reduce", "reduce-window"):
             values = len(instruction.operands) // 2
             size = sum(computation[name].arrays[0].elements for name in instruction.operands[:values])
@@ -125,7 +127,7 @@ class _Counter:
         opcode = instruction.opcode
         if opcode in FREE or opcode.endswith(("-done", "-update")) or _is_call(instruction, "AllocateBuffer"):
             return 0.0
-        declared = _declared(instruction)
+        declared = _declared(instruction, self.filled)
         if declared is not None:
             return declared.hbm_bytes
         operands = [computation[name] for name in instruction.operands]
@@ -290,19 +292,20 @@ def _window_pairs(size: int, kernel: int, out: int, stride: int, pad: int, lhs_d
     return total
 
 
-def _declared(instruction: Instruction) -> Cost | None:
-    """The cost that a Pallas kernel declares."""
+def _declared(instruction: Instruction, filled: float) -> Cost | None:
+    """The cost that a Pallas kernel declares; of attention to a cache, of its filled share."""
     estimate = re.search(r'"cost_estimate":\{([^}]*)\}', instruction.attributes)
     if instruction.opcode != "custom-call" or estimate is None:
         return None
     numbers = {name: float(value) for name, value in re.findall(r'"(\w+)":"?(\d+)', estimate[1])}
-    return Cost(flops=numbers.get("flops", 0.0), transcendentals=numbers.get("transcendentals", 0.0),
-                hbm_bytes=numbers.get("bytes_accessed", 0.0))
+    whole = Cost(flops=numbers.get("flops", 0.0), transcendentals=numbers.get("transcendentals", 0.0),
+                 hbm_bytes=numbers.get("bytes_accessed", 0.0))
+    return whole.times(filled) if CACHED in instruction.attributes else whole
 
 
-def _custom_call(computation: Computation, instruction: Instruction) -> Cost:
+def _custom_call(computation: Computation, instruction: Instruction, filled: float) -> Cost:
     """Kernels that declare their cost, and cuBLAS's products."""
-    if declared := _declared(instruction):
+    if declared := _declared(instruction, filled):
         return dataclasses.replace(declared, hbm_bytes=0.0)
     if not _is_call(instruction, "__cublas$"):
         return Cost()

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from starflow_jax import sharding
@@ -20,6 +21,7 @@ from starflow_jax.flow.schedule import Step, schedule
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.model.parameters import decoding_variables, shallow_variables
 from starflow_jax.model.text import encode_text
+from starflow_jax.nn.cache import BLOCK, rounded_slots
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.planning.abstract import abstract_model, abstract_text_encoder
 from starflow_jax.planning.chain import Chain
@@ -113,11 +115,12 @@ class Sampling:
         draft = drafting(self.config.model, self.params["draft"], self.config.sample) if self.drafts else None
         drafted = self._begin("the text", texts, nothing, draft=draft) if draft else None
         made = {}
+        filled = self._filled()
         for index, (step, times) in enumerate(collections.Counter(self.steps).items()):
             self.chain.resident |= {"cache": state, "draft's cache": drafted}
             like = " like the first" if index == 0 and step != deep_solver(self.solver) else ""
             z, start, solving = _frames(noise, step.frames), None, dict(
-                branches=branches, times=times, unknown_trips=self.config.plan.updates, **how)
+                branches=branches, times=times, unknown_trips=self.config.plan.updates, filled=filled[step], **how)
             if draft:
                 start, _ = self.chain.run(
                     f"draft, a step{like}", decode.draft_frames, draft.model, draft.params, drafted, z, guidance, None,
@@ -146,6 +149,18 @@ class Sampling:
 
     def _drop_caches(self) -> None:
         self.chain.resident |= {"cache": None, "draft's cache": None}
+
+    def _filled(self) -> dict[inversion.Solver, float]:
+        """Of each kind of step the share of its cache that is filled, on the average over steps and blocks."""
+        model, shares = self.config.model, collections.defaultdict[inversion.Solver, list[float]](list)
+        tokens, in_window = model.tokens_per_frame, 0
+        for step, kind in zip(self._schedule(), self.steps):
+            in_window = in_window if step.encode is None else step.encode
+            before = model.text_length + in_window * tokens
+            shares[kind].append(filled_share(before, step.frames * tokens, step.solver.block_size,
+                                             model.text_length + model.frames * tokens))
+            in_window += step.frames
+        return {kind: sum(found) / len(found) for kind, found in shares.items()}
 
     def _begin(self, name: str, texts: Any, known: Any, times: int = 1, draft: decode.Draft | None = None) -> Any:
         model = self.config.model
@@ -187,10 +202,16 @@ class Sampling:
         run("likelihood, a window", window_nll, self.flow, self._without_denoiser(), whole, text, times=self.windows)
         return self.chain.programs
 
+    @property
+    def _shallow_filled(self) -> float:
+        """Of a shallow block's cache, whose sequence is a frame; of all frames where such blocks see them all."""
+        tokens = self.config.model.tokens_per_frame * (1 if self.config.model.local_shallow else self.total)
+        return filled_share(0, tokens, self.shallow["solver"].block_size, tokens)
+
     def shallow_frames(self, u: Any, which: str = "all", runs: int = 1) -> Any:
         """Latents of whole videos, in shapes, as sampling/shallow.py makes them, so often."""
         run, flow, variables = self.chain.run, self.flow, self.shallow_blocks
-        invert = dict(unknown_trips=self.config.plan.updates, **self.shallow)
+        invert = dict(unknown_trips=self.config.plan.updates, filled=self._shallow_filled, **self.shallow)
         videos, frames = u.shape[:2]
         at_once = frames_at_once(self.config.model, videos, frames)
         if at_once == frames:
@@ -214,7 +235,8 @@ class Sampling:
         for step, u in self.deep_frames(texts, noise).items():
             times = times_of[step]
             latents, _ = run("shallow blocks, a step", decode.invert_shallow, self.flow, self.shallow_blocks, u,
-                             times=times, unknown_trips=config.plan.updates, **self.shallow)
+                             times=times, unknown_trips=config.plan.updates, filled=self._shallow_filled,
+                             **self.shallow)
             noisy = run("frames in their places", place, noisy, _frames(latents, 1), 0, times=times)
         denoises = config.sample.denoise == "denoiser" and model.denoiser != "none"
         if denoises and model.denoiser == "first_layer" and not config.sample.as_released:
@@ -251,6 +273,13 @@ def sampling_programs(config: Config, mesh: Mesh) -> list[Program]:
     """The programs of plan.videos videos of config.sample, of a stream of them with sample.stream, on the mesh."""
     sampling = Sampling(config, mesh)
     return sampling.stream() if config.sample.stream else sampling.whole()
+
+
+def filled_share(before: int, tokens: int, block: int, slots: int) -> float:
+    """Of a cache for `slots` the share that attention reads, in whole blocks of its kernel, on the average over the
+    solver's blocks of some tokens behind those `before` them."""
+    starts, room = np.arange(before, before + tokens, min(block, tokens)), rounded_slots(slots)
+    return float(np.clip(-(-starts // BLOCK) * BLOCK, min(BLOCK, room), room).mean() / room)
 
 
 def _frames(array_BN: Any, frames: int) -> Any:

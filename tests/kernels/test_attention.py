@@ -14,6 +14,7 @@ from starflow_jax.kernels import attention as core
 from starflow_jax.kernels import pallas_gpu, pallas_tpu, pallas_triton, reference
 from starflow_jax.kernels.int8 import Int8Slots
 from starflow_jax.kernels.mask import HIDDEN, WHOLLY, Causal, FrameWindow, Full, Mask, piece, seen, visible_blocks
+from starflow_jax.kernels.stacked import Stacked, taken
 from starflow_jax.kernels.unsupported import Unsupported
 
 # Relative error (Frobenius) of outputs and gradients; inputs are rounded to the dtype first.
@@ -35,7 +36,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "K_CHUNK", 96)
     for name, kernel in (("tpu", pallas_tpu), ("triton", pallas_triton)):
         on_cpu = types.SimpleNamespace(
-            TAKES_INT8=kernel.TAKES_INT8, check=kernel.check, forward=functools.partial(kernel.forward, interpret=True),
+            TAKES_INT8=kernel.TAKES_INT8, TAKES_STACKS=kernel.TAKES_STACKS, check=kernel.check,
+            forward=functools.partial(kernel.forward, interpret=True),
             backward=functools.partial(kernel.backward, interpret=True))
         monkeypatch.setitem(core.IMPLEMENTATIONS, f"{name} on CPU", on_cpu)
 
@@ -161,7 +163,7 @@ def test_a_cache_of_int8_is_seen_at_its_scales(implementation: str, dtype: str, 
     q, k, v, past_k, past_v = arrays(dtype, (2, 40, 4, 20), *2 * [(2, 40, 2, 20)], *2 * [(2, capacity, 2, 20)])
     sizes = np.exp(np.random.default_rng(2).normal(scale=0.5, size=(2, 2, capacity, 2, 1)))
     cached = [Int8Slots.of(x * jnp.asarray(size, dtype)) for x, size in zip((past_k, past_v), sizes)]
-    scaled_back = [x.q_BPGD * np.moveaxis(x.scale_BGP, 1, 2)[..., None] for x in cached]
+    scaled_back = [x.q_BPGD * np.moveaxis(x.scale_BG1P, -1, 1) for x in cached]
     if implementation == "at once":
         monkeypatch.setattr(core, "SHORT", 1024)
     found = jax.jit(lambda *past: core.attention(
@@ -173,6 +175,30 @@ def test_a_cache_of_int8_is_seen_at_its_scales(implementation: str, dtype: str, 
     expected = dense(wide[0], keys, values, sees, np.zeros(q.shape))[0]
     assert found.dtype == dtype
     assert_near([found], [expected], dtype)
+
+
+@pytest.mark.parametrize("capacity", [256, 300])  # whole blocks, which the TPU kernel takes from the stack, and not
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("implementation", ["at once", "reference", "tpu on CPU", "triton on CPU"])
+@pytest.mark.usefixtures("small_tpu_blocks")
+def test_a_layer_of_a_stack_is_that_layer(implementation: str, quantized: bool, capacity: int, monkeypatch) -> None:
+    """Which one is known when the program runs."""
+    q, k, v, past_k, past_v = arrays("float32", (2, 40, 4, 32), *2 * [(2, 40, 2, 32)], *2 * [(3, 2, capacity, 2, 32)])
+    lengths = jnp.asarray([131, capacity])
+    stacks = [Int8Slots.of(x) if quantized else x for x in (past_k, past_v)]
+    kernel = None if implementation == "at once" else implementation
+    if implementation == "at once":
+        monkeypatch.setattr(core, "SHORT", 1024)
+
+    @jax.jit
+    def of_stack(layer: jax.Array) -> jax.Array:
+        past = (*(Stacked(stack, layer) for stack in stacks), lengths)
+        return core.attention(q, k, v, Causal(), past, kernel)
+
+    for layer in (0, 2):
+        own = [taken(Stacked(stack, jnp.int32(layer))) for stack in stacks]
+        expected = core.attention(q, k, v, Causal(), (*own, lengths), kernel)
+        np.testing.assert_allclose(of_stack(jnp.int32(layer)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "tpu on CPU", "triton on CPU"])
@@ -412,3 +438,29 @@ def test_tpu_decoding_reads_the_cache_where_it_is(chip) -> None:
     compiled = jax.jit(step).lower(*3 * [of(256)], *2 * [of(capacity)], length_B).compile()
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
     assert compiled.memory_analysis().temp_size_in_bytes < capacity * HEADS * HEAD_DIM * 2 / 10
+
+
+@slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("chip", ["v5p"], indirect=True)
+def test_tpu_decoding_takes_each_layer_from_the_stack_where_it_is(chip, dtype) -> None:
+    """A loop over layers copies none of their caches."""
+    layers, capacity = 4, 33 * pallas_tpu.BLOCK
+
+    def of(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=chip)
+
+    def step(q, k, v, stack_k, stack_v, length_B):
+        def layer(q, index):
+            past = (Stacked(stack_k, index), Stacked(stack_v, index), length_B)
+            return core.attention(q, k, v, Causal(), past), None
+
+        return jax.lax.scan(layer, q, jnp.arange(layers))[0]
+
+    stack = of(layers, 2, capacity, HEADS, HEAD_DIM, dtype=dtype)
+    if dtype == jnp.int8:
+        stack = Int8Slots(stack, of(layers, 2, HEADS, 1, capacity, dtype=jnp.float32))
+    compiled = jax.jit(step).lower(*3 * [of(2, 256, HEADS, HEAD_DIM)], stack, stack, of(2, dtype=jnp.int32)).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    one_layer = 2 * capacity * HEADS * HEAD_DIM * jnp.dtype(dtype).itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes < one_layer / 10

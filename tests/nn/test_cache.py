@@ -62,7 +62,7 @@ def test_int8_keeps_every_slot_and_head_to_a_127th_of_its_largest(unstacked: boo
     assert len(cache.k_LBPHD) == LAYERS if unstacked else cache.k_LBPHD.shape == (LAYERS, BATCH, 6, HEADS, DIM)
     for kept, x in ((cache.k_LBPHD, k), (cache.v_LBPHD, v)):
         whole = jax.tree.map(lambda *layers: jnp.stack(layers), *kept) if unstacked else kept
-        assert whole.q_BPGD.dtype == jnp.int8 and whole.scale_BGP.shape == (LAYERS, BATCH, HEADS, 6)
+        assert whole.q_BPGD.dtype == jnp.int8 and whole.scale_BG1P.shape == (LAYERS, BATCH, HEADS, 1, 6)
         error = np.abs(whole.scaled_back(jnp.float32)[:, :, :5] - x)
         assert (error <= np.abs(x).max(axis=-1, keepdims=True) / 127 * 0.501).all()
         assert not whole.q_BPGD[:, :, 5].any()

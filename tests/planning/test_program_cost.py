@@ -16,6 +16,7 @@ from starflow_jax.flow import jacobi
 from starflow_jax.flow.likelihood import nll_mean
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.kernels import attention as core
+from starflow_jax.kernels.mask import Causal
 from starflow_jax.model.parameters import flow_variables
 from starflow_jax.planning.program_cost import count
 from starflow_jax.planning.program_text import parse
@@ -375,3 +376,17 @@ def test_a_scanned_model_costs_what_the_unrolled_one_does_on_a_tpu(chip, trainin
     assert ours.flops == pytest.approx(theirs.flops, rel=0.01)
     assert scanned.cost_analysis()["flops"] < 0.75 * (ours.flops + ours.elementwise)
     assert theirs.flops + theirs.elementwise == pytest.approx(unrolled.cost_analysis()["flops"], rel=0.01)
+
+
+def test_of_a_cache_its_filled_share_counts(chip) -> None:
+    """Attention to a cache of four blocks, a quarter of which is read; attention among the queries counts whole."""
+    def of(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=chip)
+
+    queries, cached = of(1, 128, 2, 64), of(1, 4096, 2, 64)
+    compiled = jax.jit(lambda q, k, length: core.attention(q, q, q, Causal(), (k, k, length))).lower(
+        queries, cached, of(dtype=jnp.int32)).compile()
+    whole, quarter = count(compiled), count(compiled, filled=0.25)
+    keys_and_values, products = 2 * 4096 * 2 * 64 * 2, 4 * 128 * 4096 * 2 * 64
+    assert whole.hbm_bytes - quarter.hbm_bytes == pytest.approx(0.75 * keys_and_values, rel=0.05)
+    assert whole.flops - quarter.flops == pytest.approx(0.75 * products, rel=0.01)

@@ -17,7 +17,7 @@ from starflow_jax.flow import decode
 from starflow_jax.model import system
 from starflow_jax.model.beside import fingerprint_of, open_checkpoints
 from starflow_jax.model.system import save_system
-from starflow_jax.planning.sampling import sampling_programs
+from starflow_jax.planning.sampling import filled_share, sampling_programs
 from starflow_jax.sampling import conditions, denoise, generate, likelihood, renoise, shallow, stream
 from tests.helpers import random_params
 from tests.sharded_sampling import CONFIG_OF_TEST, PROMPTS, write_workdir
@@ -111,3 +111,10 @@ def test_the_plans_programs_are_those_that_sampling_runs(
     assert [name for name in planned if planned[name] != run[name]] == []
     assert set(planned) >= {"start_window", "decode_frames", "invert_shallow"}
     assert streams or set(planned) >= {"part_of", "parts_together"}
+
+
+def test_the_filled_share_of_a_cache() -> None:
+    """Whole blocks of 1,024 slots, of which the kernel reads at least one, on the average over the solver's blocks."""
+    assert filled_share(0, 600, 100, 600) == 1  # one block
+    assert filled_share(256, 2048, 1024, 4352) == pytest.approx((1 + 2) / 2 / 5)  # behind 256 and 1,280 slots
+    assert filled_share(2304, 2048, 2048, 4352) == pytest.approx(3 / 5)
