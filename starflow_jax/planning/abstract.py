@@ -13,6 +13,7 @@ from starflow_jax import sharding
 from starflow_jax.codec.patch import PatchCodec
 from starflow_jax.config import Config
 from starflow_jax.model.codec import patch_shape
+from starflow_jax.model.control import fresh_module
 from starflow_jax.model.quantize import quantize_params
 from starflow_jax.model.store import abstract_params, settings_of
 from starflow_jax.model.text import text_encoder
@@ -35,6 +36,10 @@ def abstract_model(config: Config, mesh: Mesh) -> tuple[dict[str, Any], Any]:
     if config.sample.draft:
         own = dataclasses.replace(config, model=settings_of(Path(config.sample.draft)).model)
         params["draft"] = {"deep": abstract_params(own, mesh, config.sample.weights)["flow"]["deep"]}
+    if config.sample.control or config.train.target == "control":
+        control = settings_of(Path(config.sample.control)).control if config.sample.control else config.control
+        params |= replicated(jax.eval_shape(
+            lambda: fresh_module(dataclasses.replace(config, control=control), jax.random.key(0))), mesh)
     if config.text.encoder == "frozen" and config.model.text_length:
         encoder, ids = abstract_text_encoder(config), jax.ShapeDtypeStruct((1, config.model.text_length), jnp.int32)
         shapes = jax.eval_shape(lambda ids: encoder.init(jax.random.key(0), ids)["params"], ids)
@@ -46,9 +51,13 @@ def abstract_model(config: Config, mesh: Mesh) -> tuple[dict[str, Any], Any]:
             params["text"] = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
                                                   sharding=sharding.spread_sharding(leaf.shape, mesh)), shapes)
-    return params, jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
-        abstract_codec(config))
+    return params, replicated(abstract_codec(config), mesh)
+
+
+def replicated(tree: Any, mesh: Mesh) -> Any:
+    """The shapes of a tree whose arrays all devices have."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
+                        tree)
 
 
 def abstract_codec(config: Config) -> Any:

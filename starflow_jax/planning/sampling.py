@@ -16,6 +16,7 @@ from starflow_jax import sharding
 from starflow_jax.codec.interface import decode_latents, decode_next
 from starflow_jax.config import Config, Solver
 from starflow_jax.flow import decode, inversion
+from starflow_jax.flow.control import LatentCameras, Steering, ray_tokens
 from starflow_jax.flow.denoiser_stream import score_next
 from starflow_jax.flow.schedule import Step, schedule
 from starflow_jax.flow.starflow import STARFlow
@@ -111,6 +112,8 @@ class Sampling:
         guidance = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(self.mesh))
         branches = 1 if texts is None else texts.shape[0]
         nothing = jax.ShapeDtypeStruct((noise.shape[0], 0, *noise.shape[2:]), noise.dtype)
+        steers = {frames: self._steering(frames, times)
+                  for frames, times in collections.Counter(step.frames for step in self.steps).items()}
         state = self._begin("the text", texts, nothing)
         draft = drafting(self.config.model, self.params["draft"], self.config.sample) if self.drafts else None
         drafted = self._begin("the text", texts, nothing, draft=draft) if draft else None
@@ -127,7 +130,7 @@ class Sampling:
                     solver=dataclasses.replace(step, tolerance=draft.tolerance), **solving)
             made[step], state, _ = self.chain.run(
                 f"deep block, a step{like}", decode.decode_frames, self.flow, self.variables, state, z, guidance, start,
-                solver=step, **solving)
+                steers[step.frames], solver=step, **solving)
             if draft:
                 drafted = self.chain.run(
                     f"draft, behind a step{like}", decode.follow_frames, draft.model, draft.params, drafted, made[step],
@@ -141,6 +144,17 @@ class Sampling:
                 self._begin("frames encoded again", texts, kept, times, one)
         self.chain.resident |= {"cache": state, "draft's cache": drafted}
         return made
+
+    def _steering(self, frames: int, times: float = 1) -> Steering | None:
+        """Of so many frames in a window, as sampling/conditions.py does; None for a model without a control module."""
+        if "control" not in self.params:
+            return None
+        model, shape = self.config.model, (self.config.plan.videos, frames, self.config.codec.time_stride)
+        poses = [jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=sharding.replicated(self.mesh))
+                 for sizes in ((*shape, 4), (*shape, 4, 4), (shape[0], 4, 4))]
+        rays = self.chain.run(f"rays of the cameras of {frames} frames", ray_tokens, LatentCameras(*poses[:2]),
+                              poses[2], model, times=times)
+        return self.params["control"], rays
 
     @property
     def drafts(self) -> bool:
@@ -168,16 +182,15 @@ class Sampling:
         return self.chain.run(
             f"{'draft' if draft else 'deep block'}, {name}", decode.start_window, flow, variables, known, texts,
             guess_BSK=None, window=model.frames, token_grid=model.token_grid, cache=self.config.sample.cache,
-            times=times)
+            steering=self._steering(known.shape[1], times) if known.shape[1] and not draft else None, times=times)
 
     def _renoised(self, u: Any, texts: Any, frames: int, times: int) -> Any:
         """As sampling/renoise.py does."""
         sample, text = self.config.sample, _conditional(texts)
         noisy = self.shallow_frames(u, "of a window", times)
-        step, needed = (score_step, self.params) if sample.denoise == "score" else (
-            denoiser_step, denoiser_alone(self.params))
-        clean = self.chain.run(f"{sample.denoise}, frames encoded again", step, self.flow, needed, noisy, text,
-                               times=times)
+        step, given = (score_step, (self.params, noisy, text, self._steering(noisy.shape[1], times))
+                       ) if sample.denoise == "score" else (denoiser_step, (denoiser_alone(self.params), noisy, text))
+        clean = self.chain.run(f"{sample.denoise}, frames encoded again", step, self.flow, *given, times=times)
         fresh = self.chain.run("noise of frames encoded again", draw_noise, self.seeds, (frames, *clean.shape[2:]), 0,
                                times=times)
         return self.chain.run("shallow blocks, frames encoded again", encode_again, self.flow, self.shallow_blocks,
@@ -199,7 +212,8 @@ class Sampling:
         run("codec, all frames", decode_latents, self.codec, noisy, config.codec.later_frames_scale,
             config.sample.as_released, options=effort(config))
         whole = jax.ShapeDtypeStruct(window.shape, window.dtype, sharding=sharding.replicated(self.mesh))
-        run("likelihood, a window", window_nll, self.flow, self._without_denoiser(), whole, text, times=self.windows)
+        run("likelihood, a window", window_nll, self.flow, self._without_denoiser(), whole, text,
+            self._steering(self.window, self.windows), times=self.windows)
         return self.chain.programs
 
     @property

@@ -16,6 +16,7 @@ from starflow_jax.config import Config
 from starflow_jax.flow import decode
 from starflow_jax.model import system
 from starflow_jax.model.beside import fingerprint_of, open_checkpoints
+from starflow_jax.model.control import fresh_module
 from starflow_jax.model.system import save_system
 from starflow_jax.planning.sampling import filled_share, sampling_programs
 from starflow_jax.sampling import conditions, denoise, generate, likelihood, renoise, shallow, stream
@@ -28,7 +29,7 @@ PROGRAMS = [(system, "encode_text"), (system, "decode_latents"), (conditions, "s
             (conditions, "draw_noise"), (decode, "start_window"), (decode, "decode_frames"), (decode, "invert_shallow"),
             (decode, "draft_frames"), (decode, "follow_frames"),
             (shallow, "part_of"), (shallow, "parts_together"), (generate, "joined"), (denoise, "denoiser_step"),
-            (likelihood, "window_nll"), (stream, "place"), (renoise, "encode_again"),
+            (conditions, "ray_tokens"), (likelihood, "window_nll"), (stream, "place"), (renoise, "encode_again"),
             (stream, "score_next"), (stream, "decode_next")]
 
 
@@ -70,21 +71,37 @@ def write_student(workdir: Path, teacher: Config) -> str:
     return str(workdir)
 
 
-@pytest.mark.parametrize(("streams", "offload", "frames", "drafts"), [
-    (False, False, 0, False), (True, False, 0, False), (False, True, 25, False),
-    pytest.param(True, False, 25, False, marks=pytest.mark.slow),
-    pytest.param(True, True, 25, False, marks=pytest.mark.slow),
-    pytest.param(False, False, 25, True, marks=pytest.mark.slow)],
+def write_module(workdir: Path, backbone: Config) -> str:
+    """The workdir of a control module of random parameters."""
+    config = dataclasses.replace(backbone, train=settings_of.Train(target="control"),
+                                 data=dataclasses.replace(backbone.data, camera=True, image_probability=0.0))
+    whole = traverse_util.flatten_dict(random_params(backbone, scale=0.3), sep="/")
+    save_system(dataclasses.replace(small_system(config), config=config), workdir / "system")
+    module = traverse_util.flatten_dict(jax.jit(lambda: fresh_module(config, jax.random.key(0)))(), sep="/")
+    save_params(workdir / "checkpoints", {name: np.asarray(value) for name, value in module.items()}, {})
+    open_checkpoints(config, workdir, fingerprint_of(whole)).close()
+    return str(workdir)
+
+
+@pytest.mark.parametrize(("streams", "offload", "frames", "beside"), [
+    (False, False, 0, ""), (True, False, 0, ""), (False, True, 25, ""),
+    pytest.param(True, False, 25, "", marks=pytest.mark.slow),
+    pytest.param(True, True, 25, "", marks=pytest.mark.slow),
+    pytest.param(False, False, 25, "draft", marks=pytest.mark.slow),
+    pytest.param(False, False, 25, "control", marks=pytest.mark.slow)],
     ids=["whole videos", "a stream", "past the window, one part after the other", "a stream past the window",
-         "a stream past the window, one part after the other", "drafted, past the window"])
+         "a stream past the window, one part after the other", "drafted, past the window", "cameras, past the window"])
 def test_the_plans_programs_are_those_that_sampling_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: bool, offload: bool, frames: int, drafts: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: bool, offload: bool, frames: int, beside: str
 ) -> None:
     """The user's command on four devices, two guided videos, two frames at once in shallow blocks; past the window,
     which is noised anew."""
     recorded: dict[str, list[str]] = {}
     write_workdir(tmp_path / "model")
-    draft = write_student(tmp_path / "draft", CONFIG_OF_TEST) if drafts else ""
+    added: dict[str, Any] = {}
+    if beside:
+        write = {"draft": write_student, "control": write_module}[beside]
+        added = {beside: write(tmp_path / beside, CONFIG_OF_TEST), "camera": "orbit" if beside == "control" else ""}
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
     tokens = 2 * 2 * CONFIG_OF_TEST.model.tokens_per_frame
     monkeypatch.setattr(shallow, "TOKENS", tokens)
@@ -93,7 +110,7 @@ def test_the_plans_programs_are_those_that_sampling_runs(
     code, _, error = run_here([
         "--config=configs/t2v.py", "--mode=sample", f"--workdir={tmp_path / 'model'}", "--config.sample.batch_size=2",
         f"--config.sample.prompts_file={tmp_path / 'prompts.txt'}", f"--config.sample.stream={streams}",
-        f"--config.sample.offload={offload}", f"--config.sample.draft={draft}",
+        f"--config.sample.offload={offload}", *(f"--config.sample.{name}={value}" for name, value in added.items()),
         f"--config.sample.output={tmp_path / 'videos'}", f"--config.sample.frames={frames}",
         f"--config.sample.renoise={frames > 0}", "--config.mesh.data=2", "--config.mesh.tensor=2",
         "--config.model.unroll_layers=false"])
@@ -103,7 +120,7 @@ def test_the_plans_programs_are_those_that_sampling_runs(
     mesh = sharding.make_mesh(settings_of.Mesh(data=2, tensor=2))
     config = dataclasses.replace(
         CONFIG_OF_TEST, plan=settings_of.Plan(step="sample", videos=2), sample=settings_of.Sample(
-            guidance=2.0, stream=streams, offload=offload, frames=frames, renoise=frames > 0, draft=draft))
+            guidance=2.0, stream=streams, offload=offload, frames=frames, renoise=frames > 0, **added))
     with jax.set_mesh(mesh):
         planned = by_function([program.lowered.as_text() for program in sampling_programs(config, mesh)])
     run = by_function([text for texts in recorded.values() for text in texts])
