@@ -251,7 +251,7 @@ def load_backbone(config: Config, convert: Convert | None = None, deep: bool = T
     if config.train.init_from:
         folder = backbone_checkpoint(config)
         return _load_checkpoint(backbone_config(config), folder.parents[1], folder, convert, deep)
-    _check_pretrained(config, NO_BACKBONE, "--config.train.init_from")
+    check_pretrained(config, NO_BACKBONE, "--config.train.init_from")
     return load_pretrained(config, PRETRAINED, convert)
 
 
@@ -303,7 +303,7 @@ def backbone_weights(config: Config) -> str:
     """`LoadedModel.weights` of train.init_from's model, or the package's. Raises UserError as loading it would."""
     if config.train.init_from:
         return _checksum(backbone_checkpoint(config) / checksums.CHECKSUMS)
-    _check_pretrained(config, NO_BACKBONE, "--config.train.init_from")
+    check_pretrained(config, NO_BACKBONE, "--config.train.init_from")
     return _checksum(PRETRAINED / PRETRAINED_WEIGHTS)
 
 
@@ -321,7 +321,7 @@ def backbone_arrays(config: Config) -> Mapping[str, Any]:
     """{"flow/deep/...": array} of that model, each read when it is used. Raises UserError as loading it would."""
     if config.train.init_from:
         return parameters.stored_params(backbone_checkpoint(config))
-    _check_pretrained(config, NO_BACKBONE, "--config.train.init_from")
+    check_pretrained(config, NO_BACKBONE, "--config.train.init_from")
     return open_safetensors(PRETRAINED / PRETRAINED_WEIGHTS)
 
 
@@ -333,7 +333,7 @@ def backbone_system(config: Config) -> System:
 
 def load_pretrained(config: Config, workdir: Path, convert: Convert | None = None) -> LoadedModel:
     """The same of the pretrained model in the package. Raises UserError where that is another config's."""
-    _check_pretrained(config, f"{workdir} holds no checkpoint")
+    check_pretrained(config, f"{workdir} holds no checkpoint")
     params, mesh = import_arrays(PRETRAINED / PRETRAINED_WEIGHTS), sharding.current_mesh()
     params = jax.device_put(params, sharding.parameter_shardings(params, mesh) if mesh else None)
     if convert:
@@ -346,7 +346,7 @@ def load_pretrained(config: Config, workdir: Path, convert: Convert | None = Non
 def check_there(config: Config, workdir: Path) -> None:
     """Raises UserError where a workdir has no checkpoints, and the package no model of the config."""
     if config.train.target == "all" and not (workdir / "checkpoints").exists():
-        _check_pretrained(config, f"{workdir} holds no checkpoint")
+        check_pretrained(config, f"{workdir} holds no checkpoint")
 
 
 def _is_pretrained(config: Config) -> bool:
@@ -357,7 +357,8 @@ def _is_pretrained(config: Config) -> bool:
         backbone_config(config))
 
 
-def _check_pretrained(config: Config, why: str, setting: str = "--workdir") -> None:
+def check_pretrained(config: Config, why: str, setting: str = "--workdir") -> None:
+    """Raises UserError, which begins with `why`, where the package's model is another config's."""
     if not _is_pretrained(config):
         raise UserError(f"{why}, and the package carries no model of {config.name}; "
                         "train one (--mode=train), convert released weights (--mode=convert "
@@ -372,7 +373,7 @@ def weights_of(config: Config, workdir: Path) -> str:
     elif folder := _trained_checkpoint(config, workdir):
         weights = _checksum(folder / checksums.CHECKSUMS)
     else:
-        _check_pretrained(config, f"{workdir} holds no checkpoint")
+        check_pretrained(config, f"{workdir} holds no checkpoint")
         weights = _checksum(PRETRAINED / PRETRAINED_WEIGHTS)
     if config.train.target in ("student", "decoder"):
         weights += _checksum(whole_beside(config, workdir, backbone_checksum(config)) / checksums.CHECKSUMS)

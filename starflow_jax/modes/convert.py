@@ -30,16 +30,18 @@ from starflow_jax.io.files import atomic_path
 from starflow_jax.io.hub import on_disk
 from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.io.tensor_files import StoredArray, check_shapes, write_safetensors
+from starflow_jax.model.calibration import CALIBRATED
 from starflow_jax.model.codec import FITTED_CODEC, released_codec, sizes_of_codec
 from starflow_jax.model.initialise import inherited_arrays, is_ours, whole_checkpoint
 from starflow_jax.model.lora import read_workdir
 from starflow_jax.model.parameters import model_fingerprint
-from starflow_jax.model.store import backbone_arrays, own_settings
+from starflow_jax.model.store import PRETRAINED, backbone_arrays, check_pretrained, own_settings, settings_of
 from starflow_jax.model.system import save_settings
 from starflow_jax.model.text import TOKENIZER
 from starflow_jax.modes.alone import alone_in
 from starflow_jax.text.pretrained import encoder_channels
 
+PACKAGED = "pretrained"  # convert.source: the model in the package
 VAE, TEXT_ENCODER = "vae.safetensors", "text_encoder"  # in WORKDIR/system
 
 
@@ -56,6 +58,9 @@ def convert(config: Config, workdir: Path) -> None:
                         "or a file to write them to with --config.convert.target=FILE.safetensors")
     if settings.target and not settings.target.endswith(".safetensors"):
         raise UserError(f"convert.target={settings.target!r}: must end in .safetensors")
+    if settings.source == PACKAGED:
+        check_pretrained(config, f"convert.source={PACKAGED}", "--config.convert.source")
+        config = dataclasses.replace(settings_of(PRETRAINED), convert=settings)
     config = with_sizes_of_files(with_hub_files(config))
     settings = config.convert
     # Both are opened and checked before anything is written.
@@ -77,7 +82,8 @@ def convert(config: Config, workdir: Path) -> None:
 def with_hub_files(config: Config) -> Config:
     """The settings with names on a model hub as the files that they are."""
     names = ("source", "text", "codec", "statistics")
-    files = {name: on_disk(getattr(config.convert, name), f"convert.{name}") for name in names}
+    files = {name: on_disk(getattr(config.convert, name), f"convert.{name}") for name in names
+             if getattr(config.convert, name) != PACKAGED}
     return changed(config, "convert", files)
 
 
@@ -102,6 +108,8 @@ def _vae_prefix(config: Config) -> str:
 def read_flow(config: Config) -> tuple[dict[str, Any], list[Change]]:
     """(the source's parameters, each read when it is asked for, and what was changed of another workdir's)."""
     settings, source = config.convert, Path(config.convert.source)
+    if settings.source == PACKAGED:  # where it lies in half the bytes that training has
+        return {name: _cast(array, "float32") for name, array in backbone_arrays(config).items()}, []
     if is_ours(source):
         return inherited_arrays(config, source)
     found = stack_released(open_weights(source, settings.prefix), config.model, str(source))
@@ -165,7 +173,9 @@ def write_system(config: Config, workdir: Path) -> None:
     workdir its tokenizer and fitted codec."""
     folder, source = workdir / "system", Path(config.convert.source)
     folder.mkdir(parents=True, exist_ok=True)
-    if is_ours(source) and config.text.encoder == "trained":
+    if config.convert.source == PACKAGED:
+        _copy([path for name in (TOKENIZER, FITTED_CODEC, *CALIBRATED) if (path := PRETRAINED / name).exists()], folder)
+    elif is_ours(source) and config.text.encoder == "trained":
         theirs = (source if (source / "checkpoints").is_dir() else source.absolute().parent.parent) / "system"
         _copy([path for name in (TOKENIZER, FITTED_CODEC) if (path := theirs / name).exists()], folder)
     if config.text.weights and config.convert.copy:
@@ -200,7 +210,8 @@ def keep_licences(config: Config, workdir: Path) -> None:
     """The licences of all that the workdir was made of, shown and kept in it."""
     asked = config.convert
     given = {"the flow": asked.source, "the VAE": asked.codec, "the text encoder": asked.text or config.text.weights}
-    text, lines = licence_text({what: Path(source) for what, source in given.items() if source})
+    text, lines = licence_text({what: PRETRAINED if source == PACKAGED else Path(source)
+                                for what, source in given.items() if source})
     print("\n".join(lines))
     keep_licence(text, workdir / KEPT)
     print(f"kept in {workdir / KEPT}")

@@ -51,8 +51,8 @@ class Data(Settings):
 class Convert(Settings):
     """Released weights and workdirs -> checkpoints, and back."""
 
-    source: str = setting("", "a .pth, a folder of torch's shards, safetensors, a name on a hub (hub:OWNER/NAME), or a "
-                          "workdir whose model is to grow")
+    source: str = setting("", "a .pth, a folder of torch's shards, safetensors, a name on a hub (hub:OWNER/NAME), a "
+                          "workdir whose model is to grow, or `pretrained`: the model in the package")
     text: str = setting("", "the text encoder's folder; empty: text.weights")
     target: str = setting("", "a .safetensors file under the release's names, from the workdir's newest checkpoint; "
                           "of LoRA factors under PEFT's, FOLDER/adapter_model.safetensors")

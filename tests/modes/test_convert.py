@@ -14,16 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from configs.t2v import tiny
 from starflow_jax.checkpoints.parameters import restore_params, stored_params
 from starflow_jax.checkpoints.released import flow_shapes, released_model, unstack_to_released
 from starflow_jax.checkpoints.torch_files import open_weights
 from starflow_jax.config import Codec, Config, Convert, Model, Text, UserError
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.io.tensor_files import StoredArray, open_safetensors, write_safetensors
+from starflow_jax.model.initialise import initial_params
 from starflow_jax.model.parameters import flow_variables, init_params
+from starflow_jax.model.store import PRETRAINED, PRETRAINED_WEIGHTS, settings_of
 from starflow_jax.modes.convert import convert
 from tests.helpers import tiny_model
 
@@ -286,3 +290,23 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
             np.testing.assert_array_equal(np.asarray(first[key]), np.asarray(second[key]))
     assert sizes[1] - sizes[0] > 5e8
     assert peaks[1] - peaks[0] < 0.2 * (sizes[1] - sizes[0]), (peaks, sizes)
+
+
+def test_the_packages_model_becomes_a_workdir_to_train_on(tmp_path: Path) -> None:
+    """Its parameters in float32, its settings, tokenizer, codec and calibration; and training begins with them."""
+    asked = dataclasses.replace(tiny(), convert=Convert(source="pretrained"))
+    convert(asked, tmp_path / "start")
+    packaged = open_safetensors(PRETRAINED / PRETRAINED_WEIGHTS)
+    config = settings_of(tmp_path / "start")
+    assert config == dataclasses.replace(settings_of(PRETRAINED), convert=Convert())
+    for name in ("tokenizer.model", "codec.safetensors", "decoding.json"):
+        assert (tmp_path / "start" / "system" / name).read_bytes() == (PRETRAINED / name).read_bytes()
+    trained = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(tmp_path / "start")))
+    params, changes = initial_params(trained, jax.random.key(0))
+    flat = traverse_util.flatten_dict(params, sep="/")
+    assert not changes and set(flat) == set(packaged)
+    for name, value in flat.items():
+        assert value.dtype == jnp.float32
+        np.testing.assert_array_equal(value, np.asarray(packaged[name], np.float32))
+    with pytest.raises(UserError, match="convert.source=pretrained, and the package carries no model of test"):
+        convert(config_of(MODEL, source="pretrained"), tmp_path / "other")
