@@ -210,8 +210,11 @@ def keep_licences(config: Config, workdir: Path) -> None:
     """The licences of all that the workdir was made of, shown and kept in it."""
     asked = config.convert
     given = {"the flow": asked.source, "the VAE": asked.codec, "the text encoder": asked.text or config.text.weights}
-    text, lines = licence_text({what: PRETRAINED if source == PACKAGED else Path(source)
-                                for what, source in given.items() if source})
+    if asked.source == PACKAGED:  # made here; of others' weights it would carry their licence
+        given["the flow"] = str(PRETRAINED) if (PRETRAINED / KEPT).exists() else ""
+    if not any(given.values()):
+        return
+    text, lines = licence_text({what: Path(source) for what, source in given.items() if source})
     print("\n".join(lines))
     keep_licence(text, workdir / KEPT)
     print(f"kept in {workdir / KEPT}")

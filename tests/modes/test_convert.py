@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from configs.t2v import tiny
+from starflow_jax.checkpoints.licences import KEPT
 from starflow_jax.checkpoints.parameters import restore_params, stored_params
 from starflow_jax.checkpoints.released import flow_shapes, released_model, unstack_to_released
 from starflow_jax.checkpoints.torch_files import open_weights
@@ -301,6 +302,7 @@ def test_the_packages_model_becomes_a_workdir_to_train_on(tmp_path: Path) -> Non
     assert config == dataclasses.replace(settings_of(PRETRAINED), convert=Convert())
     for name in ("tokenizer.model", "codec.safetensors", "decoding.json"):
         assert (tmp_path / "start" / "system" / name).read_bytes() == (PRETRAINED / name).read_bytes()
+    assert not (tmp_path / "start" / KEPT).exists()  # of weights that are nobody else's
     trained = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=str(tmp_path / "start")))
     params, changes = initial_params(trained, jax.random.key(0))
     flat = traverse_util.flatten_dict(params, sep="/")
