@@ -1,13 +1,14 @@
 """The inverse of the flow: noise -> latents, frame by frame (DESIGN: inversion, tasks).
 
 `decode_frames` is the pure step (params, window state, noise of a frame or of several) -> (u, state), the
-same for every frame; `generate` drives it over a video of any length, `invert_shallow` finishes frames.
+same for every frame; `generate` drives it over a video of any length, `invert_shallow` finishes frames. `steps` leaves
+the step itself to whoever drives it, so that steps of several videos can be one program (flow/together.py).
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import flax.struct
 import jax
@@ -215,17 +216,77 @@ class Later:
 
 
 ByFrame = Callable[[int, int], jax.Array]  # (first frame to make, how many) -> (B, frames, S, K)
+Made = tuple[jax.Array, Report]  # frames of u (B, G, S, K), and how the solver ended
 
 
-def generate(
+class Given(NamedTuple):
+    """What differs from step to step, and from video to video: arguments of `decode_frames`."""
+
+    state: WindowState
+    z_BGSK: jax.Array
+    guidance: jax.Array
+    start_BGSK: jax.Array | None
+    steering: Steering | None
+
+
+@dataclasses.dataclass(eq=False)
+class Ask:
+    """A step of the deep block that is to be made: `decode_frames` of these arguments."""
+
+    model: STARFlow
+    params: Any
+    given: Given | None
+    solver: Solver
+    how: dict[str, Any]  # window, token_grid and branches
+    answer: tuple[jax.Array, WindowState, Report] | None = None
+
+    def take(self) -> Given:
+        """What is given, which this lets go of: the state is a window's cache, and none is held twice."""
+        given, self.given = self.given, None
+        assert given is not None
+        return given
+
+    def taken_answer(self) -> tuple[jax.Array, WindowState, Report]:
+        """The answer, which this lets go of."""
+        answer, self.answer = self.answer, None
+        assert answer is not None, "a step that nobody made"
+        return answer
+
+
+def answer(ask: Ask) -> None:
+    """Make a step by itself."""
+    given = ask.take()
+    params = to_devices(ask.params, after=(given.state, given.z_BGSK))
+    ask.answer = decode_frames(ask.model, params, *given, solver=ask.solver, **ask.how)
+
+
+Step = TypeVar("Step")
+
+
+def answered(steps: Iterator[Ask | Step]) -> Iterator[Step]:
+    """The others of some steps, with each that is asked for made by itself."""
+    for step in steps:
+        if isinstance(step, Ask):
+            answer(step)
+        else:
+            yield step
+
+
+def generate(*args: Any, **kwargs: Any) -> Iterator[Made]:
+    """`steps`, each made as it is asked for: yields the frames of u with their report as they are finished."""
+    return answered(steps(*args, **kwargs))
+
+
+def steps(
     model: STARFlow, params: Any, noise_BTSK: jax.Array | ByFrame, texts: jax.Array | Mapping[int, jax.Array] | None, *,
     guidance: float | Callable[[bool], float] = 0.0, solver: Solver = SEQUENTIAL, token_grid: tuple[int, int],
     known_BTSK: jax.Array | None = None, window: int | None = None, context: int | None = None, later: Later = Later(),
     guess_BSK: jax.Array | None = None, start_BTSK: jax.Array | ByFrame | None = None, cache: str = "",
     steer: Callable[[int, int, int], Steering | None] | None = None, total: int | None = None,
     draft: Draft | None = None,
-) -> Iterator[tuple[jax.Array, Report]]:
-    """Yield the frames of u that follow the known ones, (B, G, S, K) with their report, as they are finished.
+) -> Iterator[Ask | Made]:
+    """Yield each step of the deep block, which must have its answer before the next is asked for; and then the frames
+    of u that it made, which follow the known ones, (B, G, S, K), with their report.
 
     noise: one frame of it per frame to make, an array or what gives them; then total says how many there are, and the
     window is given. texts: (branches, B, text_length, text_dim), conditional features and, with guidance, what they are
@@ -283,10 +344,11 @@ def generate(
         drafted = None
         if drafts:
             start_BGSK, drafted = drafts.frames(z_BGSK, weight, start_BGSK, step.solver)
-        made_BGSK, state, report = decode_frames(
-            model, to_devices(params, after=(state, u_BWSK)), state, z_BGSK, weight, start_BGSK,
-            steer(begin, given + step.index, step.frames) if steer else None, solver=step.solver, window=window,
-            token_grid=token_grid, branches=_branches(text_GBTD))
+        ask = Ask(model, params, Given(state, z_BGSK, weight, start_BGSK,
+                                       steer(begin, given + step.index, step.frames) if steer else None),
+                  step.solver, dict(window=window, token_grid=token_grid, branches=_branches(text_GBTD)))
+        yield ask
+        made_BGSK, state, report = ask.taken_answer()
         if drafts and step.index + step.frames < total:
             drafts.follow(made_BGSK)
         u_BWSK = _followed(u_BWSK, made_BGSK)

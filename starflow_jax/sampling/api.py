@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike
 
 from starflow_jax.config import Config, UserError, changed
 from starflow_jax.config import Mesh as MeshSettings
+from starflow_jax.flow.decode import Ask, answer
 from starflow_jax.io.compiled import keep_compiled_programs
 from starflow_jax.io.live_camera import as_json
 from starflow_jax.io.video import mp4_bytes, write_mp4
@@ -151,10 +152,12 @@ class Model:
                 raise UserError(f"{path}: its {count} given frames of {size[0]}x{size[1]} don't suit this model")
         return Session(system, self.params, self.mesh, record)
 
-    def warm_up(self, **settings: Any) -> None:
+    def warm_up(self, *, answer: Callable[[Ask], None] = answer, **settings: Any) -> None:
         """Compile, by making a few frames, all that a session of these settings of `stream` may need, so that none
         waits for the compiler: its beginning, also from a picture, windows that move on, changes of prompt, guidance
-        and camera, and its end. What is left out is the beginning from a video, whose length is its own."""
+        and camera, and its end. What is left out is the beginning from a video, whose length is its own.
+
+        answer: what makes each step of the deep block, and may compile further programs for it."""
         stride, image = self.config.codec.time_stride, settings.pop("image", "")
         settings = {**settings, "frames": 0, "rewrite": ""}
         _, _, known_THWC = self._begin("", settings, image=image, stream=True)
@@ -163,7 +166,9 @@ class Model:
         def begin(frames: int = 0, changes: Mapping[int, Change] = NONE, picture: bool = False) -> Session:
             first = np.zeros((8, 8, 3), np.uint8) if picture and not given else image
             asked = {**settings, "frames": 1 + (given + frames - 1) * stride if frames else 0}
-            return self._session("", asked, first, changes, recording=False)
+            session = self._session("", asked, first, changes, recording=False)
+            session.answer = answer
+            return session
 
         warm_up(begin, steerable="control" in self.params)
 

@@ -13,7 +13,6 @@ import numpy as np
 from starflow_jax.config import Model, Sample, UserError
 from starflow_jax.flow import decode
 from starflow_jax.flow.control import LatentCameras, Steering, control_of
-from starflow_jax.flow.inversion import Report
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, decoding_variables, flow_variables, shallow_variables
 from starflow_jax.model.student import flow_of
@@ -83,10 +82,15 @@ class Live(Protocol):
         """Of so many frames from `first` on, in a window that begins with frame `begin`, as `decode.generate` asks."""
 
 
-def deep_frames(
-    system: System, params: Params, given: Conditions, settings: Sample, live: Live | None = None
-) -> Iterator[tuple[jax.Array, Report]]:
+def deep_frames(system: System, params: Params, given: Conditions, settings: Sample) -> Iterator[decode.Made]:
     """Yield the u of the frames to make, one solver step's frames at a time, as `decode.generate` does."""
+    return decode.answered(deep_steps(system, params, given, settings))
+
+
+def deep_steps(
+    system: System, params: Params, given: Conditions, settings: Sample, live: Live | None = None
+) -> Iterator[decode.Ask | decode.Made]:
+    """The same, with each step asked for first, as `decode.steps` does."""
     model, texts = system.config.model, given.texts
     later = decode.Later(texts.later[0], refresher(system, params, given, settings) if settings.renoise else None)
     steer: Callable[[int, int, int], Steering | None] | None = None
@@ -94,7 +98,7 @@ def deep_frames(
         steer = live.steering
     elif given.cameras:
         steer = partial(steering, params, model, given.text)
-    return decode.generate(
+    return decode.steps(
         system.flow, decoding_variables(params), given.noise, ChainMap({0: texts.first}, texts.later),
         guidance=live.guidance if live else settings.weight, solver=deep_solver(chosen_solver(system, settings)),
         token_grid=system.token_grid, known_BTSK=given.known_BTSK, window=model.frames,

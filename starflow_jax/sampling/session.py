@@ -2,7 +2,7 @@
 
 import collections
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from starflow_jax.config import Config, UserError, changed
+from starflow_jax.flow.decode import Ask, answer
 from starflow_jax.io.live_camera import as_json
 from starflow_jax.io.video import Recording
 from starflow_jax.model.parameters import Params
@@ -48,7 +49,8 @@ class Session:
         if self._set["guidance"] is None:
             self._set["guidance"] = self._settings.guidance
         self._recording = Recording(file_rate(system.config), shown_scale(self._pixels[0])) if recording else None
-        self._steps: Iterator[Step] | None = None  # from the first frame on
+        self.answer: Callable[[Ask], None] = answer  # makes a step of the deep block
+        self._steps: Iterator[Ask | Step] | None = None  # from the first frame on
         self._ready: collections.deque[jax.Array] = collections.deque()
         self._begun, self._shown = latents_of(record.known_THWC, system.config.codec.time_stride), 0
         self._closed = False
@@ -78,9 +80,19 @@ class Session:
         self._steps, self._ready = iter(()), collections.deque()
 
     def __next__(self) -> np.ndarray:
+        while isinstance(part := self.advance(), Ask):
+            with on_mesh(self._mesh):
+                self.answer(part)
+        if part is None:
+            raise StopIteration
+        return part
+
+    def advance(self) -> np.ndarray | Ask | None:
+        """The next frames; or a step of the deep block that must be made before there can be more, for who makes those
+        of several sessions together; None: it has ended. Raises as next() does."""
         if self._closed or self._shown == self._record.frames:
             self.close()
-            raise StopIteration
+            return None
         with on_mesh(self._mesh):
             if self._steps is None:
                 self._steps = self._begin()
@@ -88,7 +100,9 @@ class Session:
                 step = next(self._steps, None)
                 if step is None:
                     self.close()
-                    raise StopIteration
+                    return None
+                if isinstance(step, Ask):
+                    return step
                 self._begun = step.begun
                 solved([step.deep], [step.shallow]).check(0, f"{self.prompt!r}, seed {self._record.seed}")
                 self._ready.extend(step.pixels)
@@ -173,7 +187,7 @@ class Session:
         write_record(path.with_suffix(".json"), self.record, self._system.config.codec.time_stride)
         return path
 
-    def _begin(self) -> Iterator[Step]:
+    def _begin(self) -> Iterator[Ask | Step]:
         config, settings, known_THWC = self._system.config, self._settings, self._record.known_THWC
         self._steered.begin_video(settings.frames or None, latents_of(known_THWC, config.codec.time_stride))
         given = make_conditions(

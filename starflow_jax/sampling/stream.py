@@ -27,7 +27,7 @@ from starflow_jax.model.parameters import Params, shallow_variables
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Conditions, make_conditions
 from starflow_jax.sampling.denoise import AS_THEY_ARE, denoise_window
-from starflow_jax.sampling.generate import Live, deep_frames
+from starflow_jax.sampling.generate import Live, deep_steps
 from starflow_jax.sampling.offload import takes_turns
 from starflow_jax.sampling.solver import chosen_solver, shallow_solver
 from starflow_jax.sampling.timeline import Timeline
@@ -62,7 +62,7 @@ def stream_clips(
     stride for each after it; the given ones come first. timeline: what is to watch it; its owner closes it. Raises
     UserError as `make_conditions` does, and where sample.denoise or sample.devices rules a stream out."""
     given = make_conditions(system, params, captions, seeds, settings, known_BTHWC)
-    for step in stream_steps(system, params, given, settings, timeline=timeline):
+    for step in decode.answered(stream_steps(system, params, given, settings, timeline=timeline)):
         yield from map(fetch, step.pixels)
 
 
@@ -76,17 +76,22 @@ class Step(NamedTuple):
 
 
 def stream_steps(system: System, params: Params, given: Conditions, settings: Sample, *, live: Live | None = None,
-                 timeline: Timeline | None = None) -> Iterator[Step]:
-    """Yield a stream's steps, until `given.total` frames are made. Of what was made no more is held than a window."""
+                 timeline: Timeline | None = None) -> Iterator[decode.Ask | Step]:
+    """Yield each step of the deep block to be made, as `decode.steps` does, and the stream's steps, until `given.total`
+    frames are made. Of what was made no more is held than a window."""
     deep, rest = stream_devices(settings.devices)
     finish = Finisher(system, params, given, settings, rest)
     needed = {"flow", "control", "draft", *(["denoiser"] if settings.renoise else [])}
     deep_params, given = _on(deep, ({part: params[part] for part in needed & set(params)}, given))
-    frames, begun, done = deep_frames(system, deep_params, given, settings, live), given.given, None
+    frames, begun, done = deep_steps(system, deep_params, given, settings, live), given.given, None
     while begun < given.total:
         if live:
             live.begin(given, begun - given.given)
-        u_BGSK, report = next(frames)
+        made = next(frames)
+        while isinstance(made, decode.Ask):
+            yield made
+            made = next(frames)
+        u_BGSK, report = made
         if timeline:
             timeline.watch("deep", begun, u_BGSK)
             timeline.deep_reports.append(report)

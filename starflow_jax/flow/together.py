@@ -1,0 +1,75 @@
+"""Steps of several videos as one program, each video at its own frame of its own window.
+
+The videos are lanes of one batch: windows differ in how much of their cache is known, in guidance and in cameras, and
+each lane's solver stops by itself. Programs are for fixed numbers of lanes; lanes that nobody needs repeat the first
+one, so that they end when it does.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from starflow_jax.flow.decode import Ask, Given, WindowState, answer, decode_frames
+from starflow_jax.flow.inversion import Report, Solver
+from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.sharding import to_devices
+
+
+def answer_together(asks: Sequence[Ask], sizes: Sequence[int]) -> None:
+    """Make steps of the deep block, as many together as the largest of `sizes` allows: a group gets the smallest size
+    that holds it, 1 being `decode.answer`. Those that no program can make together (guided and not, with and without a
+    camera, first frames whose blocks differ) are groups of their own."""
+    groups: dict[Any, list[Ask]] = {}
+    for ask in asks:
+        groups.setdefault(_kind(ask), []).append(ask)
+    for group in groups.values():
+        for part in _parts(group, max(sizes)):
+            _answer(part, min(size for size in sizes if size >= len(part)))
+
+
+def warm_up(ask: Ask, sizes: Sequence[int]) -> None:
+    """Make a step, and let its kind be compiled for every size."""
+    given = ask.given
+    for size in sizes:
+        if size > 1:
+            jax.block_until_ready(_decode_lanes(ask.model, ask.params, (given,) * size, ask.solver, **ask.how))
+    answer(ask)
+
+
+def _parts(group: list[Ask], most: int) -> Iterator[list[Ask]]:
+    for first in range(0, len(group), most):
+        yield group[first:first + most]
+
+
+def _kind(ask: Ask) -> Any:
+    """Equal for those that can be lanes of one program."""
+    leaves, tree = jax.tree.flatten(ask.given)
+    return (ask.model, id(jax.tree.leaves(ask.params)[0]), ask.solver, tuple(sorted(ask.how.items())), tree,
+            tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+
+
+def _answer(asks: list[Ask], size: int) -> None:
+    if size == 1:
+        return answer(asks[0])
+    first = asks[0]
+    lanes = [ask.take() for ask in asks]
+    lanes += [lanes[0]] * (size - len(lanes))
+    params = to_devices(first.params, after=lanes)
+    made = _decode_lanes(first.model, params, tuple(lanes), first.solver, **first.how)
+    for ask, part in zip(asks, made):
+        ask.answer = part
+
+
+# The states are not donated: they are put side by side first, which copies them.
+@partial(jax.jit, static_argnames=("model", "window", "token_grid", "branches"))
+def _decode_lanes(model: STARFlow, params: Any, lanes: tuple[Given, ...], solver: Solver, **how: Any
+                  ) -> tuple[tuple[jax.Array, WindowState, Report], ...]:
+    """`decode_frames` of each."""
+    def one(lane: Given) -> tuple[jax.Array, WindowState, Report]:
+        return decode_frames(model, params, *lane, solver=solver, **how)
+
+    made = jax.vmap(one)(jax.tree.map(lambda *parts: jnp.stack(parts), *lanes))
+    return tuple(jax.tree.map(lambda part, lane=lane: part[lane], made) for lane in range(len(lanes)))
