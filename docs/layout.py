@@ -10,9 +10,9 @@ PICTURE = ROOT / "docs/pages/pictures/layout.svg"
 # What stands in a row of the picture, and what each room is for; in the order of .importlinter.
 BANDS = {
     "what is run": {"main": "the command line", "modes": "train, sample, evaluate, prepare, ...: one file each"},
-    "what modes do": {"benchmarks": "timed runs", "planning": "a pod, before it is rented",
-                      "training": "step, loop, optimizer", "evaluation": "likelihood, quality",
-                      "sampling": "generate, stream"},
+    "what modes do": {"serving": "page and HTTP API", "benchmarks": "timed runs",
+                      "planning": "a pod, before it is rented", "training": "step, loop, optimizer",
+                      "evaluation": "likelihood, quality", "sampling": "generate, stream"},
     "one system": {"model": "codec + text + flow of a config", "checkpoints": "save, resume, release, grow",
                    "data": "digits, raw videos, pipeline"},
     "mathematics": {"flow": "blocks, their inverse, the denoiser", "codec": "pixels to latents",

@@ -17,13 +17,14 @@ from starflow_jax.settings.data import Convert, Data, Prepare
 from starflow_jax.settings.fields import Settings, UserError, required, type_hints, whole_number
 from starflow_jax.settings.model import METADATA, REMAT, SEQUENCE_PARALLEL, Codec, Mesh, Model, Text
 from starflow_jax.settings.sampling import EVALUATIONS, Evaluate, Sample, Solver
+from starflow_jax.settings.serving import Serve
 from starflow_jax.settings.training import BENCHMARKS, Benchmark, Control, Decoder, Lora, Plan, Student, Train
 
 __all__ = [
     "BENCHMARKS", "EVALUATIONS", "METADATA", "REMAT", "SEQUENCE_PARALLEL", "Benchmark", "Codec", "Config", "Control",
-    "Convert", "Data", "Decoder", "Evaluate", "Lora", "Mesh", "Model", "Plan", "Prepare", "Sample", "Solver", "Student",
-    "Text", "Train", "UserError", "changed", "choose_variant", "from_config_dict", "from_dict", "to_config_dict",
-    "unknown_setting", "whole_number"]
+    "Convert", "Data", "Decoder", "Evaluate", "Lora", "Mesh", "Model", "Plan", "Prepare", "Sample", "Serve", "Solver",
+    "Student", "Text", "Train", "UserError", "changed", "choose_variant", "from_config_dict", "from_dict",
+    "to_config_dict", "unknown_setting", "whole_number"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Config(Settings):
     evaluate: Evaluate = Evaluate()
     convert: Convert = Convert()
     prepare: Prepare = Prepare()
+    serve: Serve = Serve()
 
     def check(self) -> None:
         self.train.require(

@@ -30,12 +30,13 @@ def answer_together(asks: Sequence[Ask], sizes: Sequence[int]) -> None:
             _answer(part, min(size for size in sizes if size >= len(part)))
 
 
-def warm_up(ask: Ask, sizes: Sequence[int]) -> None:
-    """Make a step, and let its kind be compiled for every size."""
-    given = ask.given
+def warm_up(ask: Ask, sizes: Sequence[int], compiled: set[Any]) -> None:
+    """Make a step, and let its kind be compiled for every size unless it is among those that are."""
+    given, kind = ask.given, _kind(ask)
     for size in sizes:
-        if size > 1:
+        if size > 1 and kind not in compiled:
             jax.block_until_ready(_decode_lanes(ask.model, ask.params, (given,) * size, ask.solver, **ask.how))
+    compiled.add(kind)
     answer(ask)
 
 

@@ -11,6 +11,7 @@ from starflow_jax.io.files import check_writable
 MODES: dict[str, tuple[str, tuple[str, ...]]] = {
     "train": ("train a model, or resume its training", ("train", "data", "model", "text", "codec", "mesh")),
     "sample": ("make videos from prompts, pictures and videos", ("sample",)),
+    "serve": ("a page and an HTTP API where videos are made and steered", ("serve", "sample")),
     "evaluate": ("measure a model, or any system's videos", ("evaluate", "sample")),
     "calibrate": ("find the fastest solver for a model and keep it beside the model", ("sample",)),
     "convert": ("turn released weights into a checkpoint, and back", ("convert", "text", "codec")),
@@ -19,13 +20,15 @@ MODES: dict[str, tuple[str, tuple[str, ...]]] = {
     "benchmark": ("time this machine", ("benchmark",)),
     "package": ("put the workdir's model into the package", ("sample",)),
 }
-OF_A_MODEL = ("sample", "evaluate", "calibrate", "package")  # use the workdir's model, with its own settings
+OF_A_MODEL = ("sample", "serve", "evaluate", "calibrate", "package")  # use the workdir's model, with its own settings
 
 
 def check(mode: str, config: Config) -> None:
     """Raises UserError where a mode lacks a setting; without importing JAX, which takes a second."""
     if mode == "sample":
         config.sample.check_prompts()
+    if mode == "serve":
+        config.serve.check_safe()
 
 
 def run(mode: str, config: Config, workdir: str | Path) -> None:

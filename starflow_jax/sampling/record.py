@@ -33,13 +33,18 @@ class Record:
 
 
 def write_record(path: Path, record: Record, time_stride: int) -> None:
-    """Write the JSON. Each change says the frame of the video, too, from which on it holds."""
+    """Write the JSON of `record_text`."""
+    write_text(path, record_text(record, time_stride))
+
+
+def record_text(record: Record, time_stride: int) -> str:
+    """The JSON. Each change says the frame of the video, too, from which on it holds."""
     changes = [{"latent_frame": frame, "frame": 1 + (frame - 1) * time_stride, **change}
                for frame, change in sorted(record.changes.items())]
     known = [] if record.known_THWC is None else [_png(frame_HWC) for frame_HWC in record.known_THWC]
-    write_text(path, json.dumps({
+    return json.dumps({
         "model": record.model, "weights": record.weights, **record.start, "seed": record.seed, "frames": record.frames,
-        "changes": changes, "settings": record.settings, "given": known}, indent=1))
+        "changes": changes, "settings": record.settings, "given": known}, indent=1)
 
 
 def read_record(path: str | Path) -> Record:

@@ -168,8 +168,9 @@ class Session:
     @property
     def record(self) -> Record:
         """What was made so far, and how: what `save` writes beside the video."""
+        changes = dict(self._steered.changes)  # at once: they may grow meanwhile, in another thread
         start, shown = self._steered.start, {
-            frame: change for frame, change in self._steered.changes.items() if self._frame_of(frame) < self._shown}
+            frame: change for frame, change in changes.items() if self._frame_of(frame) < self._shown}
         return Record(self._record.model, self._record.weights, self._record.settings, self._record.seed, start, shown,
                       self._record.known_THWC, self._shown)
 

@@ -1,0 +1,106 @@
+"""What clients ask for, checked before anything is done with it."""
+
+import base64
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+
+from starflow_jax.config import Serve, UserError
+from starflow_jax.io.cameras import names_a_file
+from starflow_jax.settings.fields import SEED
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A video or a session."""
+
+    prompt: str
+    frames: int = 0  # 0: not said
+    image: bytes = b""  # a picture file's content
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `sample`: seed, guidance, camera
+
+
+def read_json(content: bytes | str, what: str = "the request") -> dict[str, Any]:
+    """A JSON object. Raises UserError for anything else."""
+    try:
+        held = json.loads(content, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what}: is no JSON; send an object such as {{\"prompt\": \"a blue three moves right\"}}"
+                        ) from error
+    if not isinstance(held, dict):
+        raise UserError(f"{what}: must be a JSON object")
+    return held
+
+
+def read_asked(held: dict[str, Any], settings: Serve) -> Asked:
+    """What a request's object asks for. Raises UserError for what it can't ask for."""
+    held = dict(held)
+    if "prompt" not in held:
+        raise UserError("prompt: is missing; say what the video shows")
+    prompt = check_prompt(held.pop("prompt"), settings)
+    frames, image = held.pop("frames", 0), held.pop("image", None)
+    if not _whole(frames) or not 0 <= frames <= settings.frames:
+        raise UserError(f"frames: must be a whole number from 0 (not said) to {settings.frames}")
+    chosen: dict[str, Any] = {}
+    for name, value in held.items():
+        if name == "seed":
+            if not _whole(value) or not SEED.holds(value):
+                raise UserError(f"seed: must be {SEED.words}")
+            chosen[name] = value
+        elif name in ("guidance", "camera"):
+            if value is not None:
+                chosen[name] = check_change(name, value, settings)
+        else:
+            raise UserError(f"{name!r:.80}: is nothing that can be asked for; there are prompt, seed, frames, "
+                            "guidance, camera and image")
+    return Asked(prompt, frames, b"" if image is None else _decoded(image), chosen)
+
+
+def check_prompt(prompt: Any, settings: Serve) -> str:
+    """Raises UserError for what is no prompt."""
+    try:
+        held = isinstance(prompt, str) and len(prompt.encode()) <= settings.prompt_bytes and "\0" not in prompt
+    except UnicodeEncodeError:
+        held = False
+    if not held:
+        raise UserError(f"prompt: must be a text of at most {settings.prompt_bytes} bytes")
+    return prompt
+
+
+def check_change(name: str, value: Any, settings: Serve) -> Any:
+    """A session's prompt, guidance or camera. Raises UserError for what is none, and for a camera that names a file,
+    which would be the server's."""
+    if name == "prompt":
+        return check_prompt(value, settings)
+    if name == "guidance":
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise UserError("guidance: must be a number")
+        return float(np.clip(value, -1e9, 1e9))
+    if isinstance(value, str):
+        if len(value) > 200 or names_a_file(value):
+            raise UserError('camera: must be moves such as "pan_right:12; zoom_in:8", or a pose')
+        return value
+    try:
+        pose = np.asarray(value, np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError("camera: must be moves, or a pose: three rows of four numbers, world to camera") from error
+    if pose.shape != (3, 4) or not np.isfinite(pose).all():
+        raise UserError("camera: must be moves, or a pose: three rows of four numbers, world to camera")
+    return pose
+
+
+def _decoded(image: Any) -> bytes:
+    try:
+        return base64.b64decode(image, validate=True)
+    except (TypeError, ValueError) as error:
+        raise UserError("image: must be a picture file in base64") from error
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")

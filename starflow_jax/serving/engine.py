@@ -1,0 +1,246 @@
+"""The one thread that works on the device: it runs all live sessions, latent frame by latent frame, together.
+
+Each round takes the sessions that want another latent frame, makes the deep block's steps of all of them as one program
+(flow/together.py), and hands their frames out. Sessions join and leave between rounds. What a session shows is what it
+would show alone.
+"""
+
+import collections
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from starflow_jax.config import Serve, UserError
+from starflow_jax.flow.decode import Ask
+from starflow_jax.flow.together import answer_together, warm_up
+from starflow_jax.sampling.api import Model
+from starflow_jax.sampling.mesh import on_mesh
+from starflow_jax.serving.live import Begun, Changed, Ended, Frames, Live, Place, Refused, Shown
+from starflow_jax.serving.metrics import Metrics
+
+TICK = 0.25  # seconds between looks at clients that may have gone
+
+
+class Full(Exception):
+    """As many sessions wait as may."""
+
+
+class Engine:
+    """Starts with `start`, ends with `stop`; `begin` may be called from any thread."""
+
+    def __init__(self, model: Model, settings: Serve, metrics: Metrics) -> None:
+        self._model, self._settings, self._metrics = model, settings, metrics
+        self._lock = threading.Condition()
+        self._live: list[Live] = []
+        self._queue: collections.deque[Live] = collections.deque()
+        self._stopping, self._ready = False, False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._warm = True
+        # On a mesh of several devices sessions take turns.
+        self._sizes = batch_sizes(settings.sessions) if model.mesh.size == 1 else [1]
+
+    @property
+    def model(self) -> Model:
+        """Whose sessions these are."""
+        return self._model
+
+    @property
+    def ready(self) -> bool:
+        """Whether everything is compiled."""
+        return self._ready and self._thread.is_alive()
+
+    def start(self, warm: bool = True) -> None:
+        """warm: compile all that a session may need before the first one begins."""
+        self._warm = warm
+        self._thread.start()
+
+    def stop(self, seconds: float = 8.0) -> None:
+        """End all sessions, and wait for the thread for so long."""
+        self.begin_to_stop()
+        self._thread.join(seconds)
+
+    def begin_to_stop(self) -> None:
+        """The same without waiting; also from a signal's handler, since the lock may be taken twice."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify_all()
+
+    def begin(self, prompt: str, *, paced: bool, frames: int = 0, image: np.ndarray | None = None, **settings: Any
+              ) -> Live:
+        """A session of `Model.stream`'s arguments, which begins when there is a place. frames: 0: as many as one may
+        have. Raises UserError for what can't be, and Full."""
+        most = self._most_frames
+        if frames > most:
+            raise UserError(f"frames={frames}: at most {most} here")
+        model = self._model
+        session = model.stream(prompt, frames=frames, image="" if image is None else image, recording=False, **settings)
+        live = Live(session, self._lock, paced, model.config.codec.time_stride)
+        with self._lock:
+            if self._stopping:
+                raise Full
+            if len(self._live) >= self._settings.sessions or self._queue:
+                if len(self._queue) >= self._settings.queue:
+                    raise Full
+            self._queue.append(live)
+            self._lock.notify_all()
+        return live
+
+    @property
+    def _most_frames(self) -> int:
+        """That are whole latent frames."""
+        stride = self._model.config.codec.time_stride
+        return 1 + (self._settings.frames - 1) // stride * stride
+
+    def _run(self) -> None:
+        try:
+            if self._warm:
+                self._model.warm_up(answer=partial(warm_up, sizes=self._sizes, compiled=set()))
+            self._ready = True
+            while self._wait():
+                self._round([live for live in self._live if live._wants_more()])
+        except Exception:
+            traceback.print_exc()
+            self._metrics.errors.inc()
+            self.begin_to_stop()
+        finally:
+            for live in (*self._live, *self._queue):
+                self._end(live, Ended("stopped"))
+
+    def _wait(self) -> bool:
+        """Until a session wants another latent frame; False: the server stops."""
+        while True:
+            with self._lock:
+                if self._stopping:
+                    return False
+                overdue = [(live, why) for live in (*self._live, *self._queue)
+                           if (why := live._overdue(self._settings.idle_seconds))]
+            for live, why in overdue:
+                self._end(live, Ended(why))
+            self._admit()
+            with self._lock:
+                if any(live._wants_more() for live in self._live):
+                    return True
+                waits = not self._queue or len(self._live) >= self._settings.sessions
+                if waits and not self._stopping:
+                    self._lock.wait(TICK if self._live or self._queue else None)
+
+    def _admit(self) -> None:
+        """Those who wait, as far as there are places; the others are told theirs."""
+        while self._queue and len(self._live) < self._settings.sessions:
+            with self._lock:
+                live = self._queue.popleft()
+                self._live.append(live)
+                live._place = 0
+                live._hear()
+            live._tell(Begun())
+        for place, live in enumerate(list(self._queue), start=1):
+            if live._place != place:
+                live._place = place
+                live._tell(Place(place))
+        self._metrics.sessions.set(len(self._live))
+        self._metrics.queue.set(len(self._queue))
+
+    def _round(self, wanting: list[Live]) -> None:
+        begun = time.monotonic()
+        asking = []
+        for live in wanting:
+            ask = self._guarded([live], partial(self._next_ask, live))
+            if ask is not None:
+                asking.append((live, ask))
+        lives = [live for live, _ in asking]
+        self._guarded(lives, lambda: self._answer([ask for _, ask in asking]))
+        for live in lives:
+            live._seconds += time.monotonic() - begun
+            if not live._ended:
+                live._ask = self._guarded([live], partial(self._show, live))
+
+    def _next_ask(self, live: Live) -> Ask | None:
+        """The session's next step; None where frames could be shown without one, or it has ended."""
+        if live._ask is not None:
+            ask, live._ask = live._ask, None
+            return ask
+        self._change(live)
+        return self._show(live)
+
+    def _answer(self, asks: list[Ask]) -> None:
+        with on_mesh(self._model.mesh):
+            answer_together(asks, self._sizes)
+
+    def _show(self, live: Live) -> Ask | None:
+        """Hand out the frames that are there; or the step that must be made first."""
+        part = live._session.advance()
+        if isinstance(part, Ask):
+            return part
+        if part is None:
+            self._end(live, Ended("end"))
+            return None
+        session, now = live._session, time.monotonic()
+        first = session.shown - len(part)
+        if not first:
+            self._metrics.first_frame.observe(live._seconds)
+        self._metrics.frames.inc(len(part))
+        live._tell(Frames(part, first, live._seconds))
+        while live._changed and live._changed[0][0] < session.shown:
+            frame, asked_at = live._changed.popleft()
+            self._metrics.change.observe(now - asked_at)
+            live._tell(Shown(frame, now - asked_at))
+        if session.shown >= self._most_frames:
+            self._end(live, Ended("end"))
+        return None
+
+    def _change(self, live: Live) -> None:
+        """What was asked for holds from the step on that is drawn next."""
+        with self._lock:
+            asked, live._asked = live._asked, {}
+            asked_at = live._asked_at
+        names = []
+        for name, value in asked.items():
+            try:
+                setattr(live._session, name, value)
+                names.append(name)
+            except UserError as error:
+                live._tell(Refused(str(error)))
+        if names:
+            frame = live._session.next_frame
+            live._changed.append((frame, asked_at))
+            live._tell(Changed(tuple(names), frame))
+
+    def _guarded(self, lives: list[Live], work: Callable[[], Any]) -> Any:
+        """Do what is for these sessions; whatever goes wrong ends them, and no others."""
+        try:
+            return work() if lives else None
+        except UserError as error:
+            why = str(error)
+        except Exception as error:
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                self._metrics.out_of_memory.inc()
+                why = "the device has no memory left for this session; try again later"
+            else:
+                traceback.print_exc()
+                self._metrics.errors.inc()
+                why = "an error of the server ended this session"
+        for live in lives:
+            self._end(live, Ended(why, failed=True))
+        return None
+
+    def _end(self, live: Live, event: Ended) -> None:
+        with self._lock:
+            if live._ended:
+                return
+            live._ended, live._ask = True, None
+            if live in self._live:
+                self._live.remove(live)
+            elif live in self._queue:
+                self._queue.remove(live)
+        live._session.close()
+        live._tell(event)
+
+
+def batch_sizes(sessions: int) -> list[int]:
+    """1, 2, 4, ..., and at last the number of sessions."""
+    return [*(2**power for power in range(10) if 2**power < sessions), sessions]

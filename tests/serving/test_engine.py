@@ -1,0 +1,211 @@
+"""The thread that runs all live sessions."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import starflow_jax as sf
+from starflow_jax.config import Serve
+from starflow_jax.sampling.api import Model
+from starflow_jax.sampling.session import Session
+from starflow_jax.serving.engine import Engine, Full, batch_sizes
+from starflow_jax.serving.live import Begun, Changed, Ended, Event, Frames, Live, Place, Refused, Shown
+from starflow_jax.serving.metrics import Metrics
+from tests.sampling.test_session import near, steerable, whole
+from tests.small_model import CAPTIONS, CONFIG
+
+STRIDE = CONFIG.codec.time_stride
+PATIENCE = 60.0  # seconds that no test ever waits for
+
+
+@pytest.fixture(scope="module")
+def model(params) -> Model:
+    return steerable(dataclasses.replace(CONFIG.model, frames=4), params)
+
+
+@pytest.fixture
+def engines(model: Model) -> Iterator[Callable[..., Engine]]:
+    made = []
+
+    def start(warm: bool = False, **settings: Any) -> Engine:
+        made.append(Engine(model, Serve(**settings), Metrics()))
+        made[-1].start(warm)
+        return made[-1]
+
+    yield start
+    for engine in made:
+        engine.stop()
+
+
+def until(live: Live, kind: type[Event], held: list[Event]) -> Any:
+    """Take events, which are added to those held, until there is one of a kind; that one."""
+    while not (found := [event for event in held if isinstance(event, kind)]):
+        events = live.wait(PATIENCE)
+        assert events, f"no {kind.__name__} came"
+        held += events
+    return found[0]
+
+
+def shown(events: list[Event]) -> np.ndarray:
+    parts = [event for event in events if isinstance(event, Frames)]
+    assert [part.first for part in parts] == [0, *np.cumsum([len(part.frames_THWC) for part in parts])[:-1]]
+    return whole(part.frames_THWC for part in parts)
+
+
+def settled(live: Live, count: int) -> list[Event]:
+    """What has come once so many frames have."""
+    held: list[Event] = []
+    while sum(len(event.frames_THWC) for event in held if isinstance(event, Frames)) < count:
+        events = live.wait(PATIENCE)
+        assert events
+        held += events
+    return held
+
+
+def test_sessions_together_show_what_each_shows_alone(model: Model, engines) -> None:
+    engine = engines(sessions=3)
+    lengths = [1 + 7 * STRIDE, 1 + 3 * STRIDE, 1 + 5 * STRIDE, 1]
+    lives = [engine.begin(CAPTIONS[index % 3], paced=False, frames=length, seed=index)
+             for index, length in enumerate(lengths)]
+    for index, (live, length) in enumerate(zip(lives, lengths)):
+        held: list[Event] = []
+        assert until(live, Ended, held) == Ended("end")
+        alone = whole(model.stream(CAPTIONS[index % 3], frames=length, seed=index))
+        assert near(shown(held), alone)
+        assert isinstance([event for event in held if not isinstance(event, Place)][0], Begun)
+    assert batch_sizes(3) == [1, 2, 3] and batch_sizes(1) == [1] and batch_sizes(8) == [1, 2, 4, 8]
+    text = engine._metrics.text().decode()
+    assert f"starflow_frames_total {float(sum(lengths))}" in text and "starflow_sessions 0.0" in text
+    assert "starflow_first_frame_seconds_count 4.0" in text
+
+
+def test_no_more_than_a_latent_frame_is_made_ahead_of_what_plays(engines) -> None:
+    engine = engines(sessions=1)
+    live = engine.begin(CAPTIONS[0], paced=True, seed=1)
+    for played in (0, 1, 2, 1 + STRIDE, 1 + STRIDE, 1 + 2 * STRIDE, 10**9):
+        done = min(played, live.session.shown)  # nobody can have played more
+        live.played(played)
+        settle(engine, live)
+        assert done < live.session.shown <= done + 2 * STRIDE
+    before = live.session.shown
+    live.pause(True)
+    live.played(before)
+    settle(engine, live)
+    assert live.session.shown == before
+    live.pause(False)
+    settle(engine, live)
+    assert live.session.shown == before + STRIDE
+
+
+def settle(engine: Engine, live: Live) -> None:
+    """Until the engine has nothing to do for it."""
+    with engine._lock:
+        while live._place or live not in engine._live or live._wants_more():
+            live._events.clear()
+            assert engine._lock.wait(PATIENCE)
+
+
+def test_a_change_holds_from_the_frame_it_says(model: Model, engines) -> None:
+    engine = engines(sessions=2)
+    live = engine.begin(CAPTIONS[0], paced=True, seed=1)
+    held = settled(live, 1)
+    live.change(prompt=CAPTIONS[1])
+    live.change(guidance=-3.0)
+    live.change(camera="pan_left", guidance=0.5)
+    live.played(live.session.shown)
+    changed = until(live, Changed, held)
+    assert changed.names == ("prompt", "guidance", "camera")
+    while not any(isinstance(event, Shown) for event in held):
+        live.played(live.session.shown)
+        held += live.wait(PATIENCE)
+    assert until(live, Shown, held).frame == changed.frame
+    live.close()
+    until(live, Ended, held)
+    record = live.session.record
+    assert list(record.changes) == [1 + (changed.frame - 1) // STRIDE]
+    again = Session(dataclasses.replace(model.system, config=live.session.config), model.params, model.mesh, record)
+    assert near(whole(again), shown(held))
+
+
+def test_what_cannot_be_is_said_and_the_session_goes_on(engines) -> None:
+    engine = engines(frames=11)
+    with pytest.raises(sf.UserError, match="frames=13: at most 9 here"):
+        engine.begin(CAPTIONS[0], paced=True, frames=13)
+    with pytest.raises(sf.UserError, match="no such move"):
+        engine.begin(CAPTIONS[0], paced=True, camera="fly")
+    live = engine.begin(CAPTIONS[0], paced=True)
+    held = settled(live, 1)
+    live.change(guidance=-3.0)
+    live.played(live.session.shown)
+    assert "sample.guidance=-3.0" in until(live, Refused, held).why
+    while not any(isinstance(event, Ended) for event in held):
+        live.played(live.session.shown)
+        held += live.wait(PATIENCE)
+    assert len(shown(held)) == 9 and until(live, Ended, held) == Ended("end")  # as many as one may have
+
+
+def test_who_waits_is_told_the_place_and_moves_up(engines) -> None:
+    engine = engines(sessions=1, queue=2)
+    first = engine.begin(CAPTIONS[0], paced=True)
+    settled(first, 1)
+    second, third = (engine.begin(CAPTIONS[1], paced=True) for _ in range(2))
+    told: tuple[list[Event], list[Event]] = ([], [])
+    assert until(second, Place, told[0]) == Place(1) and until(third, Place, told[1]) == Place(2)
+    with pytest.raises(Full):
+        engine.begin(CAPTIONS[2], paced=True)
+    second.close()
+    until(second, Ended, told[0])
+    told[1].clear()
+    assert until(third, Place, told[1]) == Place(1)
+    first.close()
+    until(third, Begun, told[1])
+    assert not second.session.shown
+
+
+@pytest.mark.parametrize("why", ["idle", "slow"])
+def test_who_says_nothing_or_does_not_read_loses_the_place(engines, why: str) -> None:
+    engine = engines(sessions=1, idle_seconds=0.5)
+    live = engine.begin(CAPTIONS[0], paced=why == "idle")
+    other = engine.begin(CAPTIONS[0], paced=False, frames=1)
+    until(other, Begun, [])
+    if why == "idle":
+        held: list[Event] = []
+        while not any(isinstance(event, Ended) for event in held):
+            held += live.wait(PATIENCE)
+    else:
+        held = live.take()
+        assert sum(isinstance(event, Frames) for event in held) == 2  # and no more were made for it
+    assert held[-1] == Ended(why)
+
+
+@pytest.mark.parametrize("error, words, counted", [
+    (ValueError("no"), "an error of the server", "starflow_errors_total 1.0"),
+    (RuntimeError("RESOURCE_EXHAUSTED: 3 GB"), "no memory left", "starflow_out_of_memory_total 1.0"),
+    (sf.UserError("the solver's result is not finite"), "not finite", "starflow_errors_total 0.0")])
+def test_an_error_ends_its_session_and_no_other(engines, error: Exception, words: str, counted: str) -> None:
+    engine = engines(sessions=2)
+    live, other = (engine.begin(CAPTIONS[0], paced=True) for _ in range(2))
+    settled(live, 1), settled(other, 1)
+
+    def fails() -> None:
+        raise error
+
+    live._session.advance = fails  # type: ignore[method-assign, assignment]
+    live.played(live.session.shown), other.played(other.session.shown)
+    ended = until(live, Ended, [])
+    assert ended.failed and words in ended.why and counted in engine._metrics.text().decode()
+    until(other, Frames, [])  # it goes on
+
+
+def test_an_end_of_the_server_ends_its_sessions(engines) -> None:
+    engine = engines(sessions=1, queue=1)
+    live, waiting = (engine.begin(CAPTIONS[0], paced=True) for _ in range(2))
+    settled(live, 1)
+    engine.stop()
+    assert until(live, Ended, []) == until(waiting, Ended, []) == Ended("stopped")
+    assert not engine.ready
+    with pytest.raises(Full):
+        engine.begin(CAPTIONS[0], paced=True)
