@@ -1,6 +1,7 @@
 """Who is let in: by name of the host, origin, token and rate; and what every answer says to browsers."""
 
 import collections
+import contextlib
 import hmac
 import time
 from http.cookies import SimpleCookie
@@ -24,6 +25,10 @@ HEADERS = {
                                "frame-ancestors 'none'",
     "x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store",
     "cross-origin-opener-policy": "same-origin", "cross-origin-resource-policy": "same-origin"}
+
+
+class CutOff(Exception):
+    """Raised where the rest of an answer will not come."""
 
 
 class Guard:
@@ -50,7 +55,8 @@ class Guard:
 
         refusal = self._refusal(scope)
         if refusal is None:
-            await self._app(scope, receive, answer)
+            with contextlib.suppress(CutOff, TimeoutError):  # an answer that is not finished closes the connection
+                await self._app(scope, receive, answer)
         elif scope["type"] == "http":
             await refusal(scope, receive, answer)
         else:
