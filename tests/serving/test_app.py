@@ -31,6 +31,7 @@ testclient = pytest.importorskip("starlette.testclient")
 STRIDE = CONFIG.codec.time_stride
 HOST = "http://127.0.0.1:8000"
 ORIGIN = {"origin": HOST}
+SOCKET = "ws://127.0.0.1:8000/v1/session"
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_what_cannot_be_is_one_line(client: Any, body: Any, status: int, words: 
 
 
 def test_a_session_is_steered_over_a_websocket(client: Any, model: Model, tmp_path: Path) -> None:
-    with client.websocket_connect("/v1/session", headers=ORIGIN) as socket:
+    with client.websocket_connect(SOCKET, headers=ORIGIN) as socket:
         socket.send_json({"prompt": CAPTIONS[0], "seed": 4})
         told, file = [], b""
         while (message := receive(socket, told)) is None or message["type"] != "ended":
@@ -183,7 +184,7 @@ def settles(client: Any, line: str) -> None:
 
 def test_a_first_message_that_cannot_be_ends_the_websocket(client: Any) -> None:
     for first, words in (({"prompt": 3}, "must be a text"), ({"prompt": "x", "frames": 6}, "multiple")):
-        with client.websocket_connect("/v1/session") as socket:
+        with client.websocket_connect(SOCKET) as socket:
             socket.send_json(first)
             answer = socket.receive_json()
             assert answer["type"] == "ended" and answer["failed"] and words in answer["why"]
@@ -192,7 +193,7 @@ def test_a_first_message_that_cannot_be_ends_the_websocket(client: Any) -> None:
 
 def test_places_are_limited(model: Model) -> None:
     with served(model, sessions=1, queue=1, videos=1) as client:
-        with client.websocket_connect("/v1/session") as one, client.websocket_connect("/v1/session") as two:
+        with client.websocket_connect(SOCKET) as one, client.websocket_connect(SOCKET) as two:
             one.send_json({"prompt": CAPTIONS[0]})
             assert one.receive_json() == {"type": "begun"}
             two.send_json({"prompt": CAPTIONS[0]})
@@ -219,7 +220,7 @@ def test_only_pages_of_this_server_and_clients_with_the_token_are_let_in(model: 
         bearer = {"authorization": "Bearer a-token-of-some-length"}
         assert client.get("/v1/model", headers=bearer).status_code == 200
         with pytest.raises(testclient.WebSocketDisconnect):
-            client.websocket_connect("/v1/session").__enter__()
+            client.websocket_connect(SOCKET).__enter__()
         entered = client.get("/?token=a-token-of-some-length", follow_redirects=False)
         assert entered.status_code == 303 and "HttpOnly" in entered.headers["set-cookie"]
         assert client.get("/").status_code == 200
@@ -230,7 +231,7 @@ def test_only_pages_of_this_server_and_clients_with_the_token_are_let_in(model: 
         assert client.get("/", headers={"host": "evil.example:8000"}).status_code == 421
         assert client.get("/", headers={"host": "localhost:8000"}).status_code == 200
         with pytest.raises(testclient.WebSocketDisconnect):
-            client.websocket_connect("/v1/session", headers={"origin": "http://evil.example"}).__enter__()
+            client.websocket_connect(SOCKET, headers={"origin": "http://evil.example"}).__enter__()
 
 
 def test_a_rate_is_kept_of_few_clients_only(monkeypatch: pytest.MonkeyPatch) -> None:

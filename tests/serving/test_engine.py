@@ -169,11 +169,12 @@ def test_who_waits_is_told_the_place_and_moves_up(engines) -> None:
 def test_who_says_nothing_or_does_not_read_loses_the_place(engines, why: str) -> None:
     engine = engines(sessions=1, idle_seconds=0.5)
     live = engine.begin(CAPTIONS[0], paced=why == "idle")
-    other = engine.begin(CAPTIONS[0], paced=False, frames=1)
     held: list[Event] = []
     if why == "idle":
         until(live, Ended, held)
-    until(other, Begun, [])
+    with engine._lock:
+        assert engine._lock.wait_for(lambda: live._ended, PATIENCE)
+    until(engine.begin(CAPTIONS[0], paced=False, frames=1), Begun, [])
     held += live.take()
     # Of what nobody reads no more is made.
     assert why == "idle" or sum(isinstance(event, Frames) for event in held) == 2
