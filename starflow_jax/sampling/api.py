@@ -125,14 +125,14 @@ class Model:
             return self._videos(prompt, *self._begin(prompt, settings, video=video))
 
     def stream(self, prompt: str, *, frames: int = 0, image: str | Path | ArrayLike = "", recording: bool = True,
-               **settings: Any) -> Session:
+               surprise: bool = False, **settings: Any) -> Session:
         """A session: the video's frames as they are made, uint8 (T, H, W, 3), the first by itself, then the codec's
         time stride together; its prompt, guidance and camera may be changed meanwhile.
 
         frames: after how many it ends; 0: never. recording: frames are kept, on disk, so that the session can be saved.
-        Raises UserError for what can't be.
+        surprise: the session tells each latent frame's, `Session.surprise`. Raises UserError for what can't be.
         """
-        return self._session(prompt, {**settings, "frames": frames}, image, recording=recording)
+        return self._session(prompt, {**settings, "frames": frames}, image, recording=recording, surprise=surprise)
 
     def replay(self, path: str | Path) -> Session:
         """The session of a JSON that `Session.save` wrote, once more: the same frames, bit for bit on the same device.
@@ -152,7 +152,7 @@ class Model:
                 raise UserError(f"{path}: its {count} given frames of {size[0]}x{size[1]} don't suit this model")
         return Session(system, self.params, self.mesh, record)
 
-    def warm_up(self, *, answer: Callable[[Ask], None] = answer, **settings: Any) -> None:
+    def warm_up(self, *, answer: Callable[[Ask], None] = answer, surprise: bool = False, **settings: Any) -> None:
         """Compile, by making a few frames, all that a session of these settings of `stream` may need, so that none
         waits for the compiler: its beginning, also from a picture, windows that move on, changes of prompt, guidance
         and camera, and its end. What is left out is the beginning from a video, whose length is its own.
@@ -166,14 +166,14 @@ class Model:
         def begin(frames: int = 0, changes: Mapping[int, Change] = NONE, picture: bool = False) -> Session:
             first = np.zeros((8, 8, 3), np.uint8) if picture and not given else image
             asked = {**settings, "frames": 1 + (given + frames - 1) * stride if frames else 0}
-            session = self._session("", asked, first, changes, recording=False)
+            session = self._session("", asked, first, changes, recording=False, surprise=surprise)
             session.answer = answer
             return session
 
         warm_up(begin, steerable="control" in self.params)
 
     def _session(self, prompt: str, settings: dict[str, Any], image: str | Path | ArrayLike,
-                 changes: Mapping[int, Change] = NONE, recording: bool = True) -> Session:
+                 changes: Mapping[int, Change] = NONE, recording: bool = True, surprise: bool = False) -> Session:
         """changes: beside those of settings, by the latent frame from which on they hold, given ones aside."""
         with on_mesh(self.mesh):
             system, requests, known_THWC = self._begin(prompt, settings, image=image, stream=True)
@@ -198,7 +198,8 @@ class Model:
         camera = as_json(sample.camera) if sample.camera else None
         start = {"prompt": request.prompt, "guidance": None, "camera": camera}
         record = Record(self.source, self._parameters, kept, request.seed, start, script, known_THWC)
-        return Session(dataclasses.replace(system, config=config), self.params, self.mesh, record, recording=recording)
+        return Session(dataclasses.replace(system, config=config), self.params, self.mesh, record, recording=recording,
+                       surprise=surprise)
 
     def log_likelihood(self, video: "Video | str | Path | ArrayLike", prompt: str, *, draws: int = 0) -> float:
         """Exact log p of a video given a prompt, in nats: of its latents with the training noise, averaged over draws

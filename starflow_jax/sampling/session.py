@@ -37,9 +37,11 @@ class Session:
     block's end. Each next() raises UserError where a solution is not finite.
     """
 
-    def __init__(self, system: System, params: Params, mesh: Mesh, record: Record, *, recording: bool = True) -> None:
+    def __init__(self, system: System, params: Params, mesh: Mesh, record: Record, *, recording: bool = True,
+                 surprise: bool = False) -> None:
         """record: what to make; its frames: how many to show, None: as many as are asked for. Raises UserError where
-        the camera that it begins with can't be followed. recording: frames are kept for `save`."""
+        the camera that it begins with can't be followed. recording: frames are kept for `save`. surprise:
+        tell that of each latent frame."""
         self._system, self._params, self._mesh, self._record = system, params, mesh, record
         self._settings = system.config.sample
         if record.start["camera"] is not None:
@@ -52,6 +54,8 @@ class Session:
         self.answer: Callable[[Ask], None] = answer  # makes a step of the deep block
         self._steps: Iterator[Ask | Step] | None = None  # from the first frame on
         self._ready: collections.deque[jax.Array] = collections.deque()
+        self._surprising, self._surprises = surprise, collections.deque[jax.Array]()
+        self._surprise: float | None = None
         self._begun, self._shown = latents_of(record.known_THWC, system.config.codec.time_stride), 0
         self._closed = False
 
@@ -77,7 +81,9 @@ class Session:
     def close(self) -> None:
         """End it, and let go of what it holds on the device. What was shown can still be saved."""
         self._closed = True
-        self._steps, self._ready = iter(()), collections.deque()
+        self._steps = iter(())
+        self._ready.clear()
+        self._surprises.clear()
 
     def __next__(self) -> np.ndarray:
         while isinstance(part := self.advance(), Ask):
@@ -106,7 +112,10 @@ class Session:
                 self._begun = step.begun
                 solved([step.deep], [step.shallow]).check(0, f"{self.prompt!r}, seed {self._record.seed}")
                 self._ready.extend(step.pixels)
+                self._surprises.extend(step.surprise)
             frames_THWC = fetch(self._ready.popleft())[0]
+            if self._surprises:
+                self._surprise = float(fetch(self._surprises.popleft())[0])
         if self._recording:
             self._keep(frames_THWC)
         self._shown += len(frames_THWC)
@@ -161,6 +170,12 @@ class Session:
         return self._shown
 
     @property
+    def surprise(self) -> float | None:
+        """Of the latent frame that was shown last: its exact -log p given the earlier ones of its window, the prompt
+        and the camera, in bits per dimension; None: it was not asked for."""
+        return self._surprise
+
+    @property
     def asked(self) -> int:
         """Frames that it has in all; 0: it has no end."""
         return self._settings.frames if self._record.frames is None else self._record.frames
@@ -195,7 +210,8 @@ class Session:
             self._system, self._params, [self._steered.start["prompt"]], [self._record.seed],
             self._steered.text_settings, for_each(known_THWC, 1), changes={},
             total=latent_frames(config, settings) if settings.frames else ENDLESS)
-        return stream_steps(self._system, self._params, given, settings, live=self._steered)
+        return stream_steps(self._system, self._params, given, settings, live=self._steered,
+                            surprise=self._surprising)
 
     def _change(self, name: str, value: Any) -> None:
         self._set[name] = value

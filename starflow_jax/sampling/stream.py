@@ -10,6 +10,7 @@ With sample.offload nothing works beside the deep block: its weights, and the we
 codec, are on the device in turns. The deep block's cache stays there.
 """
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Conditions, make_conditions
 from starflow_jax.sampling.denoise import AS_THEY_ARE, denoise_window
 from starflow_jax.sampling.generate import Live, deep_steps
+from starflow_jax.sampling.likelihood import window_nll
 from starflow_jax.sampling.offload import takes_turns
 from starflow_jax.sampling.solver import chosen_solver, shallow_solver
 from starflow_jax.sampling.timeline import Timeline
@@ -73,14 +75,15 @@ class Step(NamedTuple):
     begun: int  # latent frames that the deep block has begun by now, given ones included
     deep: Report
     shallow: tuple[Report, ...]
+    surprise: list[jax.Array]  # (B,) of each latent frame that was made, where it was asked for
 
 
 def stream_steps(system: System, params: Params, given: Conditions, settings: Sample, *, live: Live | None = None,
-                 timeline: Timeline | None = None) -> Iterator[decode.Ask | Step]:
+                 timeline: Timeline | None = None, surprise: bool = False) -> Iterator[decode.Ask | Step]:
     """Yield each step of the deep block to be made, as `decode.steps` does, and the stream's steps, until `given.total`
-    frames are made. Of what was made no more is held than a window."""
+    frames are made. Of what was made no more is held than a window. surprise: tell each latent frame's."""
     deep, rest = stream_devices(settings.devices)
-    finish = Finisher(system, params, given, settings, rest)
+    finish = Finisher(system, params, given, settings, rest, surprise=surprise, live=live)
     needed = {"flow", "control", "draft", *(["denoiser"] if settings.renoise else [])}
     deep_params, given = _on(deep, ({part: params[part] for part in needed & set(params)}, given))
     frames, begun, done = deep_steps(system, deep_params, given, settings, live), given.given, None
@@ -104,7 +107,7 @@ def stream_steps(system: System, params: Params, given: Conditions, settings: Sa
             timeline.shallow_reports.append(shallow)
         if timeline and pixels:
             timeline.watch("rest", begun - u_BGSK.shape[1], pixels)
-        done = Step(pixels, begun, report, shallow)
+        done = Step(pixels, begun, report, shallow, finish.surprises())
     if done is not None:
         yield done
 
@@ -114,7 +117,10 @@ class Finisher:
     the video were emitted."""
 
     def __init__(self, system: System, params: Params, given: Conditions, settings: Sample,
-                 device: jax.Device | None = None) -> None:
+                 device: jax.Device | None = None, *, surprise: bool = False, live: Live | None = None) -> None:
+        """surprise: compute each latent frame's; live: what steers it."""
+        self._surprising, self._live = surprise, live
+        self._surprises: list[jax.Array] = []
         self._system, self._params, self._settings = system, _on(device, params), settings
         self._device, self._in_turns = device, takes_turns(settings)
         self._shallow_solver = shallow_solver(chosen_solver(system, settings))
@@ -147,9 +153,25 @@ class Finisher:
         for part in parts:
             for index in range(part.shape[1]):
                 self._take(part if part.shape[1] == 1 else frame_of(part, index))
+                if self._surprising:
+                    self._surprises.append(self._surprise(given))
                 while self._emitted < self._ready and self._ready > self._needed():
                     out.append(self._next_pixels(given))
         return out
+
+    def surprises(self) -> list[jax.Array]:
+        """(B,) -log p(x~_n | earlier frames of its window, text, camera), exact, in bits per dimension: of each frame
+        taken since this was asked."""
+        surprises, self._surprises = self._surprises, []
+        return surprises
+
+    def _surprise(self, given: Conditions) -> jax.Array:
+        """Of the frame that was taken last. What is behind it in the window does not matter: the flow is causal."""
+        window = self._window
+        steering = self._live.steering(window.start, window.start, self._noisy.shape[1]) if self._live else None
+        text = _on(self._device, given.text_at(window.begin, window.start))
+        nll_BT = window_nll(self._system.flow, self._params, self._noisy, text, _on(self._device, steering))
+        return in_bits(nll_BT, self._ready - 1 - window.start, dimensions=math.prod(self._noisy.shape[2:]))
 
     def _needed(self) -> int:
         """The last frame that the next one's pixels depend on."""
@@ -235,6 +257,12 @@ def latency(system: System, settings: Sample) -> int:
 def frame_of(latents: jax.Array, at: int | jax.Array) -> jax.Array:
     """(B, 1, h, w, C): one of the frames."""
     return jax.lax.dynamic_slice_in_dim(latents, at, 1, axis=1)
+
+
+@partial(jax.jit, static_argnames="dimensions")
+def in_bits(nll_BT: jax.Array, at: int | jax.Array, *, dimensions: int) -> jax.Array:
+    """(B,) one frame's, in bits per dimension."""
+    return jax.lax.dynamic_index_in_dim(nll_BT, at, axis=1, keepdims=False) / (dimensions * jnp.log(2))
 
 
 @partial(jax.jit, donate_argnums=0)

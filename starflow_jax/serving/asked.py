@@ -19,7 +19,7 @@ class Asked:
     prompt: str
     frames: int = 0  # 0: not said
     image: bytes = b""  # a picture file's content
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `sample`: seed, guidance, camera
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `Model.stream`: seed, guidance, camera, ...
 
 
 def read_json(content: bytes | str, what: str = "the request") -> dict[str, Any]:
@@ -34,8 +34,9 @@ def read_json(content: bytes | str, what: str = "the request") -> dict[str, Any]
     return held
 
 
-def read_asked(held: dict[str, Any], settings: Serve) -> Asked:
-    """What a request's object asks for. Raises UserError for what it can't ask for."""
+def read_asked(held: dict[str, Any], settings: Serve, steered: bool = False) -> Asked:
+    """What a request's object asks for. steered: of a session, which may also tell the surprise of its frames. Raises
+    UserError for what it can't ask for."""
     held = dict(held)
     if "prompt" not in held:
         raise UserError("prompt: is missing; say what the video shows")
@@ -48,6 +49,10 @@ def read_asked(held: dict[str, Any], settings: Serve) -> Asked:
         if name == "seed":
             if not _whole(value) or not SEED.holds(value):
                 raise UserError(f"seed: must be {SEED.words}")
+            chosen[name] = value
+        elif name == "surprise" and steered:
+            if not isinstance(value, bool):
+                raise UserError("surprise: must be true or false")
             chosen[name] = value
         elif name in ("guidance", "camera"):
             if value is not None:

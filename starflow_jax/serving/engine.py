@@ -99,7 +99,7 @@ class Engine:
     def _run(self) -> None:
         try:
             if self._warm:
-                self._model.warm_up(answer=partial(warm_up, sizes=self._sizes, compiled=set()))
+                self._model.warm_up(surprise=True, answer=partial(warm_up, sizes=self._sizes, compiled=set()))
             self._ready = True
             while self._wait():
                 self._round([live for live in self._live if live._wants_more()])
@@ -184,7 +184,7 @@ class Engine:
         if not first:
             self._metrics.first_frame.observe(live._seconds)
         self._metrics.frames.inc(len(part))
-        live._tell(Frames(part, first, live._seconds))
+        live._tell(Frames(part, first, live._seconds, session.surprise))
         while live._changed and live._changed[0][0] < session.shown:
             frame, asked_at = live._changed.popleft()
             self._metrics.change.observe(now - asked_at)

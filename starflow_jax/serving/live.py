@@ -34,6 +34,7 @@ class Frames:
     frames_THWC: np.ndarray  # uint8
     first: int  # the first one's place in the video
     seconds: float  # since it began, without the time that it waited for its client
+    surprise: float | None = None  # of their latent frame, in bits per dimension
 
 
 @dataclasses.dataclass(frozen=True)

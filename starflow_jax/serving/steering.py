@@ -1,6 +1,7 @@
 """A session over a WebSocket: changes come in as JSON, pieces of an MP4 and JSON go out.
 
-The client's first message asks for the session, as POST /v1/videos does. Later ones hold any of prompt, guidance and
+The client's first message asks for the session, as POST /v1/videos does, and with "surprise": true for each
+latent frame's. Later ones hold any of prompt, guidance and
 camera (changes), played (frames that it has played), pause (true or false), and record (true: send the session's JSON).
 The server's messages are pieces of the video, in binary, and JSON with a type: queued, begun, frames, changed, shown,
 refused, record, ended.
@@ -40,7 +41,8 @@ def steer(service: Service) -> Callable[[WebSocket], Awaitable[None]]:
 async def _session(service: Service, socket: WebSocket) -> None:
     try:
         with anyio.fail_after(service.settings.idle_seconds):
-            asked = read_asked(read_json(await socket.receive_text(), "the first message"), service.settings)
+            asked = read_asked(read_json(await socket.receive_text(), "the first message"), service.settings,
+                               steered=True)
         live = await service.begin(asked, paced=True)
     except (UserError, Full, KeyError) as error:  # starlette's KeyError: the message was not a text
         why = str(error) if isinstance(error, UserError) else "every place is taken; try again later" if isinstance(
@@ -111,14 +113,14 @@ class _Client:
                     await self._say("queued", place=place)
                 case Begun():
                     await self._say("begun")
-                case Frames(frames_THWC, first, seconds):
+                case Frames(frames_THWC, first, seconds, surprise):
                     piece = await encoder.piece(frames_THWC)
                     async with self._sending:
                         if not first:
                             await self._socket.send_json({"type": "video", "codec": encoder.codec})
                         await self._socket.send_bytes(piece)
                         await self._socket.send_json({"type": "frames", "shown": first + len(frames_THWC),
-                                                      "seconds": round(seconds, 4)})
+                                                      "seconds": round(seconds, 4), "surprise": surprise})
                 case Changed(names, frame):
                     await self._say("changed", names=names, frame=frame)
                 case Shown(frame, seconds):

@@ -16,6 +16,8 @@ import starflow_jax as sf
 from starflow_jax.flow.control import fresh_control
 from starflow_jax.io.video import read_video
 from starflow_jax.sampling.api import Model
+from starflow_jax.sampling.generate import generate_clips
+from starflow_jax.sampling.likelihood import frame_nll
 from starflow_jax.sampling.mesh import sampling_mesh
 from starflow_jax.sampling.steered import Steered
 from starflow_jax.sampling.stream import stream_clips
@@ -102,6 +104,20 @@ def test_a_change_holds_from_the_next_latent_frame_that_is_not_begun(model: Mode
         if name == "prompt":
             by_settings = model.generate(CAPTIONS[0], seed=5, frames=frames, changes=f"{first}: {CAPTIONS[1]}")
             assert near(by_settings.frames, made)
+
+
+@pytest.mark.parametrize("camera", ["", "pan_right:9; zoom_in"])
+def test_a_latent_frames_surprise_is_its_exact_likelihood(model: Model, camera: str) -> None:
+    """That of the latents of the whole video, in the first window; and all is the same as without it."""
+    frames = 1 + 3 * STRIDE
+    with model.stream(CAPTIONS[0], frames=frames, seed=5, camera=camera, surprise=True) as session:
+        found = [session.surprise for _ in session]
+    settings = dataclasses.replace(model.config.sample, frames=frames, camera=camera)
+    clips = generate_clips(model.system, model.params, [CAPTIONS[0]], [5], settings)
+    nll = frame_nll(model.system, model.params, clips.noisy_BNhwC, clips.text)[0]
+    np.testing.assert_allclose(found, nll / clips.noisy_BNhwC[0, 0].size / np.log(2), rtol=1e-3)
+    assert len(found) == 4 and np.ptp(found) > 1e-2
+    assert next(model.stream(CAPTIONS[0])) is not None and model.stream(CAPTIONS[0]).surprise is None
 
 
 def test_what_is_set_before_the_first_frame_is_the_beginning(model: Model) -> None:

@@ -6,6 +6,7 @@ const KEEP_SECONDS = 30; // of what was played, in the player; all pieces are ke
 const MOST_BYTES = 500e6; // of these; a longer session can no longer be saved
 const KEYS = { ArrowLeft: "pan_left", ArrowRight: "pan_right", ArrowUp: "tilt_up", ArrowDown: "tilt_down",
                "+": "zoom_in", "-": "zoom_out", " ": "still" };
+const CURVE = 60; // latent frames of the curve
 let model = null;
 let session = null;
 
@@ -23,6 +24,7 @@ class Session {
     this.told = 0; // frames that the server was told to have played
     this.over = false;
     this.record = null;
+    this.surprises = [];
     this.begun = performance.now();
     this.playedSince = null;
     this.socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/v1/session`);
@@ -113,8 +115,18 @@ class Session {
     $("made").textContent = message.shown;
     if (message.shown === 1) $("first").textContent = seconds((performance.now() - this.begun) / 1000);
     if (message.seconds > 0) $("rate_made").textContent = (message.shown / message.seconds).toFixed(1);
+    if (typeof message.surprise === "number") this.draw(message.surprise);
     if (message.shown > 1 && !this.paused) say(`Playing: ${this.asked.prompt}`);
     this.report();
+  }
+
+  draw(surprise) {
+    this.surprises = [...this.surprises, surprise].slice(-CURVE);
+    $("surprise").textContent = `${surprise.toFixed(3)} bits per dimension`;
+    const low = Math.min(...this.surprises);
+    const range = Math.max(...this.surprises) - low || 1;
+    $("line").setAttribute("points", this.surprises.map((value, index) =>
+      `${(300 * (index + CURVE - this.surprises.length)) / (CURVE - 1)},${75 - (70 * (value - low)) / range}`).join(" "));
   }
 
   // Frames that have begun to play. The server makes one latent frame beyond them, and no more.
@@ -182,6 +194,8 @@ function start(asked) {
     session.socket.close();
   }
   complain("");
+  $("line").setAttribute("points", "");
+  $("surprise").textContent = "–";
   for (const id of ["made", "played"]) $(id).textContent = "0";
   for (const id of ["rate_made", "rate_played", "first", "change"]) $(id).textContent = "–";
   $("pause").setAttribute("aria-pressed", "false");
@@ -199,7 +213,9 @@ async function base64(file) {
 
 async function submit(event) {
   event.preventDefault();
-  const asked = { prompt: $("prompt").value, seed: Number($("seed").value), guidance: Number($("guidance").value) };
+  const asked = { prompt: $("prompt").value, seed: Number($("seed").value), guidance: Number($("guidance").value),
+                  surprise: $("surprising").checked };
+  $("curve_figure").hidden = !asked.surprise;
   if (!$("endless").checked) asked.frames = Number($("frames").value);
   const file = $("picture").files[0];
   if (file) {
