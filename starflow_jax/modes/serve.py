@@ -1,9 +1,11 @@
 """--mode=serve: a page and an HTTP API where videos are made and steered, until SIGTERM or Ctrl-C."""
 
+import asyncio
 import importlib.util
 import os
 import socket
 import stat
+import time
 import warnings
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from starflow_jax.config import Config, Serve, UserError, changed
 from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
 
-GOODBYE = 6  # seconds that answers have to end in, once the engine has ended their sessions
+GOODBYE = 3  # seconds that answers have to end in, once the engine has ended their sessions; then as many to be cut off
 SHORTEST_TOKEN = 16
 
 
@@ -82,11 +84,17 @@ def _run(model: Model, settings: Serve, token: str, listening: socket.socket) ->
     from starflow_jax.serving.metrics import Metrics
 
     class Stopping(uvicorn.Server):
-        """Ends the sessions as soon as it is asked to end, so that their answers end too."""
+        """Ends the sessions as soon as it is asked to end, so that their clients are told before it cuts them off."""
 
         def handle_exit(self, sig: int, frame: object) -> None:
             engine.begin_to_stop()
             super().handle_exit(sig, frame)  # type: ignore[arg-type]
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            until = time.monotonic() + GOODBYE
+            while self.server_state.tasks and time.monotonic() < until:
+                await asyncio.sleep(0.05)
+            await super().shutdown(sockets)
 
     warnings.filterwarnings("ignore", message=".*no training caption has", category=UserWarning)
     metrics = Metrics()
