@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ from starflow_jax.sampling.session import Session
 from starflow_jax.serving.engine import Engine, Full, batch_sizes
 from starflow_jax.serving.live import Begun, Changed, Ended, Event, Frames, Live, Place, Refused, Shown
 from starflow_jax.serving.metrics import Metrics
-from tests.sampling.test_session import near, steerable, whole
+from tests.sampling.test_session import compiled, near, steerable, whole  # noqa: F401  (a fixture)
 from tests.small_model import CAPTIONS, CONFIG
 
 STRIDE = CONFIG.codec.time_stride
@@ -198,6 +199,31 @@ def test_an_error_ends_its_session_and_no_other(engines, error: Exception, words
     ended = until(live, Ended, [])
     assert ended.failed and words in ended.why and counted in engine._metrics.text().decode()
     until(other, Frames, [])  # it goes on
+
+
+@pytest.mark.slow  # quick: tests/sampling/test_session.py, of sessions one by one
+def test_once_it_is_ready_nothing_is_compiled(engines, compiled) -> None:
+    """With sessions that join and leave, change and follow cameras, in batches of every size."""
+    jax.clear_caches()
+    engine = engines(warm=True, sessions=3, queue=10)
+    early = engine.begin(CAPTIONS[0], paced=False, frames=1)  # waits until all is compiled
+    until(early, Ended, [])
+    assert engine.ready
+    before = compiled()
+    random = np.random.default_rng(0)
+    lives = [engine.begin(CAPTIONS[index % 3], paced=False, frames=1 + STRIDE * int(random.integers(20)), seed=index,
+                          guidance=float(index % 2), surprise=index % 3 > 0) for index in range(8)]
+    image = np.zeros((8, 8, 3), np.uint8)
+    lives.append(engine.begin(CAPTIONS[0], paced=False, frames=1 + 8 * STRIDE, image=image))
+    over: set[Live] = set()
+    while len(over) < len(lives):
+        for live in lives:
+            if any(isinstance(event, Ended) for event in live.take()):
+                over.add(live)
+            change = [dict(prompt=CAPTIONS[1]), dict(guidance=0.0), dict(guidance=2.0), dict(camera="pan_left"), {}]
+            live.change(**change[random.integers(5)])
+        engine._thread.join(0.01)
+    assert compiled() == before
 
 
 def test_an_end_of_the_server_ends_its_sessions(engines) -> None:
