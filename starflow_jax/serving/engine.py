@@ -70,8 +70,8 @@ class Engine:
             self._stopping = True
             self._lock.notify_all()
 
-    def begin(self, prompt: str, *, paced: bool, frames: int = 0, image: np.ndarray | None = None, **settings: Any
-              ) -> Live:
+    def begin(self, prompt: str, *, paced: bool, frames: int = 0, image: np.ndarray | None = None,
+              guidance: float | None = None, **settings: Any) -> Live:
         """A session of `Model.stream`'s arguments, which begins when there is a place. frames: 0: as many as one may
         have. Raises UserError for what can't be, and Full."""
         most = self._most_frames
@@ -79,6 +79,8 @@ class Engine:
             raise UserError(f"frames={frames}: at most {most} here")
         model = self._model
         session = model.stream(prompt, frames=frames, image="" if image is None else image, recording=False, **settings)
+        if guidance is not None:  # no setting of its own, or the unguided would need programs of their own
+            session.guidance = guidance
         live = Live(session, self._lock, paced, model.config.codec.time_stride)
         with self._lock:
             if self._stopping:
@@ -99,7 +101,7 @@ class Engine:
     def _run(self) -> None:
         try:
             if self._warm:
-                self._model.warm_up(surprise=True, answer=partial(warm_up, sizes=self._sizes, compiled=set()))
+                self._warm_up()
             self._ready = True
             while self._wait():
                 self._round([live for live in self._live if live._wants_more()])
@@ -110,6 +112,13 @@ class Engine:
         finally:
             for live in (*self._live, *self._queue):
                 self._end(live, Ended("stopped"))
+
+    def _warm_up(self) -> None:
+        """Compile all that sessions can need; those that begin with a camera begin otherwise."""
+        answer = partial(warm_up, sizes=self._sizes, compiled=set())
+        cameras = ("", "still") if "control" in self._model.params else ("",)
+        for camera in cameras:
+            self._model.warm_up(surprise=True, answer=answer, camera=camera)
 
     def _wait(self) -> bool:
         """Until a session wants another latent frame; False: the server stops."""

@@ -43,8 +43,7 @@ def steerable(of: Any, params: Any) -> Model:
     return Model(small_system(config), {**params, "control": control}, "small", "0123", mesh)
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Callable[[], int]:
+def count_compiled() -> Callable[[], int]:
     """How many programs were compiled, or read from the disk."""
     found: list[float] = []
 
@@ -54,6 +53,9 @@ def compiled() -> Callable[[], int]:
 
     jax.monitoring.register_event_duration_secs_listener(note)
     return lambda: len(found)
+
+
+compiled = pytest.fixture(scope="module")(count_compiled)
 
 
 def whole(parts: Iterator[np.ndarray]) -> np.ndarray:

@@ -15,11 +15,12 @@ from starflow_jax.sampling.session import Session
 from starflow_jax.serving.engine import Engine, Full, batch_sizes
 from starflow_jax.serving.live import Begun, Changed, Ended, Event, Frames, Live, Place, Refused, Shown
 from starflow_jax.serving.metrics import Metrics
-from tests.sampling.test_session import compiled, near, steerable, whole  # noqa: F401  (a fixture)
+from tests.sampling.test_session import count_compiled, near, steerable, whole
 from tests.small_model import CAPTIONS, CONFIG
 
 STRIDE = CONFIG.codec.time_stride
 PATIENCE = 60.0  # seconds that no test ever waits for
+compiled = pytest.fixture(scope="module")(count_compiled)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +213,8 @@ def test_once_it_is_ready_nothing_is_compiled(engines, compiled) -> None:
     before = compiled()
     random = np.random.default_rng(0)
     lives = [engine.begin(CAPTIONS[index % 3], paced=False, frames=1 + STRIDE * int(random.integers(20)), seed=index,
-                          guidance=float(index % 2), surprise=index % 3 > 0) for index in range(8)]
+                          guidance=float(index % 2), surprise=index % 3 > 0, camera=("", "orbit")[index > 5])
+             for index in range(8)]
     image = np.zeros((8, 8, 3), np.uint8)
     lives.append(engine.begin(CAPTIONS[0], paced=False, frames=1 + 8 * STRIDE, image=image))
     over: set[Live] = set()
