@@ -125,14 +125,17 @@ class Model:
             return self._videos(prompt, *self._begin(prompt, settings, video=video))
 
     def stream(self, prompt: str, *, frames: int = 0, image: str | Path | ArrayLike = "", recording: bool = True,
-               surprise: bool = False, **settings: Any) -> Session:
+               surprise: bool = False, ahead: bool = True, **settings: Any) -> Session:
         """A session: the video's frames as they are made, uint8 (T, H, W, 3), the first by itself, then the codec's
         time stride together; its prompt, guidance and camera may be changed meanwhile.
 
         frames: after how many it ends; 0: never. recording: frames are kept, on disk, so that the session can be saved.
-        surprise: the session tells each latent frame's, `Session.surprise`. Raises UserError for what can't be.
+        surprise: the session tells each latent frame's, `Session.surprise`. ahead: the device works on the next latent
+        frame while one is handed out; without, a change holds a latent frame earlier. Raises UserError for what can't
+        be.
         """
-        return self._session(prompt, {**settings, "frames": frames}, image, recording=recording, surprise=surprise)
+        return self._session(prompt, {**settings, "frames": frames}, image, recording=recording, surprise=surprise,
+                             ahead=ahead)
 
     def replay(self, path: str | Path) -> Session:
         """The session of a JSON that `Session.save` wrote, once more: the same frames, bit for bit on the same device.
@@ -173,7 +176,8 @@ class Model:
         warm_up(begin, steerable="control" in self.params)
 
     def _session(self, prompt: str, settings: dict[str, Any], image: str | Path | ArrayLike,
-                 changes: Mapping[int, Change] = NONE, recording: bool = True, surprise: bool = False) -> Session:
+                 changes: Mapping[int, Change] = NONE, recording: bool = True, surprise: bool = False,
+                 ahead: bool = True) -> Session:
         """changes: beside those of settings, by the latent frame from which on they hold, given ones aside."""
         with on_mesh(self.mesh):
             system, requests, known_THWC = self._begin(prompt, settings, image=image, stream=True)
@@ -199,7 +203,7 @@ class Model:
         start = {"prompt": request.prompt, "guidance": None, "camera": camera}
         record = Record(self.source, self._parameters, kept, request.seed, start, script, known_THWC)
         return Session(dataclasses.replace(system, config=config), self.params, self.mesh, record, recording=recording,
-                       surprise=surprise)
+                       surprise=surprise, ahead=ahead)
 
     def log_likelihood(self, video: "Video | str | Path | ArrayLike", prompt: str, *, draws: int = 0) -> float:
         """Exact log p of a video given a prompt, in nats: of its latents with the training noise, averaged over draws

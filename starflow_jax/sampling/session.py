@@ -38,10 +38,10 @@ class Session:
     """
 
     def __init__(self, system: System, params: Params, mesh: Mesh, record: Record, *, recording: bool = True,
-                 surprise: bool = False) -> None:
+                 surprise: bool = False, ahead: bool = True) -> None:
         """record: what to make; its frames: how many to show, None: as many as are asked for. Raises UserError where
         the camera that it begins with can't be followed. recording: frames are kept for `save`. surprise:
-        tell that of each latent frame."""
+        tell that of each latent frame. ahead: as `stream_steps` says."""
         self._system, self._params, self._mesh, self._record = system, params, mesh, record
         self._settings = system.config.sample
         if record.start["camera"] is not None:
@@ -54,7 +54,7 @@ class Session:
         self.answer: Callable[[Ask], None] = answer  # makes a step of the deep block
         self._steps: Iterator[Ask | Step] | None = None  # from the first frame on
         self._ready: collections.deque[jax.Array] = collections.deque()
-        self._surprising, self._surprises = surprise, collections.deque[jax.Array]()
+        self._ahead, self._surprising, self._surprises = ahead, surprise, collections.deque[jax.Array]()
         self._surprise: float | None = None
         self._begun, self._shown = latents_of(record.known_THWC, system.config.codec.time_stride), 0
         self._closed = False
@@ -211,7 +211,7 @@ class Session:
             self._steered.text_settings, for_each(known_THWC, 1), changes={},
             total=latent_frames(config, settings) if settings.frames else ENDLESS)
         return stream_steps(self._system, self._params, given, settings, live=self._steered,
-                            surprise=self._surprising)
+                            surprise=self._surprising, ahead=self._ahead)
 
     def _change(self, name: str, value: Any) -> None:
         self._set[name] = value

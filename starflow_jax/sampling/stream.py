@@ -69,7 +69,7 @@ def stream_clips(
 
 
 class Step(NamedTuple):
-    """What a step of the deep block has led to, handed over once the next one has begun."""
+    """What a step of the deep block has led to."""
 
     pixels: list[jax.Array]  # of the latent frames that it completes, uint8 (B, T, H, W, 3) each
     begun: int  # latent frames that the deep block has begun by now, given ones included
@@ -79,9 +79,12 @@ class Step(NamedTuple):
 
 
 def stream_steps(system: System, params: Params, given: Conditions, settings: Sample, *, live: Live | None = None,
-                 timeline: Timeline | None = None, surprise: bool = False) -> Iterator[decode.Ask | Step]:
+                 timeline: Timeline | None = None, surprise: bool = False, ahead: bool = True
+                 ) -> Iterator[decode.Ask | Step]:
     """Yield each step of the deep block to be made, as `decode.steps` does, and the stream's steps, until `given.total`
-    frames are made. Of what was made no more is held than a window. surprise: tell each latent frame's."""
+    frames are made. Of what was made no more is held than a window. surprise: tell each latent frame's.
+    ahead: a step is handed out once the next one of the deep block has begun, so that no device waits; else as soon as
+    it is made, so that what steers the stream holds a latent frame earlier."""
     deep, rest = stream_devices(settings.devices)
     finish = Finisher(system, params, given, settings, rest, surprise=surprise, live=live)
     needed = {"flow", "control", "draft", *(["denoiser"] if settings.renoise else [])}
@@ -108,6 +111,9 @@ def stream_steps(system: System, params: Params, given: Conditions, settings: Sa
         if timeline and pixels:
             timeline.watch("rest", begun - u_BGSK.shape[1], pixels)
         done = Step(pixels, begun, report, shallow, finish.surprises())
+        if not ahead:
+            yield done
+            done = None
     if done is not None:
         yield done
 

@@ -74,20 +74,18 @@ class Engine:
               guidance: float | None = None, **settings: Any) -> Live:
         """A session of `Model.stream`'s arguments, which begins when there is a place. frames: 0: as many as one may
         have. Raises UserError for what can't be, and Full."""
-        most = self._most_frames
-        if frames > most:
-            raise UserError(f"frames={frames}: at most {most} here")
+        if frames > self._most_frames:
+            raise UserError(f"frames={frames}: at most {self._most_frames} here")
         model = self._model
-        session = model.stream(prompt, frames=frames, image="" if image is None else image, recording=False, **settings)
+        session = model.stream(prompt, frames=frames, image="" if image is None else image, recording=False,
+                               ahead=not paced, **settings)  # for who steers, a change soon counts for more than a busy device
         if guidance is not None:  # no setting of its own, or the unguided would need programs of their own
             session.guidance = guidance
         live = Live(session, self._lock, paced, model.config.codec.time_stride)
         with self._lock:
-            if self._stopping:
+            most = self._settings.sessions + self._settings.queue
+            if self._stopping or len(self._live) + len(self._queue) >= most:
                 raise Full
-            if len(self._live) >= self._settings.sessions or self._queue:
-                if len(self._queue) >= self._settings.queue:
-                    raise Full
             self._queue.append(live)
             self._lock.notify_all()
         return live
@@ -164,9 +162,9 @@ class Engine:
         lives = [live for live, _ in asking]
         self._guarded(lives, lambda: self._answer([ask for _, ask in asking]))
         for live in lives:
-            live._seconds += time.monotonic() - begun
             if not live._ended:
-                live._ask = self._guarded([live], partial(self._show, live))
+                live._ask = self._guarded([live], partial(self._show, live, time.monotonic() - begun))
+            live._seconds += time.monotonic() - begun
 
     def _next_ask(self, live: Live) -> Ask | None:
         """The session's next step; None where frames could be shown without one, or it has ended."""
@@ -180,8 +178,10 @@ class Engine:
         with on_mesh(self._model.mesh):
             answer_together(asks, self._sizes)
 
-    def _show(self, live: Live) -> Ask | None:
-        """Hand out the frames that are there; or the step that must be made first."""
+    def _show(self, live: Live, seconds: float = 0.0) -> Ask | None:
+        """Hand out the frames that are there; or the step that must be made first. seconds: that this round has taken
+        so far."""
+        begun = time.monotonic()
         part = live._session.advance()
         if isinstance(part, Ask):
             return part
@@ -189,11 +189,11 @@ class Engine:
             self._end(live, Ended("end"))
             return None
         session, now = live._session, time.monotonic()
-        first = session.shown - len(part)
+        first, seconds = session.shown - len(part), live._seconds + seconds + now - begun
         if not first:
-            self._metrics.first_frame.observe(live._seconds)
+            self._metrics.first_frame.observe(seconds)
         self._metrics.frames.inc(len(part))
-        live._tell(Frames(part, first, live._seconds, session.surprise))
+        live._tell(Frames(part, first, seconds, session.surprise))
         while live._changed and live._changed[0][0] < session.shown:
             frame, asked_at = live._changed.popleft()
             self._metrics.change.observe(now - asked_at)

@@ -19,6 +19,7 @@ from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.generate import generate_clips
 from starflow_jax.sampling.likelihood import frame_nll
 from starflow_jax.sampling.mesh import sampling_mesh
+from starflow_jax.sampling.session import Session
 from starflow_jax.sampling.steered import Steered
 from starflow_jax.sampling.stream import stream_clips
 from tests.conftest import memory
@@ -120,6 +121,21 @@ def test_a_latent_frames_surprise_is_its_exact_likelihood(model: Model, camera: 
     np.testing.assert_allclose(found, nll / clips.noisy_BNhwC[0, 0].size / np.log(2), rtol=1e-3)
     assert len(found) == 4 and np.ptp(found) > 1e-2
     assert next(model.stream(CAPTIONS[0])) is not None and model.stream(CAPTIONS[0]).surprise is None
+
+
+def test_a_session_that_is_not_ahead_takes_a_change_a_latent_frame_earlier(model: Model) -> None:
+    """And shows the same frames."""
+    frames = 1 + 9 * STRIDE
+    plain = whole(model.stream(CAPTIONS[0], seed=5, frames=frames))
+    np.testing.assert_array_equal(whole(model.stream(CAPTIONS[0], seed=5, frames=frames, ahead=False)), plain)
+    with model.stream(CAPTIONS[0], seed=5, frames=frames, ahead=False) as session:
+        parts = list(itertools.islice(session, 2))
+        assert session.next_frame == 1 + 2 * STRIDE  # two latent frames were shown, and one looked ahead at
+        session.prompt = CAPTIONS[1]
+        made = np.concatenate([*parts, *session])
+    assert list(session.record.changes) == [3] and np.abs(np.int32(made) - plain).max() > 3
+    again = Session(dataclasses.replace(model.system, config=session.config), model.params, model.mesh, session.record)
+    np.testing.assert_array_equal(whole(again), made)
 
 
 def test_what_is_set_before_the_first_frame_is_the_beginning(model: Model) -> None:

@@ -26,7 +26,7 @@ class Session {
     this.record = null;
     this.surprises = [];
     this.begun = performance.now();
-    this.playedSince = null;
+    this.since = null;
     this.socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/v1/session`);
     this.socket.binaryType = "arraybuffer";
     this.socket.onopen = () => this.socket.send(JSON.stringify(asked));
@@ -134,8 +134,9 @@ class Session {
     const frame = Math.min(this.shown, Math.floor(video.currentTime * model.fps + 1e-3) + (video.currentTime > 0 ? 1 : 0));
     $("played").textContent = frame;
     if (frame > this.told) {
-      this.playedSince ??= performance.now() - 1000 / model.fps;
-      $("rate_played").textContent = (frame * 1000 / (performance.now() - this.playedSince)).toFixed(1);
+      this.since ??= { frame: frame - 1, time: performance.now() - 1000 / model.fps }; // of the start, or of a pause's end
+      const passed = performance.now() - this.since.time;
+      $("rate_played").textContent = (1000 * (frame - this.since.frame) / passed).toFixed(1);
       this.told = frame;
       this.send({ played: frame });
     }
@@ -143,7 +144,7 @@ class Session {
 
   pause(paused) {
     this.paused = paused;
-    this.playedSince = null;
+    this.since = null;
     this.send({ pause: paused });
     if (paused) video.pause();
     else video.play().catch(() => {});
@@ -323,6 +324,7 @@ async function begin() {
   $("frames").max = model.most_frames;
   $("frames").step = model.time_stride;
   $("frames").disabled = true;
+  $("screen").style.aspectRatio = `${model.width} / ${model.height}`;
   $("camera").hidden = !model.steerable;
   $("screen").classList.toggle("plain", !model.steerable);
   $("prompt").value = model.examples[0] || "";
