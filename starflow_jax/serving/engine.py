@@ -77,8 +77,9 @@ class Engine:
         if frames > self._most_frames:
             raise UserError(f"frames={frames}: at most {self._most_frames} here")
         model = self._model
+        # For who steers, a change that holds soon counts for more than a device that never waits.
         session = model.stream(prompt, frames=frames, image="" if image is None else image, recording=False,
-                               ahead=not paced, **settings)  # for who steers, a change soon counts for more than a busy device
+                               ahead=not paced, **settings)
         if guidance is not None:  # no setting of its own, or the unguided would need programs of their own
             session.guidance = guidance
         live = Live(session, self._lock, paced, model.config.codec.time_stride)
