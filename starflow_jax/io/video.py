@@ -9,6 +9,7 @@ import io
 import os
 import struct
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -116,18 +117,29 @@ class Recording(Mp4Writer):
     def __init__(self, fps: float, scale: int = 1) -> None:
         super().__init__(io.BytesIO(), fps, scale, {}, self._CODEC)
         self._fps, self._file = fps, tempfile.TemporaryFile()
+        self._size = 0, 0  # height, width
+        # PyAV's container and stream hold each other: an encoder that nobody closes lives until Python looks for such.
+        self._end_encoder = weakref.finalize(self, self._container.close)
 
     def _take(self, packets: Sequence[av.Packet]) -> None:
         for packet in packets:
             content = bytes(packet)
             self._file.write(self._PACKET.pack(packet.pts, packet.is_keyframe, len(content)) + content)
 
+    def _open_stream(self, height: int, width: int) -> av.VideoStream:
+        self._size = height, width
+        return super()._open_stream(height, width)
+
+    def finish(self) -> None:
+        """Let go of the encoder: there will be no more frames. Those so far can still be saved."""
+        self._end_encoder()
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the frames so far; at least one."""
         assert self._stream is not None
         with atomic_path(path) as temporary:
             writer = Mp4Writer(temporary, self._fps, self._scale, {"movflags": "+faststart"}, self._CODEC)
-            stream = writer._open_stream(self._stream.height, self._stream.width)
+            stream = writer._open_stream(*self._size)
             stream.codec_context.open()
             for time, begins, content in self._packets():
                 packet = av.Packet(content)
@@ -147,7 +159,7 @@ class Recording(Mp4Writer):
 
     def close(self) -> None:
         """Forget the frames."""
-        self._container.close()
+        self.finish()
         self._file.close()
 
 

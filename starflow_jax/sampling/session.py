@@ -82,6 +82,8 @@ class Session:
         """End it, and let go of what it holds on the device. What was shown can still be saved."""
         self._closed = True
         self._steps = iter(())
+        if self._recording:
+            self._recording.finish()
         self._ready.clear()
         self._surprises.clear()
 

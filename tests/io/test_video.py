@@ -1,5 +1,6 @@
 """Videos: what is written is read back, right in colour, size and rate."""
 
+import gc
 import io
 import os
 import socket
@@ -242,6 +243,26 @@ def test_a_recording_is_saved_as_often_as_one_likes(tmp_path):
     assert np.abs(whole_THWC[:, ::2, ::2].astype(int) - frames_THWC).mean() < 4
     assert len({(tmp_path / f"{name}.mp4").read_bytes() for name in ("whole", "again", "at_once")}) == 1
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_an_encoder_ends_with_its_recording_and_what_was_recorded_is_kept(tmp_path):
+    """Without waiting for Python to look for objects that hold each other."""
+    frames_THWC = moving_square(8)
+    whole, dropped = (video_io.Recording(fps=8) for _ in range(2))
+    for recording in (whole, dropped):
+        recording.write(frames_THWC)
+    whole.save(tmp_path / "before.mp4")
+    whole.finish()
+    whole.save(tmp_path / "after.mp4")
+    assert (tmp_path / "after.mp4").read_bytes() == (tmp_path / "before.mp4").read_bytes()
+    ended = dropped._end_encoder
+    gc.disable()
+    try:
+        assert ended.alive
+        del recording, dropped
+        assert not ended.alive
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("pixels", ["yuv420p", "yuv444p"])
