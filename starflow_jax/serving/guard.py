@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import anyio
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -55,7 +56,8 @@ class Guard:
 
         refusal = self._refusal(scope)
         if refusal is None:
-            with contextlib.suppress(CutOff, TimeoutError):  # an answer that is not finished closes the connection
+            # An answer that is not finished closes the connection.
+            with contextlib.suppress(CutOff, TimeoutError, ClientDisconnect):
                 await self._app(scope, receive, answer)
         elif scope["type"] == "http":
             await refusal(scope, receive, answer)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import numpy as np
 import pytest
 from PIL import Image
@@ -195,6 +196,21 @@ def test_a_first_message_that_cannot_be_ends_the_websocket(client: Any) -> None:
             answer = socket.receive_json()
             assert answer["type"] == "ended" and answer["failed"] and words in answer["why"]
             assert socket.receive()["type"] == "websocket.close"
+
+
+def test_a_client_that_leaves_in_mid_request_is_no_error(client: Any) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/videos", "query_string": b"", "scheme": "http",
+             "headers": [(b"host", b"127.0.0.1:8000")], "client": ("127.0.0.1", 5)}
+    anyio.run(client.app, scope, receive, send)
+    assert not sent and "starflow_errors_total 0.0" in client.get("/metrics").text
 
 
 @pytest.mark.filterwarnings("ignore:.*no training caption")
