@@ -137,6 +137,7 @@ WORK = {
     "starflow_jax.io.tensor_files": ("write_safetensors",),
     "starflow_jax.model.store": ("save_pretrained",),
     "starflow_jax.planning.programs": ("compile_step",),
+    "starflow_jax.modes.serve": ("_run",),
     "starflow_jax.benchmarks.start": ("report",),
     "starflow_jax.benchmarks.data": ("report",),
     "starflow_jax.benchmarks.decoding": ("trained_model", "lengths", "random_model"),
