@@ -60,7 +60,8 @@ class GivenClip(Sampling):
     def _noised(self, latents: Any, draws: int, times: int = 1) -> Any:
         model, run = self.config.model, self.chain.run
         seeds = jax.ShapeDtypeStruct((draws,), jnp.uint32)
-        noise = run("noise", draw_noise, seeds, (self.total, model.height * model.width, model.channels), times=times)
+        shape = self.total, model.height * model.width, model.channels
+        noise = run("noise", draw_noise, seeds, shape, 0, times=times)
         return run("noised latents", with_noise, latents, noise, model.noise_std, times=times)
 
     def _text(self, prompts: int, times: int = 1) -> Any:
