@@ -130,7 +130,7 @@ def test_streams_the_api_and_other_modes_take_them_too(config: Config, model: Pa
     frames = loaded.generate(PROMPT, seed=3).frames
     added = sf.load(model, lora=workdir)
     assert np.abs(frames.astype(int) - added.generate(PROMPT, seed=3).frames).max() <= 1
-    streamed = np.concatenate(list(added.stream(PROMPT, seed=3)))
+    streamed = np.concatenate(list(added.stream(PROMPT, seed=3, frames=len(frames))))
     assert np.abs(frames.astype(int) - streamed).max() <= 1
     with pytest.raises(UserError, match=r"sample.lora: is chosen when a model is loaded, as in sf.load\(lora=...\)"):
         added.generate(PROMPT, lora="x")
