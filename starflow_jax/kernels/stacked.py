@@ -1,14 +1,14 @@
 """Keys or values of one layer of a stack of layers. The stack stays whole, where it is: a kernel that can takes the
 layer from it as it reads, and nothing is copied."""
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from starflow_jax.kernels.int8 import Slots
+from starflow_jax.kernels.int8 import Int8Slots, Slots
 
 
 class Stacked(flax.struct.PyTreeNode):
@@ -35,14 +35,17 @@ def taken(part: Cached) -> Slots:
 
 def first_slots(part: Cached, count: int) -> Slots:
     """The layer's first slots; of a stack, no others are touched."""
-    stack = part.stack_LBPGD if isinstance(part, Stacked) else jax.tree.map(lambda one: one[None], part)
-    layer = part.layer if isinstance(part, Stacked) else jnp.int32(0)
+    if not isinstance(part, Stacked):
+        return jax.tree.map(lambda array, axis: lax.slice_in_dim(array, 0, count, axis=axis), part, _slots_axis(part))
 
-    def cut(array: jax.Array, slots_axis: int) -> jax.Array:
+    def cut(array: jax.Array, axis: int) -> jax.Array:
         sizes = list(array.shape)
-        sizes[0], sizes[slots_axis] = 1, count
-        return lax.dynamic_slice(array, (layer, *[jnp.int32(0)] * (array.ndim - 1)), sizes)[0]
+        sizes[0], sizes[axis] = 1, count
+        return lax.dynamic_slice(array, (part.layer, *[jnp.int32(0)] * (array.ndim - 1)), sizes)[0]
 
-    if isinstance(stack, jax.Array):
-        return cut(stack, -3)
-    return stack.replace(q_BPGD=cut(stack.q_BPGD, -3), scale_BG1P=cut(stack.scale_BG1P, -1))
+    return jax.tree.map(cut, part.stack_LBPGD, _slots_axis(part.stack_LBPGD))
+
+
+def _slots_axis(part: Slots) -> Any:
+    """Of each array of keys or values the axis of the slots."""
+    return Int8Slots(-3, -1) if isinstance(part, Int8Slots) else -3  # type: ignore[arg-type]

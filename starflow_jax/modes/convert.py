@@ -82,8 +82,7 @@ def convert(config: Config, workdir: Path) -> None:
 def with_hub_files(config: Config) -> Config:
     """The settings with names on a model hub as the files that they are."""
     names = ("source", "text", "codec", "statistics")
-    files = {name: on_disk(getattr(config.convert, name), f"convert.{name}") for name in names
-             if getattr(config.convert, name) != PACKAGED}
+    files = {name: on_disk(getattr(config.convert, name), f"convert.{name}") for name in names}
     return changed(config, "convert", files)
 
 
