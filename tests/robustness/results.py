@@ -2,7 +2,8 @@
 
     python -m tests.robustness.results
 
-prints the tables of all that was tried in this checkout.
+prints the tables of all that was tried in this checkout, and in the end one row for each kind of try, as
+docs/pages/reliability.md has them.
 """
 
 import collections
@@ -51,10 +52,40 @@ def shown(folder: Path = FOLDER) -> str:
     """The tables."""
     tables = []
     for kind, headers in HEADERS.items():
-        found = [json.loads(path.read_text()) for path in sorted((folder / kind).glob("*.json"))]
+        found = _reports(folder / kind)
         if found:
             tables.append(table([[facts[name] for name in headers] for facts in found], tuple(headers.values())))
-    return "\n\n".join(tables)
+    return "\n\n".join([*tables, table(summary(folder), ("what", "tries", "lost or faulty", ""))])
+
+
+def summary(folder: Path = FOLDER) -> list[list[object]]:
+    """A row for each kind of try whose results are there: what, tries, how many were lost or ended otherwise than in
+    one line, and what else there is to say."""
+    rows: list[list[object]] = []
+    for kind in HEADERS:
+        found = _reports(folder / kind)
+        if found:
+            rows.append([kind, sum(facts["tries"] for facts in found), sum(facts["faulty"] for facts in found),
+                         f"{len(found)} kinds"])
+    for facts in _reports(folder):
+        if "tried" in facts:
+            by_part = collections.Counter[str]()
+            for what, tries in facts["tried"].items():
+                by_part[what.partition(": ")[0]] += tries
+            rows += [[f"storage: {part}", tries, sum(said.startswith(f"{part}, ") for said in facts["lost"]), ""]
+                     for part, tries in by_part.items()]
+        elif "kills" in facts:
+            rows.append(["kills", facts["kills"], facts["lost"] + len(facts["faults"]),
+                         f"{facts['trainings']} trainings came to their end in spite of them"])
+        elif "growth" in facts:
+            rows.append(["videos and streams of one process", facts["videos"] + facts["streams"], "",
+                         f"{facts['megabytes_after_the_first_fifty']} MB after 50, at most "
+                         f"{facts['most_megabytes_later']} MB later ({facts['growth']:+.1%})"])
+    return rows
+
+
+def _reports(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
 if __name__ == "__main__":
