@@ -19,6 +19,7 @@ NOT_MET = ("can't connect to the other processes of this run within five minutes
 OUR_LINE = b"starflow_jax: "  # begins what this program says at its end
 # The beginning of JAX's account of a lost process; all that follows on stderr are details and a stack trace.
 ACCOUNT = re.compile(rb"W\d{4} .*preemption_sync_manager|[EF]\d{4} .*(coordination_service|preemption_sync|client\.h)")
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -28,6 +29,7 @@ def run_in_child() -> None:
     Call it before anything starts threads.
     """
     read, write = os.pipe()
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # one that comes early waits until it can be passed on
     parent, child = os.getpid(), os.fork()
     if child == 0:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -37,10 +39,12 @@ def run_in_child() -> None:
         os.dup2(write, 2)
         os.close(read)
         os.close(write)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         return
     os.close(write)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in PASSED_ON:
         signal.signal(number, lambda number, _: os.kill(child, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     stderr = _Stderr()
     passing = threading.Thread(target=stderr.pass_on, args=(read,), daemon=True)
     passing.start()

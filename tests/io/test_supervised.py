@@ -17,11 +17,11 @@ FATAL = ("F1129 14:26:27.556987   14787 client.h:80] Terminating process because
          "fatal errors.\n*** Check failure stack trace: ***\n    @     0x7fcff9c20634  absl::LogMessage::SendToLog()\n")
 NEVER_CAME = FATAL.replace("errors.\n", "errors.\nRPC: /xla.coordination.CoordinationService/RegisterTask\n")
 HARMLESS = "W1129 14:25:34.24   13924 coordination_service.cc:185] Using experimental recoverable task feature.\n"
-PROGRAM = """
+BEFORE = """
 import os, signal, subprocess, sys, time
 from starflow_jax.io.supervised import run_in_child
-run_in_child()
 """
+PROGRAM = f"{BEFORE}run_in_child()\n"
 
 
 def run(program: str) -> tuple[int, str]:
@@ -61,9 +61,9 @@ def test_any_other_end_is_passed_on() -> None:
     assert run("subprocess.Popen(['sleep', '20'], stdout=subprocess.DEVNULL); sys.exit(4)") == (4, "")
 
 
-def start(program: str) -> tuple[subprocess.Popen, int]:
+def start(program: str, begin: str = PROGRAM) -> tuple[subprocess.Popen, int]:
     """(the parent, the child's process id), once the child runs."""
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM + program], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", begin + program], stdout=subprocess.PIPE, text=True)
     return process, int(process.stdout.readline())  # type: ignore[union-attr]
 
 
@@ -72,6 +72,14 @@ def test_signals_reach_the_program(number: signal.Signals) -> None:
     process, _ = start(f"signal.signal({int(number)}, lambda *_: sys.exit(7)); print(os.getpid(), flush=True); "
                        "time.sleep(60)")
     process.send_signal(number)
+    assert process.wait(60) == 7
+
+
+def test_a_signal_before_the_parent_can_pass_it_on_waits() -> None:
+    late = "handle = signal.signal; signal.signal = lambda *with_: (time.sleep(0.5), handle(*with_)); run_in_child()\n"
+    process, _ = start("handle(15, lambda *_: sys.exit(7)); print(os.getpid(), flush=True); time.sleep(60)",
+                       BEFORE + late)
+    process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 7
 
 

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -152,15 +153,23 @@ def _where(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raises TooLong after so many seconds of CPU time; in the main thread, once Python has its turn."""
+    """Raises TooLong after so many seconds of this thread's CPU time, or ten times as many of the process's (other
+    threads may have work of their own); in the main thread, once Python has its turn."""
+    end, last, running = time.thread_time() + seconds, time.process_time() + 10 * seconds, True
+
     def stop(*_: Any) -> None:
-        raise TooLong
+        if not running:  # the signal was on its way
+            return
+        if time.thread_time() >= end or time.process_time() >= last:
+            raise TooLong
+        signal.setitimer(signal.ITIMER_PROF, max(end - time.thread_time(), 0.01))
 
     before = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
+        running = False
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
 
