@@ -57,18 +57,16 @@ class Videos:
         return JSONResponse(job.facts(), 202, {"location": job.facts()["url"]})
 
     async def job(self, request: Request) -> Response:
-        """GET /v1/videos/{id}."""
+        """GET and DELETE /v1/videos/{id}."""
         job = self._job(request)
+        if request.method == "DELETE":
+            self.jobs.forget(job.name)
+            return Response(status_code=204)
         if not _wants_video(request):
             return JSONResponse(job.facts())
         if job.status != "done":
             return refused(409, f"the video is {job.status}; ask again")
         return FileResponse(job.file, media_type=VIDEO)
-
-    async def delete(self, request: Request) -> Response:
-        """DELETE /v1/videos/{id}."""
-        self.jobs.forget(self._job(request).name)
-        return Response(status_code=204)
 
     def _job(self, request: Request) -> Job:
         job = self.jobs.get(request.path_params["id"])
@@ -154,7 +152,7 @@ def make_app(engine: Engine, settings: Serve, metrics: Metrics, token: str = "")
     return Starlette(
         routes=[Route("/", page), Route("/page/{name}", page),
                 Route("/v1/videos", videos.make, methods=["POST"]),
-                Route("/v1/videos/{id}", videos.job), Route("/v1/videos/{id}", videos.delete, methods=["DELETE"]),
+                Route("/v1/videos/{id}", videos.job, methods=["GET", "DELETE"]),
                 WebSocketRoute("/v1/session", steer(service)), Route("/v1/model", facts), Route("/healthz", health),
                 Route("/metrics", counts), Route("/openapi.json", api)],
         middleware=[Middleware(Guard, settings=settings, token=token, metrics=metrics)],

@@ -41,15 +41,15 @@ def read_asked(held: dict[str, Any], settings: Serve, steered: bool = False) -> 
     if "prompt" not in held:
         raise UserError("prompt: is missing; say what the video shows")
     prompt = check_prompt(held.pop("prompt"), settings)
-    frames, image = held.pop("frames", 0), held.pop("image", None)
-    if not _whole(frames) or not 0 <= frames <= settings.frames:
+    frames, image = _whole(held.pop("frames", 0)), held.pop("image", None)
+    if frames is None or not 0 <= frames <= settings.frames:
         raise UserError(f"frames: must be a whole number from 0 (not said) to {settings.frames}")
     chosen: dict[str, Any] = {}
     for name, value in held.items():
         if name == "seed":
-            if not _whole(value) or not SEED.holds(value):
+            chosen[name] = _whole(value)
+            if chosen[name] is None or not SEED.holds(chosen[name]):
                 raise UserError(f"seed: must be {SEED.words}")
-            chosen[name] = value
         elif name == "surprise" and steered:
             if not isinstance(value, bool):
                 raise UserError("surprise: must be true or false")
@@ -103,8 +103,11 @@ def _decoded(image: Any) -> bytes:
         raise UserError("image: must be a picture file in base64") from error
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _whole(value: Any) -> int | None:
+    """The whole number, also of 5.0, which to JSON is one; None: it is none."""
+    if isinstance(value, bool) or not (isinstance(value, int) or isinstance(value, float) and value.is_integer()):
+        return None
+    return int(value)
 
 
 def _no_number(name: str) -> None:

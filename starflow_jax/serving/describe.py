@@ -46,7 +46,8 @@ def openapi(settings: Serve) -> dict[str, Any]:
     """The HTTP API in OpenAPI 3.1."""
     asked = {
         "type": "object", "required": ["prompt"], "additionalProperties": False, "properties": {
-            "prompt": {"type": "string", "description": f"what the video shows; at most {settings.prompt_bytes} bytes"},
+            "prompt": {"type": "string", "maxLength": settings.prompt_bytes, "pattern": "^[^\\u0000]*$",
+                       "description": f"what the video shows; at most {settings.prompt_bytes} bytes"},
             "seed": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1, "default": 0},
             "frames": {"type": "integer", "minimum": 0, "maximum": settings.frames,
                        "description": "1 + a multiple of the model's time stride; 0: the training length"},
@@ -63,6 +64,8 @@ def openapi(settings: Serve) -> dict[str, Any]:
         "prompt": {"type": "string"}, "seed": {"type": "integer"}, "frames": {"type": "integer"},
         "frames_made": {"type": "integer"}, "url": {"type": "string"}, "place": {"type": "integer"},
         "error": {"type": "string"}, "record": {"type": "object"}}}
+    links = {operation: {"operationId": operation, "parameters": {"id": "$response.body#/id"}}
+             for operation in ("getVideo", "deleteVideo")}
     name = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
     of_job, video = {"$ref": "#/components/schemas/Job"}, {"type": "string", "contentMediaType": "video/mp4"}
     refusals = {"401": _answer("a token is needed"), "403": _answer("another origin"), "421": _answer("another host")}
@@ -72,7 +75,7 @@ def openapi(settings: Serve) -> dict[str, Any]:
             "requestBody": {"required": True, "content": {"application/json": {
                 "schema": {"$ref": "#/components/schemas/Asked"}}}},
             "responses": {**refusals, "200": _answer("the MP4 while it is made", video, "video/mp4"),
-                          "202": _answer("a job", of_job), "408": _answer("the body did not come"),
+                          "202": {**_answer("a job", of_job), "links": links}, "408": _answer("the body did not come"),
                           "413": _answer("too large"), "422": _answer("what can't be, in words"),
                           "429": _answer("too many in a minute"), "500": _answer("it failed, in words"),
                           "503": _answer("no place")}}},

@@ -74,8 +74,8 @@ class Engine:
               guidance: float | None = None, **settings: Any) -> Live:
         """A session of `Model.stream`'s arguments, which begins when there is a place. frames: 0: as many as one may
         have. Raises UserError for what can't be, and Full."""
-        if frames > self._most_frames:
-            raise UserError(f"frames={frames}: at most {self._most_frames} here")
+        if frames > self.most_frames:
+            raise UserError(f"frames={frames}: at most {self.most_frames} here")
         model = self._model
         # For who steers, a change that holds soon counts for more than a device that never waits.
         session = model.stream(prompt, frames=frames, image="" if image is None else image, recording=False,
@@ -92,8 +92,8 @@ class Engine:
         return live
 
     @property
-    def _most_frames(self) -> int:
-        """That are whole latent frames."""
+    def most_frames(self) -> int:
+        """Of a session: as many whole latent frames as serve.frames has."""
         stride = self._model.config.codec.time_stride
         return 1 + (self._settings.frames - 1) // stride * stride
 
@@ -199,7 +199,7 @@ class Engine:
             frame, asked_at = live._changed.popleft()
             self._metrics.change.observe(now - asked_at)
             live._tell(Shown(frame, now - asked_at))
-        if session.shown >= self._most_frames:
+        if session.shown >= self.most_frames:
             self._end(live, Ended("end"))
         return None
 

@@ -22,14 +22,14 @@ class Service:
         self._pictures = anyio.CapacityLimiter(PICTURES_AT_ONCE)
 
     async def begin(self, asked: Asked, *, paced: bool) -> Live:
-        """A session; one that is not paced has the training length where none is asked for. Raises UserError and
-        Full."""
+        """A session; one that is not paced has the training length where none is asked for, if it may be so long.
+        Raises UserError and Full."""
         config, image = self.engine.model.config, None
         if asked.image:
             fit = "resize_then_crop" if config.sample.as_released else "resize_crop"
             image = await anyio.to_thread.run_sync(read_picture, asked.image, *frame_size(config), fit,
                                                    limiter=self._pictures)
-        frames = asked.frames or (0 if paced else pixel_frames(config))
+        frames = asked.frames or (0 if paced else min(pixel_frames(config), self.engine.most_frames))
         return await anyio.to_thread.run_sync(lambda: self.engine.begin(
             asked.prompt, paced=paced, frames=frames, image=image, **asked.settings))
 
