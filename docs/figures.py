@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configs.t2v import tiny
-from starflow_jax.flow import decode
+from starflow_jax.flow import decode, generation
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.kernels.mask import FrameWindow, seen
 from starflow_jax.model.parameters import decoding_variables
@@ -71,8 +71,8 @@ def residuals(updates: int) -> np.ndarray:
     system, params, *_ = load_model(config, Path("no workdir"))
     given = make_conditions(system, params, PROMPTS, range(len(PROMPTS)), config.sample)
     variables, grid, frames = decoding_variables(params), system.token_grid, given.total
-    exact = decode.generate(system.flow, variables, given.noise(0, frames), given.texts.first,
-                            guidance=config.sample.guidance, token_grid=grid, guess_BSK=given.guess_BSK)
+    exact = generation.generate(system.flow, variables, given.noise(0, frames), given.texts.first,
+                                guidance=config.sample.guidance, token_grid=grid, guess_BSK=given.guess_BSK)
     u_BNSK = jnp.concatenate([frame for frame, _ in exact], axis=1)
 
     def last_residual(frame: int, count: int) -> np.ndarray:

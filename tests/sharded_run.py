@@ -19,7 +19,7 @@ from starflow_jax import sharding
 from starflow_jax.checkpoints.training import Checkpoints
 from starflow_jax.config import Config
 from starflow_jax.data.batch import Batch
-from starflow_jax.flow import decode
+from starflow_jax.flow import decode, generation
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.model.parameters import flow_variables, init_params
 from starflow_jax.training.state import create_state
@@ -66,8 +66,8 @@ def sampled(params: Any, videos: int, config: Config = CONFIG) -> tuple[jax.Arra
     noise = random.normal(size=(videos, MODEL.frames, 9, MODEL.channels)).astype(np.float32)
     texts = random.normal(size=(2, videos, 3, MODEL.text_dim)).astype(np.float32)
     flow, solver, variables = STARFlow(config.model), decode.Solver(9, tolerance=0.0), flow_variables(params)
-    made = [u for u, _ in decode.generate(flow, variables, jnp.asarray(noise), jnp.asarray(texts), guidance=1.5,
-                                          solver=solver, token_grid=(3, 3))]
+    made = [u for u, _ in generation.generate(flow, variables, jnp.asarray(noise), jnp.asarray(texts), guidance=1.5,
+                                              solver=solver, token_grid=(3, 3))]
     u = jnp.concatenate(made, axis=1)
     return u, decode.invert_shallow(flow, variables, u, solver=solver, token_grid=(3, 3))[0]
 

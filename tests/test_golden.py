@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from starflow_jax.checkpoints.released import from_released, released_model, to_released
-from starflow_jax.flow import decode
+from starflow_jax.flow import decode, generation
 from starflow_jax.flow.control import plucker_rays
 from starflow_jax.flow.likelihood import nll_mean
 from starflow_jax.flow.starflow import STARFlow
@@ -116,7 +116,7 @@ class FlowCase:
         value = np.asarray(x_BTSK).reshape(x_BTSK.shape[0], frames, height, width, -1)
         return value[:, 0] if self.image else value
 
-    def sample(self, noise_name: str, guidance: float, solver=decode.SEQUENTIAL, first=None, **window):
+    def sample(self, noise_name: str, guidance: float, solver=generation.SEQUENTIAL, first=None, **window):
         """(video, video after the deep block) in the golden layout."""
         noise = self.model.tokens(self.to_ours(noise_name))
         known = None
@@ -124,11 +124,11 @@ class FlowCase:
             known = self.apply(STARFlow.shallow_forward, self.to_ours(first))[0][-1]
             noise = noise[:, known.shape[1]:]
         texts = jnp.stack([self.text, self.null]) if guidance else self.text[None]
-        frames = decode.generate(self.model, self.params, noise, texts, guidance=guidance, solver=solver,
-                                 token_grid=self.grid[1:], known_BTSK=known, **window)
+        frames = generation.generate(self.model, self.params, noise, texts, guidance=guidance, solver=solver,
+                                     token_grid=self.grid[1:], known_BTSK=known, **window)
         u = jnp.concatenate([made for made, _ in frames], axis=1)
         u = u if known is None else jnp.concatenate([known, u], axis=1)
-        x, _ = decode.invert_shallow(self.model, self.params, u, solver=decode.SEQUENTIAL, token_grid=self.grid[1:])
+        x, _ = decode.invert_shallow(self.model, self.params, u, solver=generation.SEQUENTIAL, token_grid=self.grid[1:])
         return self.to_golden(x), self.to_golden(self.model.latents(u, self.grid[1]))
 
 
@@ -153,9 +153,9 @@ def check_forward(flow: FlowCase, compare: Comparison) -> None:
     compare("loss", loss.loss)
     compare("loss_z", loss.loss_z)
     compare("loss_logdet", loss.loss_logdet)
-    u, _ = zip(*decode.generate(flow.model, flow.params, out.z_BTSK, flow.text[None], token_grid=flow.grid[1:]))
+    u, _ = zip(*generation.generate(flow.model, flow.params, out.z_BTSK, flow.text[None], token_grid=flow.grid[1:]))
     x, _ = decode.invert_shallow(flow.model, flow.params, jnp.concatenate(u, axis=1),
-                                 solver=decode.SEQUENTIAL, token_grid=flow.grid[1:])
+                                 solver=generation.SEQUENTIAL, token_grid=flow.grid[1:])
     compare("reverse_of_z", flow.to_golden(x))
     if flow.config.denoiser != "none":
         score = flow.apply(STARFlow.score, flow.x_BTHWC, flow.text)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Config, Model, Solver
-from starflow_jax.flow import decode
+from starflow_jax.flow import decode, generation
 from starflow_jax.flow.first_guess import NoiseGuess, fit_noise
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.io.timing import timed
@@ -100,8 +100,8 @@ def random_model(model: Model, guidance: float = 2.0) -> list[dict[str, Any]]:
     layers = jax.jit(unstacked)(params)
 
     def deep(z: jax.Array, solver: Solver, start: jax.Array | None):
-        return zip(*decode.generate(flow, layers, z, texts, guidance=guidance, solver=deep_solver(solver),
-                                    token_grid=grid, start_BTSK=start))
+        return zip(*generation.generate(flow, layers, z, texts, guidance=guidance, solver=deep_solver(solver),
+                                        token_grid=grid, start_BTSK=start))
 
     def video(solver: Solver, guess: Guess | None) -> tuple[np.ndarray, float]:
         made, reports = deep(z, solver, None if guess is None else guess(z))

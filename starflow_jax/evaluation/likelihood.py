@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Config, Solver, UserError
-from starflow_jax.flow import decode
+from starflow_jax.flow import generation
 from starflow_jax.flow.starflow import FlowOutput, STARFlow, apply_flow
 from starflow_jax.io.pictures import HeatMap
 from starflow_jax.model.codec import pixel_frames
@@ -107,9 +107,9 @@ def decode_z(system: System, params: Params, z_BNSK: jax.Array, text: jax.Array)
     """x~ = f^-1(z), exact: block Jacobi until nothing changes, without guidance."""
     solver = complete(Solver("jacobi", tolerance=0.0), system.calibration.solver, system.config.model)
     variables = decoding_variables(params)
-    made = decode.generate(system.flow, variables, z_BNSK, text[None], solver=deep_solver(solver),
-                           token_grid=system.token_grid, window=system.config.model.frames,
-                           cache=system.config.sample.cache)
+    made = generation.generate(system.flow, variables, z_BNSK, text[None], solver=deep_solver(solver),
+                               token_grid=system.token_grid, window=system.config.model.frames,
+                               cache=system.config.sample.cache)
     return invert_all(system.flow, variables, joined(*(frames for frames, _ in made)), solver=shallow_solver(solver),
                       token_grid=system.token_grid)[0]
 

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from starflow_jax.flow.decode import Ask, Given, WindowState, answer, decode_frames
+from starflow_jax.flow.decode import WindowState, decode_frames
+from starflow_jax.flow.generation import Ask, Given, answer
 from starflow_jax.flow.inversion import Report, Solver
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.sharding import to_devices
@@ -20,8 +21,8 @@ from starflow_jax.sharding import to_devices
 
 def answer_together(asks: Sequence[Ask], sizes: Sequence[int]) -> None:
     """Make steps of the deep block, as many together as the largest of `sizes` allows: a group gets the smallest size
-    that holds it, 1 being `decode.answer`. Those that no program can make together (guided and not, with and without a
-    camera, first frames whose blocks differ) are groups of their own."""
+    that holds it, 1 being `generation.answer`. Those that no program can make together (guided and not, with and
+    without a camera, first frames whose blocks differ) are groups of their own."""
     groups: dict[Any, list[Ask]] = {}
     for ask in asks:
         groups.setdefault(_kind(ask), []).append(ask)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from starflow_jax import sharding
 from starflow_jax.codec.interface import decode_latents, decode_next
 from starflow_jax.config import Config, Solver
-from starflow_jax.flow import decode, inversion
+from starflow_jax.flow import decode, generation, inversion
 from starflow_jax.flow.control import LatentCameras, Steering, ray_tokens
 from starflow_jax.flow.denoiser_stream import score_next
 from starflow_jax.flow.schedule import Step, schedule
@@ -176,7 +176,7 @@ class Sampling:
             in_window += step.frames
         return {kind: sum(found) / len(found) for kind, found in shares.items()}
 
-    def _begin(self, name: str, texts: Any, known: Any, times: int = 1, draft: decode.Draft | None = None) -> Any:
+    def _begin(self, name: str, texts: Any, known: Any, times: int = 1, draft: generation.Draft | None = None) -> Any:
         model = self.config.model
         flow, variables = (draft.model, draft.params) if draft else (self.flow, self.variables)
         return self.chain.run(

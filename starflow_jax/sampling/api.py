@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 
 from starflow_jax.config import Config, UserError, changed
 from starflow_jax.config import Mesh as MeshSettings
-from starflow_jax.flow.decode import Ask, answer
+from starflow_jax.flow.generation import Ask, answer
 from starflow_jax.io.compiled import keep_compiled_programs
 from starflow_jax.io.live_camera import as_json
 from starflow_jax.io.video import mp4_bytes, write_mp4

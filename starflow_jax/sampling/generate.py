@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Model, Sample, UserError
-from starflow_jax.flow import decode
+from starflow_jax.flow import generation
 from starflow_jax.flow.control import LatentCameras, Steering, control_of
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, decoding_variables, flow_variables, shallow_variables
@@ -79,26 +79,26 @@ class Live(Protocol):
         """The weight; later: the window has moved on or the prompt has changed."""
 
     def steering(self, begin: int, first: int, frames: int) -> Steering | None:
-        """Of so many frames from `first` on, in a window that begins with frame `begin`, as `decode.generate` asks."""
+        """Of so many frames from `first` on, in a window that begins with frame `begin`."""
 
 
-def deep_frames(system: System, params: Params, given: Conditions, settings: Sample) -> Iterator[decode.Made]:
-    """Yield the u of the frames to make, one solver step's frames at a time, as `decode.generate` does."""
-    return decode.answered(deep_steps(system, params, given, settings))
+def deep_frames(system: System, params: Params, given: Conditions, settings: Sample) -> Iterator[generation.Made]:
+    """Yield the u of the frames to make, one solver step's frames at a time, as `generation.generate` does."""
+    return generation.answered(deep_steps(system, params, given, settings))
 
 
 def deep_steps(
     system: System, params: Params, given: Conditions, settings: Sample, live: Live | None = None
-) -> Iterator[decode.Ask | decode.Made]:
-    """The same, with each step asked for first, as `decode.steps` does."""
+) -> Iterator[generation.Ask | generation.Made]:
+    """The same, with each step asked for first, as `generation.steps` does."""
     model, texts = system.config.model, given.texts
-    later = decode.Later(texts.later[0], refresher(system, params, given, settings) if settings.renoise else None)
+    later = generation.Later(texts.later[0], refresher(system, params, given, settings) if settings.renoise else None)
     steer: Callable[[int, int, int], Steering | None] | None = None
     if live:
         steer = live.steering
     elif given.cameras:
         steer = partial(steering, params, model, given.text)
-    return decode.steps(
+    return generation.steps(
         system.flow, decoding_variables(params), given.noise, ChainMap({0: texts.first}, texts.later),
         guidance=live.guidance if live else settings.weight, solver=deep_solver(chosen_solver(system, settings)),
         token_grid=system.token_grid, known_BTSK=given.known_BTSK, window=model.frames,
@@ -108,9 +108,9 @@ def deep_steps(
         draft=drafting(model, params["draft"], settings) if "draft" in params else None)
 
 
-def drafting(model: Model, params: Params, settings: Sample) -> decode.Draft:
+def drafting(model: Model, params: Params, settings: Sample) -> generation.Draft:
     """How a smaller deep block, {"deep": parameters}, drafts for the model."""
-    return decode.Draft(flow_of(model, params["deep"]), {"params": params}, settings.draft_tolerance)
+    return generation.Draft(flow_of(model, params["deep"]), {"params": params}, settings.draft_tolerance)
 
 
 def log_likelihood(system: System, params: Params, clips: Clips) -> np.ndarray:

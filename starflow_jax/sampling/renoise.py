@@ -20,9 +20,9 @@ from starflow_jax.sampling.solver import chosen_solver, shallow_solver
 def refresher(
     system: System, params: Params, given: Conditions, settings: Sample
 ) -> Callable[[jax.Array, int, int], jax.Array]:
-    """decode.Later.refresh: the last frames are denoised, with what is known of the window before them, and given the
-    training noise again, drawn from the video's seed for each frame. What was sampled is denoised, not what an earlier
-    window was encoded from: a frame is denoised and noised once, however many windows it is in.
+    """generation.Later.refresh: the last frames are denoised, with what is known of the window before them, and given
+    the training noise again, drawn from the video's seed for each frame. What was sampled is denoised, not what an
+    earlier window was encoded from: a frame is denoised and noised once, however many windows it is in.
 
     Raises UserError for a model that can't.
     """

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from starflow_jax.config import Config, UserError, changed
-from starflow_jax.flow.decode import Ask, answer
+from starflow_jax.flow.generation import Ask, answer
 from starflow_jax.io.live_camera import as_json
 from starflow_jax.io.video import Recording
 from starflow_jax.model.parameters import Params

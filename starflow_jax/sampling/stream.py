@@ -21,7 +21,7 @@ import numpy as np
 
 from starflow_jax.codec.interface import decode_next
 from starflow_jax.config import Sample, UserError
-from starflow_jax.flow import decode
+from starflow_jax.flow import decode, generation
 from starflow_jax.flow.denoiser_stream import score_next
 from starflow_jax.flow.inversion import Report
 from starflow_jax.model.parameters import Params, shallow_variables
@@ -64,7 +64,7 @@ def stream_clips(
     stride for each after it; the given ones come first. timeline: what is to watch it; its owner closes it. Raises
     UserError as `make_conditions` does, and where sample.denoise or sample.devices rules a stream out."""
     given = make_conditions(system, params, captions, seeds, settings, known_BTHWC)
-    for step in decode.answered(stream_steps(system, params, given, settings, timeline=timeline)):
+    for step in generation.answered(stream_steps(system, params, given, settings, timeline=timeline)):
         yield from map(fetch, step.pixels)
 
 
@@ -80,9 +80,9 @@ class Step(NamedTuple):
 
 def stream_steps(system: System, params: Params, given: Conditions, settings: Sample, *, live: Live | None = None,
                  timeline: Timeline | None = None, surprise: bool = False, ahead: bool = True
-                 ) -> Iterator[decode.Ask | Step]:
-    """Yield each step of the deep block to be made, as `decode.steps` does, and the stream's steps, until `given.total`
-    frames are made. Of what was made no more is held than a window. surprise: tell each latent frame's.
+                 ) -> Iterator[generation.Ask | Step]:
+    """Yield each step of the deep block to be made, as `generation.steps` does, and the stream's steps, until
+    `given.total` frames are made. Of what was made no more is held than a window. surprise: tell each latent frame's.
     ahead: a step is handed out once the next one of the deep block has begun, so that no device waits; else as soon as
     it is made, so that what steers the stream holds a latent frame earlier."""
     deep, rest = stream_devices(settings.devices)
@@ -94,7 +94,7 @@ def stream_steps(system: System, params: Params, given: Conditions, settings: Sa
         if live:
             live.begin(given, begun - given.given)
         made = next(frames)
-        while isinstance(made, decode.Ask):
+        while isinstance(made, generation.Ask):
             yield made
             made = next(frames)
         u_BGSK, report = made

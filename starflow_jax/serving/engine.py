@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from starflow_jax.config import Serve, UserError
-from starflow_jax.flow.decode import Ask
+from starflow_jax.flow.generation import Ask
 from starflow_jax.flow.together import answer_together, warm_up
 from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.mesh import on_mesh

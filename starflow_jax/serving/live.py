@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from starflow_jax.flow.decode import Ask
+from starflow_jax.flow.generation import Ask
 from starflow_jax.sampling.session import Session
 
 MOST_PARTS = 2  # that a client may leave unread before no more are made

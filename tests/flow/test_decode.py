@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from starflow_jax.flow import decode
+from starflow_jax.flow import decode, generation
 from starflow_jax.flow.inversion import SEQUENTIAL, Solver
 from starflow_jax.flow.jacobi import Outcome
 from starflow_jax.flow.starflow import STARFlow
@@ -34,7 +34,7 @@ def run(setting: tuple[STARFlow, Any], z: jax.Array, texts: jax.Array | None = N
     """All frames that `generate` yields, (B, T, S, K)."""
     flow, variables = setting
     texts = text(MODEL, z.shape[0])[None] if texts is None else texts
-    frames = decode.generate(flow, variables, z, texts, token_grid=GRID, **options)
+    frames = generation.generate(flow, variables, z, texts, token_grid=GRID, **options)
     return np.concatenate([np.asarray(made) for made, _ in frames], axis=1)
 
 
@@ -118,8 +118,8 @@ def test_unstacked_layers_give_the_same(solver: Solver) -> None:
     texts = jnp.stack([text(model), text(model, seed=5)])
     found = []
     for of in (variables, unstacked(variables)):
-        frames = decode.generate(flow, of, noise(frames=4), texts, token_grid=GRID, solver=solver, guidance=1.5,
-                                 window=3, context=1)
+        frames = generation.generate(flow, of, noise(frames=4), texts, token_grid=GRID, solver=solver, guidance=1.5,
+                                     window=3, context=1)
         u = jnp.concatenate([made for made, _ in frames], axis=1)
         found.append((u, decode.invert_shallow(flow, of, u, solver=solver, token_grid=GRID)[0]))
     for stacked, one_by_one in zip(*found):
@@ -134,8 +134,8 @@ def test_a_guess_changes_where_the_solver_starts_and_not_where_it_ends(setting: 
 
     def steps(guess: jax.Array | None) -> int:
         solver = Solver(block_size=6, tolerance=1e-10)
-        (u, report), = decode.generate(flow, variables, noise(1, 1), text(MODEL, 1)[None], token_grid=GRID,
-                                       solver=solver, guess_BSK=guess)
+        (u, report), = generation.generate(flow, variables, noise(1, 1), text(MODEL, 1)[None], token_grid=GRID,
+                                           solver=solver, guess_BSK=guess)
         np.testing.assert_allclose(u, exact, atol=1e-4)
         return int(report.steps.sum())
 
@@ -171,8 +171,8 @@ def test_a_wavefront_updates_each_token_as_often_as_asked(setting: tuple[STARFlo
     for low in range(-4, 18, 4):  # the window's first stride
         seen = seen.at[:, max(low - 1, 0):low + 7].set(u[:, max(low - 1, 0):low + 7])
         u = u.at[:, max(low, 0):low + 8].set(step(seen)[:, max(low, 0):low + 8])
-    (found, report), = decode.generate(flow, variables, z, features[None], token_grid=GRID, solver=solver,
-                                       start_BTSK=start)
+    (found, report), = generation.generate(flow, variables, z, features[None], token_grid=GRID, solver=solver,
+                                           start_BTSK=start)
     np.testing.assert_allclose(found.reshape(1, 18, 2), u, atol=1e-5)
     assert report.steps.shape == (5, 1) and (np.asarray(report.steps) == 2).all()
     assert Outcome.OUT_OF_STEPS in np.asarray(report.outcome)
@@ -182,7 +182,7 @@ def test_the_wavefront_of_unstacked_layers_with_guidance(setting: tuple[STARFlow
     flow, variables = setting
     texts = jnp.stack([text(MODEL), text(MODEL, seed=5)])
     solver = Solver(block_size=6, updates=3, frames=2)
-    stacked, layers = (np.concatenate([made for made, _ in decode.generate(
+    stacked, layers = (np.concatenate([made for made, _ in generation.generate(
         flow, of, noise(frames=2), texts, token_grid=GRID, solver=solver, guidance=1.5)], axis=1)
         for of in (variables, unstacked(variables)))
     np.testing.assert_allclose(layers, stacked, atol=1e-5)
@@ -193,8 +193,8 @@ def test_where_the_solver_starts_changes_its_steps_and_not_its_end(setting: tupl
     flow, variables = setting
 
     def steps(start: jax.Array | None) -> int:
-        made, reports = zip(*decode.generate(flow, variables, noise(), text(MODEL, 1)[None], token_grid=GRID,
-                                             solver=solver, start_BTSK=start))
+        made, reports = zip(*generation.generate(flow, variables, noise(), text(MODEL, 1)[None], token_grid=GRID,
+                                                 solver=solver, start_BTSK=start))
         np.testing.assert_allclose(np.concatenate(made, axis=1), exact, atol=1e-4)
         return sum(int(report.steps.sum()) for report in reports)
 
@@ -214,10 +214,10 @@ def test_another_text_holds_from_its_frame_on(setting: tuple[STARFlow, Any]) -> 
 DRAFTER = dataclasses.replace(MODEL, deep_width=20)
 
 
-def drafts(setting: tuple[STARFlow, Any], tolerance: float = 1e-2) -> decode.Draft:
+def drafts(setting: tuple[STARFlow, Any], tolerance: float = 1e-2) -> generation.Draft:
     """By a deep block of another size, beside the same shallow ones."""
     flow, variables = setting
-    return decode.Draft(flow, {"params": {"deep": variables["params"]["deep"]}}, tolerance)
+    return generation.Draft(flow, {"params": {"deep": variables["params"]["deep"]}}, tolerance)
 
 
 def test_a_draft_is_where_the_solver_starts_and_not_where_it_ends(setting: tuple[STARFlow, Any]) -> None:
@@ -226,8 +226,8 @@ def test_a_draft_is_where_the_solver_starts_and_not_where_it_ends(setting: tuple
     flow, variables = setting
     texts, z = jnp.stack([text(MODEL, 2), text(MODEL, 2, seed=30)]), noise(2, 2)
 
-    def found(draft: decode.Draft | None, tolerance: float) -> tuple[np.ndarray, list[Any]]:
-        made, reports = zip(*decode.generate(
+    def found(draft: generation.Draft | None, tolerance: float) -> tuple[np.ndarray, list[Any]]:
+        made, reports = zip(*generation.generate(
             flow, variables, z, texts, guidance=1.5, token_grid=GRID, draft=draft,
             solver=Solver(block_size=4, tolerance=tolerance)))
         return np.concatenate(made, axis=1), list(reports)

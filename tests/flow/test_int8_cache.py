@@ -14,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 from starflow_jax import config as settings_of
 from starflow_jax import sharding
-from starflow_jax.flow import decode
+from starflow_jax.flow import decode, generation
 from starflow_jax.flow.inversion import Solver
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.io.compiled import nothing_kept
@@ -37,8 +37,8 @@ def sampled(setting: tuple[STARFlow, Any], cache: str, solver: Solver = BLOCKS) 
     flow, variables = setting
     texts = jnp.stack([text(MODEL, 2), text(MODEL, 2, seed=21)])
     noise = jnp.asarray(np.random.default_rng(4).normal(size=(2, 3, 6, 2)), jnp.float32)
-    made = decode.generate(flow, variables, noise, texts, token_grid=(2, 3), solver=solver, guidance=1.5,
-                           cache=cache)
+    made = generation.generate(flow, variables, noise, texts, token_grid=(2, 3), solver=solver, guidance=1.5,
+                               cache=cache)
     return np.concatenate([np.asarray(frames) for frames, _ in made], axis=1)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from starflow_jax.config import UserError
-from starflow_jax.flow import decode
+from starflow_jax.flow import generation
 from starflow_jax.flow.control import (
     LatentCameras,
     Steering,
@@ -48,8 +48,8 @@ def invert(params: Any, z: jax.Array, solver: Solver, steer: Any = None, **optio
     def steer_window(begin: int, first: int, frames: int) -> Steering:
         return params, RAYS[:, first:first + frames]
 
-    made = decode.generate(FLOW, VARIABLES, z, text(MODEL)[None], token_grid=(2, 3), solver=solver,
-                           steer=steer or steer_window, **options)
+    made = generation.generate(FLOW, VARIABLES, z, text(MODEL)[None], token_grid=(2, 3), solver=solver,
+                               steer=steer or steer_window, **options)
     return np.concatenate([np.asarray(u) for u, _ in made], axis=1)
 
 
@@ -99,8 +99,9 @@ def test_frames_that_are_known_are_steered_by_their_cameras() -> None:
 def test_both_branches_of_guidance_are_steered() -> None:
     """With the same text in both, guidance changes nothing, whatever its weight."""
     out = forward(CONTROL, latents(MODEL), RAYS)
-    made = decode.generate(FLOW, VARIABLES, out.z_BTSK, jnp.stack([text(MODEL)] * 2), token_grid=(2, 3), guidance=3.0,
-                           steer=lambda begin, first, frames: (CONTROL, RAYS[:, first:first + frames]))
+    made = generation.generate(FLOW, VARIABLES, out.z_BTSK, jnp.stack([text(MODEL)] * 2), token_grid=(2, 3),
+                               guidance=3.0, steer=lambda begin, first, frames: (CONTROL, RAYS[:, first:first + frames])
+                               )
     u = np.concatenate([np.asarray(u) for u, _ in made], axis=1)
     np.testing.assert_allclose(u, out.block_outputs[-2], atol=1e-4)
 

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from starflow_jax.flow.decode import Ask
+from starflow_jax.flow.generation import Ask
 from starflow_jax.flow.together import answer_together
 from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.session import Session

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from starflow_jax.config import UserError
-from starflow_jax.flow import decode
+from starflow_jax.flow import generation
 from starflow_jax.flow.jacobi import Outcome
 from starflow_jax.model.parameters import decoding_variables, flow_variables
 from starflow_jax.model.system import System
@@ -174,7 +174,7 @@ def test_a_later_window_goes_on_from_its_context_under_its_own_caption_and_guida
     u = shallow_tokens(system.flow, params, jnp.asarray(long.noisy_BNhwC))
     text = [system.caption_features(params, [f"(extend) {caption}" for caption in CAPTIONS]),
             jnp.broadcast_to(system.caption_features(params, [""]), (3, 24, 16))]
-    (made, _), = decode.generate(
+    (made, _), = generation.generate(
         system.flow, decoding_variables(params), noise_for([5, 6, 7], (4, 4, 4))[:, 3:], jnp.stack(text), guidance=0.5,
         token_grid=system.token_grid, known_BTSK=u[:, 1:3], window=3)
     np.testing.assert_allclose(u[:, 3:], made, atol=2e-3)
@@ -197,7 +197,7 @@ def test_frames_encoded_again_are_denoised_and_noised_anew(system: System, param
     known = shallow_tokens(system.flow, params, clean[:, 1:] + CONFIG.model.noise_std * noise[:, 1:3])
     extend = [system.caption_features(params, [f"(extend) {caption}" for caption in CAPTIONS]),
               jnp.broadcast_to(system.caption_features(params, [""]), (3, 24, 16))]
-    (made, _), = decode.generate(
+    (made, _), = generation.generate(
         system.flow, decoding_variables(params), noise_for([5, 6, 7], (4, 4, 4))[:, 3:], jnp.stack(extend),
         guidance=SETTINGS.guidance, token_grid=system.token_grid, known_BTSK=known, window=3)
     u = shallow_tokens(system.flow, params, jnp.asarray(long.noisy_BNhwC))
