@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +64,16 @@ def convert(config: Config, workdir: Path) -> None:
     config = with_sizes_of_files(with_hub_files(config))
     settings = config.convert
     # Both are opened and checked before anything is written.
-    flow = read_flow(config) if settings.source else None
+    source = open_source(config) if settings.source else None
     vae = read_vae(config, workdir) if settings.codec else None
-    with alone_in(workdir) if flow else contextlib.nullcontext():
-        if flow:
-            write_checkpoint(config, workdir, *flow)
+    with alone_in(workdir) if source else contextlib.nullcontext():
+        if source:
+            write_checkpoint(config, workdir, source)
         if vae:
             config = write_vae(config, workdir, *vae)
-        if flow:
-            write_system(config, workdir)
-            keep_licences(config, workdir)
+        if source:
+            write_system(config, workdir, source.system)
+            keep_licences(config, workdir, source.licence)
     if settings.target:
         config = own_settings(config, workdir)[0]
         (write_adapter if config.train.target == "lora" else write_released)(config, workdir)
@@ -104,25 +104,51 @@ def _vae_prefix(config: Config) -> str:
     return "" if config.convert.source else config.convert.prefix
 
 
-def read_flow(config: Config) -> tuple[dict[str, Any], list[Change]]:
-    """(the source's parameters, each read when it is asked for, and what was changed of another workdir's)."""
-    settings, source = config.convert, Path(config.convert.source)
-    if settings.source == PACKAGED:  # where it lies in half the bytes that training has
-        return {name: _cast(array, "float32") for name, array in backbone_arrays(config).items()}, []
-    if is_ours(source):
-        return inherited_arrays(config, source)
-    found = stack_released(open_weights(source, settings.prefix), config.model, str(source))
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a flow comes from."""
+
+    params: dict[str, Any]  # by our names, each read when it is asked for
+    licence: Path | None  # beside what it lies; None: it has none
+    changes: list[Change] = dataclasses.field(default_factory=list)  # what was changed of another workdir's
+    system: list[Path] = dataclasses.field(default_factory=list)  # files of its tokenizer, codec and calibration
+
+
+def open_source(config: Config) -> Source:
+    """convert.source: the package's model, another workdir, or released weights. Raises UserError where it holds no
+    flow of this config's."""
+    path = Path(config.convert.source)
+    if config.convert.source == PACKAGED:
+        return _packaged(config)
+    if is_ours(path):
+        params, changes = inherited_arrays(config, path)
+        theirs = (path if (path / "checkpoints").is_dir() else path.absolute().parent.parent) / "system"
+        kept = (TOKENIZER, FITTED_CODEC) if config.text.encoder == "trained" else ()
+        return Source(params, path, changes, _those_there(theirs, kept))
+    found = stack_released(open_weights(path, config.convert.prefix), config.model, str(path))
     if config.text.encoder == "trained" and config.model.text_length:
-        raise UserError(f"{source}: released weights hold no text encoder; set --config.text.encoder=frozen and "
+        raise UserError(f"{path}: released weights hold no text encoder; set --config.text.encoder=frozen and "
                         "--config.text.weights=DIR")
-    return {name if name.startswith("denoiser/") else f"flow/{name}": array for name, array in found.items()}, []
+    return Source({name if name.startswith("denoiser/") else f"flow/{name}": array for name, array in found.items()},
+                  path)
 
 
-def write_checkpoint(config: Config, workdir: Path, arrays: dict[str, Any], changes: list[Change]) -> None:
+def _packaged(config: Config) -> Source:
+    # It lies there in half the bytes that training has, and has a licence only if it was made of others' weights.
+    params = {name: _cast(array, "float32") for name, array in backbone_arrays(config).items()}
+    return Source(params, PRETRAINED if (PRETRAINED / KEPT).exists() else None,
+                  system=_those_there(PRETRAINED, (TOKENIZER, FITTED_CODEC, *CALIBRATED)))
+
+
+def _those_there(folder: Path, names: Sequence[str]) -> list[Path]:
+    return [folder / name for name in names if (folder / name).exists()]
+
+
+def write_checkpoint(config: Config, workdir: Path, flow: Source) -> None:
     """The parameters as the workdir's checkpoint of step 0, which sampling and evaluation read and training begins
     with (train.init_from)."""
     source = config.convert.source
-    arrays = {name: _cast(array, config.convert.dtype) for name, array in arrays.items()}
+    arrays = {name: _cast(array, config.convert.dtype) for name, array in flow.params.items()}
     _check_room(workdir, sum(array.nbytes for array in arrays.values()))
     directory = workdir / "checkpoints"
     # Refuses a folder of another model, and marks a new one as this model's.
@@ -130,13 +156,14 @@ def write_checkpoint(config: Config, workdir: Path, arrays: dict[str, Any], chan
     with ProgressBar("convert", len(arrays), unit="array") as progress:
         save_params(directory, {name: _counted(array, progress) for name, array in arrays.items()},
                     {"converted_from": source})
-    facts = {"source": source, "parameters": sum(array.size for array in arrays.values()),
-             "bytes": sum(array.nbytes for array in arrays.values()),
-             "changes": [dict(zip(("setting", "from", "to", "effect"), change)) for change in changes]}
+    facts: dict[str, Any] = {
+        "source": source, "parameters": sum(array.size for array in arrays.values()),
+        "bytes": sum(array.nbytes for array in arrays.values()),
+        "changes": [dict(zip(("setting", "from", "to", "effect"), change)) for change in flow.changes]}
     with atomic_path(workdir / "converted.json") as path:
         path.write_text(json.dumps(facts, indent=1))
-    if changes:
-        print(table(changes, ("setting", "source", "here", "what it does")))
+    if flow.changes:
+        print(table(flow.changes, ("setting", "source", "here", "what it does")))
     print(f"{source} -> {directory / '0'}: {facts['parameters']:,} parameters, {facts['bytes'] / 1e9:.2f} GB")
 
 
@@ -167,16 +194,13 @@ def write_vae(config: Config, workdir: Path, tensors: dict[str, Any], target: Pa
     return changed(config, "codec", {"weights": str(target)})
 
 
-def write_system(config: Config, workdir: Path) -> None:
-    """Every setting, as WORKDIR/system/settings.json, with the text encoder and the VAE or their places; of another
-    workdir its tokenizer and fitted codec."""
-    folder, source = workdir / "system", Path(config.convert.source)
+def write_system(config: Config, workdir: Path, files: list[Path]) -> None:
+    """Every setting, as WORKDIR/system/settings.json, with the text encoder and the VAE or their places, and the files
+    of the source's system."""
+    folder = workdir / "system"
     folder.mkdir(parents=True, exist_ok=True)
-    if config.convert.source == PACKAGED:
-        _copy([path for name in (TOKENIZER, FITTED_CODEC, *CALIBRATED) if (path := PRETRAINED / name).exists()], folder)
-    elif is_ours(source) and config.text.encoder == "trained":
-        theirs = (source if (source / "checkpoints").is_dir() else source.absolute().parent.parent) / "system"
-        _copy([path for name in (TOKENIZER, FITTED_CODEC) if (path := theirs / name).exists()], folder)
+    if files:
+        _copy(files, folder)
     if config.text.weights and config.convert.copy:
         _copy([path for path in Path(config.text.weights).iterdir() if path.is_file()], folder / TEXT_ENCODER)
         config = changed(config, "text", {"weights": TEXT_ENCODER})
@@ -205,12 +229,11 @@ def _copy(files: list[Path], folder: Path, name: str = "") -> None:
                 shutil.copy2(path, arriving)
 
 
-def keep_licences(config: Config, workdir: Path) -> None:
+def keep_licences(config: Config, workdir: Path, of_flow: Path | None) -> None:
     """The licences of all that the workdir was made of, shown and kept in it."""
     asked = config.convert
-    given = {"the flow": asked.source, "the VAE": asked.codec, "the text encoder": asked.text or config.text.weights}
-    if asked.source == PACKAGED:  # made here; of others' weights it would carry their licence
-        given["the flow"] = str(PRETRAINED) if (PRETRAINED / KEPT).exists() else ""
+    given = {"the flow": str(of_flow or ""), "the VAE": asked.codec,
+             "the text encoder": asked.text or config.text.weights}
     if not any(given.values()):
         return
     text, lines = licence_text({what: Path(source) for what, source in given.items() if source})
