@@ -4,6 +4,7 @@ import dataclasses
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ class Event:
 
 
 class Timeline:
-    """Waits, in threads of its own, for what was dispatched, and records when it was done. Until it is closed it holds
-    the threads, and all that they have waited for."""
+    """Waits, in threads of its own, for what was dispatched, and records when it was done. The threads end when it is
+    closed, or when nobody has it any more."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -35,32 +36,42 @@ class Timeline:
         self.asked: dict[str, int] = {}  # results dispatched so far, by stage
         self.deep_reports: list[Report] = []  # of each step of the deep block
         self.shallow_reports: list[Sequence[Report]] = []  # of the shallow blocks, for each of those
-        self._queues: dict[str, queue.Queue] = {}
+        self._queues: dict[str, queue.SimpleQueue] = {}
         self._threads: list[threading.Thread] = []
+        self._ends = weakref.finalize(self, _end, self._queues)
 
     def watch(self, stage: str, frame: int, result: Any) -> None:
         """Record when the arrays of `result`, just dispatched, are ready."""
         if stage not in self._queues:
-            self._queues[stage] = queue.Queue()
-            self._threads.append(threading.Thread(target=self._wait, args=(stage, self._queues[stage]), daemon=True))
+            waiting = self._queues[stage] = queue.SimpleQueue()
+            # Not a method: a thread that holds the timeline would keep it for ever.
+            self._threads.append(threading.Thread(target=_wait, args=(stage, waiting, self._began, self.events),
+                                                  name=f"timeline {stage}", daemon=True))
             self._threads[-1].start()
         self.asked[stage] = self.asked.get(stage, 0) + 1
         self._queues[stage].put((frame, time.perf_counter() - self._began, result))
 
     def close(self) -> list[Event]:
         """All events, once the last is done. May be called again."""
-        for waiting in self._queues.values():
-            waiting.put(None)
+        self._ends()
         for thread in self._threads:
             thread.join()
-        self._queues, self._threads = {}, []
+        self._threads = []
         return sorted(self.events, key=lambda event: event.done)
 
-    def _wait(self, stage: str, waiting: queue.Queue) -> None:
-        while (item := waiting.get()) is not None:
-            frame, asked, result = item
-            jax.block_until_ready(result)
-            self.events.append(Event(stage, frame, asked, time.perf_counter() - self._began))
+
+def _wait(stage: str, waiting: queue.SimpleQueue, began: float, events: list[Event]) -> None:
+    while (item := waiting.get()) is not None:
+        frame, asked, result = item
+        jax.block_until_ready(result)
+        del item  # or it is held until the next one comes
+        events.append(Event(stage, frame, asked, time.perf_counter() - began))
+        del result
+
+
+def _end(queues: dict[str, queue.SimpleQueue]) -> None:
+    for waiting in queues.values():
+        waiting.put(None)
 
 
 def draw_timeline(path: Path, events: list[Event], width: int = 900) -> None:

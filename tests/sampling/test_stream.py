@@ -94,6 +94,18 @@ def test_a_stream_leaves_no_thread_and_no_array_behind(system: System, params) -
     assert held() == first
 
 
+def test_a_timeline_that_nobody_closes_leaves_no_thread_behind() -> None:
+    timeline = Timeline()
+    for stage in ("deep", "rest"):
+        timeline.watch(stage, 0, jax.numpy.ones(3))
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("timeline")]
+    assert len(threads) >= 2
+    del timeline
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+
+
 def test_timeline_notes_what_was_dispatched() -> None:
     timeline = Timeline()
     timeline.watch("deep", 0, jax.numpy.ones(3))
