@@ -6,7 +6,6 @@ The flow is a density of latents with the training noise (standard deviation noi
 """
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,15 +14,15 @@ import numpy as np
 
 from starflow_jax.config import Config, Solver, UserError
 from starflow_jax.flow import generation
-from starflow_jax.flow.starflow import FlowOutput, STARFlow, apply_flow
 from starflow_jax.io.pictures import HeatMap
 from starflow_jax.model.codec import pixel_frames
-from starflow_jax.model.parameters import Params, decoding_variables, flow_variables
+from starflow_jax.model.parameters import Params, decoding_variables
 from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import noised_draws
 from starflow_jax.sampling.conditions import caption_text, noised
 from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.generate import encode_z, joined
+from starflow_jax.sampling.likelihood import window_nll_per_token
 from starflow_jax.sampling.shallow import invert_all
 from starflow_jax.sampling.solver import complete, deep_solver, shallow_solver
 from starflow_jax.sampling.windows import windowed
@@ -67,25 +66,6 @@ def check_pair(config: Config, frames_THWC: np.ndarray, other_THWC: np.ndarray) 
     if len(frames_THWC) > pixel_frames(config):
         raise UserError(f"evaluate.other: videos of {len(frames_THWC)} frames are longer than the window of "
                         f"{pixel_frames(config)} in which z is defined; cut them to that")
-
-
-def nll_per_token(flow: STARFlow, out: FlowOutput) -> jax.Array:
-    """(B, T, S) exact -log p, in nats, of each token in raster order, constants included; its sum over S is
-    `nll_per_frame`.
-
-    A token's share is that of its noise and of every block's scale at its place.
-    """
-    shape = out.z_BTSK.shape
-    total = 0.5 * (out.z_BTSK**2 + np.log(2 * np.pi))
-    for index, logdet in enumerate(out.logdets[:-1]):
-        ordered = logdet.reshape(-1, *shape[2:]) if flow.config.local_shallow else logdet
-        total -= flow.from_block_order(index, ordered, shape)
-    return jnp.sum(total - out.logdets[-1].reshape(shape), axis=-1)
-
-
-@partial(jax.jit, static_argnums=0)
-def window_nll_per_token(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array) -> jax.Array:
-    return nll_per_token(flow, apply_flow(flow, flow_variables(params), STARFlow.forward, noisy, text))
 
 
 def likelihood(system: System, params: Params, frames_THWC: np.ndarray, caption: str, draws: int) -> Likelihood:

@@ -14,7 +14,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from starflow_jax.codec.interface import decode_latents, encode_frames
 from starflow_jax.config import Config, Solver, changed
-from starflow_jax.evaluation.likelihood import window_nll_per_token
 from starflow_jax.model.codec import frame_size, pixel_frames
 from starflow_jax.model.text import encode_text
 from starflow_jax.planning.abstract import abstract_text_encoder
@@ -24,7 +23,7 @@ from starflow_jax.sampling.batches import in_batches
 from starflow_jax.sampling.conditions import draw_noise, with_noise
 from starflow_jax.sampling.denoise import denoiser_alone, denoiser_step
 from starflow_jax.sampling.generate import encode_z, joined
-from starflow_jax.sampling.likelihood import window_nll
+from starflow_jax.sampling.likelihood import window_nll, window_nll_per_token
 
 
 class GivenClip(Sampling):

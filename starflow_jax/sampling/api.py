@@ -31,17 +31,17 @@ from starflow_jax.model.parameters import Params
 from starflow_jax.model.store import PRETRAINED, load_model, settings_of
 from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import Made, generate, most_likely, noised_draws
-from starflow_jax.sampling.conditions import caption_text, latent_frames, prompt_changes
+from starflow_jax.sampling.conditions import ENDLESS, caption_text, check_given, latent_frames, prompt_changes
 from starflow_jax.sampling.files import file_rate, shown_scale
 from starflow_jax.sampling.generate import Clips, log_likelihood
-from starflow_jax.sampling.given import fit_picture, fit_video, given_frames, read_given
+from starflow_jax.sampling.given import fit_picture, fit_video, given_frames, latents_of, read_given
 from starflow_jax.sampling.identity import plain
 from starflow_jax.sampling.likelihood import frame_nll
 from starflow_jax.sampling.memory import check_making
 from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
 from starflow_jax.sampling.record import Record, read_record
 from starflow_jax.sampling.requests import Request, requests_for, rewritten, unknown_word_lines, with_length
-from starflow_jax.sampling.session import Session, latents_of
+from starflow_jax.sampling.session import Session
 from starflow_jax.sampling.sizes import at_asked_size, resized
 from starflow_jax.sampling.solver import chosen_solver
 from starflow_jax.sampling.steered import Change
@@ -124,18 +124,20 @@ class Model:
         with on_mesh(self.mesh):
             return self._videos(prompt, *self._begin(prompt, settings, video=video))
 
-    def stream(self, prompt: str, *, frames: int = 0, image: str | Path | ArrayLike = "", recording: bool = True,
-               surprise: bool = False, ahead: bool = True, **settings: Any) -> Session:
+    def stream(self, prompt: str, *, frames: int = 0, image: str | Path | ArrayLike = "",
+               video: "Video | str | Path | ArrayLike | None" = None, recording: bool = True, surprise: bool = False,
+               ahead: bool = True, **settings: Any) -> Session:
         """A session: the video's frames as they are made, uint8 (T, H, W, 3), the first by itself, then the codec's
         time stride together; its prompt, guidance and camera may be changed meanwhile.
 
-        frames: after how many it ends; 0: never. recording: frames are kept, on disk, so that the session can be saved.
+        frames: after how many it ends, given ones included; 0: never. image: the first frame, as for `generate`; or
+        video: the first frames, as for `extend`. recording: frames are kept, on disk, so that the session can be saved.
         surprise: the session tells each latent frame's, `Session.surprise`. ahead: the device works on the next latent
         frame while one is handed out; without, a change holds a latent frame earlier. Raises UserError for what can't
         be.
         """
-        return self._session(prompt, {**settings, "frames": frames}, image, recording=recording, surprise=surprise,
-                             ahead=ahead)
+        return self._session(prompt, {**settings, "frames": frames}, image, video, recording=recording,
+                             surprise=surprise, ahead=ahead)
 
     def replay(self, path: str | Path) -> Session:
         """The session of a JSON that `Session.save` wrote, once more: the same frames, bit for bit on the same device.
@@ -155,32 +157,34 @@ class Model:
                 raise UserError(f"{path}: its {count} given frames of {size[0]}x{size[1]} don't suit this model")
         return Session(system, self.params, self.mesh, record)
 
-    def warm_up(self, *, answer: Callable[[Ask], None] = answer, surprise: bool = False, **settings: Any) -> None:
+    def warm_up(self, *, answer: Callable[[Ask], None] = answer, surprise: bool = False, given: Sequence[int] = (1,),
+                **settings: Any) -> None:
         """Compile, by making a few frames, all that a session of these settings of `stream` may need, so that none
         waits for the compiler: its beginning, also from a picture, windows that move on, changes of prompt, guidance
-        and camera, and its end. What is left out is the beginning from a video, whose length is its own.
+        and camera, and its end.
 
-        answer: what makes each step of the deep block, and may compile further programs for it."""
+        answer: what makes each step of the deep block, and may compile further programs for it. given: of how many
+        latent frames the pictures (1) and videos are that a session may begin with; each is programs of its own."""
         stride, image = self.config.codec.time_stride, settings.pop("image", "")
         settings = {**settings, "frames": 0, "rewrite": ""}
         _, _, known_THWC = self._begin("", settings, image=image, stream=True)
-        given = latents_of(known_THWC, stride)
+        known = latents_of(known_THWC, stride)
 
-        def begin(frames: int = 0, changes: Mapping[int, Change] = NONE, picture: bool = False) -> Session:
-            first = np.zeros((8, 8, 3), np.uint8) if picture and not given else image
-            asked = {**settings, "frames": 1 + (given + frames - 1) * stride if frames else 0}
-            session = self._session("", asked, first, changes, recording=False, surprise=surprise)
+        def begin(frames: int = 0, changes: Mapping[int, Change] = NONE, given: int = 0) -> Session:
+            video = np.zeros((1 + (given - 1) * stride, 8, 8, 3), np.uint8) if given else None
+            asked = {**settings, "frames": 1 + (known + frames - 1) * stride if frames else 0}
+            session = self._session("", asked, image, video, changes, recording=False, surprise=surprise)
             session.answer = answer
             return session
 
-        warm_up(begin, steerable="control" in self.params)
+        warm_up(begin, steerable="control" in self.params, given=[] if known else given)
 
     def _session(self, prompt: str, settings: dict[str, Any], image: str | Path | ArrayLike,
-                 changes: Mapping[int, Change] = NONE, recording: bool = True, surprise: bool = False,
-                 ahead: bool = True) -> Session:
+                 video: "Video | str | Path | ArrayLike | None", changes: Mapping[int, Change] = NONE,
+                 recording: bool = True, surprise: bool = False, ahead: bool = True) -> Session:
         """changes: beside those of settings, by the latent frame from which on they hold, given ones aside."""
         with on_mesh(self.mesh):
-            system, requests, known_THWC = self._begin(prompt, settings, image=image, stream=True)
+            system, requests, known_THWC = self._begin(prompt, settings, image=image, video=video, stream=True)
         config = changed(system.config, "sample", {"frames": settings["frames"]})  # 0: no end, and no length
         if len(requests) > 1:
             raise UserError(f"sample.count={len(requests)}: a stream is one video; call it once for each seed")
@@ -191,7 +195,7 @@ class Model:
         if chosen_solver(system, sample).frames_per_step > 1:
             raise UserError(f"sample.solver.frames_per_step={sample.solver.frames_per_step}: a session begins one "
                             "latent frame at a time, so that it can be steered; leave it out")
-        given = latents_of(known_THWC, config.codec.time_stride)
+        given = check_given(config, sample, known_THWC, latent_frames(config, sample) if sample.frames else ENDLESS)
         script: dict[int, Change] = {at: {"prompt": other} for at, other in prompt_changes(config, sample).items()}
         script |= {given + at: change for at, change in changes.items()}
         if min(script, default=given) < given:
@@ -240,6 +244,8 @@ class Model:
         if isinstance(image, str | Path):
             settings = {**settings, "image": str(image)}
         config = at_asked_size(changed(self.config, "sample", {**settings, "stream": stream}))
+        if video is not None and not (isinstance(image, str) and not image):
+            raise UserError("image and video are both given; leave one out")
         if video is not None:
             known_THWC: np.ndarray | None = _frames(config, video, keep="end", fps=config.sample.fps)
         else:

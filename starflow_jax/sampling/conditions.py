@@ -20,6 +20,7 @@ from starflow_jax.model.codec import frame_size, pixel_frames
 from starflow_jax.model.parameters import Params, shallow_variables
 from starflow_jax.model.system import System
 from starflow_jax.model.text import prompt_text
+from starflow_jax.sampling.given import latents_of
 from starflow_jax.sampling.solver import chosen_solver
 from starflow_jax.sharding import to_devices
 from starflow_jax.text.prompt import EXTEND
@@ -41,8 +42,14 @@ class VideoText(flax.struct.PyTreeNode):
 
     def at(self, frame: int, start: int) -> jax.Array:
         """What holds at a frame, in a window that begins with frame `start`."""
-        since = max(at for at in self.later if at <= frame)
-        return self.later[since] if since or start else self.first
+        return self.first if self.begins(frame, start) else self.later[self._since(frame)]
+
+    def begins(self, frame: int, start: int) -> bool:
+        """Whether that is the text with which the video begins, in its first window."""
+        return not start and not self._since(frame)
+
+    def _since(self, frame: int) -> int:
+        return max(at for at in self.later if at <= frame)
 
     def change(self, frame: int, features: jax.Array, needed: int) -> None:
         """Let others hold from a frame on that nothing was made of yet; forgets what only held before frame `needed`.
@@ -99,6 +106,10 @@ class Conditions(flax.struct.PyTreeNode):
     def text_at(self, frame: int, start: int) -> jax.Array:
         """The conditional features that hold at a frame of the whole video, in a window that begins with `start`."""
         return self.texts.at(max(frame - self.given, 0), start)[0]
+
+    def begins(self, frame: int, start: int) -> bool:
+        """Whether those are of the text with which the video begins, in its first window."""
+        return self.texts.begins(max(frame - self.given, 0), start)
 
     def noise(self, first: int, count: int) -> jax.Array:
         """(B, count, S, K): of frames to make, counted from the first of these."""
@@ -161,10 +172,7 @@ def make_conditions(
     system.codec_behind(settings.denoise)  # raises now, not once the latents are made
     total = total or latent_frames(system.config, settings)
     known, known_latents = None, None
-    given = 0 if known_BTHWC is None else 1 + (known_BTHWC.shape[1] - 1) // system.config.codec.time_stride
-    if known_BTHWC is not None and given >= total:
-        raise UserError(f"sample.frames={settings.frames}: the {known_BTHWC.shape[1]} given frames fill it; "
-                        f"ask for {known_BTHWC.shape[1] + system.config.codec.time_stride} or more")
+    given = check_given(system.config, settings, None if known_BTHWC is None else known_BTHWC[0], total)
     if changes is None:
         changes = {at: [prompt] * len(captions) for at, prompt in prompt_changes(system.config, settings).items()}
     encodes_again = total > system.config.model.frames or bool(changes)
@@ -181,6 +189,18 @@ def make_conditions(
     return Conditions(texts, draws.noise_BNSK, known, known_latents, guess, fitted.noise_guess, draws.fresh_BNhwC,
                       cameras or _cameras(system, params, settings, len(captions)), total,
                       starts_at_noise=chosen_solver(system, settings).start == "noise")
+
+
+def check_given(config: Config, settings: Sample, known_THWC: np.ndarray | None, total: int) -> int:
+    """How many latent frames the given ones are. Raises UserError where they fill the `total` that there will be."""
+    if known_THWC is None:
+        return 0
+    frames, stride = len(known_THWC), config.codec.time_stride
+    given = latents_of(known_THWC, stride)
+    if given >= total:
+        raise UserError(f"sample.frames={settings.frames}: the {frames} given frames fill it; "
+                        f"ask for {frames + stride} or more")
+    return given
 
 
 def _cameras(system: System, params: Params, settings: Sample, videos: int) -> LatentCameras | None:

@@ -81,6 +81,10 @@ class Live(Protocol):
     def steering(self, begin: int, first: int, frames: int) -> Steering | None:
         """Of so many frames from `first` on, in a window that begins with frame `begin`."""
 
+    def other_text(self, given: Conditions, frame: int, start: int) -> jax.Array | None:
+        """(B, S, D): as `Conditions.text_at`, of a prompt that the video is not made from but compared with; None:
+        there is none."""
+
 
 def deep_frames(system: System, params: Params, given: Conditions, settings: Sample) -> Iterator[generation.Made]:
     """Yield the u of the frames to make, one solver step's frames at a time, as `generation.generate` does."""

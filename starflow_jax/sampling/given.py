@@ -40,6 +40,11 @@ def fit_picture(config: Config, picture_HWC: ArrayLike) -> np.ndarray:
     return fit(np.asarray(picture_HWC)[None], *frame_size(config))
 
 
+def latents_of(known_THWC: np.ndarray | None, time_stride: int) -> int:
+    """How many latent frames given frames are."""
+    return 0 if known_THWC is None else 1 + (len(known_THWC) - 1) // time_stride
+
+
 def given_frames(config: Config) -> np.ndarray | None:
     """(T, H, W, 3) uint8 of sample.image, or of the end of sample.video; None without either.
 

@@ -10,7 +10,7 @@ from starflow_jax.data.batch import Batch
 from starflow_jax.data.evaluation import evaluation_batches
 from starflow_jax.data.examples import ClipLength, TextInput
 from starflow_jax.flow.control import Steering, control_of
-from starflow_jax.flow.likelihood import nll_per_frame
+from starflow_jax.flow.likelihood import nll_per_frame, nll_per_token
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, flow_variables
 from starflow_jax.model.system import System, training_source
@@ -34,6 +34,14 @@ def window_nll(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array
                ) -> jax.Array:
     """The same of at most one window, (B, T)."""
     return nll_per_frame(apply_flow(flow, flow_variables(params), STARFlow.forward, noisy, text, control_of(steering)))
+
+
+@partial(jax.jit, static_argnums=0)
+def window_nll_per_token(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array,
+                         steering: Steering | None = None) -> jax.Array:
+    """(B, T, S): `window_nll` of each token, in raster order."""
+    out = apply_flow(flow, flow_variables(params), STARFlow.forward, noisy, text, control_of(steering))
+    return nll_per_token(flow, out)
 
 
 def likelihood_batches(system: System, split: str, limit: int) -> Iterator[Batch]:

@@ -19,12 +19,13 @@ from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import for_each
 from starflow_jax.sampling.conditions import ENDLESS, latent_frames, make_conditions
 from starflow_jax.sampling.files import file_rate, shown_scale
+from starflow_jax.sampling.given import latents_of
 from starflow_jax.sampling.mesh import on_mesh
 from starflow_jax.sampling.record import Record, write_record
 from starflow_jax.sampling.requests import Request, rewritten, unknown_word_lines
 from starflow_jax.sampling.solved import solved
 from starflow_jax.sampling.steered import Steered, check_prompt
-from starflow_jax.sampling.stream import Step, stream_steps
+from starflow_jax.sampling.stream import Step, Surprise, stream_steps
 from starflow_jax.sharding import fetch
 
 
@@ -54,8 +55,8 @@ class Session:
         self.answer: Callable[[Ask], None] = answer  # makes a step of the deep block
         self._steps: Iterator[Ask | Step] | None = None  # from the first frame on
         self._ready: collections.deque[jax.Array] = collections.deque()
-        self._ahead, self._surprising, self._surprises = ahead, surprise, collections.deque[jax.Array]()
-        self._surprise: float | None = None
+        self._ahead, self._surprising, self._surprises = ahead, surprise, collections.deque[Surprise]()
+        self._surprise: tuple[np.ndarray, np.ndarray | None] | None = None  # (S,) of the last frame that was shown
         self._begun, self._shown = latents_of(record.known_THWC, system.config.codec.time_stride), 0
         self._closed = False
 
@@ -114,10 +115,11 @@ class Session:
                 self._begun = step.begun
                 solved([step.deep], [step.shallow]).check(0, f"{self.prompt!r}, seed {self._record.seed}")
                 self._ready.extend(step.pixels)
-                self._surprises.extend(step.surprise)
+                self._surprises.extend(step.surprises)
             frames_THWC = fetch(self._ready.popleft())[0]
             if self._surprises:
-                self._surprise = float(fetch(self._surprises.popleft())[0])
+                own_BS, other_BS = self._surprises.popleft()
+                self._surprise = fetch(own_BS)[0], None if other_BS is None else fetch(other_BS)[0]
         if self._recording:
             self._keep(frames_THWC)
         self._shown += len(frames_THWC)
@@ -130,11 +132,7 @@ class Session:
 
     @prompt.setter
     def prompt(self, prompt: str) -> None:
-        config = self._system.config
-        request, = rewritten(config, [Request(check_prompt(prompt), self._record.seed)])
-        for line in unknown_word_lines(config, [request]):
-            warnings.warn(line, stacklevel=2)
-        self._change("prompt", request.prompt)
+        self._change("prompt", self._worded(prompt))
 
     @property
     def guidance(self) -> float:
@@ -174,8 +172,32 @@ class Session:
     @property
     def surprise(self) -> float | None:
         """Of the latent frame that was shown last: its exact -log p given the earlier ones of its window, the prompt
-        and the camera, in bits per dimension; None: it was not asked for."""
-        return self._surprise
+        that it was made from and the camera, in bits per dimension; None: it was not asked for."""
+        return None if self._surprise is None else float(self._surprise[0].mean())
+
+    @property
+    def surprise_map(self) -> np.ndarray | None:
+        """Where in that latent frame it lies: (rows, columns) of its tokens, whose mean is `surprise`; a token's share
+        is that of its noise and of every block's scale at its place."""
+        return None if self._surprise is None else self._surprise[0].reshape(self._system.token_grid)
+
+    @property
+    def other_prompt(self) -> str | None:
+        """What the video does not show: from the next latent frame on, each one's surprise is also told under this
+        prompt, as `other_surprise`. None: nothing is compared."""
+        return self._steered.other_prompt
+
+    @other_prompt.setter
+    def other_prompt(self, prompt: str | None) -> None:
+        if not self._surprising:
+            raise UserError("other_prompt: this session tells no surprise; begin it with surprise=True")
+        self._steered.other_prompt = None if prompt is None else self._worded(prompt)
+
+    @property
+    def other_surprise(self) -> float | None:
+        """As `surprise`, given the other prompt instead; None: it was not compared."""
+        other_S = None if self._surprise is None else self._surprise[1]
+        return None if other_S is None else float(other_S.mean())
 
     @property
     def asked(self) -> int:
@@ -215,6 +237,14 @@ class Session:
         return stream_steps(self._system, self._params, given, settings, live=self._steered,
                             surprise=self._surprising, ahead=self._ahead)
 
+    def _worded(self, prompt: Any) -> str:
+        """A prompt as the model is given it. Raises UserError for what is none."""
+        config = self._system.config
+        request, = rewritten(config, [Request(check_prompt(prompt), self._record.seed)])
+        for line in unknown_word_lines(config, [request]):
+            warnings.warn(line, stacklevel=3)
+        return request.prompt
+
     def _change(self, name: str, value: Any) -> None:
         self._set[name] = value
         self._steered.ask(name, value)
@@ -234,8 +264,3 @@ class Session:
 
     def _frame_of(self, latent_frame: int) -> int:
         return 1 + (latent_frame - 1) * self._system.config.codec.time_stride if latent_frame else 0
-
-
-def latents_of(known_THWC: np.ndarray | None, time_stride: int) -> int:
-    """How many latent frames given frames are."""
-    return 0 if known_THWC is None else 1 + (len(known_THWC) - 1) // time_stride

@@ -6,6 +6,7 @@ import queue
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -39,6 +40,8 @@ class Steered:
         self._camera = LiveCamera(*frame_size(system.config), file_rate(system.config), stride)
         self._seen: dict[int, list[Seen]] = {}  # a latent frame's cameras, of those that a window may have
         self._next_seen, self._frame, self._window, self._stride = 0, 0, model.frames, stride
+        self.other_prompt: str | None = None  # that latent frames are compared with; may be set in any thread
+        self._other_texts: dict[tuple[str, bool], jax.Array] = {}  # its features, of a video's beginning or not
 
     def ask(self, name: str, value: Any) -> None:
         """Change something from the next step on."""
@@ -104,6 +107,19 @@ class Steered:
         cameras = LatentCameras(intrinsics_NR4[None], poses_NR44[None].astype(np.float32))
         rays = ray_tokens(cameras, jnp.eye(4)[None], self._system.config.model)
         return self._params["control"], rays
+
+    def other_text(self, given: Conditions, frame: int, start: int) -> jax.Array | None:
+        """As `Live` says."""
+        prompt, begins = self.other_prompt, given.begins(frame, start)
+        if prompt is None:
+            return None
+        if (prompt, begins) not in self._other_texts:
+            config = self._system.config
+            captions = [prompt] if begins else extended(config, [prompt], self._settings)
+            self._other_texts = {of: text for of, text in self._other_texts.items() if of[0] == prompt}
+            self._other_texts[prompt, begins] = guidance_texts(
+                self._system, self._params, captions, self.text_settings, is_image=begins and given.total == 1)[0]
+        return self._other_texts[prompt, begins]
 
     def _due(self) -> Change:
         """What the script says of the next step's frames, or of frames before them."""

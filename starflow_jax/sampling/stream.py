@@ -10,7 +10,6 @@ With sample.offload nothing works beside the deep block: its weights, and the we
 codec, are on the device in turns. The deep block's cache stays there.
 """
 
-import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import numpy as np
 from starflow_jax.codec.interface import decode_next
 from starflow_jax.config import Sample, UserError
 from starflow_jax.flow import decode, generation
+from starflow_jax.flow.control import Steering
 from starflow_jax.flow.denoiser_stream import score_next
 from starflow_jax.flow.inversion import Report
 from starflow_jax.model.parameters import Params, shallow_variables
@@ -29,7 +29,7 @@ from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Conditions, make_conditions
 from starflow_jax.sampling.denoise import AS_THEY_ARE, denoise_window
 from starflow_jax.sampling.generate import Live, deep_steps
-from starflow_jax.sampling.likelihood import window_nll
+from starflow_jax.sampling.likelihood import window_nll_per_token
 from starflow_jax.sampling.offload import takes_turns
 from starflow_jax.sampling.solver import chosen_solver, shallow_solver
 from starflow_jax.sampling.timeline import Timeline
@@ -68,6 +68,14 @@ def stream_clips(
         yield from map(fetch, step.pixels)
 
 
+class Surprise(NamedTuple):
+    """-log p(x~_n | earlier frames of its window, text, camera) of a latent frame, exact: of each token, in bits per
+    dimension, (B, S). Their mean is the frame's."""
+
+    own_BS: jax.Array  # given the text that it was made from
+    other_BS: jax.Array | None  # given the other one that it is compared with
+
+
 class Step(NamedTuple):
     """What a step of the deep block has led to."""
 
@@ -75,7 +83,7 @@ class Step(NamedTuple):
     begun: int  # latent frames that the deep block has begun by now, given ones included
     deep: Report
     shallow: tuple[Report, ...]
-    surprise: list[jax.Array]  # (B,) of each latent frame that was made, where it was asked for
+    surprises: list[Surprise]  # of each latent frame that was made, where they were asked for
 
 
 def stream_steps(system: System, params: Params, given: Conditions, settings: Sample, *, live: Live | None = None,
@@ -126,7 +134,7 @@ class Finisher:
                  device: jax.Device | None = None, *, surprise: bool = False, live: Live | None = None) -> None:
         """surprise: compute each latent frame's; live: what steers it."""
         self._surprising, self._live = surprise, live
-        self._surprises: list[jax.Array] = []
+        self._surprises: list[Surprise] = []
         self._system, self._params, self._settings = system, _on(device, params), settings
         self._device, self._in_turns = device, takes_turns(settings)
         self._shallow_solver = shallow_solver(chosen_solver(system, settings))
@@ -165,19 +173,26 @@ class Finisher:
                     out.append(self._next_pixels(given))
         return out
 
-    def surprises(self) -> list[jax.Array]:
-        """(B,) -log p(x~_n | earlier frames of its window, text, camera), exact, in bits per dimension: of each frame
-        taken since this was asked."""
+    def surprises(self) -> list[Surprise]:
+        """Of each frame taken since this was asked."""
         surprises, self._surprises = self._surprises, []
         return surprises
 
-    def _surprise(self, given: Conditions) -> jax.Array:
-        """Of the frame that was taken last. What is behind it in the window does not matter: the flow is causal."""
-        window = self._window
-        steering = self._live.steering(window.start, window.start, self._noisy.shape[1]) if self._live else None
-        text = _on(self._device, given.text_at(window.begin, window.start))
-        nll_BT = window_nll(self._system.flow, self._params, self._noisy, text, _on(self._device, steering))
-        return in_bits(nll_BT, self._ready - 1 - window.start, dimensions=math.prod(self._noisy.shape[2:]))
+    def _surprise(self, given: Conditions) -> Surprise:
+        """Of the frame that was taken last."""
+        frame, start, live = self._ready - 1, self._window.start, self._live
+        steering = live.steering(start, start, self._noisy.shape[1]) if live else None
+        other = live.other_text(given, frame, start) if live else None
+        return Surprise(self._bits(given.text_at(frame, start), steering),
+                        None if other is None else self._bits(other, steering))
+
+    def _bits(self, text: jax.Array, steering: Steering | None) -> jax.Array:
+        """(B, S): what is behind the frame in the window does not matter: the flow is causal."""
+        nll_BTS = window_nll_per_token(
+            self._system.flow, to_devices(self._params, after=self._noisy), self._noisy, _on(self._device, text),
+            _on(self._device, steering))
+        at, dimensions = self._ready - 1 - self._window.start, self._system.config.model.token_channels
+        return in_bits(nll_BTS, at, dimensions=dimensions)
 
     def _needed(self) -> int:
         """The last frame that the next one's pixels depend on."""
@@ -266,9 +281,9 @@ def frame_of(latents: jax.Array, at: int | jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="dimensions")
-def in_bits(nll_BT: jax.Array, at: int | jax.Array, *, dimensions: int) -> jax.Array:
-    """(B,) one frame's, in bits per dimension."""
-    return jax.lax.dynamic_index_in_dim(nll_BT, at, axis=1, keepdims=False) / (dimensions * jnp.log(2))
+def in_bits(nll_BTS: jax.Array, at: int | jax.Array, *, dimensions: int) -> jax.Array:
+    """(B, S) of one frame's tokens, of so many dimensions each, in bits per dimension."""
+    return jax.lax.dynamic_index_in_dim(nll_BTS, at, axis=1, keepdims=False) / (dimensions * jnp.log(2))
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -1,7 +1,7 @@
 """Compiling what a session may need, by making a few frames of short ones."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
@@ -16,20 +16,22 @@ NONE: Mapping[int, Change] = MappingProxyType({})  # no changes
 
 class Begin(Protocol):
     """Begins a session of the settings in question: of so many latent frames to make (0: no end), with changes by that
-    of them from which on they hold; from a picture or not."""
+    of them from which on they hold; behind so many given ones (0: those of the settings)."""
 
-    def __call__(self, frames: int = 0, changes: Mapping[int, Change] = NONE, picture: bool = False) -> Session: ...
+    def __call__(self, frames: int = 0, changes: Mapping[int, Change] = NONE, given: int = 0) -> Session: ...
 
 
-def warm_up(begin: Begin, steerable: bool) -> None:
-    """Run sessions that together compile every program of such settings. steerable: the model can follow a camera."""
+def warm_up(begin: Begin, steerable: bool, given: Sequence[int]) -> None:
+    """Run sessions that together compile every program of such settings. steerable: the model can follow a camera.
+    given: numbers of latent frames that they may begin with."""
     config = begin(frames=1).config
     model, settings = config.model, config.sample
     for frames in _ends(config):
         _run(begin(frames))
     if model.frames < 3:  # no window can move on
         return
-    _run(begin(picture=True), 3)
+    for count in given:
+        _run(begin(given=count), 3)
     further: list[Change] = [] if settings.guided else [{"guidance": 1.0}]
     further += [{"camera": "still"}] if steerable and not settings.camera else []
     context = context_frames(model, settings)

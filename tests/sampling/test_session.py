@@ -15,7 +15,9 @@ import pytest
 import starflow_jax as sf
 from starflow_jax.flow.control import fresh_control
 from starflow_jax.io.video import read_video
+from starflow_jax.sampling import stream
 from starflow_jax.sampling.api import Model
+from starflow_jax.sampling.conditions import caption_text
 from starflow_jax.sampling.generate import generate_clips
 from starflow_jax.sampling.likelihood import frame_nll
 from starflow_jax.sampling.mesh import sampling_mesh
@@ -111,16 +113,53 @@ def test_a_change_holds_from_the_next_latent_frame_that_is_not_begun(model: Mode
 
 @pytest.mark.parametrize("camera", ["", "pan_right:9; zoom_in"])
 def test_a_latent_frames_surprise_is_its_exact_likelihood(model: Model, camera: str) -> None:
-    """That of the latents of the whole video, in the first window; and all is the same as without it."""
+    """That of the latents of the whole video, in the first window, under its prompt and another; its map's mean; and
+    none where none was asked for."""
     frames = 1 + 3 * STRIDE
     with model.stream(CAPTIONS[0], frames=frames, seed=5, camera=camera, surprise=True) as session:
-        found = [session.surprise for _ in session]
+        session.other_prompt = CAPTIONS[1]
+        found = [(session.surprise, session.other_surprise, session.surprise_map) for _ in session]
+    own, other, maps = zip(*found)
     settings = dataclasses.replace(model.config.sample, frames=frames, camera=camera)
     clips = generate_clips(model.system, model.params, [CAPTIONS[0]], [5], settings)
-    nll = frame_nll(model.system, model.params, clips.noisy_BNhwC, clips.text)[0]
-    np.testing.assert_allclose(found, nll / clips.noisy_BNhwC[0, 0].size / np.log(2), rtol=1e-3)
-    assert len(found) == 4 and np.ptp(found) > 1e-2
-    assert next(model.stream(CAPTIONS[0])) is not None and model.stream(CAPTIONS[0]).surprise is None
+    other_text = dataclasses.replace(clips.text, first=caption_text(model.system, model.params, [CAPTIONS[1]], 4).first)
+    for shown, text in ((own, clips.text), (other, other_text)):
+        nll = frame_nll(model.system, model.params, clips.noisy_BNhwC, text)[0]
+        np.testing.assert_allclose(shown, nll / clips.noisy_BNhwC[0, 0].size / np.log(2), rtol=1e-3)
+    assert len(found) == 4 and np.ptp(own) > 1e-2 and np.abs(np.subtract(own, other)).max() > 1e-3
+    np.testing.assert_allclose([one.mean() for one in maps], own, rtol=1e-5)
+    assert {one.shape for one in maps} == {model.system.token_grid} and min(np.ptp(one) for one in maps) > 1e-2
+    plain = model.stream(CAPTIONS[0])
+    assert next(plain) is not None and plain.surprise is plain.surprise_map is plain.other_surprise is None
+    with pytest.raises(sf.UserError, match="begin it with surprise=True"):
+        plain.other_prompt = CAPTIONS[1]
+
+
+def test_another_prompt_is_compared_only_while_one_is_asked_for(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt of the video has the same likelihood as the other one, from the frame on that it holds for, in windows
+    that move on; and the video is the same."""
+    passes: list[int] = []
+    of_window = stream.window_nll_per_token
+    monkeypatch.setattr(stream, "window_nll_per_token", lambda *args: passes.append(1) or of_window(*args))
+    made, told = [], []
+    with model.stream(CAPTIONS[0], frames=1 + 8 * STRIDE, seed=5, surprise=True) as session:
+        for part in session:
+            made.append(part)
+            told.append((session.surprise, session.other_surprise))
+            if session.shown == 1:
+                session.other_prompt = session.prompt = CAPTIONS[1]
+            if session.shown == 1 + 5 * STRIDE:
+                session.other_prompt = None
+    changed, = session.record.changes
+    own, other = zip(*told)
+    compared = [index for index, one in enumerate(other) if one is not None]
+    assert compared == list(range(compared[0], compared[-1] + 1)) and 0 < compared[0] <= changed < compared[-1] < 8
+    assert len(passes) == len(own) + len(compared)
+    for index in compared:
+        assert (abs(own[index] - other[index]) < 1e-5) == (index >= changed)
+    plain = model.stream(CAPTIONS[0], frames=1 + 8 * STRIDE, seed=5)
+    plain._steered._script[changed] = {"prompt": CAPTIONS[1]}
+    np.testing.assert_array_equal(whole(plain), np.concatenate(made))
 
 
 def test_a_session_that_is_not_ahead_takes_a_change_a_latent_frame_earlier(model: Model) -> None:
@@ -136,6 +175,16 @@ def test_a_session_that_is_not_ahead_takes_a_change_a_latent_frame_earlier(model
     assert list(session.record.changes) == [3] and np.abs(np.int32(made) - plain).max() > 3
     again = Session(dataclasses.replace(model.system, config=session.config), model.params, model.mesh, session.record)
     np.testing.assert_array_equal(whole(again), made)
+
+
+def test_a_session_begins_with_a_video_as_it_is_extended(model: Model) -> None:
+    video = np.random.default_rng(1).integers(0, 256, (1 + STRIDE, 8, 8, 3), np.uint8)
+    extended = model.extend(video, CAPTIONS[0], seed=5, frames=1 + 5 * STRIDE)
+    assert near(whole(model.stream(CAPTIONS[0], video=video, seed=5, frames=1 + 5 * STRIDE)), extended.frames)
+    with pytest.raises(sf.UserError, match="the 5 given frames fill it; ask for 9 or more"):
+        model.stream(CAPTIONS[0], video=video, frames=5)
+    with pytest.raises(sf.UserError, match="image and video are both given"):
+        model.stream(CAPTIONS[0], video=video, image=video[0])
 
 
 def test_what_is_set_before_the_first_frame_is_the_beginning(model: Model) -> None:
