@@ -27,7 +27,8 @@ from starflow_jax.serving.service import Service
 from starflow_jax.serving.steering import steer
 
 PAGE = Path(__file__).parent / "page"
-KINDS = {"index.html": "text/html", "page.js": "text/javascript", "style.css": "text/css"}
+KINDS = {"index.html": "text/html", "style.css": "text/css", **dict.fromkeys(
+    ("page.js", "common.js", "session.js", "surprise.js", "camera.js", "seeds.js"), "text/javascript")}
 VIDEO = "video/mp4"
 BODY_SECONDS = 30.0  # within which a request's body must come
 
@@ -44,6 +45,8 @@ class Videos:
         try:
             asked = read_asked(read_json(await self._body(request)), self._settings)
             if _wants_video(request):
+                if "surprise" in asked.settings:
+                    raise UserError("surprise: is told of a job; ask for one, without Accept: video/mp4")
                 return await self._streamed(await self._service.begin(asked, paced=False))
             if not self.jobs.room():
                 return refused(503, "as many videos are being made as may be; try again later", {"retry-after": "10"})

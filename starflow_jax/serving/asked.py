@@ -11,6 +11,8 @@ from starflow_jax.config import Serve, UserError
 from starflow_jax.io.cameras import names_a_file
 from starflow_jax.settings.fields import SEED
 
+FILES = {"image": "a picture", "video": "a video"}  # what one can begin with
+
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
@@ -19,6 +21,8 @@ class Asked:
     prompt: str
     frames: int = 0  # 0: not said
     image: bytes = b""  # a picture file's content
+    video: bytes = b""  # or a video file's
+    maps: bool = False  # tell where in each latent frame its surprise lies
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of `Model.stream`: seed, guidance, camera, ...
 
 
@@ -35,50 +39,57 @@ def read_json(content: bytes | str, what: str = "the request") -> dict[str, Any]
 
 
 def read_asked(held: dict[str, Any], settings: Serve, steered: bool = False) -> Asked:
-    """What a request's object asks for. steered: of a session, which may also tell the surprise of its frames. Raises
+    """What a request's object asks for. steered: of a session, which may also tell where its frames surprise. Raises
     UserError for what it can't ask for."""
     held = dict(held)
     if "prompt" not in held:
         raise UserError("prompt: is missing; say what the video shows")
     prompt = check_prompt(held.pop("prompt"), settings)
-    frames, image = _whole(held.pop("frames", 0)), held.pop("image", None)
+    files = {name: _decoded(name, held.pop(name)) for name in FILES if name in held}
+    if all(files.get(name) for name in FILES):
+        raise UserError("image and video are both given; leave one out")
+    frames, surprise = _whole(held.pop("frames", 0)), held.pop("surprise", False)
     if frames is None or not 0 <= frames <= settings.frames:
         raise UserError(f"frames: must be a whole number from 0 (not said) to {settings.frames}")
-    chosen: dict[str, Any] = {}
-    for name, value in held.items():
-        if name == "seed":
-            chosen[name] = _whole(value)
-            if chosen[name] is None or not SEED.holds(chosen[name]):
-                raise UserError(f"seed: must be {SEED.words}")
-        elif name == "surprise" and steered:
-            if not isinstance(value, bool):
-                raise UserError("surprise: must be true or false")
-            chosen[name] = value
-        elif name in ("guidance", "camera"):
-            if value is not None:
-                chosen[name] = check_change(name, value, settings)
-        else:
-            raise UserError(f"{name!r:.80}: is nothing that can be asked for; there are prompt, seed, frames, "
-                            "guidance, camera and image")
-    return Asked(prompt, frames, b"" if image is None else _decoded(image), chosen)
+    maps = steered and surprise == "map"
+    if not maps and not isinstance(surprise, bool):
+        raise UserError("surprise: must be true or false" + (', or "map"' if steered else ""))
+    chosen = {name: _chosen(name, value, settings) for name, value in held.items()}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    return Asked(prompt, frames, **files, maps=maps, settings=chosen | ({"surprise": True} if surprise else {}))
 
 
-def check_prompt(prompt: Any, settings: Serve) -> str:
+def _chosen(name: str, value: Any, settings: Serve) -> Any:
+    """A setting of `Model.stream`; None: as the model has it."""
+    if name == "seed":
+        seed = _whole(value)
+        if seed is None or not SEED.holds(seed):
+            raise UserError(f"seed: must be {SEED.words}")
+        return seed
+    if name in ("guidance", "camera"):
+        return None if value is None else check_change(name, value, settings)
+    raise UserError(f"{name!r:.80}: is nothing that can be asked for; there are prompt, seed, frames, guidance, "
+                    "camera, image, video and surprise")
+
+
+def check_prompt(prompt: Any, settings: Serve, name: str = "prompt") -> str:
     """Raises UserError for what is no prompt."""
     try:
         held = isinstance(prompt, str) and len(prompt.encode()) <= settings.prompt_bytes and "\0" not in prompt
     except UnicodeEncodeError:
         held = False
     if not held:
-        raise UserError(f"prompt: must be a text of at most {settings.prompt_bytes} bytes")
+        raise UserError(f"{name}: must be a text of at most {settings.prompt_bytes} bytes")
     return prompt
 
 
 def check_change(name: str, value: Any, settings: Serve) -> Any:
-    """A session's prompt, guidance or camera. Raises UserError for what is none, and for a camera that names a file,
-    which would be the server's."""
-    if name == "prompt":
-        return check_prompt(value, settings)
+    """A session's prompt, guidance, camera, or other prompt to compare with (None: none). Raises UserError for what is
+    none, and for a camera that names a file, which would be the server's."""
+    if name == "other_prompt" and value is None:
+        return None
+    if name in ("prompt", "other_prompt"):
+        return check_prompt(value, settings, name)
     if name == "guidance":
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise UserError("guidance: must be a number")
@@ -96,11 +107,15 @@ def check_change(name: str, value: Any, settings: Serve) -> Any:
     return pose
 
 
-def _decoded(image: Any) -> bytes:
+def _decoded(name: str, value: Any) -> bytes:
+    """A file's content; nothing where none is given."""
     try:
-        return base64.b64decode(image, validate=True)
+        content = b"" if value is None else base64.b64decode(value, validate=True)
     except (TypeError, ValueError) as error:
-        raise UserError("image: must be a picture file in base64") from error
+        raise UserError(f"{name}: must be {FILES[name]} file in base64") from error
+    if value is not None and not content:
+        raise UserError(f"{name}: is empty; send {FILES[name]} file in base64")
+    return content
 
 
 def _whole(value: Any) -> int | None:

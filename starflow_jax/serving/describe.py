@@ -57,13 +57,17 @@ def openapi(settings: Serve) -> dict[str, Any]:
                 {"type": "array", "minItems": 3, "maxItems": 3, "items": {
                     "type": "array", "minItems": 4, "maxItems": 4, "items": {"type": "number"}}}]},
             "image": {"type": ["string", "null"], "contentEncoding": "base64",
-                      "description": "a picture file: the first frame"}}}
+                      "description": "a picture file: the first frame"},
+            "video": {"type": ["string", "null"], "contentEncoding": "base64", "description":
+                      "or a video file, whose end is the first frames; these count among frames"},
+            "surprise": {"type": "boolean", "default": False, "description":
+                         "of a job: tell bits_per_dimension, the video's exact -log p"}}}
     required = ["id", "status", "prompt", "seed", "frames", "frames_made", "url"]
     job = {"type": "object", "required": required, "properties": {
         "id": {"type": "string"}, "status": {"enum": ["queued", "running", "done", "failed"]},
         "prompt": {"type": "string"}, "seed": {"type": "integer"}, "frames": {"type": "integer"},
         "frames_made": {"type": "integer"}, "url": {"type": "string"}, "place": {"type": "integer"},
-        "error": {"type": "string"}, "record": {"type": "object"}}}
+        "error": {"type": "string"}, "record": {"type": "object"}, "bits_per_dimension": {"type": "number"}}}
     links = {operation: {"operationId": operation, "parameters": {"id": "$response.body#/id"}}
              for operation in ("getVideo", "deleteVideo")}
     name = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from starflow_jax.config import Serve, UserError
+from starflow_jax.config import Config, Serve, UserError
 from starflow_jax.flow.generation import Ask
 from starflow_jax.flow.together import answer_together, warm_up
 from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.mesh import on_mesh
+from starflow_jax.sampling.windows import context_frames
 from starflow_jax.serving.live import Begun, Changed, Ended, Frames, Live, Place, Refused, Shown
 from starflow_jax.serving.metrics import Metrics
 
@@ -71,15 +72,15 @@ class Engine:
             self._lock.notify_all()
 
     def begin(self, prompt: str, *, paced: bool, frames: int = 0, image: np.ndarray | None = None,
-              guidance: float | None = None, **settings: Any) -> Live:
+              video: np.ndarray | None = None, guidance: float | None = None, **settings: Any) -> Live:
         """A session of `Model.stream`'s arguments, which begins when there is a place. frames: 0: as many as one may
         have. Raises UserError for what can't be, and Full."""
         if frames > self.most_frames:
             raise UserError(f"frames={frames}: at most {self.most_frames} here")
         model = self._model
         # For who steers, a change that holds soon counts for more than a device that never waits.
-        session = model.stream(prompt, frames=frames, image="" if image is None else image, recording=False,
-                               ahead=not paced, **settings)
+        session = model.stream(prompt, frames=frames, image="" if image is None else image, video=video,
+                               recording=False, ahead=not paced, **settings)
         if guidance is not None:  # no setting of its own, or the unguided would need programs of their own
             session.guidance = guidance
         live = Live(session, self._lock, paced, model.config.codec.time_stride)
@@ -103,7 +104,8 @@ class Engine:
                 self._warm_up()
             self._ready = True
             while self._wait():
-                self._round([live for live in self._live if live._wants_more()])
+                # Who waits for another prompt is served first.
+                self._round(sorted(filter(Live._wants_more, self._live), key=lambda live: not live._hurried))
         except Exception:
             traceback.print_exc()
             self._metrics.errors.inc()
@@ -117,7 +119,7 @@ class Engine:
         answer = partial(warm_up, sizes=self._sizes, compiled=set())
         cameras = ("", "still") if "control" in self._model.params else ("",)
         for camera in cameras:
-            self._model.warm_up(surprise=True, answer=answer, camera=camera)
+            self._model.warm_up(surprise=True, answer=answer, given=given_sizes(self._model.config), camera=camera)
 
     def _wait(self) -> bool:
         """Until a session wants another latent frame; False: the server stops."""
@@ -194,11 +196,12 @@ class Engine:
         if not first:
             self._metrics.first_frame.observe(seconds)
         self._metrics.frames.inc(len(part))
-        live._tell(Frames(part, first, seconds, session.surprise))
+        live._tell(Frames(part, first, seconds, session.surprise, session.other_surprise, session.surprise_map))
         while live._changed and live._changed[0][0] < session.shown:
             frame, asked_at = live._changed.popleft()
             self._metrics.change.observe(now - asked_at)
             live._tell(Shown(frame, now - asked_at))
+        self._rest(live)
         if session.shown >= self.most_frames:
             self._end(live, Ended("end"))
         return None
@@ -211,14 +214,32 @@ class Engine:
         names = []
         for name, value in asked.items():
             try:
+                if name == "other_prompt" and value is not None:
+                    self._check_compared(live)
                 setattr(live._session, name, value)
-                names.append(name)
             except UserError as error:
                 live._tell(Refused(str(error)))
+            else:
+                if name != "other_prompt":  # which changes nothing of the video
+                    names.append(name)
         if names:
             frame = live._session.next_frame
             live._changed.append((frame, asked_at))
             live._tell(Changed(tuple(names), frame))
+        self._rest(live)
+
+    def _rest(self, live: Live) -> None:
+        """No hurry any more, once nothing that was asked for is still to be shown."""
+        with self._lock:
+            live._hurried &= bool(live._changed or live._asked)
+
+    def _check_compared(self, live: Live) -> None:
+        """Raises UserError where so many other sessions are compared that this one would take too much of their time:
+        each is worked on by itself, once more for every latent frame."""
+        compared = sum(other is not live and other._session.other_prompt is not None for other in self._live)
+        if compared >= self._settings.compared:
+            raise UserError(f"other_prompt: {compared} sessions are compared with another prompt, and no more may be "
+                            "(serve.compared); try again later")
 
     def _guarded(self, lives: list[Live], work: Callable[[], Any]) -> Any:
         """Do what is for these sessions; whatever goes wrong ends them, and no others."""
@@ -249,6 +270,13 @@ class Engine:
                 self._queue.remove(live)
         live._session.close()
         live._tell(event)
+
+
+def given_sizes(config: Config) -> list[int]:
+    """Of how many latent frames the pictures and videos are that sessions begin with: 1, 2, 4, ..., and at last a
+    window's context, so that few programs are compiled."""
+    model = config.model
+    return batch_sizes(context_frames(model, config.sample)) if model.frames > 2 else [1]
 
 
 def batch_sizes(sessions: int) -> list[int]:

@@ -27,6 +27,7 @@ class Job:
     place: int = 0
     frames: int = 0
     error: str = ""
+    surprises: list[float] = dataclasses.field(default_factory=list)  # of its latent frames, where they were asked for
     task: asyncio.Task | None = None
 
     @property
@@ -45,6 +46,8 @@ class Job:
             facts["error"] = self.error
         if self.status == "done":
             facts["record"] = record_of(self.live.session)
+            if self.surprises:
+                facts["bits_per_dimension"] = sum(self.surprises) / len(self.surprises)
         return facts
 
 
@@ -108,14 +111,15 @@ async def _make(job: Job, height: int) -> None:
                 elif isinstance(event, Frames):
                     file.write(await encoder.piece(event.frames_THWC))
                     job.frames += len(event.frames_THWC)
+                    job.surprises += [] if event.surprise is None else [event.surprise]
                 elif isinstance(event, Ended):
                     file.flush()
                     done = event.why == "end"
                     job.status, job.error = ("done", "") if done else ("failed", event.why)
     except OSError:
         job.status, job.error = "failed", "the server has no room for the video"
-        job.live.close()
     finally:
+        job.live.close()  # which has ended, if nothing went wrong
         encoder.close()
         if job.status == "failed":
             job.file.unlink(missing_ok=True)

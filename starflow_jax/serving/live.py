@@ -35,6 +35,8 @@ class Frames:
     first: int  # the first one's place in the video
     seconds: float  # since it began, without the time that it waited for its client
     surprise: float | None = None  # of their latent frame, in bits per dimension
+    other_surprise: float | None = None  # given the other prompt that it is compared with
+    surprise_map: np.ndarray | None = None  # of that frame's tokens, (rows, columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Live:
         self._asked: dict[str, Any] = {}  # changes, the last of each
         self._asked_at = 0.0
         self._changed: collections.deque[tuple[int, float]] = collections.deque()  # (frame, when it was asked for)
+        self._hurried = False  # a prompt was asked for, and no frame of it is made yet
         self._played, self._paused, self._closed, self._ended = 0, False, False, False
         self._place = 0
         self._heard = self._read = time.monotonic()
@@ -116,10 +119,11 @@ class Live:
             return self.take()
 
     def change(self, **changes: Any) -> None:
-        """Set the session's prompt, guidance or camera."""
+        """Set the session's prompt, guidance, camera or other prompt."""
         with self._lock:
             self._asked_at = self._asked_at if self._asked else time.monotonic()
             self._asked |= changes
+            self._hurried |= "prompt" in changes
             self._hear()
 
     def played(self, frame: int) -> None:
@@ -161,13 +165,15 @@ class Live:
         return bool(self._events)
 
     def _wants_more(self) -> bool:
-        """Whether another latent frame may be made: of a paced one, while at most one lies beyond the one that
-        plays."""
+        """Whether another latent frame may be made: of a paced one, while at most one lies beyond the one that plays.
+        After a prompt two more, the one that is begun already and the first that the prompt holds for: they are shown no
+        sooner, but are there in time. Of a camera the next move follows soon, and would wait behind them."""
         if self._paused or sum(isinstance(one, Frames) for one in self._events) >= MOST_PARTS:
             return False
         if len(self._events) > 20 * MOST_PARTS:  # answers to changes
             return False
-        return not self._paced or self._session.shown - self._played <= self._stride
+        beyond = 3 if self._hurried else 1
+        return not self._paced or self._session.shown - self._played <= beyond * self._stride
 
     def _overdue(self, patience: float) -> str:
         """Why its place is given to others; "": it is not."""

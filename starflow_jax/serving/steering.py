@@ -1,16 +1,17 @@
 """A session over a WebSocket: changes come in as JSON, pieces of an MP4 and JSON go out.
 
-The client's first message asks for the session, as POST /v1/videos does, and with "surprise": true for each
-latent frame's. Later ones hold any of prompt, guidance and
-camera (changes), played (frames that it has played), pause (true or false), and record (true: send the session's JSON).
-The server's messages are pieces of the video, in binary, and JSON with a type: queued, begun, frames, changed, shown,
-refused, record, ended.
+The client's first message asks for the session, as POST /v1/videos does; with "surprise": true each latent frame's is
+told, and with "map" where in the frame it lies. Later ones hold any of prompt, guidance and camera (changes),
+other_prompt (that frames are compared with, or null), played (frames that it has played), pause (true or false), and
+record (true: send the session's JSON). The server's messages are pieces of the video, in binary, and JSON with a type:
+queued, begun, video, frames, changed, shown, refused, record, ended.
 """
 
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
+import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from starflow_jax.config import Serve, UserError
@@ -21,7 +22,7 @@ from starflow_jax.serving.feed import Encoder, events_of
 from starflow_jax.serving.live import Begun, Changed, Ended, Frames, Live, Place, Refused, Shown
 from starflow_jax.serving.service import Service
 
-CHANGES = ("prompt", "guidance", "camera")
+CHANGES = ("prompt", "guidance", "camera", "other_prompt")
 MOST_MISTAKES = 20  # messages that can't be, after which a client is sent away
 
 
@@ -48,7 +49,7 @@ async def _session(service: Service, socket: WebSocket) -> None:
         why = str(error) if isinstance(error, UserError) else "every place is taken; try again later" if isinstance(
             error, Full) else "the first message: must be a text"
         return await _leave(socket, {"type": "ended", "failed": True, "why": why})
-    client = _Client(socket, live, service.settings)
+    client = _Client(socket, live, service.settings, maps=asked.maps)
     encoder = service.encoder(live)
     try:
         async with anyio.create_task_group() as tasks:
@@ -70,8 +71,9 @@ async def _leave(socket: WebSocket, message: dict[str, Any]) -> None:
 class _Client:
     """Both directions of one session's WebSocket."""
 
-    def __init__(self, socket: WebSocket, live: Live, settings: Serve) -> None:
-        self._socket, self._live, self._settings = socket, live, settings
+    def __init__(self, socket: WebSocket, live: Live, settings: Serve, *, maps: bool) -> None:
+        """maps: tell where in each latent frame its surprise lies."""
+        self._socket, self._live, self._settings, self._maps = socket, live, settings, maps
         self._sending = anyio.Lock()
         self._mistakes = 0
 
@@ -113,14 +115,8 @@ class _Client:
                     await self._say("queued", place=place)
                 case Begun():
                     await self._say("begun")
-                case Frames(frames_THWC, first, seconds, surprise):
-                    piece = await encoder.piece(frames_THWC)
-                    async with self._sending:
-                        if not first:
-                            await self._socket.send_json({"type": "video", "codec": encoder.codec})
-                        await self._socket.send_bytes(piece)
-                        await self._socket.send_json({"type": "frames", "shown": first + len(frames_THWC),
-                                                      "seconds": round(seconds, 4), "surprise": surprise})
+                case Frames():
+                    await self._show(event, encoder)
                 case Changed(names, frame):
                     await self._say("changed", names=names, frame=frame)
                 case Shown(frame, seconds):
@@ -131,6 +127,20 @@ class _Client:
                     await self._say("ended", why=why, failed=failed, record=record_of(self._live.session))
         async with self._sending:
             await self._socket.close()
+
+    async def _show(self, made: Frames, encoder: Encoder) -> None:
+        piece = await encoder.piece(made.frames_THWC)
+        facts = {"type": "frames", "shown": made.first + len(made.frames_THWC), "seconds": round(made.seconds, 4),
+                 "surprise": made.surprise}
+        if made.other_surprise is not None:
+            facts["other_surprise"] = made.other_surprise
+        if self._maps and made.surprise_map is not None:
+            facts["surprise_map"] = np.round(made.surprise_map.astype(float), 4).tolist()
+        async with self._sending:
+            if not made.first:
+                await self._socket.send_json({"type": "video", "codec": encoder.codec})
+            await self._socket.send_bytes(piece)
+            await self._socket.send_json(facts)
 
     async def _say(self, kind: str, **what: Any) -> None:
         async with self._sending:

@@ -22,12 +22,14 @@ class Serve(Settings):
     sessions: int = setting(4, "sessions that are live at once, in batches of 1, 2, 4, ...", positive(256))
     queue: int = setting(16, "further ones that may wait for a place", at_least(0, "none", most=10_000))
     frames: int = setting(3_600, "most pixel frames of one session or video", positive(1_000_000))
+    compared: int = setting(2, "sessions that may be compared with another prompt at once",
+                            at_least(0, "none", most=256))
     idle_seconds: float = setting(60.0, "seconds after which a session ends whose client says nothing, or does not "
                                   "read what it is sent", positive(86_400))
     videos: int = setting(32, "videos of jobs that are kept, the newest ones", positive(10_000))
     rate: int = setting(60, "sessions and videos that one client may begin in a minute", positive(100_000))
     prompt_bytes: int = setting(2_000, "longest prompt", positive(1_000_000))
-    upload_bytes: int = setting(8_000_000, "largest request, with its picture", positive(1_000_000_000))
+    upload_bytes: int = setting(8_000_000, "largest request, with its picture or video", positive(1_000_000_000))
 
     @property
     def local(self) -> bool:

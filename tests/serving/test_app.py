@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from starflow_jax.config import Serve, UserError
-from starflow_jax.io.video import read_video
+from starflow_jax.io.video import read_video, write_mp4
 from starflow_jax.sampling.api import Model
 from starflow_jax.serving.app import KINDS, PAGE, make_app
 from starflow_jax.serving.asked import read_asked, read_json
@@ -24,7 +24,7 @@ from starflow_jax.serving.describe import openapi
 from starflow_jax.serving.engine import Engine
 from starflow_jax.serving.guard import Rate
 from starflow_jax.serving.metrics import Metrics
-from starflow_jax.serving.uploads import read_picture
+from starflow_jax.serving.uploads import read_clip, read_picture
 from tests.sampling.test_session import steerable, whole
 from tests.small_model import CAPTIONS, CONFIG
 
@@ -108,6 +108,48 @@ def test_a_video_begins_with_a_picture(client: Any, model: Model, tmp_path: Path
     assert damaged.status_code == 422 and "can't be read as a picture" in damaged.json()["error"]
 
 
+def test_a_video_begins_with_the_end_of_a_video(client: Any, model: Model, tmp_path: Path) -> None:
+    """As many latent frames as a window's context, or the largest power of two that there are."""
+    frames = np.random.default_rng(0).integers(0, 256, (19, 8, 8, 3), np.uint8)
+    for count, kept in ((19, 1 + 2 * STRIDE), (1 + STRIDE, 1 + STRIDE)):
+        write_mp4(tmp_path / "given.mp4", frames[:count], model.config.text.fps or 8)
+        given = read_video(tmp_path / "given.mp4")[0]
+        asked = {"prompt": CAPTIONS[0], "video": base64.b64encode((tmp_path / "given.mp4").read_bytes()).decode()}
+        answer = client.post("/v1/videos", json=asked, headers={"accept": "video/mp4"})
+        made = frames_of(answer.content, tmp_path)
+        extended = model.extend(given[-kept:], CAPTIONS[0], seed=0)
+        assert len(made) == kept + 3 * STRIDE and alike(made, extended.frames)
+    asked["frames"] = 1 + STRIDE
+    full = client.post("/v1/videos", json=asked)
+    assert full.status_code == 422 and "the 5 given frames fill it" in full.json()["error"]
+    write_mp4(tmp_path / "given.mp4", frames[:STRIDE], model.config.text.fps or 8)
+    content = (tmp_path / "given.mp4").read_bytes()
+    for part, words in ((content, "needs 5 or more"), (content[:-100], "can't be read as a video")):
+        short = client.post("/v1/videos", json={**asked, "video": base64.b64encode(part).decode()})
+        assert short.status_code == 422 and words in short.json()["error"], short.text
+
+
+def test_of_a_long_video_no_more_is_kept_than_is_wanted(tmp_path: Path) -> None:
+    frames = np.repeat(np.arange(60, dtype=np.uint8)[:, None, None, None] * 4, 3, axis=3).repeat(16, 1).repeat(16, 2)
+    write_mp4(tmp_path / "long.mp4", frames, 10)
+    read, rate = read_clip((tmp_path / "long.mp4").read_bytes(), 8, 8, seconds=1.5)
+    assert rate == 10 and read.shape == (16, 8, 8, 3)
+    np.testing.assert_allclose(read[:, 4, 4, 0], frames[-16:, 4, 4, 0], atol=4)
+
+
+def test_a_job_tells_its_videos_exact_likelihood(client: Any, model: Model) -> None:
+    asked = {"prompt": CAPTIONS[0], "seed": 3, "surprise": True}
+    job = until_over(client, client.post("/v1/videos", json=asked).json()["url"])
+    video = model.generate(CAPTIONS[0], seed=3)
+    latents = model.config.model
+    dimensions = latents.frames * latents.height * latents.width * latents.channels
+    np.testing.assert_allclose(job["bits_per_dimension"], -video.log_likelihood / dimensions / np.log(2), rtol=1e-3)
+    plain = until_over(client, client.post("/v1/videos", json={**asked, "surprise": False}).json()["url"])
+    assert "bits_per_dimension" not in plain
+    streamed = client.post("/v1/videos", json=asked, headers={"accept": "video/mp4"})
+    assert streamed.status_code == 422 and "surprise: is told of a job" in streamed.json()["error"]
+
+
 def test_a_picture_that_takes_too_much_is_refused() -> None:
     file = io.BytesIO()
     Image.new("1", (7_000, 7_000)).save(file, "PNG")  # a few kilobytes, 49 million pixels
@@ -127,7 +169,10 @@ def test_a_picture_that_takes_too_much_is_refused() -> None:
     ({"prompt": "x", "camera": "poses.json"}, 422, "camera: must be moves"),
     ({"prompt": "x", "camera": [[1, 2], [3]]}, 422, "camera"), ({"prompt": "x", "image": "?"}, 422, "base64"),
     ({"prompt": "x", "workdir": "/"}, 422, "'workdir': is nothing"),
-    ({"prompt": "x", "surprise": True}, 422, "nothing"),
+    ({"prompt": "x", "surprise": "map"}, 422, "surprise: must be true or false"),
+    ({"prompt": "x", "other_prompt": "y"}, 422, "nothing"), ({"prompt": "x", "video": 3}, 422, "video: must be"),
+    ({"prompt": "x", "image": ""}, 422, "image: is empty"),
+    ({"prompt": "x", "image": "AAAA", "video": "AAAA"}, 422, "both given"),
     ("x" * 20_001, 413, "larger than 20000 bytes")])
 def test_what_cannot_be_is_one_line(client: Any, body: Any, status: int, words: str) -> None:
     answer = client.post("/v1/videos", content=body if isinstance(body, str) else json.dumps(body))
@@ -137,14 +182,14 @@ def test_what_cannot_be_is_one_line(client: Any, body: Any, status: int, words: 
 
 def test_a_session_is_steered_over_a_websocket(client: Any, model: Model, tmp_path: Path) -> None:
     with client.websocket_connect(SOCKET, headers=ORIGIN) as socket:
-        socket.send_json({"prompt": CAPTIONS[0], "seed": 4, "surprise": True})
+        socket.send_json({"prompt": CAPTIONS[0], "seed": 4, "surprise": "map"})
         told, file = [], b""
         while (message := receive(socket, told)) is None or message["type"] != "ended":
             if message is None:
                 file += told.pop()
             elif message["type"] == "frames":
                 if message["shown"] == 1:
-                    socket.send_json({"prompt": CAPTIONS[1], "guidance": 0.5})
+                    socket.send_json({"prompt": CAPTIONS[1], "guidance": 0.5, "other_prompt": CAPTIONS[1]})
                     socket.send_json({"guidance": 1e12})
                     socket.send_json({"colour": "red"})
                     socket.send_text("rubbish")
@@ -169,6 +214,14 @@ def test_a_session_is_steered_over_a_websocket(client: Any, model: Model, tmp_pa
     assert alike(shown, again[:len(shown)]) and len(shown) >= 1 + 8 * STRIDE
     found = [one["surprise"] for one in told if one["type"] == "frames"]
     assert len(found) >= 9 and all(isinstance(surprise, float) for surprise in found) and np.ptp(found) > 0
+    changed_at = 1 + (changed["frame"] - 1) // STRIDE
+    of_frames = [one for one in told if one["type"] == "frames"]
+    for index, one in enumerate(of_frames):
+        assert np.shape(one["surprise_map"]) == model.system.token_grid
+        np.testing.assert_allclose(np.mean(one["surprise_map"]), one["surprise"], atol=1e-4)
+        if "other_surprise" in one:  # the prompt that the video is made from, once it has changed
+            assert (abs(one["other_surprise"] - one["surprise"]) < 1e-5) == (index >= changed_at)
+    assert sum("other_surprise" in one for one in of_frames) > len(of_frames) - 4
     settles(client, "starflow_sessions 0.0")  # its place is free
 
 
@@ -286,10 +339,11 @@ def test_the_description_names_what_there_is(client: Any) -> None:
     named = {(path, method) for path, of in described["paths"].items() for method in of if method != "parameters"}
     assert named == found
     asked = described["components"]["schemas"]["Asked"]["properties"]
-    values = {"prompt": "x", "seed": 1, "frames": 5, "guidance": 1.0, "camera": "pan_left", "image": "AAAA"}
+    values = {"prompt": "x", "seed": 1, "frames": 5, "guidance": 1.0, "camera": "pan_left", "image": "AAAA",
+              "video": None, "surprise": True}
     assert set(asked) == set(values)
-    assert read_asked({**values, "surprise": True}, Serve(), steered=True).settings["surprise"]
-    assert read_asked(values, Serve()).settings == {"seed": 1, "guidance": 1.0, "camera": "pan_left"}
+    assert read_asked({**values, "surprise": "map"}, Serve(), steered=True).maps
+    assert read_asked(values, Serve()).settings == {"seed": 1, "guidance": 1.0, "camera": "pan_left", "surprise": True}
     floats = read_asked({"prompt": "x", "seed": 1.0, "frames": 5.0}, Serve())  # whole numbers, to JSON
     assert (floats.settings, floats.frames) == ({"seed": 1}, 5) and isinstance(floats.settings["seed"], int)
     for name in asked:
@@ -307,3 +361,7 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
         assert "<script>" not in text and "onclick=" not in text and "style=" not in text  # the policy forbids them
     for name in ("page.js", "style.css"):
         assert f'"page/{name}"' in texts["index.html"]
+    imported = {name for text in texts.values() for name in re.findall(r'^import .* from "\./(.*)";$', text, re.M)}
+    assert imported == {name for name in KINDS if name.endswith(".js")} - {"page.js"}
+    wanted = {name for text in texts.values() for name in re.findall(r'\$\("(\w+)"\)', text)}
+    assert wanted <= set(re.findall(r' id="(\w+)"', texts["index.html"]))  # what the scripts look for is there

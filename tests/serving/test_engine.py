@@ -12,7 +12,7 @@ import starflow_jax as sf
 from starflow_jax.config import Serve
 from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.session import Session
-from starflow_jax.serving.engine import Engine, Full, batch_sizes
+from starflow_jax.serving.engine import Engine, Full, batch_sizes, given_sizes
 from starflow_jax.serving.live import Begun, Changed, Ended, Event, Frames, Live, Place, Refused, Shown
 from starflow_jax.serving.metrics import Metrics
 from tests.sampling.test_session import count_compiled, near, steerable, whole
@@ -132,6 +132,45 @@ def test_a_change_holds_from_the_frame_it_says(model: Model, engines) -> None:
     assert near(whole(again), shown(held))
 
 
+def test_a_prompts_first_frame_is_made_at_once(engines) -> None:
+    """By two steps, of the latent frame that holds it and of the one that its denoiser looks ahead at, however little
+    has played meanwhile. What is not a prompt waits for the video, and so does a prompt soon after another."""
+    engine = engines(sessions=1)
+    live = engine.begin(CAPTIONS[0], paced=True, seed=1)
+    settle(engine, live)
+    live.played(1)
+    settle(engine, live)
+    before = live.session.shown
+    live.change(guidance=0.5)
+    settle(engine, live)
+    assert live.session.shown == before
+    live.change(prompt=CAPTIONS[1])
+    shown = until(live, Shown, [])
+    settle(engine, live)
+    assert shown.frame == before + STRIDE and live.session.shown == before + 2 * STRIDE
+    live.change(prompt=CAPTIONS[2])
+    settle(engine, live)
+    assert live.session.shown - live._played <= 4 * STRIDE and list(live.session.record.changes) == [4]
+
+
+def test_who_waits_for_a_prompt_is_served_first(model: Model) -> None:
+    engine = Engine(model, Serve(sessions=2), Metrics())
+    order: list[int] = []
+    lives = [engine.begin(CAPTIONS[0], paced=True, seed=index) for index in range(2)]
+    engine._wait()
+    for _ in range(2):
+        engine._round(lives)
+    for index, live in enumerate(lives):
+        live.take()
+        live._tell = lambda event, index=index: order.append(index)  # type: ignore[method-assign]
+        live.played(live.session.shown)
+    lives[1].change(prompt=CAPTIONS[1])
+    rounds = iter([True, False])
+    engine._wait, engine._warm = lambda: next(rounds), False  # type: ignore[method-assign]
+    engine._run()
+    assert order[0] == 1 and 0 in order
+
+
 def test_what_cannot_be_is_said_and_the_session_goes_on(engines) -> None:
     engine = engines(frames=11)
     with pytest.raises(sf.UserError, match="frames=13: at most 9 here"):
@@ -147,6 +186,24 @@ def test_what_cannot_be_is_said_and_the_session_goes_on(engines) -> None:
         live.played(live.session.shown)
         held += live.wait(PATIENCE)
     assert len(shown(held)) == 9 and until(live, Ended, held) == Ended("end")  # as many as one may have
+
+
+def test_so_many_sessions_are_compared_with_another_prompt_and_no_more(engines) -> None:
+    engine = engines(sessions=2, compared=1)
+    first, second = (engine.begin(CAPTIONS[0], paced=True, surprise=True) for _ in range(2))
+    told: tuple[list[Event], list[Event]] = ([], [])
+    first.change(other_prompt=CAPTIONS[1])
+    until(first, Frames, told[0])
+    second.change(other_prompt=CAPTIONS[1])
+    second.played(second.session.shown)
+    assert "1 sessions are compared" in until(second, Refused, told[1]).why
+    assert second.session.other_prompt is None and first.session.other_prompt == CAPTIONS[1]
+    for index, live, other in ((0, first, None), (1, second, CAPTIONS[2])):
+        live.change(other_prompt=other)
+        while live.session.other_prompt != other:
+            live.played(live.session.shown)
+            told[index].extend(live.wait(PATIENCE))
+    assert not any(isinstance(one, Changed) for one in told[0] + told[1])
 
 
 def test_who_waits_is_told_the_place_and_moves_up(engines) -> None:
@@ -217,13 +274,17 @@ def test_once_it_is_ready_nothing_is_compiled(engines, compiled) -> None:
              for index in range(8)]
     image = np.zeros((8, 8, 3), np.uint8)
     lives.append(engine.begin(CAPTIONS[0], paced=False, frames=1 + 8 * STRIDE, image=image))
+    lives += [engine.begin(CAPTIONS[0], paced=False, frames=1 + 8 * STRIDE, surprise=True,
+                           video=np.zeros((1 + (size - 1) * STRIDE, 8, 8, 3), np.uint8))
+              for size in given_sizes(engine.model.config)]
     over: set[Live] = set()
     while len(over) < len(lives):
         for live in lives:
             if any(isinstance(event, Ended) for event in live.take()):
                 over.add(live)
-            change = [dict(prompt=CAPTIONS[1]), dict(guidance=0.0), dict(guidance=2.0), dict(camera="pan_left"), {}]
-            live.change(**change[random.integers(5)])
+            change = [dict(prompt=CAPTIONS[1]), dict(guidance=0.0), dict(guidance=2.0), dict(camera="pan_left"), {},
+                      dict(other_prompt=CAPTIONS[2])]
+            live.change(**change[random.integers(6)])
         engine._thread.join(0.01)
     assert compiled() == before
 
