@@ -44,7 +44,16 @@ def _answer(description: str, schema: dict[str, Any] | None = None, kind: str = 
 
 def openapi(settings: Serve) -> dict[str, Any]:
     """The HTTP API in OpenAPI 3.1."""
-    asked = {
+    schemas = {"Asked": _asked(settings), "Job": _job(), "Error": {
+        "type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}}
+    return {"openapi": "3.1.0", "info": {"title": "starflow_jax", "version": "1"}, "paths": _paths(),
+            "security": [{}, {"token": []}], "components": {
+                "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}, "schemas": schemas}}
+
+
+def _asked(settings: Serve) -> dict[str, Any]:
+    """What the body of a request may hold, as serving/asked.py reads it."""
+    return {
         "type": "object", "required": ["prompt"], "additionalProperties": False, "properties": {
             "prompt": {"type": "string", "maxLength": settings.prompt_bytes, "pattern": "^[^\\u0000]*$",
                        "description": f"what the video shows; at most {settings.prompt_bytes} bytes"},
@@ -62,18 +71,26 @@ def openapi(settings: Serve) -> dict[str, Any]:
                       "or a video file, whose end is the first frames; these count among frames"},
             "surprise": {"type": "boolean", "default": False, "description":
                          "of a job: tell bits_per_dimension, the video's exact -log p"}}}
-    required = ["id", "status", "prompt", "seed", "frames", "frames_made", "url"]
-    job = {"type": "object", "required": required, "properties": {
-        "id": {"type": "string"}, "status": {"enum": ["queued", "running", "done", "failed"]},
-        "prompt": {"type": "string"}, "seed": {"type": "integer"}, "frames": {"type": "integer"},
-        "frames_made": {"type": "integer"}, "url": {"type": "string"}, "place": {"type": "integer"},
-        "error": {"type": "string"}, "record": {"type": "object"}, "bits_per_dimension": {"type": "number"}}}
+
+
+def _job() -> dict[str, Any]:
+    """What `Job.facts` tells."""
+    return {"type": "object", "required": ["id", "status", "prompt", "seed", "frames", "frames_made", "url"],
+            "properties": {
+                "id": {"type": "string"}, "status": {"enum": ["queued", "running", "done", "failed"]},
+                "prompt": {"type": "string"}, "seed": {"type": "integer"}, "frames": {"type": "integer"},
+                "frames_made": {"type": "integer"}, "url": {"type": "string"}, "place": {"type": "integer"},
+                "error": {"type": "string"}, "record": {"type": "object"}, "bits_per_dimension": {"type": "number"}}}
+
+
+def _paths() -> dict[str, Any]:
+    """What answers which request."""
     links = {operation: {"operationId": operation, "parameters": {"id": "$response.body#/id"}}
              for operation in ("getVideo", "deleteVideo")}
     name = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
     of_job, video = {"$ref": "#/components/schemas/Job"}, {"type": "string", "contentMediaType": "video/mp4"}
     refusals = {"401": _answer("a token is needed"), "403": _answer("another origin"), "421": _answer("another host")}
-    paths: dict[str, Any] = {
+    return {
         "/v1/videos": {"post": {
             "operationId": "makeVideo", "summary": "Make a video: streamed with Accept: video/mp4, else as a job",
             "requestBody": {"required": True, "content": {"application/json": {
@@ -97,8 +114,3 @@ def openapi(settings: Serve) -> dict[str, Any]:
                 ("200", "ready"), ("503", "compiling, or stopped"))}}}},
         "/metrics": {"get": {"operationId": "metrics", "summary": "Counts in Prometheus' format", "responses": {
             **refusals, "200": _answer("counts", {"type": "string"}, "text/plain")}}}}
-    return {"openapi": "3.1.0", "info": {"title": "starflow_jax", "version": "1"}, "paths": paths,
-            "security": [{}, {"token": []}], "components": {
-                "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
-                "schemas": {"Asked": asked, "Job": job, "Error": {
-                    "type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}}}}

@@ -166,8 +166,8 @@ class Live:
 
     def _wants_more(self) -> bool:
         """Whether another latent frame may be made: of a paced one, while at most one lies beyond the one that plays.
-        After a prompt two more, the one that is begun already and the first that the prompt holds for: they are shown no
-        sooner, but are there in time. Of a camera the next move follows soon, and would wait behind them."""
+        After a prompt two more, the one that is begun already and the first that the prompt holds for: they are shown
+        no sooner, but are there in time. Of a camera the next move follows soon, and would wait behind them."""
         if self._paused or sum(isinstance(one, Frames) for one in self._events) >= MOST_PARTS:
             return False
         if len(self._events) > 20 * MOST_PARTS:  # answers to changes
