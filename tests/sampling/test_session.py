@@ -254,6 +254,22 @@ def test_a_session_leaves_nothing_behind(model: Model) -> None:
     assert len(jax.live_arrays()) == alive
 
 
+def test_an_abandoned_session_lets_go_of_its_encoder_at_once(model: Model) -> None:
+    """Without Python looking for circles of references, which it may not do for long."""
+    gc.collect()
+    gc.disable()
+    try:
+        session = model.stream(CAPTIONS[0])
+        for _ in session:
+            break
+        assert session._recording is not None
+        encoder = session._recording._end_encoder
+        del session
+        assert not encoder.alive
+    finally:
+        gc.enable()
+
+
 def test_a_camera_far_from_where_it_began_is_as_exact_as_there(model: Model) -> None:
     """A window's rays after 4,000 latent frames along a straight line are those of its beginning."""
     steered = Steered(model.system, model.params, model.config.sample,
