@@ -19,7 +19,7 @@ NOT_MET = ("can't connect to the other processes of this run within five minutes
 OUR_LINE = b"starflow_jax: "  # begins what this program says at its end
 # The beginning of JAX's account of a lost process; all that follows on stderr are details and a stack trace.
 ACCOUNT = re.compile(rb"W\d{4} .*preemption_sync_manager|[EF]\d{4} .*(coordination_service|preemption_sync|client\.h)")
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+AWAITED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -29,7 +29,7 @@ def run_in_child() -> None:
     Call it before anything starts threads.
     """
     read, write = os.pipe()
-    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # one that comes early waits until it can be passed on
+    signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)  # whenever one comes, it waits until it is asked for
     parent, child = os.getpid(), os.fork()
     if child == 0:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -39,16 +39,13 @@ def run_in_child() -> None:
         os.dup2(write, 2)
         os.close(read)
         os.close(write)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, AWAITED)
         return
     os.close(write)
-    for number in PASSED_ON:
-        signal.signal(number, lambda number, _: os.kill(child, number))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     stderr = _Stderr()
     passing = threading.Thread(target=stderr.pass_on, args=(read,), daemon=True)
     passing.start()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = _pass_signals_on(child)
     passing.join(timeout=2)  # programs that the child has started may hold its stderr for longer
     aborted = code == -signal.SIGABRT and stderr.account
     if aborted and not stderr.said:
@@ -56,6 +53,18 @@ def run_in_child() -> None:
     elif code and not stderr.said:  # an end of another kind: what was left out may explain it
         stderr.write(stderr.account)
     _end_as(2 if aborted else code)
+
+
+def _pass_signals_on(child: int) -> int:
+    """Until the child ends; returns its exit code, negative where a signal ended it."""
+    while True:
+        number = signal.sigwait(AWAITED)
+        if number != signal.SIGCHLD:
+            os.kill(child, number)
+            continue
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
 
 
 class _Stderr:
@@ -97,5 +106,6 @@ def _end_as(code: int) -> None:
     if code < 0:
         if code != -signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [-code])
         os.kill(os.getpid(), -code)
     os._exit(code)

@@ -21,6 +21,8 @@ BEFORE = """
 import os, signal, subprocess, sys, time
 from starflow_jax.io.supervised import run_in_child
 """
+# One long sleep would not end by a signal that comes between Python's last look for one and the sleep.
+FOR_LONG = "while True: time.sleep(0.1)"
 PROGRAM = f"{BEFORE}run_in_child()\n"
 
 
@@ -69,22 +71,31 @@ def start(program: str, begin: str = PROGRAM) -> tuple[subprocess.Popen, int]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_reach_the_program(number: signal.Signals) -> None:
-    process, _ = start(f"signal.signal({int(number)}, lambda *_: sys.exit(7)); print(os.getpid(), flush=True); "
-                       "time.sleep(60)")
+    process, _ = start(f"signal.signal({int(number)}, lambda *_: sys.exit(7)); print(os.getpid(), flush=True)\n"
+                       f"{FOR_LONG}")
     process.send_signal(number)
     assert process.wait(60) == 7
 
 
-def test_a_signal_before_the_parent_can_pass_it_on_waits() -> None:
-    late = "handle = signal.signal; signal.signal = lambda *with_: (time.sleep(0.5), handle(*with_)); run_in_child()\n"
-    process, _ = start("handle(15, lambda *_: sys.exit(7)); print(os.getpid(), flush=True); time.sleep(60)",
+@pytest.mark.parametrize("step", ["os.close", "signal.sigwait", "threading.Thread.start"])
+def test_a_signal_before_the_parent_can_pass_it_on_waits(step: str) -> None:
+    late = f"import threading; here = os.getpid(); step = {step}\n" + f"""
+def slowly(*given):
+    if os.getpid() == here:
+        time.sleep(0.5)
+    return step(*given)
+
+{step} = slowly
+run_in_child()
+"""
+    process, _ = start(f"signal.signal(15, lambda *_: sys.exit(7)); print(os.getpid(), flush=True)\n{FOR_LONG}",
                        BEFORE + late)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 7
 
 
 def test_a_killed_parent_takes_the_program_along() -> None:
-    process, child = start("print(os.getpid(), flush=True); time.sleep(60)")
+    process, child = start(f"print(os.getpid(), flush=True)\n{FOR_LONG}")
     process.kill()
     process.wait()
     while alive(child):

@@ -154,7 +154,8 @@ def _where(error: BaseException) -> str:
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
     """Raises TooLong after so many seconds of this thread's CPU time, or ten times as many of the process's (other
-    threads may have work of their own); in the main thread, once Python has its turn."""
+    threads may have work of their own); in the main thread, once Python has its turn. Not by SIGPROF, which libtpu
+    sends itself."""
     end, last, running = time.thread_time() + seconds, time.process_time() + 10 * seconds, True
 
     def stop(*_: Any) -> None:
@@ -162,16 +163,16 @@ def at_most(seconds: float) -> Iterator[None]:
             return
         if time.thread_time() >= end or time.process_time() >= last:
             raise TooLong
-        signal.setitimer(signal.ITIMER_PROF, max(end - time.thread_time(), 0.01))
+        signal.setitimer(signal.ITIMER_VIRTUAL, max(end - time.thread_time(), 0.01))
 
-    before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
         running = False
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def limit_memory() -> None:
