@@ -11,8 +11,8 @@ import pytest
 from starflow_jax.config import Serve
 from starflow_jax.serving.describe import openapi
 from tests.sampling.test_session import steerable
+from tests.serving.served import served_here
 from tests.small_model import CONFIG
-from tests.web.served import served_here
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs the extra test-web")
 pytestmark = pytest.mark.filterwarnings("ignore:.*no training caption")
