@@ -12,6 +12,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
+from starlette.types import Receive, Scope, Send
 
 from starflow_jax.config import Serve, UserError
 from starflow_jax.model.codec import frame_size
@@ -94,7 +95,7 @@ class Videos:
                 if isinstance(event, Ended):
                     return refused(500 if event.failed else 503, _words(event))
                 if isinstance(event, Frames):
-                    return StreamingResponse(self._pieces(live, event, events), media_type=VIDEO)
+                    return _Answer(live, self._pieces(live, event, events))
             raise AssertionError("a session ends by saying so")
         except BaseException:
             live.close()
@@ -110,8 +111,21 @@ class Videos:
                 elif isinstance(event, Ended) and event.why != "end":
                     raise CutOff  # what was sent is not the whole video, and must not look like it
         finally:
-            live.close()
             encoder.close()
+
+
+class _Answer(StreamingResponse):
+    """A video while it is made. Its session ends with it, also where the client is gone before the first piece."""
+
+    def __init__(self, live: Live, pieces: AsyncIterator[bytes]) -> None:
+        super().__init__(pieces, media_type=VIDEO)
+        self._live = live
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._live.close()
 
 
 def make_app(engine: Engine, settings: Serve, metrics: Metrics, token: str = "") -> Starlette:

@@ -266,6 +266,23 @@ def test_a_client_that_leaves_in_mid_request_is_no_error(client: Any) -> None:
     assert not sent and "starflow_errors_total 0.0" in client.get("/metrics").text
 
 
+def test_a_client_that_leaves_before_the_first_piece_gives_its_place_up(client: Any) -> None:
+    body = json.dumps({"prompt": CAPTIONS[0], "frames": 1 + 400 * STRIDE}).encode()
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: Any) -> None:
+        raise OSError("the client is gone")
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.4"}, "method": "POST", "path": "/v1/videos", "scheme": "http",
+             "headers": [(b"host", b"127.0.0.1:8000"), (b"accept", b"video/mp4")], "query_string": b"",
+             "client": ("127.0.0.1", 5)}
+    client.portal.call(client.app, scope, receive, send)
+    settles(client, "starflow_sessions 0.0")
+    assert "starflow_errors_total 0.0" in client.get("/metrics").text
+
+
 @pytest.mark.filterwarnings("ignore:.*no training caption")
 def test_places_are_limited(model: Model) -> None:
     with served(model, sessions=1, queue=1, videos=1) as client:
