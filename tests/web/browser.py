@@ -5,6 +5,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,14 @@ class Page:
                 return
             assert max(frames, default=0) <= last, "it never was shown"
             self.tab.wait_for_timeout(250)
+
+    def save(self, button: str, file: Path) -> Path:
+        """The file that a button saves, which must have its name."""
+        with self.tab.expect_download() as download:
+            self.tab.click(f"#{button}")
+        assert download.value.suggested_filename == file.name
+        download.value.save_as(file)
+        return file
 
     def _decoded(self, pixels: str) -> np.ndarray:
         held = np.frombuffer(base64.b64decode(pixels), np.uint8)

@@ -18,17 +18,11 @@ from starflow_jax.data.digits.captions import COLOUR_NAMES
 from starflow_jax.data.digits.dataset import Motion, load_scans, render_clips, split_scan_ids
 from starflow_jax.data.digits.reader import default_reader
 from tests.serving.served import Server
-from tests.web.browser import MODEL_PIXELS, Page, chromium
+from tests.web.browser import MODEL_PIXELS, Page
 
 pytestmark = pytest.mark.slow  # quick: tests/serving, without a browser
 RED, BLUE = "a red seven moves left", "a blue three moves right"
 FRAME = 0.125  # seconds
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +82,9 @@ def test_a_finite_video_ends_and_is_saved(open_page: Callable[..., Page], tmp_pa
     page.until("document.getElementById('state').textContent === 'The end.'")
     page.until("document.getElementById('video').ended")
     assert page.quality()["decoded"] == 17 and page.text("made") == page.text("played") == "17"
-    for button, name in (("save_video", "session.mp4"), ("save_record", "session.json")):
-        with page.tab.expect_download() as download:
-            page.tab.click(f"#{button}")
-        assert download.value.suggested_filename == name
-        download.value.save_as(tmp_path / name)
-    saved, rate = read_video(tmp_path / "session.mp4")
+    saved, rate = read_video(page.save("save_video", tmp_path / "session.mp4"))
     assert len(saved) == 17 and rate == 1 / FRAME
-    assert BLUE in (tmp_path / "session.json").read_text()
+    assert BLUE in page.save("save_record", tmp_path / "session.json").read_text()
     assert np.abs(shrunk(saved[-1]) - np.int32(page.pixels())).mean() < 6  # the last one still stands there
 
 
@@ -206,6 +195,9 @@ def test_it_fits_its_window(
     """Nothing reaches beyond it, what is pressed is large enough for a finger; screenshots, to be looked at."""
     page = open_page(viewport={"width": width, "height": height}, color_scheme=scheme)
     page.tab.screenshot(path=tmp_path / "before.png", full_page=True)
+    for name in ("video", "prompt", "start"):
+        box = page.tab.locator(f"#{name}").bounding_box()
+        assert box and box["y"] + box["height"] <= height, name  # without scrolling
     page.begin(RED)
     page.played(9)
     page.tab.screenshot(path=tmp_path / "plays.png", full_page=True)
