@@ -67,6 +67,11 @@ class Sampling:
         return complete(self.config.sample.solver, Solver(), self.config.model, stream=self.config.sample.stream)
 
     @property
+    def _trips(self) -> int:
+        """Of a solver's loop; its first update stands before the loop."""
+        return self.config.plan.updates - 1
+
+    @property
     def window(self) -> int:
         """Frames of a video's first window."""
         return min(self.total, self.config.model.frames)
@@ -123,7 +128,7 @@ class Sampling:
             self.chain.resident |= {"cache": state, "draft's cache": drafted}
             like = " like the first" if index == 0 and step != deep_solver(self.solver) else ""
             z, start, solving = _frames(noise, step.frames), None, dict(
-                branches=branches, times=times, unknown_trips=self.config.plan.updates, filled=filled[step], **how)
+                branches=branches, times=times, unknown_trips=self._trips, filled=filled[step], **how)
             if draft:
                 start, _ = self.chain.run(
                     f"draft, a step{like}", decode.draft_frames, draft.model, draft.params, drafted, z, guidance, None,
@@ -225,7 +230,7 @@ class Sampling:
     def shallow_frames(self, u: Any, which: str = "all", runs: int = 1) -> Any:
         """Latents of whole videos, in shapes, as sampling/shallow.py makes them, so often."""
         run, flow, variables = self.chain.run, self.flow, self.shallow_blocks
-        invert = dict(unknown_trips=self.config.plan.updates, filled=self._shallow_filled, **self.shallow)
+        invert = dict(unknown_trips=self._trips, filled=self._shallow_filled, **self.shallow)
         videos, frames = u.shape[:2]
         at_once = frames_at_once(self.config.model, videos, frames)
         if at_once == frames:
@@ -249,7 +254,7 @@ class Sampling:
         for step, u in self.deep_frames(texts, noise).items():
             times = times_of[step]
             latents, _ = run("shallow blocks, a step", decode.invert_shallow, self.flow, self.shallow_blocks, u,
-                             times=times, unknown_trips=config.plan.updates, filled=self._shallow_filled,
+                             times=times, unknown_trips=self._trips, filled=self._shallow_filled,
                              **self.shallow)
             noisy = run("frames in their places", place, noisy, _frames(latents, 1), 0, times=times)
         denoises = config.sample.denoise == "denoiser" and model.denoiser != "none"

@@ -18,6 +18,7 @@ from starflow_jax.model import system
 from starflow_jax.model.beside import fingerprint_of, open_checkpoints
 from starflow_jax.model.control import fresh_module
 from starflow_jax.model.system import save_system
+from starflow_jax.planning.program_cost import count
 from starflow_jax.planning.sampling import filled_share, sampling_programs
 from starflow_jax.sampling import conditions, denoise, generate, likelihood, renoise, shallow, stream
 from tests.helpers import random_params
@@ -122,12 +123,16 @@ def test_the_plans_programs_are_those_that_sampling_runs(
         CONFIG_OF_TEST, plan=settings_of.Plan(step="sample", videos=2), sample=settings_of.Sample(
             guidance=2.0, stream=streams, offload=offload, frames=frames, renoise=frames > 0, **added))
     with jax.set_mesh(mesh):
-        planned = by_function([program.lowered.as_text() for program in sampling_programs(config, mesh)])
+        programs = sampling_programs(config, mesh)
+    planned = by_function([program.lowered.as_text() for program in programs])
     run = by_function([text for texts in recorded.values() for text in texts])
     assert {name: len(texts) for name, texts in planned.items()} == {name: len(texts) for name, texts in run.items()}
     assert [name for name in planned if planned[name] != run[name]] == []
     assert set(planned) >= {"start_window", "decode_frames", "invert_shallow"}
     assert streams or set(planned) >= {"part_of", "parts_together"}
+    step = next(program for program in programs if program.name == "deep block, a step")
+    none, one, all_updates = (count(step.compiled, trips).flops for trips in (0, 1, step.unknown_trips))
+    assert all_updates == pytest.approx(config.plan.updates * (one - none), rel=0.02)
 
 
 def test_the_filled_share_of_a_cache() -> None:
