@@ -47,7 +47,7 @@ export class Session {
       queued: () => say(`All places are taken; you are number ${message.place} in the queue.`),
       begun: () => {
         say("Begun: the first frame is being made.");
-        if ($("other").value.trim()) this.compare();
+        if (this.asked.surprise && $("other").value.trim()) this.compare();
       },
       video: () => this.play(`video/mp4; codecs="${message.codec}"`),
       frames: () => this.count(message),
