@@ -9,7 +9,7 @@ from starflow_jax.config import Config
 from starflow_jax.io.files import write_text
 from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.planning.meshes import candidates, chosen
-from starflow_jax.planning.plan import StepPlan, plan_of
+from starflow_jax.planning.plan import StepPlan, mesh_of, plan_of
 from starflow_jax.planning.roofline import GIB
 from starflow_jax.planning.topology import topology
 
@@ -25,6 +25,8 @@ def plan(config: Config, workdir: Path) -> None:
     if config.plan.step == "codec":
         devices = devices[:1]  # each chip has videos of its own
     choices = list(candidates(config, len(devices)) if config.plan.search else [chosen(config, len(devices))])
+    for choice in choices:
+        mesh_of(choice, devices)
     plans = []
     with ProgressBar("compiling", len(choices), unit="plan") as progress:
         for choice in choices:

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from starflow_jax import sharding
 from starflow_jax.config import Config
@@ -111,12 +112,9 @@ def plan_of(config: Config, devices: list[Any]) -> StepPlan:
     Raises UserError for a mesh that does not suit the devices, the model or the batch, and for a device kind whose
     limits are not known.
     """
-    if config.plan.step in USES:  # which may leave devices unused
-        devices = devices[:math.prod(dataclasses.astuple(config.mesh)) or None]
-    mesh, chip = sharding.make_mesh(config.mesh, devices), roofline.chip_of(
-        devices[0], gpu_memory(config.plan.topology))
+    mesh = mesh_of(config, devices)
+    devices, chip = list(mesh.devices.flat), roofline.chip_of(devices[0], gpu_memory(config.plan.topology))
     model, train, codec = config.model, config.plan.step == "train", config.plan.step == "codec"
-    sharding.check_model(model, mesh)
     videos = (config.train.batch_size if train else config.evaluate.draws if config.plan.step == "likelihood"
               else config.plan.videos)
     branches = 2 if config.sample.guided and not train else 1
@@ -147,6 +145,19 @@ def plan_of(config: Config, devices: list[Any]) -> StepPlan:
         compile_seconds=time.perf_counter() - began, cost=cost,
         codec=CodecChoice(config.codec.dtype, config.codec.tile, config.codec.tile_overlap) if codec else None,
         advice="" if fits else advice(config, dict(mesh.shape), peak - chip.hbm_bytes))
+
+
+def mesh_of(config: Config, devices: list[Any]) -> Mesh:
+    """config.mesh over the devices, of which a trained model may leave some unused. Raises UserError where it does not
+    suit them, the model or the batch."""
+    if config.plan.step in USES:
+        devices = devices[:math.prod(dataclasses.astuple(config.mesh)) or None]
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_model(config.model, mesh)
+    if config.plan.step == "train":
+        clips = config.train.batch_size // config.train.accumulate
+        sharding.check_batch("train.batch_size / train.accumulate", clips, mesh)
+    return mesh
 
 
 def bytes_needed(error: str) -> int | None:

@@ -39,7 +39,6 @@ def _train_programs(config: Config, mesh: Mesh) -> list[Program]:
     """The training step on latents and text features that were prepared before; of LoRA, a control module or a smaller
     deep block beside its whole backbone."""
     model, clips = config.model, config.train.batch_size
-    sharding.check_batch("train.batch_size / train.accumulate", clips // config.train.accumulate, mesh)
     by_clip = sharding.batch_sharding(mesh)
 
     def array(*shape: int) -> Any:

@@ -10,7 +10,7 @@ from starflow_jax.config import Mesh
 from starflow_jax.modes.plan import plan
 from tests.planning.test_meshes import with_plan
 from tests.planning.test_plan import ALWAYS_KNOWN, COST, small, small_codec
-from tests.small_run import run
+from tests.small_run import run, run_here
 
 
 def needs_libtpu() -> None:
@@ -27,6 +27,15 @@ def test_training_is_planned_for_a_pod_that_is_not_there(tmp_path, capsys) -> No
     assert "fits, " in out and "memory, GiB a chip: train" in out and str(tmp_path / "plan.json") in out
 
 
+def test_what_does_not_divide_is_one_line_before_anything_is_compiled(tmp_path) -> None:
+    needs_libtpu()
+    for asked in ("--config.plan.topology=v5e:2x2", "--config.train.batch_size=30"):
+        code, _, error = run_here(["--config=configs/t2v.py", "--mode=plan", f"--workdir={tmp_path}",
+                                   "--config.train.batch_size=2", "--config.plan.topology=v5e:2x4",
+                                   "--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.sequence=2", asked])
+        assert code == 2 and len(error.splitlines()) == 1 and "must" in error, error
+
+
 @pytest.mark.slow
 def test_sampling_is_planned_program_by_program(tmp_path) -> None:
     needs_libtpu()
@@ -34,8 +43,9 @@ def test_sampling_is_planned_program_by_program(tmp_path) -> None:
     plan(dataclasses.replace(config, mesh=Mesh(data=1, fsdp=4)), tmp_path)
     row = json.loads((tmp_path / "plan.json").read_text())
     assert row["fits"] and row["mesh"]["fsdp"] == 4 and [part["program"] for part in row["memory"]] == [
-        "text encoder", "text by branches", "noise", "deep block, the text", "deep block, a step", "frames together",
-        "shallow blocks, all frames", "denoiser, a window", "codec, all frames", "likelihood, a window"]
+        "text encoder", "text by branches", "noise of a step", "deep block, the text", "deep block, a step",
+        "frames together", "shallow blocks, all frames", "denoiser, a window", "codec, all frames",
+        "likelihood, a window"]
 
 
 def test_what_the_compiler_refuses_is_a_plan_that_does_not_fit(tmp_path, capsys) -> None:
