@@ -24,6 +24,8 @@ def serve(config: Config, workdir: Path) -> None:
         raise UserError(f"--mode=serve needs {', '.join(missing)}; pip install starflow_jax[serve]")
     settings = config.serve
     settings.check_safe()
+    config.sample.require("rewrite", not config.sample.rewrite, "is not run for clients: all sessions would wait for "
+                          "each one's prompt, and its errors are not for them; leave it out")
     token = read_token(settings)
     listening = listen(settings)
     try:

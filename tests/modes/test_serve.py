@@ -31,6 +31,11 @@ def test_what_cannot_be_served_is_one_line(settings: dict[str, Any], words: str,
         modes.run("serve", sf.load_config("configs/t2v.py", serve=settings), tmp_path)
 
 
+def test_no_hook_is_run_for_clients(tmp_path: Path) -> None:
+    with pytest.raises(sf.UserError, match="sample.rewrite='cat': is not run for clients"):
+        modes.run("serve", sf.load_config("configs/t2v.py", sample=dict(rewrite="cat")), tmp_path)
+
+
 def test_a_token_is_secret_and_long(tmp_path: Path) -> None:
     assert read_token(Serve()) == ""
     file = tmp_path / "token"
