@@ -55,7 +55,7 @@ def as_json(camera: Any) -> Any:
         return camera
     try:
         poses = np.asarray(camera, np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError('camera: neither a text nor an array of numbers; give moves such as "pan_right", a file, or a '
                         "pose of shape (3, 4)") from error
     if poses.ndim not in (2, 3) or poses.shape[-1] != 4 or poses.shape[-2] not in (3, 4) or not len(poses):

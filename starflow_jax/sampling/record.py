@@ -61,7 +61,8 @@ def read_record(path: str | Path) -> Record:
                       changes, np.stack(known) if known else None, _count(held["frames"]))
     except OSError as error:
         raise UserError(f"{path}: the session can't be read ({error.strerror or error})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, SyntaxError, NotAPicture, UserError) as error:
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError, SyntaxError, NotAPicture, UserError
+            ) as error:
         why = f"lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path}: no JSON of a session, or a damaged one ({why}); name one that Session.save wrote"
                         ) from error
