@@ -27,8 +27,9 @@ from starflow_jax.model.sources import long_clips
 from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import filled
 from starflow_jax.sampling.conditions import Conditions, Text, caption_text, make_conditions, noised
-from starflow_jax.sampling.generate import deep_frames, joined
+from starflow_jax.sampling.generate import deep_frames
 from starflow_jax.sampling.likelihood import frame_nll
+from starflow_jax.sampling.shallow import joined
 from starflow_jax.sampling.stream import Finisher
 from starflow_jax.sharding import fetch
 

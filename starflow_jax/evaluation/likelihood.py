@@ -21,9 +21,9 @@ from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import noised_draws
 from starflow_jax.sampling.conditions import caption_text, noised
 from starflow_jax.sampling.denoise import denoise
-from starflow_jax.sampling.generate import encode_z, joined
+from starflow_jax.sampling.generate import encode_z
 from starflow_jax.sampling.likelihood import window_nll_per_token
-from starflow_jax.sampling.shallow import invert_all
+from starflow_jax.sampling.shallow import invert_all, joined
 from starflow_jax.sampling.solver import complete, deep_solver, shallow_solver
 from starflow_jax.sampling.windows import windowed
 from starflow_jax.sharding import fetch
@@ -76,7 +76,7 @@ def likelihood(system: System, params: Params, frames_THWC: np.ndarray, caption:
     def nll_BNS(noisy: jax.Array, caption: str) -> np.ndarray:
         text = caption_text(system, params, [caption] * len(noisy), noisy.shape[1])
         return fetch(windowed(system, noisy, lambda part, window: window_nll_per_token(
-            system.flow, params, part, text.at(window.begin, window.start)), lookahead=0))
+            system.flow, params, part, text.at(window.begin, window.start))))
 
     parts = [(nll_BNS(noisy, caption), nll_BNS(noisy, "")) for noisy in noised_draws(system, frames_THWC, draws)]
     nll_DNS, null_nll_DNS = map(np.concatenate, zip(*parts))

@@ -41,15 +41,21 @@ class Denoiser(nn.Module):
         self.proj_out = nn.Dense(self.channels, dtype=self.dtype, kernel_init=nn.initializers.zeros)
 
     def __call__(
-        self, x_BSC: jax.Array, frames: int, rope_2SE: jax.Array, text_BTD: jax.Array | None = None
+        self, x_BSC: jax.Array, frames: int, rope_2SE: jax.Array, text_BTD: jax.Array | None = None,
+        count: jax.Array | None = None,
     ) -> jax.Array:
-        """(B, frames*h*w, C) in raster order -> the same shape, float32. rope covers the text, then the tokens."""
+        """(B, frames*h*w, C) in raster order -> the same shape, float32. rope covers the text, then the tokens.
+
+        count: how many of the frames there are, an int32; what is behind them, and what comes out there, does not
+        matter. None: all.
+        """
         hidden, prefix = self._behind_text(x_BSC, text_BTD)
         ahead = FrameWindow(prefix, x_BSC.shape[1] // frames, self.window, self.lookahead, frames)
         causal = dataclasses.replace(ahead, lookahead=0)
+        slots = None if count is None else prefix + count * ahead.tokens
         mask, first_mask = (causal, ahead) if self.first_layer_only else (ahead, None)
         out, _ = run_behind_prefix(self.transformer, self._project, hidden, rope_2SE, mask, prefix,
-                                   first_mask=first_mask, keep_kv=False)
+                                   first_mask=first_mask, keep_kv=False, count=slots)
         return out
 
     def next_frame(

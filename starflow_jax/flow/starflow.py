@@ -80,11 +80,13 @@ class STARFlow(nn.Module):
             logdets.append(logdet.reshape(x_BTSK.shape) if self.config.local_shallow else logdet)
         return tuple(outputs), tuple(logdets)
 
-    def score(self, x_BTHWC: jax.Array, text_BTD: jax.Array | None = None) -> jax.Array:
-        """s_phi of noisy latents, the shape of the latents. x - 0.3 s(x) is the denoised video."""
+    def score(self, x_BTHWC: jax.Array, text_BTD: jax.Array | None = None, count: jax.Array | None = None
+              ) -> jax.Array:
+        """s_phi of noisy latents, the shape of the latents. x - 0.3 s(x) is the denoised video. count: as the denoiser
+        takes it."""
         frames, height, width = self.grid(x_BTHWC.shape)
         tokens_BSK = _join_frames(self.tokens(x_BTHWC))
-        out_BSK = self.denoiser(tokens_BSK, frames, self.rope((frames, height, width), text_BTD), text_BTD)
+        out_BSK = self.denoiser(tokens_BSK, frames, self.rope((frames, height, width), text_BTD), text_BTD, count)
         return self.latents(out_BSK.reshape(x_BTHWC.shape[0], frames, height * width, -1), height)
 
     def tokens(self, x_BTHWC: jax.Array) -> jax.Array:

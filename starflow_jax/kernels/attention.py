@@ -46,11 +46,13 @@ def attention(
     past: Past | None = None,
     implementation: str | None = None,
     which: jax.Array | None = None,
+    count: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(D)) v over the keys that the mask allows; (B, S, H, D) in q's dtype.
 
     All three in one dtype; softmax in float32. H is a multiple of G: each key head serves H/G query heads.
     mask: one, or several, of which `which` (int32), known only when the program runs, selects one.
+    count: how many of the K keys there are (int32), known only then; those behind them are padding. None: all.
     past: (k_BPGD, v_BPGD, length) of a cache that is only read: every query also sees its first `length` slots
     (int32, one for all samples or (B,)). RoPE is the caller's. A cache of a multiple of 1024 slots on TPUs,
     of 8 on GPUs, is read where it is; any other is copied first. Keys and values that are Int8Slots or Stacked have no
@@ -70,11 +72,13 @@ def attention(
     longest = max(k_BKGD.shape[1], 0 if past is None else past[0].shape[1])
     if longest <= SHORT and implementation in (None, "reference"):
         sees = _dense(masks, which, q_BSHD, k_BKGD)
+        sees = sees if count is None else sees & (jnp.arange(k_BKGD.shape[1]) < count)
         if past is not None:
             return lax.platform_dependent(q_BSHD, k_BKGD, v_BKGD, sees, past, cpu=_filled_part, default=_whole)
         return checkpoint_name(reference.attention(q_BSHD, k_BKGD, v_BKGD, sees), ATTENTION_RESULTS[0])
     q_BSHD = q_BSHD * q_BSHD.shape[-1] ** -0.5
-    out, lse_BHS = _flash(masks, implementation, q_BSHD, k_BKGD, v_BKGD, None, which)
+    count_B = None if count is None else jnp.broadcast_to(jnp.asarray(count, jnp.int32), q_BSHD.shape[:1])
+    out, lse_BHS = _flash(masks, implementation, q_BSHD, k_BKGD, v_BKGD, count_B, which)
     if past is None:
         return out
     past_k, past_v, length = past

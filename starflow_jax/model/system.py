@@ -127,7 +127,7 @@ class System:
                             "--config.train.target=decoder --config.train.init_from=WORKDIR in a workdir of its own")
         return self.codec.with_decoder(self.decoder)
 
-    def decode(self, latents_BNhwC: jax.Array, denoise: str = "none") -> jax.Array:
+    def decode(self, latents_BNhwC: jax.Array | np.ndarray, denoise: str = "none") -> jax.Array:
         """Latents -> frames (B, T, H, W, 3) uint8. denoise: as for `codec_behind`."""
         codec = to_devices(self.codec_behind(denoise), after=latents_BNhwC)
         return decode_latents(codec, latents_BNhwC, self.config.codec.later_frames_scale, self.as_released)

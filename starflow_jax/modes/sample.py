@@ -26,7 +26,7 @@ from starflow_jax.sampling.offload import encode_ahead, takes_turns, with_parts_
 from starflow_jax.sampling.origin import origin_of
 from starflow_jax.sampling.record import read_record
 from starflow_jax.sampling.requests import Request, read_requests, rewritten, share_of, with_length
-from starflow_jax.sampling.sizes import at_asked_size, resized
+from starflow_jax.sampling.sizes import at_asked_size, resized, videos_together
 from starflow_jax.sampling.videos import Videos
 from starflow_jax.text.rewrite import rewriter
 
@@ -46,17 +46,16 @@ def sample(config: Config, workdir: Path) -> None:
     model_config, config = config, at_asked_size(config)
     known_THWC = given_frames(config)
     config = with_length(config, known_THWC, extends=bool(config.sample.video))
-    mesh = sampling_mesh(config, videos=min(len(requests), config.sample.batch_size))
+    mesh = sampling_mesh(config, videos=videos_together(len(requests), config.sample.batch_size))
     process, together = jax.process_index(), len({device.process_index for device in mesh.devices.flat}) > 1
     if not together:
         requests = share_of(requests, config.sample, process, jax.process_count())
     model_config, config = with_tiles(model_config), with_tiles(config)
     check_there(model_config, workdir)
-    check_videos(config, mesh, max(1, min(len(requests), config.sample.batch_size)),
-                 kept=len(requests) if config.sample.keep else 0)
+    videos_at_once = videos_together(len(requests), config.sample.batch_size)
+    check_videos(config, mesh, videos_at_once, kept=len(requests) if config.sample.keep else 0)
     failed: list[tuple[Request, Exception]] = []
     encoded: dict[str, np.ndarray] = {}
-    videos_at_once = max(1, min(len(requests), config.sample.batch_size))
     folder = output_folder(config, workdir)
     try:
         given = checksum_of_given(known_THWC, config.sample.camera)

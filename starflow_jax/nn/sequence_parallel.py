@@ -28,19 +28,23 @@ from starflow_jax.sharding import TABLE, over_heads, over_tokens, tokens_sharded
 AXIS, = TABLE["tokens"]
 
 
-def by_tokens(choice: str, past: Any) -> bool:
-    """Whether each device answers its own tokens' queries. With a cache, attention is sharded by heads."""
-    return choice != "ulysses" and past is None and tokens_sharded()
+def by_tokens(choice: str, past: Any, count: jax.Array | None = None) -> bool:
+    """Whether each device answers its own tokens' queries. With a cache, or where only the running program knows how
+    many of the tokens there are, attention is sharded by heads."""
+    return choice != "ulysses" and past is None and count is None and tokens_sharded()
 
 
 def sequence_parallel_attention(choice: str, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: jax.Array,
-                                masks: tuple[Mask, ...], which: jax.Array | None, past: Any) -> jax.Array:
+                                masks: tuple[Mask, ...], which: jax.Array | None, past: Any,
+                                count: jax.Array | None = None) -> jax.Array:
     """kernels.attention.attention on the current mesh, (B, S, H, D); by tokens, S must divide over the devices."""
-    if not by_tokens(choice, past):
-        def attend(q, k, v, *which, past):
-            return core.attention(q, k, v, masks, past, which=which[0] if which else None)
+    if not by_tokens(choice, past, count):
+        given = {name: value for name, value in (("which", which), ("count", count)) if value is not None}
 
-        return over_heads(attend, q_BSHD, k_BSHD, v_BSHD, past, *() if which is None else (which,))
+        def attend(q, k, v, *values, past):
+            return core.attention(q, k, v, masks, past, **dict(zip(given, values)))
+
+        return over_heads(attend, q_BSHD, k_BSHD, v_BSHD, past, *given.values())
     run = partial(_gathered if choice == "all_gather" else _round_the_ring, masks)
     return over_tokens(run, q_BSHD, k_BSHD, v_BSHD, jnp.int32(0) if which is None else which)
 

@@ -77,20 +77,20 @@ class Layer(nn.Module):
         return (self.mask, self.first_mask), is_first.astype(jnp.int32)
 
     @nn.compact
-    def __call__(self, x_BSD, past, is_first, rope_2SE):
+    def __call__(self, x_BSD, past, is_first, rope_2SE, count=None):
         """(x, this call's (k, v)). past: this layer's cached (k, v), and how many slots of them are filled; or None.
 
-        is_first: a bool, or a traced one where all layers share one program.
+        is_first: a bool, or a traced one where all layers share one program. count: as `Transformer` takes it.
         """
         width = x_BSD.shape[-1]
         heads = width // self.head_dim
         qkv = DenseGeneral((3, width), dtype=self.dtype, name="qkv")(self._norm(x_BSD, "attention_norm"))
         q, k, v = (qkv[..., i, :].reshape(*x_BSD.shape[:-1], heads, self.head_dim) for i in range(3))
         q, k = apply_rope(q, rope_2SE), apply_rope(k, rope_2SE)
-        axes = ("tokens", "hidden") if by_tokens(self.sequence_parallel, past) else (None, "heads")
+        axes = ("tokens", "hidden") if by_tokens(self.sequence_parallel, past, count) else (None, "heads")
         q, k, v = (constrain(part, "batch", *axes, None) for part in (q, k, v))
         masks, which = self._masks(is_first)
-        out = sequence_parallel_attention(self.sequence_parallel, q, k, v, masks, which, past)
+        out = sequence_parallel_attention(self.sequence_parallel, q, k, v, masks, which, past, count)
         out = constrain(out.reshape(x_BSD.shape), "batch", "tokens", "hidden")
         x_BSD = _shard_tokens(x_BSD + Dense(width, dtype=self.dtype, name="proj")(out))
         hidden = Dense(4 * width, dtype=self.dtype, name="mlp_in")(self._norm(x_BSD, "mlp_norm"))
@@ -123,6 +123,7 @@ class Transformer(nn.Module):
         keep_kv: bool = True,
         kept: int | None = None,
         control: Control | None = None,
+        count: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """(B, S, D) in, ((B, S, D) float32 normed, (k, v) each (L, B, S, H, D) or None) out; of unstacked parameters
         k and v are tuples of L arrays.
@@ -131,6 +132,7 @@ class Transformer(nn.Module):
         kept: how many of the S slots, from the first on, later layers get; the others are seen by the first layer
         alone. None: all.
         control: of the same slots; not together with `kept`.
+        count: how many of the S slots there are, an int32; the others are padding, which nobody sees. None: all.
         """
         layer = Layer(self.head_dim, self.dtype, mask, first_mask, self.sequence_parallel, parent=None)
         x_BSD, kv = _shard_tokens(x_BSD.astype(self.dtype)), None
@@ -139,7 +141,7 @@ class Transformer(nn.Module):
                             in_axes=nn.broadcast, length=self.layers)
             x_BSD, _ = fresh(layer, name="layers")(x_BSD, rope_2SE)
         else:
-            x_BSD, kv = self._run_layers(layer, x_BSD, rope_2SE, cache, keep_kv, kept, control)
+            x_BSD, kv = self._run_layers(layer, x_BSD, rope_2SE, cache, keep_kv, kept, control, count)
         return FinalNorm(name="final_norm")(x_BSD), kv
 
     def empty_cache(self, batch: int, slots: int, width: int, dtype: Any = None) -> KVCache:
@@ -149,7 +151,7 @@ class Transformer(nn.Module):
                              unstacked=_is_unstacked(self.variables["params"]))
 
     def _run_layers(self, layer: Layer, x_BSD: jax.Array, rope_2SE: jax.Array, cache: KVCache | None, keep_kv: bool,
-                    kept: int | None, control: Control | None) -> tuple[jax.Array, Any]:
+                    kept: int | None, control: Control | None, count: jax.Array | None) -> tuple[jax.Array, Any]:
         """One layer after the other: of a stack by a loop, unstacked ones each with code of its own."""
         params = self.variables["params"]["layers"]["layer"]
         steers: Any = None if control is None else control.kernels_LCD.astype(self.dtype)
@@ -160,7 +162,7 @@ class Transformer(nn.Module):
                 x_BSD = x_BSD + steering @ kernel_CD
             past = None if cache is None else (*cache.of_layer(index), cache.length)
             x_BSD = checkpoint_name(x_BSD, LAYER_INPUT)
-            x_BSD, kv = layer.apply({"params": params}, x_BSD, past, is_first, rope_2SE[:, :x_BSD.shape[1]])
+            x_BSD, kv = layer.apply({"params": params}, x_BSD, past, is_first, rope_2SE[:, :x_BSD.shape[1]], count)
             return x_BSD, kv if keep_kv else None
 
         if _is_unstacked(self.variables["params"]):

@@ -22,8 +22,9 @@ from starflow_jax.planning.sampling import Sampling, effort
 from starflow_jax.sampling.batches import in_batches
 from starflow_jax.sampling.conditions import draw_noise, with_noise
 from starflow_jax.sampling.denoise import denoiser_alone, denoiser_step
-from starflow_jax.sampling.generate import encode_z, joined
+from starflow_jax.sampling.generate import encode_z
 from starflow_jax.sampling.likelihood import window_nll, window_nll_per_token
+from starflow_jax.sampling.shallow import joined
 
 
 class GivenClip(Sampling):
@@ -48,7 +49,7 @@ class GivenClip(Sampling):
         noisy, text = self._noised(latents, 1), self._text(1)
         back = self._decoded(run("to z", encode_z, self.flow, self.params, noisy, text), text)
         if self.config.sample.denoise == "denoiser" and self.config.model.denoiser != "none":
-            run("denoiser", denoiser_step, self.flow, denoiser_alone(self.params), back, text)
+            run("denoiser", denoiser_step, self.flow, denoiser_alone(self.params), back, text, self.total)
         run("codec, decode", decode_latents, self.codec, back, self.config.codec.later_frames_scale,
             self.config.sample.as_released, times=2, options=effort(self.config))
         return self.chain.programs

@@ -29,11 +29,12 @@ from starflow_jax.planning.chain import Chain
 from starflow_jax.planning.program import Program
 from starflow_jax.sampling.conditions import draw_noise, latent_frames, stack_branches
 from starflow_jax.sampling.denoise import denoiser_alone, denoiser_step, score_step
-from starflow_jax.sampling.generate import drafting, joined
+from starflow_jax.sampling.generate import drafting
 from starflow_jax.sampling.likelihood import window_nll
 from starflow_jax.sampling.offload import takes_turns, with_tiles
 from starflow_jax.sampling.renoise import encode_again
-from starflow_jax.sampling.shallow import frames_at_once, part_of, parts_together
+from starflow_jax.sampling.shallow import filled_at_once, frames_at_once, joined, part_of, parts_together
+from starflow_jax.sampling.sizes import frames_together
 from starflow_jax.sampling.solver import complete, deep_solver, shallow_solver
 from starflow_jax.sampling.stream import place
 from starflow_jax.sampling.windows import context_frames, denoising_windows
@@ -73,8 +74,8 @@ class Sampling:
 
     @property
     def window(self) -> int:
-        """Frames of a video's first window."""
-        return min(self.total, self.config.model.frames)
+        """Frames of a window behind the deep block."""
+        return frames_together(self.config.model, self.total)
 
     @property
     def windows(self) -> int:
@@ -206,20 +207,41 @@ class Sampling:
         config, run = self.config, self.chain.run
         texts, noise = self.conditions()
         of_step = self.deep_frames(texts, noise)
-        made = [of_step[step] for step in self.steps]
         self._drop_caches()
-        u = run("frames together", joined, *made)
-        noisy = self.shallow_frames(u)
-        window, text = _frames(noisy, self.window), _conditional(texts)
+        self._shallow_parts(of_step)
+        window, text = self._latents(self.window), _conditional(texts)
         if config.sample.denoise == "denoiser" and config.model.denoiser != "none":
-            run("denoiser, a window", denoiser_step, self.flow, denoiser_alone(self.params), window, text,
+            run("denoiser, a window", denoiser_step, self.flow, denoiser_alone(self.params), window, text, self.window,
                 times=self.windows)
-        run("codec, all frames", decode_latents, self.codec, noisy, config.codec.later_frames_scale,
-            config.sample.as_released, options=effort(config))
+        if config.codec.tile:
+            run("codec, all frames", decode_latents, self.codec, self._latents(self.total),
+                config.codec.later_frames_scale, config.sample.as_released, options=effort(config))
+        else:
+            self._codec_stream(self._latents(1))
         whole = jax.ShapeDtypeStruct(window.shape, window.dtype, sharding=sharding.replicated(self.mesh))
         run("likelihood, a window", window_nll, self.flow, self._without_denoiser(), whole, text,
             self._steering(self.window, self.windows), times=self.windows)
         return self.chain.programs
+
+    def _latents(self, frames: int) -> Any:
+        """Of so many frames of all videos, as they come from the host."""
+        model, videos = self.config.model, (self.config.plan.videos,)
+        placed = sharding.named_sharding(self.mesh, ("batch",), videos)
+        return jax.ShapeDtypeStruct((*videos, frames, model.height, model.width, model.channels), jnp.float32,
+                                    sharding=placed)
+
+    def _shallow_parts(self, of_step: dict[inversion.Solver, Any]) -> None:
+        """The latents of whole videos, as `invert_videos` makes them. of_step: as `deep_frames` returns it."""
+        run, frame = self.chain.run, None
+        for step, times in collections.Counter(self.steps).items():
+            frame = made = of_step[step]
+            if step.frames > 1:
+                frame = run("a frame of a step", part_of, made, 0, 1, times=times * step.frames)
+        at_once = filled_at_once(self.config.model, self.config.plan.videos, self.total)
+        parts = -(-self.total // at_once)
+        u = run(f"{at_once} frames together", joined, *[frame] * at_once, times=parts)
+        run(f"shallow blocks, {at_once} frames", decode.invert_shallow, self.flow, self.shallow_blocks, u, times=parts,
+            unknown_trips=self.config.plan.updates, filled=self._shallow_filled, **self.shallow)
 
     @property
     def _shallow_filled(self) -> float:
@@ -247,9 +269,7 @@ class Sampling:
         config, model, run = self.config, self.config.model, self.chain.run
         texts, noise = self.conditions()
         text = _conditional(texts)
-        noisy = jax.ShapeDtypeStruct(
-            (*noise.shape[:1], model.frames, model.height, model.width, model.channels), jnp.float32,
-            sharding=sharding.named_sharding(self.mesh, ("batch",), noise.shape[:1]))
+        noisy = self._latents(model.frames)
         times_of = collections.Counter(self.steps)
         for step, u in self.deep_frames(texts, noise).items():
             times = times_of[step]
@@ -262,7 +282,7 @@ class Sampling:
             self._denoiser_stream(noisy, text)
         elif denoises:
             run("denoiser, a window", denoiser_step, self.flow, denoiser_alone(self.params),
-                _frames(noisy, self.window), text, times=self.total)
+                noisy, text, self.window, times=self.total)
         self._codec_stream(_frames(noisy, 1))
         return self.chain.programs
 

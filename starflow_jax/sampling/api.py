@@ -30,7 +30,7 @@ from starflow_jax.model.codec import frame_size
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.store import PRETRAINED, load_model, settings_of
 from starflow_jax.model.system import System
-from starflow_jax.sampling.batches import Made, generate, most_likely, noised_draws
+from starflow_jax.sampling.batches import Made, generate, log_likelihoods, most_likely, noised_draws
 from starflow_jax.sampling.conditions import ENDLESS, caption_text, check_given, latent_frames, prompt_changes
 from starflow_jax.sampling.files import file_rate, shown_scale
 from starflow_jax.sampling.generate import Clips, log_likelihood
@@ -42,10 +42,11 @@ from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
 from starflow_jax.sampling.record import Record, read_record
 from starflow_jax.sampling.requests import Request, requests_for, rewritten, unknown_word_lines, with_length
 from starflow_jax.sampling.session import Session
-from starflow_jax.sampling.sizes import at_asked_size, resized
+from starflow_jax.sampling.sizes import at_asked_size, resized, videos_together
 from starflow_jax.sampling.solver import chosen_solver
 from starflow_jax.sampling.steered import Change
 from starflow_jax.sampling.warm_up import NONE, warm_up
+from starflow_jax.sharding import fetch
 
 # Settings of `sample` that belong to the command line: its files, and what the methods say in other ways.
 OF_THE_COMMAND_LINE = ("offload", "prompt", "prompts_file", "session", "vbench", "stream", "output", "overwrite",
@@ -252,7 +253,7 @@ class Model:
             known_THWC = given_frames(config) if isinstance(image, str | Path) else fit_picture(config, image)
         config = with_length(config, known_THWC, extends=video is not None or bool(config.sample.video))
         requests = requests_for([prompt] if isinstance(prompt, str) else list(prompt), config.sample)
-        check_making(config, self.mesh, max(1, min(len(requests), config.sample.batch_size)),
+        check_making(config, self.mesh, videos_together(len(requests), config.sample.batch_size),
                      latent_frames(config, config.sample), stream)
         requests = rewritten(config, requests)
         for line in unknown_word_lines(config, requests):
@@ -263,15 +264,15 @@ class Model:
                 known_THWC: np.ndarray | None) -> Any:
         keep = system.config.sample.keep
         made: list[Made] = []
-        log_likelihoods: list[float] = []
+        likelihoods: list[float] = []
         for batch in generate(system, self.params, requests, known_THWC):
             for video in batch:
                 video.check()
             made += batch
             if keep:
-                log_likelihoods += log_likelihood(system, self.params, batch[0].clips).tolist()
+                likelihoods += log_likelihoods(system, self.params, batch)
         if keep:
-            made = [made[index] for index in most_likely(made, log_likelihoods, keep)]
+            made = [made[index] for index in most_likely(made, likelihoods, keep)]
         videos = [Video(video.frames_THWC, file_rate(system.config), video.request.prompt, video.request.seed,
                         functools.partial(_log_likelihood_of, self, system, _alone(video))) for video in made]
         return videos[0] if isinstance(prompt, str) and system.config.sample.count == 1 else videos
@@ -283,7 +284,7 @@ def _alone(made: Made) -> Clips:
     if len(clips.frames_BTHWC) == 1:
         return clips
     return dataclasses.replace(clips, frames_BTHWC=clips.frames_BTHWC[one], noisy_BNhwC=clips.noisy_BNhwC[one].copy(),
-                               text=jax.tree.map(lambda features_BSD: features_BSD[one], clips.text))
+                               text=jax.tree.map(lambda features_BSD: fetch(features_BSD)[one], clips.text))
 
 
 def _log_likelihood_of(model: Model, system: System, clips: Clips) -> float:

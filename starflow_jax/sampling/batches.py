@@ -11,8 +11,9 @@ import numpy as np
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import noised_by_seeds
-from starflow_jax.sampling.generate import Clips, generate_clips
+from starflow_jax.sampling.generate import Clips, generate_clips, log_likelihood
 from starflow_jax.sampling.requests import Request
+from starflow_jax.sampling.sizes import videos_together
 
 Item = TypeVar("Item")
 
@@ -22,7 +23,7 @@ class Made:
     """One video of a batch."""
 
     request: Request
-    clips: Clips
+    clips: Clips  # of the batch, which may have more videos than were asked for
     index: int  # in the batch
     seconds: float  # its share of the batch's
 
@@ -58,22 +59,29 @@ def generate(
     system: System, params: Params, requests: Sequence[Request], known_THWC: np.ndarray | None = None
 ) -> Iterator[list[Made]]:
     """The videos of sample.batch_size requests at a time, as `make_batch` makes them."""
-    for batch in in_batches(requests, system.config.sample.batch_size):
-        yield make_batch(system, params, batch, known_THWC)
+    size = videos_together(len(requests), system.config.sample.batch_size)
+    for batch in in_batches(requests, size):
+        yield make_batch(system, params, batch, size, known_THWC)
 
 
 def make_batch(
-    system: System, params: Params, batch: Sequence[Request], known_THWC: np.ndarray | None = None
+    system: System, params: Params, batch: Sequence[Request], size: int, known_THWC: np.ndarray | None = None
 ) -> list[Made]:
-    """The videos asked for, made together by the system's own settings. known: uint8 first frames.
+    """The videos asked for, made together by the system's own settings, `size` of them where there are fewer. known:
+    uint8 first frames.
 
     Raises UserError as `generate_clips` does.
     """
-    began = time.perf_counter()
-    clips = generate_clips(system, params, [request.prompt for request in batch],
-                           [request.seed for request in batch], system.config.sample, for_each(known_THWC, len(batch)))
+    began, whole = time.perf_counter(), filled(batch, size)
+    clips = generate_clips(system, params, [request.prompt for request in whole],
+                           [request.seed for request in whole], system.config.sample, for_each(known_THWC, size))
     seconds = (time.perf_counter() - began) / len(batch)
     return [Made(request, clips, index, seconds) for index, request in enumerate(batch)]
+
+
+def log_likelihoods(system: System, params: Params, made: Sequence[Made]) -> list[float]:
+    """Of each video of a batch, as `generate.log_likelihood`."""
+    return log_likelihood(system, params, made[0].clips)[:len(made)].tolist()
 
 
 def for_each(known_THWC: np.ndarray | None, count: int) -> np.ndarray | None:

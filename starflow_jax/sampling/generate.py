@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from starflow_jax.codec.interface import decode_next
 from starflow_jax.config import Model, Sample, UserError
 from starflow_jax.flow import generation
 from starflow_jax.flow.control import LatentCameras, Steering, control_of
@@ -18,14 +19,14 @@ from starflow_jax.model.parameters import Params, decoding_variables, flow_varia
 from starflow_jax.model.student import flow_of
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Conditions, Draws, VideoText, make_conditions, steering
-from starflow_jax.sampling.denoise import denoise
+from starflow_jax.sampling.denoise import denoise, on_devices
 from starflow_jax.sampling.likelihood import frame_nll
 from starflow_jax.sampling.renoise import refresher
-from starflow_jax.sampling.shallow import invert_all
+from starflow_jax.sampling.shallow import invert_videos
 from starflow_jax.sampling.solved import Solved, solved
 from starflow_jax.sampling.solver import chosen_solver, deep_solver, shallow_solver
-from starflow_jax.sampling.windows import context_frames
-from starflow_jax.sharding import fetch
+from starflow_jax.sampling.windows import Latents, context_frames
+from starflow_jax.sharding import fetch, to_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +58,31 @@ def generate_clips(
     """
     given = make_conditions(system, params, captions, seeds, settings, known_BTHWC, draws, cameras=cameras)
     made, reports = zip(*deep_frames(system, params, given, settings))
-    noisy, shallow = invert_all(
-        system.flow, shallow_variables(params), joined(*made),
+    noisy, shallow = invert_videos(
+        system.flow, shallow_variables(params), made,
         solver=shallow_solver(chosen_solver(system, settings)), token_grid=system.token_grid)
     if given.known_BThwC is not None:
-        noisy = joined(given.known_BThwC, noisy)
-    frames = system.decode(denoise(system, params, noisy, given.text, settings.denoise), settings.denoise)
-    clips = Clips(fetch(frames), fetch(noisy), given.text, solved(reports, [shallow]))
+        noisy = np.concatenate([fetch(given.known_BThwC), noisy], axis=1)
+    clean = denoise(system, params, noisy, given.text, settings.denoise)
+    clips = Clips(pixels(system, clean, settings.denoise), noisy, given.text, solved(reports, shallow))
     if not settings.certify:
         return clips
     return dataclasses.replace(clips, certificate_B=certificate(system, params, clips, given))
+
+
+def pixels(system: System, latents: Latents, denoised: str) -> np.ndarray:
+    """uint8 (B, T, H, W, 3) of latents (B, N, h, w, C) that went through a way of denoising: one frame after the other,
+    so that two programs serve any length. With tiles, all of whose caches that would keep, a codec decodes all at once.
+    """
+    codec, settings = to_devices(system.codec_behind(denoised), after=latents), system.config.codec
+    if settings.tile:
+        return fetch(system.decode(on_devices(latents), denoised))
+    whole, cache, parts = fetch(latents), None, []
+    for frame in range(whole.shape[1]):
+        part, cache = decode_next(codec, on_devices(whole[:, frame:frame + 1]), cache, settings.later_frames_scale,
+                                  system.as_released)
+        parts.append(part)
+    return np.concatenate(list(map(fetch, parts)), axis=1)
 
 
 class Live(Protocol):
@@ -119,7 +135,7 @@ def drafting(model: Model, params: Params, settings: Sample) -> generation.Draft
 
 def log_likelihood(system: System, params: Params, clips: Clips) -> np.ndarray:
     """(B,) exact log p of the clips' noised latents given their prompts, in nats."""
-    return -fetch(frame_nll(system, params, jnp.asarray(clips.noisy_BNhwC), clips.text)).sum(axis=1)
+    return -fetch(frame_nll(system, params, clips.noisy_BNhwC, clips.text)).sum(axis=1)
 
 
 def certificate(system: System, params: Params, clips: Clips, given: Conditions) -> np.ndarray:
@@ -144,9 +160,3 @@ def encode_z(flow: STARFlow, params: Params, noisy: jax.Array, text: jax.Array, 
              ) -> jax.Array:
     """z = f(x~), (B, N, S, K), of at most a window."""
     return apply_flow(flow, flow_variables(params), STARFlow.forward, noisy, text, control_of(steering)).z_BTSK
-
-
-@jax.jit
-def joined(*parts_BN: jax.Array) -> jax.Array:
-    """Frames made one step after the other, together."""
-    return jnp.concatenate(parts_BN, axis=1)

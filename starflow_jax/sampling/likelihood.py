@@ -15,18 +15,18 @@ from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.model.parameters import Params, flow_variables
 from starflow_jax.model.system import System, training_source
 from starflow_jax.sampling.conditions import Text, VideoText, steering, text_at
-from starflow_jax.sampling.windows import windowed
+from starflow_jax.sampling.windows import Latents, windowed
 from starflow_jax.sharding import fetch, lay_out
 
 
-def frame_nll(system: System, params: Params, noisy: jax.Array, text: Text) -> jax.Array:
+def frame_nll(system: System, params: Params, noisy: Latents, text: Text) -> Latents:
     """(B, N) exact -log p(x~_n | earlier frames of its window, text) in nats, constants included.
 
     noisy: (B, N, h, w, C) noised latents of any length.
     """
     return windowed(system, noisy, lambda part, window: window_nll(
         system.flow, params, part, text_at(text, window.begin, window.start),
-        steering(params, system.config.model, text, window.start, window.start, part.shape[1])), lookahead=0)
+        steering(params, system.config.model, text, window.start, window.start, part.shape[1])))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -4,17 +4,21 @@ Local shallow blocks see one frame, so that frames may be inverted in any compan
 frames of a large video at once is more than the deep block's cache.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from starflow_jax.config import Model
 from starflow_jax.flow import decode
 from starflow_jax.flow.inversion import Report, Solver
 from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.sampling.sizes import frames_together
+from starflow_jax.sharding import fetch
 
 TOKENS = 6144  # of all videos together, at once; but at least a frame of each
 
@@ -26,6 +30,34 @@ def frames_at_once(model: Model, videos: int, frames: int) -> int:
     if not model.local_shallow:
         return frames
     return min(frames, max(1, TOKENS // (videos * model.tokens_per_frame)))
+
+
+def filled_at_once(model: Model, videos: int, frames: int) -> int:
+    """The same of whole videos of so many frames, whose parts are filled up: at most a window."""
+    return frames_at_once(model, videos, frames_together(model, frames) if model.local_shallow else frames)
+
+
+def invert_videos(flow: STARFlow, variables: Any, made: Sequence[jax.Array], *, solver: Solver,
+                  token_grid: tuple[int, int]) -> tuple[np.ndarray, list[tuple[Report, ...]]]:
+    """The same of whole videos, of whose u the deep block has made some frames after the other, (B, G, S, K) each: the
+    latents in the host's memory, and the reports of each part. One program serves any number of frames: the last part
+    is filled up with its last frame."""
+    frames = [part if part.shape[1] == 1 else part_of(part, index, 1)
+              for part in made for index in range(part.shape[1])]
+    at_once = filled_at_once(flow.config, len(made[0]), len(frames))
+    parts = []
+    for begin in range(0, len(frames), at_once):
+        part = frames[begin:begin + at_once]
+        u_BTSK = joined(*part, *part[-1:] * (at_once - len(part)))
+        parts.append(decode.invert_shallow(flow, variables, u_BTSK, solver=solver, token_grid=token_grid))
+    latents, reports = zip(*parts)
+    return np.concatenate(list(map(fetch, latents)), axis=1)[:, :len(frames)], list(reports)
+
+
+@jax.jit
+def joined(*parts_BN: jax.Array) -> jax.Array:
+    """Frames made one step after the other, together."""
+    return jnp.concatenate(parts_BN, axis=1)
 
 
 def invert_all(flow: STARFlow, variables: Any, u_BTSK: jax.Array, *, solver: Solver, token_grid: tuple[int, int]

@@ -234,12 +234,12 @@ class Finisher:
         text: jax.Array = _on(self._device, given.text_at(window.begin, window.start))
         if model.denoiser == "first_layer" and not self._system.as_released:
             return self._by_frames(frame, text)
-        noisy = self._noisy[:, :window.stop - window.start]
+        noisy = self._noisy
         if self._system.as_released and window.begin > window.start:
             seen = self._clean[window.start - frame:][:window.begin - window.start]
             noisy = jnp.concatenate([*seen, noisy[:, window.begin - window.start:]], axis=1)
         clean = denoise_window(self._system, self._params, noisy, window.begin, text, self._settings.denoise,
-                               window.start)
+                               window.start, window.stop - window.start)
         return frame_of(clean, at)
 
     def _by_frames(self, frame: int, text: jax.Array) -> jax.Array:

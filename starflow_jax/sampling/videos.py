@@ -18,7 +18,15 @@ from starflow_jax.io.video import growing_mp4
 from starflow_jax.model.codec import frame_size
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.system import System
-from starflow_jax.sampling.batches import Made, for_each, in_batches, make_batch, most_likely
+from starflow_jax.sampling.batches import (
+    Made,
+    filled,
+    for_each,
+    in_batches,
+    log_likelihoods,
+    make_batch,
+    most_likely,
+)
 from starflow_jax.sampling.files import (
     Files,
     Row,
@@ -31,10 +39,10 @@ from starflow_jax.sampling.files import (
     video_row,
     write_video,
 )
-from starflow_jax.sampling.generate import log_likelihood
 from starflow_jax.sampling.identity import Recipe, facts_of
 from starflow_jax.sampling.origin import Origin
 from starflow_jax.sampling.requests import Request, rewritten, unknown_word_lines
+from starflow_jax.sampling.sizes import videos_together
 from starflow_jax.sampling.solved import solved
 from starflow_jax.sampling.stream import stream_clips
 from starflow_jax.sampling.timeline import Timeline, draw_timeline
@@ -60,6 +68,7 @@ class Videos:
         self.rows: list[Row] = []
         self.failed: list[tuple[Request, Exception]] = []
         self.cut_short: list[tuple[Path, int]] = []  # streams that were interrupted, and their frames until then
+        self._together = 1  # how many videos are made together, whatever is left to make
 
     @property
     def headers(self) -> tuple[str, ...]:
@@ -69,6 +78,7 @@ class Videos:
     def make(self, requests: Sequence[Request]) -> None:
         """Those that are not there yet. Raises UserError where nothing could be made, all for one reason."""
         config = self.system.config
+        self._together = videos_together(len(requests), config.sample.batch_size)
         todo = self._without_those_made_before(requests)
         todo = rewritten(config, todo, lambda request, error: self.failed.append((request, error)), self.together)
         for line in unknown_word_lines(config, todo):
@@ -114,34 +124,35 @@ class Videos:
         """Whole clips, written batch by batch, or once the most likely of each prompt are known."""
         config = self.system.config
         made: list[Made] = []
-        log_likelihoods: list[float] = []
+        likelihoods: list[float] = []
         with ProgressBar("samples", len(requests), unit="video", compiles=True) as progress:
-            for batch in in_batches(requests, config.sample.batch_size):
-                for part in self._batches_that_work(batch):
-                    of_batch = log_likelihood(self.system, self.params, part[0].clips).tolist()
+            for batch in in_batches(requests, self._together):
+                for part in self._batches_that_work(batch, self._together):
+                    of_batch = log_likelihoods(self.system, self.params, part)
                     part, of_batch = self._finite(part, of_batch)
                     if config.sample.keep:
-                        made, log_likelihoods = [*made, *part], [*log_likelihoods, *of_batch]
+                        made, likelihoods = [*made, *part], [*likelihoods, *of_batch]
                     else:
                         self._write(part, of_batch)
                 progress.update(len(batch))
-        kept = most_likely(made, log_likelihoods, config.sample.keep)
-        self._write([made[index] for index in kept], [log_likelihoods[index] for index in kept])
+        kept = most_likely(made, likelihoods, config.sample.keep)
+        self._write([made[index] for index in kept], [likelihoods[index] for index in kept])
 
-    def _batches_that_work(self, batch: Sequence[Request]) -> list[list[Made]]:
-        """The batch; where it fails, each of its videos alone, but for those that fail alone too."""
+    def _batches_that_work(self, batch: Sequence[Request], size: int) -> list[list[Made]]:
+        """The batch, filled up to `size`; where it fails, each of its videos alone, but for those that fail alone too.
+        """
         try:
-            return [make_batch(self.system, self.params, batch, self.known_THWC)]
+            return [make_batch(self.system, self.params, batch, size, self.known_THWC)]
         except FAILURES as error:
-            if len(batch) > 1:
-                return [part for request in batch for part in self._batches_that_work([request])]
+            if size > 1:
+                return [part for request in batch for part in self._batches_that_work([request], 1)]
             self.failed.append((batch[0], error))
             return []
 
-    def _finite(self, made: Sequence[Made], log_likelihoods: Sequence[float]) -> tuple[list[Made], list[float]]:
+    def _finite(self, made: Sequence[Made], likelihoods: Sequence[float]) -> tuple[list[Made], list[float]]:
         """Those that are finite; the others have failed."""
         kept: list[tuple[Made, float]] = []
-        for video, likelihood in zip(made, log_likelihoods):
+        for video, likelihood in zip(made, likelihoods):
             try:
                 video.check()
                 kept.append((video, likelihood))
@@ -149,11 +160,11 @@ class Videos:
                 self.failed.append((video.request, error))
         return [video for video, _ in kept], [likelihood for _, likelihood in kept]
 
-    def _write(self, made: Sequence[Made], log_likelihoods: Sequence[float]) -> None:
+    def _write(self, made: Sequence[Made], likelihoods: Sequence[float]) -> None:
         if self.writes:
             with self._writing():
                 self.rows += [write_video(self._files(video.request), self.recipe, self.origin, video, likelihood)
-                              for video, likelihood in zip(made, log_likelihoods)]
+                              for video, likelihood in zip(made, likelihoods)]
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -164,7 +175,7 @@ class Videos:
 
     def _stream_all(self, requests: Sequence[Request]) -> None:
         """Each batch's videos grow on disk while they are made; a timeline of the pipeline is drawn beside them."""
-        for batch in in_batches(requests, self.system.config.sample.batch_size):
+        for batch in in_batches(requests, self._together):
             try:
                 self._stream_batch(batch)
             except FAILURES as error:
@@ -175,7 +186,8 @@ class Videos:
         scale = shown_scale(frame_size(system.config)[0])
         files = [self._files(request) for request in batch] if self.writes else []
         timeline, began, first, frames = Timeline(), time.perf_counter(), 0.0, 0
-        prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
+        whole = filled(batch, self._together)
+        prompts, seeds = [request.prompt for request in whole], [request.seed for request in whole]
         with self._writing(), contextlib.ExitStack() as opened, ProgressBar(
                 "stream", settings.frames or system.pixel_frames, unit="frame", compiles=True) as progress:
             opened.callback(timeline.close)
@@ -185,7 +197,7 @@ class Videos:
                        for one in files]
             try:
                 for part_BTHWC in stream_clips(system, self.params, prompts, seeds, settings,
-                                               for_each(self.known_THWC, len(batch)), timeline):
+                                               for_each(self.known_THWC, len(whole)), timeline):
                     first = first or time.perf_counter() - began
                     frames += part_BTHWC.shape[1]
                     for writer, part_THWC in zip(writers, part_BTHWC):

@@ -5,9 +5,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from starflow_jax.config import Config, Model, Sample, UserError
 from starflow_jax.model.system import System
+from starflow_jax.sampling.sizes import frames_together
+from starflow_jax.sharding import fetch
+
+Latents = jax.Array | np.ndarray
 
 
 class Window(NamedTuple):
@@ -40,14 +45,24 @@ def windows(total: int, size: int, context: int) -> Iterator[Window]:
         done = stop
 
 
-def windowed(
-    system: System, noisy: jax.Array, run: Callable[[jax.Array, Window], jax.Array], lookahead: int | None = None
-) -> jax.Array:
-    """run(a window's frames, the window) over noised latents (B, N, ...) of any length, joined along N."""
-    ahead = system.config.model.denoiser_lookahead if lookahead is None else lookahead
-    spans = output_windows(system.config, noisy.shape[1], ahead)
-    return jnp.concatenate([run(noisy[:, span.start:span.stop], span)[:, span.begin - span.start:span.end - span.start]
-                            for span in spans], axis=1)
+def windowed(system: System, noisy: Latents, run: Callable[[jax.Array, Window], jax.Array]) -> Latents:
+    """run(a window's frames, the window) over noised latents (B, N, ...) of any length, joined along N. Windows are
+    filled up with zeros to one length, which run must be causal for."""
+    model, total = system.config.model, noisy.shape[1]
+    if total == frames_together(model, total):
+        return run(jnp.asarray(noisy), Window(0, total, 0, total))
+    whole, spans = fetch(noisy), list(output_windows(system.config, total, ahead=0))
+    # Cut in the host's memory: on the device each length would be a program.
+    windows = [filled_up(whole[:, span.start:span.stop], model) for span in spans]
+    parts = [run(jnp.asarray(window), span) for window, span in zip(windows, spans)]
+    return np.concatenate([fetch(part)[:, span.begin - span.start:span.end - span.start]
+                           for part, span in zip(parts, spans)], axis=1)
+
+
+def filled_up(frames_BN: np.ndarray, model: Model) -> np.ndarray:
+    """A window's frames with zeros behind them, as many as `frames_together` says."""
+    missing = frames_together(model, frames_BN.shape[1]) - frames_BN.shape[1]
+    return np.pad(frames_BN, ((0, 0), (0, missing), *((0, 0),) * (frames_BN.ndim - 2))) if missing else frames_BN
 
 
 def denoising_windows(config: Config, total: int) -> Iterator[Window]:
