@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import ColorRange, Colorspace
 
 from starflow_jax.io.video import write_mp4
 
@@ -41,6 +42,12 @@ def textured(frames, height, width):
     blocks = random.integers(0, 255, (height // 8 + 1, width // 8 + 1, 3)).repeat(8, 0).repeat(8, 1)[:height, :width]
     slid = np.stack([np.roll(blocks, (step, 2 * step), (0, 1)) for step in range(frames)])
     return (slid + random.integers(-3, 4, slid.shape)).clip(0, 255).astype(np.uint8)
+
+
+def frames_of(frames_THWC, pixels="yuv420p"):
+    """Frames as data/raw/planes.py has them, of RGB, by BT.601."""
+    return [av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
+        format=pixels, dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.MPEG) for frame in frames_THWC]
 
 
 def write_at(path, frames_THWC, times, rate=1000):

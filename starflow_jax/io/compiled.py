@@ -37,9 +37,9 @@ def count_programs() -> Callable[[], int]:
     """How many programs this process has compiled, or read from the disk, since now."""
     found: list[float] = []
 
-    def note(event: str, seconds: float, **_: object) -> None:
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            found.append(seconds)
+            found.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(note)
     return lambda: len(found)

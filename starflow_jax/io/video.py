@@ -54,30 +54,38 @@ def mp4_bytes(frames_THWC: np.ndarray, fps: float, scale: int = 1) -> bytes:
 
 
 class Mp4Writer:
-    """An H.264 MP4 that frames are written to as they come; `container` and `codec` are ffmpeg's options."""
+    """An H.264 MP4 that frames are written to as they come; `container` and `codec` are ffmpeg's options.
+
+    pixels, colorspace: ffmpeg's format of what is written, and by which matrix RGB becomes that.
+    """
 
     def __init__(self, path: str | os.PathLike[str] | BinaryIO, fps: float, scale: int, container: dict[str, str],
-                 codec: dict[str, str], pixels: str = "yuv420p") -> None:
-        self._scale, self._codec, self._pixels = scale, codec, pixels
+                 codec: dict[str, str], pixels: str = "yuv420p", colorspace: int = Colorspace.ITU709) -> None:
+        self._scale, self._codec, self._pixels, self._colorspace = scale, codec, pixels, colorspace
         self._rate = Fraction(fps).limit_denominator(60060)
         file = os.fspath(path) if isinstance(path, str | os.PathLike) else path
         self._container = av.open(file, "w", format="mp4", options=container)
         self._stream: av.VideoStream | None = None
+        self._written = 0
 
     def write(self, frames_THWC: np.ndarray) -> None:
         """Append frames (T, H, W, 3) uint8, all of one size."""
         check_frames(frames_THWC)
         height, width = (self._scale * size for size in frames_THWC.shape[1:3])
-        if self._stream is None:
-            self._stream = self._open_stream(height + height % 2, width + width % 2)
         for index in range(len(frames_THWC)):  # one by one: enlarged, a whole video may be a hundred times as large
             frame_HWC, = enlarge(frames_THWC[index:index + 1], self._scale)
             frame_HWC = np.pad(frame_HWC, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
-            frame = frame.reformat(
-                format=self._pixels, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-            )
-            self._take(self._stream.encode(frame))
+            self.add(frame.reformat(
+                format=self._pixels, dst_colorspace=self._colorspace, dst_color_range=ColorRange.MPEG))
+
+    def add(self, frame: av.VideoFrame) -> None:
+        """Append a frame of the format and by the matrix that are written, all of one even size."""
+        if self._stream is None:
+            self._stream = self._open_stream(frame.height, frame.width)
+        frame.pts, frame.time_base = self._written, 1 / self._rate  # whenever it was shown in its source
+        self._written += 1
+        self._take(self._stream.encode(frame))
 
     def close(self) -> None:
         if self._stream is not None:
@@ -91,11 +99,12 @@ class Mp4Writer:
         stream = self._container.add_stream("libx264", rate=self._rate)
         stream.height, stream.width, stream.pix_fmt = height, width, self._pixels
         stream.options = {"x264-params": X264_PARAMS, **self._codec}
-        # Tagged and converted as BT.709: untagged files are shown as BT.601 or BT.709 as the player likes.
+        # Tagged, by default as BT.709: untagged files are shown as BT.601 or BT.709 as the player likes.
         context = stream.codec_context
-        context.colorspace = Colorspace.ITU709
-        context.color_primaries = ColorPrimaries.BT709
-        context.color_trc = ColorTrc.BT709
+        context.colorspace = self._colorspace
+        if self._colorspace == Colorspace.ITU709:
+            context.color_primaries = ColorPrimaries.BT709
+            context.color_trc = ColorTrc.BT709
         context.color_range = ColorRange.MPEG
         return stream
 

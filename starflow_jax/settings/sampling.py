@@ -95,7 +95,8 @@ class Sample(Settings):
                             "dropped before the flow is read; denoiser and codec lie in the host's memory until the "
                             "flow is done, and the Wan VAE works on tiles; in a stream they and the deep block take "
                             "turns on the device, frame by frame")
-    batch_size: int = setting(32, "videos made together", positive(10_000))
+    batch_size: int = setting(32, "videos made together; fewer are filled up to the next power of two",
+                              positive(10_000))
     stream: bool = setting(False, "write each video while it is being made")
     devices: int = setting(1, "of a stream; with 2 or more the deep block is on the first, the rest on the second",
                            positive(10_000))

@@ -18,7 +18,7 @@ from starflow_jax.modes import benchmark
 
 def test_decoding_is_timed_beside_bare_decoding(monkeypatch):
     """Each step does its work on the one before it; the table is of the seconds that are measured, here made up."""
-    results, seconds = [], (0.5, 2.0, 4.0, 0.25)
+    results, seconds = [], (0.5, 2.0, 4.0, 8.0, 0.25)
 
     def once(_, cases, rounds, clock):
         assert rounds > 1 and clock is time.process_time  # per core, whatever else the machine does
@@ -27,13 +27,18 @@ def test_decoding_is_timed_beside_bare_decoding(monkeypatch):
 
     monkeypatch.setattr(benchmark_data, "median_seconds", once)
     rows = benchmark_data.decoding(size=(64, 96), bucket=Bucket(32, 48, "3:2"), frames=9)
-    assert [row["clips per second and core"] for row in rows] == [2, 0.5, 0.25, 4]
-    assert [row["times PyAV alone"] for row in rows] == [1, 4, 8, 0.5]
-    assert [row["step"].split(":")[0] for row in rows] == ["PyAV alone", "cut", "prepare", "read back"]
-    _, clip, encoded, read_back = results
+    assert [row["clips per second and core"] for row in rows] == [2, 0.5, 0.25, 0.125, 4]
+    assert [row["times PyAV alone"] for row in rows] == [1, 4, 8, 16, 0.5]
+    assert [row["step"].split(":")[0] for row in rows] == [
+        "PyAV alone", "cut", "prepare", "by way of RGB, 4", "read back"]
+    _, clip, encoded, by_rgb, read_back = results
     assert clip.frames_THWC.shape == read_back.shape == (9, 32, 48, 3)
     np.testing.assert_array_equal(decode(encoded), read_back)
     assert np.abs(read_back.astype(int) - clip.frames_THWC).mean() < 4
+    kept = [(row["MB"], row["PSNR, dB"]) for row in rows if row["MB"]]
+    assert [megabytes * 1e6 for megabytes, _ in kept] == [len(encoded), len(by_rgb)]
+    error = ((read_back.astype(float) - clip.frames_THWC) ** 2).mean()
+    assert kept[0][1] == pytest.approx(10 * np.log10(255**2 / error))
 
 
 def test_reading_goes_through_the_training_pipeline():

@@ -279,6 +279,24 @@ def test_damaged_notes_of_a_run_are_one_line(inputs, tmp_path, monkeypatch, name
         prepare_clips(settings)
 
 
+def test_what_another_version_began_is_not_gone_on_with(inputs, whole, tmp_path, monkeypatch):
+    """Its clips have other bytes. What it finished stays as it is."""
+    settings = job(inputs, tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(building.tasks, "run", lambda *_, **__: (_ for _ in ()).throw(Stop))
+        patched.setattr("starflow_jax.data.raw.job.VERSION", 1)
+        with pytest.raises(Stop):
+            prepare_clips(settings)
+    with pytest.raises(UserError, match="out: was begun by another version of this program"):
+        prepare_clips(settings)
+    shutil.copytree(whole, tmp_path / "older")
+    path = tmp_path / "older" / "prepared.json"
+    held = json.loads(path.read_text())
+    assert held["job"].pop("version") == 2
+    path.write_text(json.dumps(held))
+    assert prepare_clips(job(inputs, tmp_path / "older"))["clips"] == 19
+
+
 def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(inputs, whole):
     before = tree(whole)
     assert prepare_clips(job(inputs, whole), processes=1)["clips"] == 19
@@ -299,7 +317,7 @@ def test_a_folder_is_known_again_by_the_settings_that_made_it():
                    "min_motion": 0.01, "cut_threshold": 0.0, "crf": 10},
         "validation_share": 0.3, "test_share": 0.2, "clips_per_shard": 4}
     now = changed(JOB, input="in", folder="anywhere", latents=True, processes=3).described()
-    assert now.items() <= by_setting(described).items()
+    assert (now | {"version": 1}).items() <= by_setting(described).items()
     assert by_setting(now) == now and "anywhere" not in str(now) and "processes" not in now
 
 

@@ -44,8 +44,8 @@ def test_sampling_is_planned_program_by_program(tmp_path) -> None:
     row = json.loads((tmp_path / "plan.json").read_text())
     assert row["fits"] and row["mesh"]["fsdp"] == 4 and [part["program"] for part in row["memory"]] == [
         "text encoder", "text by branches", "noise of a step", "deep block, the text", "deep block, a step",
-        "frames together", "shallow blocks, all frames", "denoiser, a window", "codec, all frames",
-        "likelihood, a window"]
+        *(f"{config.model.frames} frames together", f"shallow blocks, {config.model.frames} frames"),
+        "denoiser, a window", "codec, the first frame", "codec, a frame", "likelihood, a window"]
 
 
 def test_what_the_compiler_refuses_is_a_plan_that_does_not_fit(tmp_path, capsys) -> None:

@@ -128,10 +128,10 @@ def test_what_another_run_made_under_a_given_name_is_replaced_only_when_asked(
 def test_a_batch_that_fails_is_made_one_by_one(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_batch = videos.make_batch
 
-    def failing(system, params, batch, known):
+    def failing(system, params, batch, size, known):
         if any("seven" in request.prompt for request in batch):
             raise UserError("no sevens today")
-        return make_batch(system, params, batch, known)
+        return make_batch(system, params, batch, size, known)
 
     monkeypatch.setattr(videos, "make_batch", failing)
     code, out, error = run_here(asked(model, tmp_path, "--config.sample.batch_size=2"))

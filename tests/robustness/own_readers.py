@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 
 from starflow_jax.config import UserError, from_dict
+from tests.prepared_input import frames_of
 from tests.robustness.foreign_readers import FPS, all_of, frames, package_config
 from tests.robustness.trial import Reader
 
@@ -172,7 +173,7 @@ def _examples() -> Iterator[dict[str, Any]]:
     from starflow_jax.data.raw.job import Bucket
 
     for index in range(3):
-        media = encode(Clip(frames(5)[:, :, :48], Bucket(32, 48, "3:2"), FPS, 0.0), crf=20)
+        media = encode(Clip(frames_of(frames(5)[:, :, :48]), Bucket(32, 48, "3:2"), FPS, 0.0), crf=20)
         yield {"media": media, "caption_long": f"a long caption {index}", "caption_short": "short", "key": f"{index}",
                "fps": FPS, "start": 0.5}
 

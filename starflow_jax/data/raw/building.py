@@ -26,7 +26,7 @@ from etils import epath
 from starflow_jax.config import UserError
 from starflow_jax.data.raw import clips, shards, tasks
 from starflow_jax.data.raw.items import Rejected
-from starflow_jax.data.raw.job import Job, by_setting
+from starflow_jax.data.raw.job import VERSION, Job, by_setting
 from starflow_jax.data.raw.sources import Unit, list_units, read_unit
 from starflow_jax.io.files import ARRIVING, atomic_path, parse_json, read_json, write_text
 
@@ -141,7 +141,7 @@ class _Writers(dict[str, shards.RecordWriter]):
 
 
 def bucket_name(clip: clips.Clip) -> str:
-    return f"{clip.bucket.name}_{len(clip.frames_THWC)}f"
+    return f"{clip.bucket.name}_{len(clip.frames)}f"
 
 
 def split_of(job: Job, key: str) -> str:
@@ -210,7 +210,11 @@ def _open_parts(job: Job) -> list[Unit]:
     """The units, listed once: a run that resumes must not see what was added to the input since."""
     parts = job.path / _PARTS
     if (parts / _JOB).exists():
-        _check_same(job, _noted(job, parts / _JOB))
+        begun = _noted(job, parts / _JOB)
+        _check_same(job, begun)
+        if by_setting(begun)["version"] != VERSION:
+            raise UserError(f"{job.folder}: was begun by another version of this program, whose clips have other "
+                            "bytes; end it with that one, or give another prepare.output")
         for leftover in [*job.path.glob(f"{ARRIVING}*"), *parts.glob(f"{ARRIVING}*"),
                          *job.path.glob(f"{shards.CLIPS}/*/*/{ARRIVING}*"),
                          *job.path.glob(f"{shards.CAMERAS}/*/*/{ARRIVING}*")]:
@@ -237,7 +241,7 @@ def _noted(job: Job, path: epath.Path, lines: bool = False) -> Any:
 def _check_same(job: Job, begun: dict[str, Any]) -> None:
     before = by_setting(begun)
     for name, value in job.described().items():
-        if before.get(name) != value:
+        if name != "version" and before.get(name) != value:
             raise UserError(f"{job.folder}: was begun with prepare.{name} {before.get(name)}, not {value}; "
                             "give the same settings to resume, or another prepare.output")
 

@@ -4,8 +4,7 @@ A video is read once, front to back. Frames are taken at a fixed rate (or as the
 the bucket nearest in shape, and gathered into clips without overlap; a change of scene, or a gap in the
 timestamps, begins a new clip. Clips are kept as H.264 of the bucket's size: reading one for training then
 decodes just its own few frames; of the source file it would have to be decoded at full size, from the key frame
-before it, in every epoch. Little is lost: colours are kept at full resolution (4:4:4). Pictures are
-kept as JPEG.
+before it, in every epoch. Their colours are sampled as those of the source are (planes.py). Pictures are kept as JPEG.
 """
 
 import collections
@@ -13,47 +12,52 @@ import dataclasses
 import io
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 import av
 import numpy as np
 from av.codec.context import Flags
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Colorspace
 from etils import epath
 from PIL import Image, ImageOps
 
 from starflow_jax.data.raw.items import Item, Rejected, Unusable
 from starflow_jax.data.raw.job import Bucket, Job
+from starflow_jax.data.raw.planes import Fitter, thumbnail, to_rgb
 from starflow_jax.data.raw.poses import Poses
 from starflow_jax.data.raw.shards import damaged
 from starflow_jax.io.cameras import Cameras
 from starflow_jax.io.pictures import NotAPicture, open_picture
-from starflow_jax.io.video import Mp4Writer, NotAVideo, open_video, tag_colours, to_rgb
+from starflow_jax.io.video import Mp4Writer, NotAVideo, open_video
 
 MAX_GAP = 0.5  # seconds without a frame: what follows is another shot
 SLOWEST = 0.9  # a source of less than this share of the wanted rate would stutter
 FASTEST = 240  # frames per second that are believed, where the source's own rate is kept
-THUMBNAIL = 36  # rows, about, of the pictures that darkness, movement and cuts are judged by
 CUT_RATIO = 1.4  # times the largest change of the frames before: a cut, and not movement that grows faster
 CUT_MEMORY = 8  # frames
 JPEG_QUALITY = 95
-# Without accurate rounding, greys that are made ten times smaller get a tint; without bitexact, some sizes come out
-# different on CPUs of other kinds.
-SCALER = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
-# "fast" would take twice the time for 1 dB; x264's result depends on its number of threads.
-X264 = {"preset": "veryfast", "threads": "1"}
+MATRICES = (1, 4, 5, 6, 7, 9)  # the tags of how RGB became these colours; without one of these it was by BT.601
+# "veryfast" would take three times as long for the same error and half the bytes; without any search between pixels a
+# third more bytes. x264's result depends on its number of threads.
+X264 = {"preset": "ultrafast", "subq": "1", "threads": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """uint8 frames (T, H, W, 3), T = 1 and fps = 0 of a picture; `start` in seconds of the source."""
+    """T frames as planes.py has them, or a picture, uint8 (1, H, W, 3), whose fps is 0; `start` is in seconds of the
+    source."""
 
-    frames_THWC: np.ndarray
+    frames: Sequence[av.VideoFrame] | np.ndarray
     bucket: Bucket
     fps: int
     start: float
     camera: Cameras | None = None  # of each frame
+
+    @property
+    def frames_THWC(self) -> np.ndarray:
+        """uint8 RGB."""
+        return self.frames if isinstance(self.frames, np.ndarray) else to_rgb(self.frames)
 
 
 class _Damaged(Exception):
@@ -185,6 +189,7 @@ class _Cutter:
         self.time, self.frames, self.clips, self.made = 0.0, 0, 0, 0  # clips: judged; made: of these, good
         self._size: tuple[int, int] | None = None
         self._bucket: Bucket | None = None
+        self._fitter: Fitter | None = None
         self._begin_shot()
 
     def _begin_shot(self) -> None:
@@ -193,7 +198,7 @@ class _Cutter:
         self._begin_clip()
 
     def _begin_clip(self) -> None:
-        self._pictures: list[np.ndarray] = []
+        self._pictures: list[av.VideoFrame] = []
         self._changes: list[float] = []  # from frame to frame of the clip under way
         self._brightness: list[float] = []
         self._times: list[float] = []
@@ -207,7 +212,7 @@ class _Cutter:
             return
         self.frames += 1
         picture = self._fit(frame)
-        seen = _thumbnail(picture)
+        seen = thumbnail(picture)
         if self._seen is not None:
             change = float(np.abs(seen - self._seen).mean())
             if self._is_cut(change):
@@ -238,7 +243,7 @@ class _Cutter:
 
     def _finish(self) -> Clip | Rejected:
         assert self._bucket is not None
-        pictures, changes, times = np.stack(self._pictures), self._changes, self._times
+        pictures, changes, times = self._pictures, self._changes, self._times
         own_times = self._own_times
         brightness = sum(self._brightness) / len(self._brightness)
         self._begin_clip()
@@ -260,8 +265,8 @@ class _Cutter:
         self.made += 1
         return Clip(pictures, self._bucket, self._fps, times[0], camera)
 
-    def _fit(self, frame: av.VideoFrame) -> np.ndarray:
-        """RGB (H, W, 3) of the bucket's size: turned upright, resized to cover it, its middle."""
+    def _fit(self, frame: av.VideoFrame) -> av.VideoFrame:
+        """Of the bucket's size, into which the first frame puts all."""
         if self._size is None:
             self._size = (frame.width, frame.height)
             height, width = float(frame.height), frame.width * self._pixel_aspect
@@ -270,43 +275,24 @@ class _Cutter:
             self._shown = height, width
             self._bucket = nearest_bucket(self._job.buckets, height, width)
             _check_size(self._bucket, height, width, self._job)
+            self._fitter = Fitter(self._bucket.height, self._bucket.width, self._pixel_aspect)
         if (frame.width, frame.height) != self._size:
             raise Unusable("frames change size")
-        assert self._bucket is not None
-        return fit_frame(frame, self._bucket.height, self._bucket.width, self._pixel_aspect)
-
-
-def fit_frame(frame: av.VideoFrame, height: int, width: int, pixel_aspect: float = 1.0) -> np.ndarray:
-    """A decoded frame as uint8 (height, width, 3) RGB: upright, resized to cover that size, its middle.
-
-    pixel_aspect: width by height of the source's pixels as shown.
-    """
-    turns = round(frame.rotation / 90) % 4  # counterclockwise
-    shown_height, shown_width = float(frame.height), frame.width * pixel_aspect
-    rows, columns = (width, height) if turns % 2 else (height, width)
-    scale = max(rows / shown_height, columns / shown_width)
-    covered = max(rows, round(shown_height * scale)), max(columns, round(shown_width * scale))
-    tag_colours(frame)
-    # In one step with the conversion to RGB, ffmpeg's scaler would come out two levels too dark.
-    resized = frame.reformat(covered[1], covered[0], "yuv444p", interpolation=SCALER, threads=1)
-    picture = to_rgb(resized, threads=1)
-    top, left = (covered[0] - rows) // 2, (covered[1] - columns) // 2
-    return np.ascontiguousarray(np.rot90(picture[top:top + rows, left:left + columns], turns))
-
-
-def _thumbnail(picture_HWC: np.ndarray) -> np.ndarray:
-    """Means of square blocks, so that neither a sensor's noise nor fine detail looks like movement."""
-    return np.asarray(Image.fromarray(picture_HWC).reduce(max(1, picture_HWC.shape[0] // THUMBNAIL)), np.int16)
+        assert self._fitter is not None
+        return self._fitter(frame)
 
 
 def encode(clip: Clip, crf: int) -> bytes:
     """The clip as a file: MP4 of H.264, or JPEG of a picture. The same bytes for the same clip."""
     file = io.BytesIO()
-    if len(clip.frames_THWC) == 1:
-        Image.fromarray(clip.frames_THWC[0]).save(file, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
+    if isinstance(clip.frames, np.ndarray):
+        Image.fromarray(clip.frames[0]).save(file, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
         return file.getvalue()
-    writer = Mp4Writer(file, clip.fps, 1, {"fflags": "+bitexact"}, {"crf": str(crf), **X264}, "yuv444p")
-    writer.write(clip.frames_THWC)
+    first = clip.frames[0]
+    tagged = first.colorspace if first.colorspace in MATRICES else Colorspace.ITU601
+    writer = Mp4Writer(file, clip.fps, 1, {"fflags": "+bitexact"}, {"crf": str(crf), **X264}, first.format.name, tagged)
+    for frame in clip.frames:
+        writer.add(frame)
     writer.close()
     return file.getvalue()
 
@@ -326,4 +312,4 @@ def _decoded(media: bytes) -> np.ndarray:
     with open_video(io.BytesIO(media)) as container:
         stream = container.streams.video[0]
         stream.thread_count = 1  # there are several readers
-        return np.stack([to_rgb(frame, threads=1) for frame in container.decode(stream)])
+        return to_rgb(container.decode(stream))

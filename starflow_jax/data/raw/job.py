@@ -11,6 +11,7 @@ from starflow_jax.config import Prepare
 # Settings that the clips don't depend on, and those of which `buckets` and `frames` are what was made.
 ELSEWHERE = ("output", "processes", "beam", "latents", "text_features", "batch_size")
 LATER = ("max_text_mb", "max_file_mb", "max_unpacking", "max_megapixels", "camera")  # not in older data sets
+VERSION = 2  # of the clips' bytes: those of one data set are all of the same; 1 was RGB at every step, kept as 4:4:4
 RESOLVED = ("resolution", "aspect_ratios", "frames")
 
 
@@ -46,12 +47,13 @@ class Job:
                     if name not in (*ELSEWHERE, *RESOLVED)}
         captions = {"long_captions": self.settings.long_names, "short_captions": self.settings.short_names}
         buckets = [dataclasses.asdict(bucket) for bucket in self.buckets]
-        return json.loads(json.dumps({**settings, **captions, "buckets": buckets, "frames": self.frames}))
+        return json.loads(json.dumps({**settings, **captions, "buckets": buckets, "frames": self.frames,
+                                      "version": VERSION}))
 
 
 def by_setting(described: dict[str, Any]) -> dict[str, Any]:
     """What `Job.described` gave, also as older data sets hold it: with some fields nested, and some missing."""
-    later = {field.name: field.default for field in dataclasses.fields(Prepare) if field.name in LATER}
+    later = {field.name: field.default for field in dataclasses.fields(Prepare) if field.name in LATER} | {"version": 1}
     if "recipe" not in described:
         return {**later, **described}
     old = {**later, **described, **described["recipe"]}
