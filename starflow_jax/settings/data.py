@@ -93,7 +93,7 @@ class Prepare(Settings):
                                 at_least(0, most=255))
     cut_threshold: float = setting(25.0, "the same: a cut is above it, and far above the frames before; 0: no cuts",
                                    at_least(0, "none", most=255))
-    crf: int = setting(10, "H.264's quality", Allowed("0 (lossless) to 51", lambda value: 0 <= value <= 51))
+    crf: int = setting(13, "H.264's quality", Allowed("0 (lossless) to 51", lambda value: 0 <= value <= 51))
     max_text_mb: int = setting(16, "megabytes of a caption, or of the .json beside a video; larger ones are left out",
                                positive(1_000))
     max_file_mb: int = setting(4_000, "megabytes of a video or picture in a tar, which is held in memory; larger "

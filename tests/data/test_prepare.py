@@ -302,7 +302,7 @@ def test_a_finished_folder_is_left_alone_and_other_settings_are_refused(inputs, 
     assert prepare_clips(job(inputs, whole), processes=1)["clips"] == 19
     with pytest.raises(UserError, match="was begun with prepare.clips_per_shard 4, not 5"):
         prepare_clips(job(inputs, whole, clips_per_shard=5))
-    with pytest.raises(UserError, match="was begun with prepare.crf 10, not 11"):
+    with pytest.raises(UserError, match="was begun with prepare.crf 13, not 11"):
         prepare_clips(job(inputs, whole, crf=11))
     assert tree(whole) == before
 
@@ -316,7 +316,7 @@ def test_a_folder_is_known_again_by_the_settings_that_made_it():
                    "frames": 5, "fps": 0, "clips_per_video": 0, "max_upscale": 1.0, "min_brightness": 5.0,
                    "min_motion": 0.01, "cut_threshold": 0.0, "crf": 10},
         "validation_share": 0.3, "test_share": 0.2, "clips_per_shard": 4}
-    now = changed(JOB, input="in", folder="anywhere", latents=True, processes=3).described()
+    now = changed(JOB, input="in", folder="anywhere", latents=True, processes=3, crf=10).described()
     assert (now | {"version": 1}).items() <= by_setting(described).items()
     assert by_setting(now) == now and "anywhere" not in str(now) and "processes" not in now
 

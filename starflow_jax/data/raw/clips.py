@@ -38,8 +38,8 @@ CUT_RATIO = 1.4  # times the largest change of the frames before: a cut, and not
 CUT_MEMORY = 8  # frames
 JPEG_QUALITY = 95
 MATRICES = (1, 4, 5, 6, 7, 9)  # the tags of how RGB became these colours; without one of these it was by BT.601
-# "veryfast" would take three times as long for the same error and half the bytes; without any search between pixels a
-# third more bytes. x264's result depends on its number of threads.
+# "veryfast" would take three times as long for the same error and two thirds of the bytes; without any search between
+# pixels these would be a third more. x264's result depends on its number of threads.
 X264 = {"preset": "ultrafast", "subq": "1", "threads": "1"}
 
 

@@ -73,7 +73,8 @@ class Fitter:
         graph = av.filter.Graph()
         graph.threads = 1
         filters = ("buffer=" + ":".join(f"{name}={value}" for name, value in source.items()),
-                   f"crop={columns}:{rows}:{left}:{top}", scaled, f"format={sampled_as(frame.format)}", *TURNS[turns],
+                   *([f"crop={columns}:{rows}:{left}:{top}"] if (rows, columns) != (frame.height, frame.width) else []),
+                   scaled, f"format={sampled_as(frame.format)}", *TURNS[turns],
                    "buffersink")
         graph.link_nodes(*(graph.add(*one.split("=", 1)) for one in filters)).configure()
         return graph
