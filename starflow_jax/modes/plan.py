@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from starflow_jax.config import Config
+from starflow_jax.config import Config, UserError
 from starflow_jax.io.files import write_text
 from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.planning.meshes import candidates, chosen
@@ -25,6 +25,9 @@ def plan(config: Config, workdir: Path) -> None:
     if config.plan.step == "codec":
         devices = devices[:1]  # each chip has videos of its own
     choices = list(candidates(config, len(devices)) if config.plan.search else [chosen(config, len(devices))])
+    if not choices:
+        raise UserError(f"plan.search: no mesh of {len(devices)} devices suits the model's heads and the batch; change "
+                        "train.batch_size, set model.sequence_parallel=all_gather, or plan for other devices")
     for choice in choices:
         mesh_of(choice, devices)
     plans = []

@@ -34,6 +34,9 @@ def test_what_does_not_divide_is_one_line_before_anything_is_compiled(tmp_path) 
                                    "--config.train.batch_size=2", "--config.plan.topology=v5e:2x4",
                                    "--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.sequence=2", asked])
         assert code == 2 and len(error.splitlines()) == 1 and "must" in error, error
+    code, _, error = run_here(["--config=configs/t2v.py", "--mode=plan", f"--workdir={tmp_path}",
+                               "--config.plan.search=true", "--config.train.batch_size=7"])
+    assert code == 2 and len(error.splitlines()) == 1 and "no mesh of 64 devices" in error, error
 
 
 @pytest.mark.slow
