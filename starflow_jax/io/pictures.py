@@ -1,5 +1,6 @@
-"""Pictures: reading, resizing, contact sheets, GIFs, maps of values over frames."""
+"""Pictures: reading, resizing, contact sheets, moving pictures, maps of values over frames."""
 
+import io
 import os
 import textwrap
 import warnings
@@ -141,6 +142,17 @@ def write_gif(
             temporary, format="GIF", save_all=True, append_images=pictures[1:], loop=0,
             duration=round(100 / fps) * 10, optimize=True,
         )  # fmt: skip
+
+
+def webp_bytes(frames_THWC: np.ndarray, fps: float, scale: int = 1) -> bytes:
+    """Frames (T, H, W, 3) uint8 as a moving picture that plays once and then shows its last frame: a part of a video
+    that is made while it plays, for whatever shows one picture after the other."""
+    check_frames(frames_THWC)
+    pictures = [Image.fromarray(frame) for frame in enlarge(frames_THWC, scale)]
+    file = io.BytesIO()
+    pictures[0].save(file, format="WEBP", save_all=True, append_images=pictures[1:], loop=1,
+                     duration=round(1000 / fps), quality=90)
+    return file.getvalue()
 
 
 class HeatMap(NamedTuple):

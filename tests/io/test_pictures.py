@@ -1,5 +1,6 @@
 """Pictures: read upright and whole, resized, in sheets with captions, in moving pictures."""
 
+import io
 import struct
 import zlib
 
@@ -33,6 +34,18 @@ def test_no_other_program_reads_a_picture(tmp_path):
     (tmp_path / "a.eps").rename(tmp_path / "a.png")
     with pytest.raises(UserError, match="not a picture of a known kind"):
         pictures.read_image(tmp_path / "a.png")
+
+
+def test_a_part_of_a_video_plays_once():
+    frames = moving_square()[:4]
+    moving = Image.open(io.BytesIO(pictures.webp_bytes(frames, fps=8, scale=3)))
+    assert (moving.n_frames, moving.info["loop"], moving.size) == (4, 1, (3 * frames.shape[2], 3 * frames.shape[1]))
+    for index, frame_HWC in enumerate(frames):
+        moving.seek(index)
+        shown = np.int32(moving.convert("RGB"))[1::3, 1::3]
+        assert moving.info["duration"] == 125
+        assert np.abs(shown - frame_HWC).mean() < 12
+    assert Image.open(io.BytesIO(pictures.webp_bytes(frames[:1], fps=8))).size == frames.shape[2:0:-1]
 
 
 def test_read_image(tmp_path):
