@@ -16,6 +16,7 @@ Commands
   start    start FLAGS on all workers, in the background
   log      follow the log of worker 0 to the job's end; the exit code is the job's
   status   the TPU's state and the job's
+  tunnel   http://localhost:PORT here is what --mode=serve, as the job, serves there; until Ctrl-C
   stop     tell the job to save and end
   fetch    copy the results here
   delete   delete the TPU VM and its queued resource
@@ -35,6 +36,7 @@ Options
   --checkpoints            fetch checkpoints too
   --max-restarts=N         default 100
   --poll=SECONDS           between looks at the TPU's state; default 30
+  --port=PORT              of the tunnel, at both ends; default 8000
   --delete                 launch: delete the TPU VM when the job has ended, well or not
   --dry-run                print what would be done, as if no TPU of this name existed, and do nothing
 END
@@ -45,7 +47,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/common.sh"
 
 name='' zone='' project='' type='' runtime='' workdir='' capacity='' queue='' valid_until='' results=''
-checkpoints='' max_restarts=100 poll=30 delete_at_end=''
+checkpoints='' max_restarts=100 poll=30 port=8000 delete_at_end=''
 create_flags=() job_flags=()
 created='' # this run created the TPU
 ended=''   # how the job ended: its exit code, gone (killed without one), or lost (the workers can't be reached)
@@ -73,6 +75,7 @@ parse() {
             --checkpoints) checkpoints=all ;;
             --max-restarts=?*) max_restarts=${1#*=} ;;
             --poll=?*) poll=${1#*=} ;;
+            --port=?*) port=${1#*=} ;;
             --delete) delete_at_end=1 ;;
             --dry-run) dry_run=1 ;;
             --)
@@ -95,6 +98,7 @@ check() {
     [[ $project ]] || die '--project is missing, and gcloud has no project set'
     [[ $max_restarts =~ ^(0|[1-9][0-9]{0,8})$ ]] || die "--max-restarts=$max_restarts: must be a number"
     [[ $poll =~ ^[0-9]+$ ]] || die "--poll=$poll: must be a number of seconds"
+    [[ $port =~ ^[1-9][0-9]{0,4}$ && $port -lt 65536 ]] || die "--port=$port: must be a number from 1 to 65535"
     [[ $queue || ! $valid_until ]] || die '--valid-until-duration needs --queue'
     [[ ! $queue || $capacity != --preemptible ]] || die '--queue takes no --preemptible; use --spot'
     case $command in
@@ -301,6 +305,13 @@ log() {
     done
 }
 
+# Only here and only from here: what is served there listens to that machine alone.
+tunnel() {
+    say "http://localhost:$port, until Ctrl-C"
+    run gcloud compute tpus tpu-vm ssh "$name" --worker=0 --zone="$zone" --project="$project" -- \
+        -N -o ExitOnForwardFailure=yes -L "$port:127.0.0.1:$port"
+}
+
 status() {
     say "$name is $(tpu_state)"
     if [[ $dry_run ]]; then worker 0 status; else say "its job: $(job_status)"; fi
@@ -400,7 +411,7 @@ create_again() {
 
 command=${1:-}
 case $command in
-    launch | create | install | start | log | status | stop | fetch | delete) shift ;;
+    launch | create | install | start | log | status | tunnel | stop | fetch | delete) shift ;;
     -h | --help)
         usage
         exit

@@ -65,6 +65,8 @@ ERRORS = {
     "two capacities": ("tpu_vm.sh", ["create", *RUN, "--spot", "--reserved"], "--spot and --reserved"),
     "queued preemptible": ("tpu_vm.sh", ["create", *RUN, "--queue", "--preemptible"], "--spot"),
     "bad restarts": ("tpu_vm.sh", ["launch", *RUN, "--max-restarts=many", *FLAGS], "--max-restarts=many"),
+    "no port": ("tpu_vm.sh", ["tunnel", *TPU, "--port=a[$(touch X)]"], "--port"),
+    "no such port": ("tpu_vm.sh", ["tunnel", *TPU, "--port=65536"], "--port=65536"),
     "no workdir": ("tpu_vm.sh", ["launch", *TPU, "--type=v5p-128", *FLAGS], "--workdir"),
     "relative workdir": ("tpu_vm.sh", ["launch", *TPU, "--type=v5p-128", "--workdir=runs/x", *FLAGS], "runs/x"),
     "bucket only": ("tpu_vm.sh", ["launch", *TPU, "--type=v5p-128", "--workdir=gs://bucket", *FLAGS], "gs://bucket"),
@@ -153,6 +155,14 @@ def test_launch_from_nothing_to_results(stand_ins) -> None:
                                  "ssh status", "gcloud storage rsync"]
     assert f"--command={START}" in stand_ins.calls()[5]
     assert "tpu_vm.sh delete --name=flow" in result.stderr  # it is kept, and says so
+
+
+def test_a_tunnel_to_what_is_served(stand_ins) -> None:
+    """Both ends are of their own machine alone; ssh runs no command and ends where the port is taken."""
+    result = stand_ins.run("tpu_vm.sh", "tunnel", *TPU, "--port=8765")
+    assert result.returncode == 0 and "http://localhost:8765" in result.stderr
+    ssh = "-N -o ExitOnForwardFailure=yes -L 8765:127.0.0.1:8765"
+    assert stand_ins.calls() == [f"gcloud compute tpus tpu-vm ssh flow --worker=0 {AT} -- {ssh}".split()]
 
 
 def test_what_is_shipped_is_the_checkout(stand_ins) -> None:
