@@ -2,7 +2,7 @@
 
 On Spaces as README.md says; elsewhere: pip install -e ".[demo]", then python launch/space/app.py. The parts of a video
 are moving pictures of a latent frame each, put into one <img>: gr.Video(streaming=True) starts ffmpeg and ffprobe for
-each part, and plays seconds behind what is made.
+each part, and plays more than a second behind what is made.
 """
 
 import base64
@@ -21,6 +21,7 @@ import numpy as np
 import starflow_jax as sf
 from starflow_jax.config import Serve
 from starflow_jax.io.pictures import webp_bytes
+from starflow_jax.model.codec import frame_size
 from starflow_jax.sampling.files import file_rate, shown_scale
 from starflow_jax.serving.asked import check_prompt
 from starflow_jax.serving.describe import examples
@@ -102,27 +103,25 @@ def make_app(model: sf.Model) -> gr.Blocks:
     """The page, with its queue."""
     player = Player(model)
     config, known = model.config, examples(model.config)
-    height, width = (config.codec.stride * size for size in (config.model.height, config.model.width))
-    scale = shown_scale(height)
+    blank = player.picture(np.full((1, *frame_size(config), 3), 127, np.uint8))
+    image = '<img src="${value}" alt="The video" style="width: 100%; image-rendering: pixelated">'
     with gr.Blocks(title="STARFlow-V, live", analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         gr.Markdown("# STARFlow-V, live\nA video plays while it is made. Change its prompt and press Enter.")
         with gr.Row():
             with gr.Column():
-                screen = gr.HTML(
-                    player.picture(np.full((1, height, width, 3), 127, np.uint8)),
-                    html_template=f'<img src="${{value}}" alt="The video" width="{scale * width}" '
-                                  f'height="{scale * height}" style="max-width: 100%">')
+                screen = gr.HTML(blank, html_template=image)
                 said, changed = gr.Markdown("Press Start."), gr.Markdown()
-                whole = gr.Video(label="All of it", interactive=False)
             with gr.Column():
                 prompt = gr.Textbox(known[0] if known else "", label="Prompt", max_length=LIMITS.prompt_bytes)
                 with gr.Row():
-                    start, change, stop = gr.Button("Start", variant="primary"), gr.Button("Change"), gr.Button("Stop")
+                    start = gr.Button("Start", variant="primary", min_width=80)
+                    change, stop = gr.Button("Change", min_width=80), gr.Button("Stop", min_width=80)
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
                 guidance = gr.Slider(0, 6, config.sample.guidance, step=0.1, label="Guidance")
                 seconds = gr.Slider(1, MOST_SECONDS, 20, step=1, label="Seconds")
                 if known:
                     gr.Examples([[text] for text in known], prompt, label="Prompts that this model knows")
+        whole = gr.Video(label="All of it, once it has ended", interactive=False, height=260)
         start.click(player.play, [prompt, seed, guidance, seconds], [screen, said, whole], api_name="play",
                     show_progress="hidden", concurrency_limit=SESSIONS)
         # Not in the queue, where they would wait behind the videos of others.
