@@ -62,7 +62,8 @@ def sample(config: Config, workdir: Path) -> None:
         recipe = Recipe(config, "", system_checksum(config, workdir), given)
         if jax.process_count() == 1:  # several load a model together, and wait for one that has left
             check_writable(folder, "sample.output")
-            _check_names(recipe, workdir, folder, requests)
+            if any(request.given_name for request in requests) and folder.exists():
+                _check_names(dataclasses.replace(recipe, weights=weights_of(model_config, workdir)), folder, requests)
         with on_mesh(mesh):
             if config.sample.offload:
                 requests = rewritten(config, requests, lambda *failure: failed.append(failure), together)
@@ -112,12 +113,10 @@ def _replay(config: Config, workdir: Path) -> None:
         raise UserError(f"sample.output={path}: can't be written to ({error})") from error
 
 
-def _check_names(recipe: Recipe, workdir: Path, folder: Path, requests: list[Request]) -> None:
+def _check_names(recipe: Recipe, folder: Path, requests: list[Request]) -> None:
     """Raises UserError where another run's files have the names that were given, before the model is loaded."""
-    if any(request.given_name for request in requests) and folder.exists():
-        recipe = dataclasses.replace(recipe, weights=weights_of(recipe.config, workdir))
-        for error in made_by_others(recipe, folder, requests).values():
-            raise error
+    for error in made_by_others(recipe, folder, requests).values():
+        raise error
 
 
 def _wait_for_the_others() -> None:

@@ -73,10 +73,12 @@ def test_two_flipped_bits_in_any_of_its_files_are_one_line(workdir: Path) -> Non
 
 
 def test_the_models_settings_win_in_one_line(workdir: Path) -> None:
+    """And the size that is asked for is another one than the model's."""
+    (workdir / "other").mkdir()
     code, said, _ = run_here(
         ["--config=configs/t2v.py:7b", "--mode=sample", f"--workdir={workdir}", "--config.sample.prompt=a corgi",
          "--config.model.dtype=float32", "--config.sample.frames=1", "--config.sample.side=32",
-         f"--config.sample.output={workdir / 'other' / 'corgi.mp4'}"])
+         "--config.sample.aspect_ratio=1:1", f"--config.sample.output={workdir / 'other' / 'corgi.mp4'}"])
     line = said.splitlines()[0]
     assert code == 0 and line.startswith(f"{workdir} holds a model with settings of its own, which are used: ")
     assert "model.denoiser=every_layer (not first_layer)" in line and "dtype" not in line and "weights" not in line
