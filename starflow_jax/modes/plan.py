@@ -8,9 +8,10 @@ from typing import Any
 from starflow_jax.config import Config, UserError
 from starflow_jax.io.files import write_text
 from starflow_jax.io.progress import ProgressBar, table
+from starflow_jax.planning.array_kinds import PARTS
 from starflow_jax.planning.meshes import candidates, chosen
-from starflow_jax.planning.plan import StepPlan, mesh_of, plan_of
-from starflow_jax.planning.roofline import GIB
+from starflow_jax.planning.plan import StepCost, StepPlan, mesh_of, plan_of
+from starflow_jax.planning.roofline import GB, GIB
 from starflow_jax.planning.topology import topology
 
 
@@ -42,6 +43,8 @@ def plan(config: Config, workdir: Path) -> None:
     searched = {"searched": [plan.to_json() for plan in plans]} if config.plan.search else {}
     write_text(workdir / "plan.json", json.dumps(best.to_json() | searched, indent=1))
     print(_table(best))
+    if best.cost and best.cost.programs:
+        print("\n" + _bytes(best.cost))
     if config.plan.search:
         what = ("dtype", "tile") if best.codec else ("mesh", "remat")
         keys = (*what, "fits", "peak_gib", "bound_seconds_per_step", "bound_mfu", "limited_by")
@@ -68,7 +71,8 @@ def _line(plan: StepPlan) -> str:
     line = f"{where}: fits, {used:.1f} of {there:.0f} GiB a chip"
     if plan.cost.bound_seconds_per_step is None:
         return f"{line}, by {_compiler(plan)}"
-    return f"{line}, at least {plan.cost.bound_seconds_per_step:.2f} s a step, MFU at most {plan.cost.bound_mfu:.2f}"
+    return (f"{line}, at least {plan.cost.bound_seconds_per_step:.2f} s a step, estimated "
+            f"{plan.cost.estimated_seconds_per_step:.2f} s, MFU at most {plan.cost.bound_mfu:.2f}")
 
 
 def _compiler(plan: StepPlan) -> str:
@@ -98,6 +102,16 @@ def _table(plan: StepPlan) -> str:
         rows += [(f"bound, seconds: {part.program}", f"{part.bound_seconds:.3g}, runs {part.runs:g}")
                  for part in plan.cost.programs]
     return table(rows, ("plan", ""))
+
+
+def _bytes(cost: StepCost) -> str:
+    """Where the bytes of a step go, of each program in all its runs."""
+    figures = [[part.runs, *(part.runs * part.hbm_bytes[name] / GB for name in PARTS),
+                part.runs * part.link_bytes / GB, part.runs * part.collectives] for part in cost.programs]
+    names = [*(part.program for part in cost.programs), "total"]
+    rows = [(name, *row) for name, row in zip(names, [*figures, [sum(column) for column in zip(*figures)]])]
+    return table(rows, ("GB a chip and step", "runs", *(name.replace("_", " ") for name in PARTS),
+                                  "over links", "collectives"))
 
 
 def _figure(value: Any) -> str:

@@ -5,15 +5,17 @@ from typing import Any
 
 import jax
 
+from starflow_jax.planning.array_kinds import contents_of
 from starflow_jax.planning.program import Program
 
 
 class Chain:
     """Programs compiled one after the other, each for the shapes, dtypes and shardings that those before it give."""
 
-    def __init__(self, resident: dict[str, Any]) -> None:
+    def __init__(self, resident: dict[str, Any], weights: Any) -> None:
         self.programs: list[Program] = []
         self.resident = resident  # what stays on the devices while they run, in shapes
+        self.weights = weights  # the model's, those too that are on the devices as an argument alone
 
     def run(self, name: str, function: Any, *args: Any, times: float = 1, unknown_trips: float = 1,
             filled: float = 1, options: dict[str, Any] | None = None, **keywords: Any) -> Any:
@@ -21,7 +23,8 @@ class Chain:
         lowered = function.lower(*args, **keywords)
         compiled = lowered.compile(compiler_options=options)
         self.programs.append(Program(name, compiled, times, unknown_trips, filled,
-                                     self._held_with((args, keywords)), lowered))
+                                     self._held_with((args, keywords)), lowered,
+                                     contents_of(function, args, keywords, lowered.out_info, self.weights)))
         return jax.tree.map(lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
                             lowered.out_info, compiled.output_shardings)
 

@@ -9,6 +9,7 @@ from starflow_jax.codec.interface import decode_latents, decode_next, encode_fra
 from starflow_jax.codec.wan_stream import Tiles, WanCodec, wan_config
 from starflow_jax.codec.wan_weights import abstract_params
 from starflow_jax.config import Config, UserError
+from starflow_jax.planning.array_kinds import contents_of
 from starflow_jax.planning.program import Program
 
 # At the compiler's usual effort the search for each convolution's best loops takes hours on two cores; memory is
@@ -39,10 +40,12 @@ def compile_codec(config: Config, placed: jax.sharding.Sharding) -> list[Program
     scale = jax.ShapeDtypeStruct((), jnp.float32)
     _, cache = jax.eval_shape(decode_next, codec, one, None, scale)
 
-    def compiled(run: Any, *arguments: Any) -> Any:
+    def program(name: str, run: Any, *arguments: Any, times: float = 1) -> Program:
         on_chip = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), arguments)
-        return run.lower(*on_chip).compile(compiler_options=LEAST_EFFORT)
+        lowered = run.lower(*on_chip)
+        return Program(name, lowered.compile(compiler_options=LEAST_EFFORT), times, lowered=lowered,
+                       contents=contents_of(run, on_chip, {}, lowered.out_info, on_chip[0]))
 
-    return [Program("encode, a video", compiled(encode_frames, codec, frames, scale)),
-            Program("decode, a video", compiled(decode_latents, codec, latents, scale)),
-            Program("decode, a stream's next frame", compiled(decode_next, codec, one, cache, scale), times=0)]
+    return [program("encode, a video", encode_frames, codec, frames, scale),
+            program("decode, a video", decode_latents, codec, latents, scale),
+            program("decode, a stream's next frame", decode_next, codec, one, cache, scale, times=0)]

@@ -41,11 +41,15 @@ class ProgramMemory:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramBound:
-    """How often a program runs in a step, and the least time of one run."""
+    """How often a program runs in a step; of one run the least time, where the bytes of a chip's memory go (by
+    program_cost's parts) and what is sent over its links."""
 
     program: str
     runs: float
     bound_seconds: float
+    hbm_bytes: dict[str, float]
+    link_bytes: float
+    collectives: float  # how many run in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,7 @@ class StepCost:
     compiler_flops_per_step: float | None = None  # counted in the compiled programs, each loop as often as it runs
     compiler_flops_loops_once: float | None = None  # the compiler's own count, with each loop's body once
     hbm_traffic_bytes_per_chip: float | None = None
+    hbm_parts_per_chip: dict[str, float] | None = None  # the same, by where the bytes go
     collective_bytes_per_chip: dict[str, float] | None = None
     bound_seconds_per_step: float | None = None
     compute_seconds: float | None = None
@@ -64,6 +69,10 @@ class StepCost:
     ici_seconds: float | None = None
     limited_by: str | None = None
     bound_mfu: float | None = None
+    dispatches: float | None = None  # programs that are started
+    collectives: float | None = None  # of one chip
+    overhead_seconds: float | None = None  # of these two, as roofline.py assumes for each; not in the bound
+    estimated_seconds_per_step: float | None = None  # the programs' bounds, one after the other, and the overhead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,20 +186,26 @@ def _cost(programs: list[Program], chip: roofline.Chip, model_flops: float | Non
     memory = tuple(map(_memory, programs))
     if not chip.peak_flops:
         return StepCost(memory), model_flops
-    total, raw, bounds = program_cost.Cost(), 0.0, []
+    total, raw, bounds = program_cost.Cost(), 0.0, list[ProgramBound]()
     for program in programs:
-        cost = program_cost.count(program.compiled, program.unknown_trips, program.filled)
+        cost = program_cost.count(program.compiled, program.unknown_trips, program.filled, program.contents)
         total += cost.times(program.times)
         raw += program.times * float((program.compiled.cost_analysis() or {}).get("flops", 0))
-        bounds.append(ProgramBound(program.name, program.times, roofline.bound(cost, chip, 0.0).seconds))
+        bounds.append(ProgramBound(program.name, program.times, roofline.bound(cost, chip, 0.0).seconds,
+                                   cost.hbm_parts, sum(cost.collective_bytes.values()), cost.collectives))
     flops = total.flops * devices if model_flops is None else model_flops
     limit = roofline.bound(total, chip, flops / devices)
+    dispatches = sum(part.runs for part in bounds)
+    overhead = roofline.overhead_seconds(dispatches, total.collectives)
     return StepCost(
         memory=memory, programs=tuple(bounds), compiler_flops_per_step=total.flops * devices,
         compiler_flops_loops_once=raw * devices, hbm_traffic_bytes_per_chip=total.hbm_bytes,
+        hbm_parts_per_chip=total.hbm_parts,
         collective_bytes_per_chip=total.collective_bytes, bound_seconds_per_step=limit.seconds,
         compute_seconds=limit.compute_seconds, hbm_seconds=limit.hbm_seconds, ici_seconds=limit.ici_seconds,
-        limited_by=limit.limited_by, bound_mfu=limit.mfu), flops
+        limited_by=limit.limited_by, bound_mfu=limit.mfu, dispatches=dispatches, collectives=total.collectives,
+        overhead_seconds=overhead,
+        estimated_seconds_per_step=sum(part.runs * part.bound_seconds for part in bounds) + overhead), flops
 
 
 def _memory(program: Program) -> ProgramMemory:

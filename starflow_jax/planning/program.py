@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from starflow_jax.planning.array_kinds import UNKNOWN, Contents
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -15,3 +17,4 @@ class Program:
     filled: float = 1  # of the cache that its attention reads, the share that holds anything, on the average
     held: int = 0  # bytes a device of its arguments and of all that stays there meanwhile, where that is known
     lowered: Any = None
+    contents: Contents = UNKNOWN  # which of its arguments and results are weights or a cache

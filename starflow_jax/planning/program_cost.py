@@ -1,7 +1,8 @@
 """What one run of a compiled program costs a device: operations, bytes of its memory, bytes over the links.
 
 Counted from the optimised program's text. The compiler's own `cost_analysis()` counts a loop's body once; here it
-counts as often as it runs. A Pallas kernel counts as it declares (`pl.CostEstimate`).
+counts as often as it runs. A Pallas kernel counts as it declares (`pl.CostEstimate`). Where the bytes go follows from
+the kinds of the arrays (array_kinds.py).
 """
 
 import dataclasses
@@ -14,6 +15,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from starflow_jax.kernels.pallas_tpu import CACHED
+from starflow_jax.planning.array_kinds import (
+    PARTS,
+    UNKNOWN,
+    ArrayKinds,
+    Contents,
+    Kinds,
+    as_declared,
+    branches,
+    parts_of,
+)
 from starflow_jax.planning.loop_trips import trips, value_of
 from starflow_jax.planning.program_text import HBM, Array, Computation, Instruction, Module, leaves, parse
 
@@ -29,7 +40,6 @@ ELEMENTWISE = {"add", "subtract", "multiply", "divide", "remainder", "maximum", 
                "round-nearest-afz", "round-nearest-even", "shift-left", "shift-right-logical",
                "shift-right-arithmetic", "real", "imag", "complex", "popcnt", "clz", "reduce-precision"}
 
-
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """Of one device and one run. flops: 2 for each multiply-add of products, and what kernels declare."""
@@ -38,7 +48,9 @@ class Cost:
     elementwise: float = 0.0  # arithmetic outside products, one for each element
     transcendentals: float = 0.0  # exponentials, logarithms, roots, ..., one for each element
     hbm_bytes: float = 0.0  # read from and written to the main memory
+    hbm_parts: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))  # the same
     collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)  # sent over the links, by kind
+    collectives: float = 0.0  # how many run
 
     def __add__(self, other: "Cost") -> "Cost":
         return _combine(lambda a, b: a + b, self, other)
@@ -47,57 +59,70 @@ class Cost:
         return _combine(lambda a, _: a * count, self, self)
 
 
-def count(compiled: Any, unknown_trips: float = 1, filled: float = 1) -> Cost:
+def count(compiled: Any, unknown_trips: float = 1, filled: float = 1, contents: Contents = UNKNOWN) -> Cost:
     """The cost of a compiled program (`jax.jit(f).lower(...).compile()`), or of its text.
 
     A loop without a number of trips in it (a solver's) counts `unknown_trips` times; of a conditional the costliest
     branch counts; of a kernel that declares nothing, its operands and results as bytes, and no operations. Attention to
-    a cache declares that it is full, and reads what is filled: that share of it counts.
+    a cache declares that it is full, and reads what is filled: that share of it counts. Without `contents` all
+    bytes are those of activations.
     """
-    text = compiled if isinstance(compiled, str) else compiled.as_text()
-    module = parse(text)
-    return _Counter(module, unknown_trips, filled).run(module.entry, ())
+    module = parse(compiled if isinstance(compiled, str) else compiled.as_text())
+    kinds = ArrayKinds(module, contents)
+    return _Counter(module, unknown_trips, filled, kinds).run(module.entry, (), *kinds.of_entry())
 
 
 def _combine(function, a: Cost, b: Cost) -> Cost:
-    kinds = dict.fromkeys((*a.collective_bytes, *b.collective_bytes))
-    numbers = {name: function(getattr(a, name), getattr(b, name))
-               for name in ("flops", "elementwise", "transcendentals", "hbm_bytes")}
-    sent = {kind: function(a.collective_bytes.get(kind, 0.0), b.collective_bytes.get(kind, 0.0)) for kind in kinds}
-    return Cost(**numbers, collective_bytes=sent)
+    def of(x: Any, y: Any) -> Any:
+        if isinstance(x, dict):
+            return {key: function(x.get(key, 0.0), y.get(key, 0.0)) for key in dict.fromkeys((*x, *y))}
+        return function(x, y)
+
+    return Cost(**{name: of(getattr(a, name), getattr(b, name)) for name in vars(a)})
+
+
+def _costliest(costs: list[Cost]) -> Cost:
+    """Of each figure the largest; where the bytes go, of the one with most of them."""
+    largest = functools.reduce(functools.partial(_combine, max), costs)
+    return dataclasses.replace(largest, hbm_parts=max(costs, key=lambda cost: cost.hbm_bytes).hbm_parts)
 
 
 class _Counter:
-    def __init__(self, module: Module, unknown_trips: float, filled: float):
-        self.module, self.unknown_trips, self.filled = module, unknown_trips, filled
+    def __init__(self, module: Module, unknown_trips: float, filled: float, kinds: ArrayKinds):
+        self.module, self.unknown_trips, self.filled, self.kinds = module, unknown_trips, filled, kinds
         self.seen: dict[tuple, Cost] = {}
 
-    def run(self, name: str, arguments: tuple) -> Cost:
-        """The cost of a computation outside fusions. arguments: what is known of its parameters (loop_trips.py)."""
-        if (name, arguments) not in self.seen:
-            computation = self.module.computations[name]
+    def run(self, name: str, arguments: tuple, given: tuple[Kinds, ...], result: Kinds) -> Cost:
+        """The cost of a computation outside fusions. arguments: what is known of its parameters (loop_trips.py); given,
+        result: their kinds and those of what it returns (array_kinds.py)."""
+        key = name, arguments, given, result
+        if key not in self.seen:
+            computation, kinds = self.module.computations[name], self.kinds.of(name, given, result)
             total = Cost()
             for instruction in computation.instructions.values():
-                total += self._instruction(computation, instruction, arguments)
-            self.seen[name, arguments] = total
-        return self.seen[name, arguments]
+                total += self._instruction(computation, instruction, arguments, kinds)
+            self.seen[key] = total
+        return self.seen[key]
 
-    def _instruction(self, computation: Computation, instruction: Instruction, arguments: tuple) -> Cost:
-        kind = instruction.kind
+    def _instruction(self, computation: Computation, instruction: Instruction, arguments: tuple,
+                     kinds: dict[str, Kinds]) -> Cost:
+        kind, result = instruction.kind, kinds[instruction.name]
         if kind == "while":
             number, state = trips(self.module, computation, instruction, arguments)
-            cost = sum((self.run(instruction.called(name)[0], (state,)) for name in ("body", "condition")), Cost())
+            body, test = (instruction.called(name)[0] for name in ("body", "condition"))
+            cost = self.run(body, (state,), (result,), result) + self.run(test, (state,), (result,), ("",))
             return cost.times(self.unknown_trips if number is None else number)
         if kind in ("conditional", "call", "async"):
             values = tuple(value_of(self.module, computation, name, arguments) for name in instruction.operands)
+            given = tuple(kinds[name] for name in instruction.operands)
         if kind == "conditional":
-            branches = instruction.called("branch_computations") or [
-                *instruction.called("true_computation"), *instruction.called("false_computation")]
-            costs = [self.run(branch, (value,)) for branch, value in zip(branches, values[1:])]
-            return functools.reduce(functools.partial(_combine, max), costs)
+            return _costliest([self.run(branch, (value,), (of_value,), result)
+                               for branch, value, of_value in zip(branches(instruction), values[1:], given[1:])])
         if kind in ("call", "async"):
-            return self.run((instruction.called("to_apply") or instruction.called("calls"))[0], values)
-        return self._arithmetic(computation, instruction) + Cost(hbm_bytes=self._traffic(computation, instruction))
+            called = (instruction.called("to_apply") or instruction.called("calls"))[0]
+            size = len(self.module.computations[called].root.arrays)
+            return self.run(called, values, given, result if kind == "call" else ("",) * size)
+        return self._arithmetic(computation, instruction) + self._traffic(computation, instruction, kinds)
 
     def _arithmetic(self, computation: Computation, instruction: Instruction, fused: bool = False) -> Cost:
         """Operations and what goes over the links: of a fusion, of all that is in it."""
@@ -119,22 +144,28 @@ class _Counter:
         if opcode in ELEMENTWISE:
             return Cost(elementwise=instruction.arrays[0].elements)
         if sent := _sent_bytes(computation, instruction, opcode, self.module.devices, fused):
-            return Cost(collective_bytes=sent)
+            return Cost(collective_bytes=sent, collectives=1)
         return Cost()
 
-    def _traffic(self, computation: Computation, instruction: Instruction) -> float:
+    def _traffic(self, computation: Computation, instruction: Instruction, kinds: dict[str, Kinds]) -> Cost:
         """Bytes of the main memory that an instruction outside fusions reads and writes."""
         opcode = instruction.opcode
         if opcode in FREE or opcode.endswith(("-done", "-update")) or _is_call(instruction, "AllocateBuffer"):
-            return 0.0
+            return Cost()
         declared = _declared(instruction, self.filled)
-        if declared is not None:
-            return declared.hbm_bytes
         operands = [computation[name] for name in instruction.operands]
-        reads, written = self._shares(instruction, operands)
-        results = list(_result(instruction))
-        return (sum(share * _in_hbm(*operand.arrays) for share, operand in zip(reads, operands))
-                + sum(share * _in_hbm(array) for share, array in zip(written, results)))
+        results, first = list(_result(instruction)), _before_result(instruction)
+        reads, written = [1.0] * len(operands), [1.0] * len(results)
+        if declared is None:
+            reads, written = self._shares(instruction, operands)
+        read = [(kind, share * _in_hbm(array)) for share, operand in zip(reads, operands)
+                for kind, array in zip(kinds[operand.name], operand.arrays)]
+        made = [(kind, share * _in_hbm(array))
+                for kind, share, array in zip(kinds[instruction.name][first:], written, results)]
+        parts = parts_of(read, made)
+        if declared is not None:
+            parts = as_declared(parts, declared.hbm_bytes, self.filled)
+        return Cost(hbm_bytes=sum(parts.values()), hbm_parts=parts)
 
     def _shares(self, instruction: Instruction, operands: list[Instruction]) -> tuple[list[float], list[float]]:
         """Of each operand the share that is read, of each resulting array the share that is written."""
@@ -232,9 +263,21 @@ def _in_hbm(*arrays: Array) -> float:
 def _result(instruction: Instruction) -> Iterator[Array]:
     """The arrays that an instruction makes; that of a `-start` also has its operands and semaphores in its shape."""
     shape = instruction.shape
-    if instruction.opcode.endswith("-start") and isinstance(shape, tuple) and instruction.opcode != "all-reduce-start":
-        shape = shape[0 if instruction.opcode == "copy-start" else 1]
+    if _has_operands(instruction):
+        shape = shape[0 if instruction.opcode == "copy-start" else 1]  # type: ignore[index]
     return leaves(shape)
+
+
+def _before_result(instruction: Instruction) -> int:
+    """How many arrays its shape has before those that an instruction makes."""
+    if not _has_operands(instruction) or instruction.opcode == "copy-start":
+        return 0
+    return len(list(leaves(instruction.shape[0])))  # type: ignore[index]
+
+
+def _has_operands(instruction: Instruction) -> bool:
+    return (instruction.opcode.endswith("-start") and isinstance(instruction.shape, tuple)
+            and instruction.opcode != "all-reduce-start")
 
 
 def _dot_flops(instruction: Instruction, left: Array, right: Array) -> float:

@@ -18,6 +18,7 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _OPCODE = re.compile(r"\s*([\w-]+)\(")
 _PARENTHESIS = re.compile(r"[()]")
 _NAME = re.compile(r"%([\w.-]+)")
+_ALIAS = re.compile(r"\{(\d*)\}: \((\d+), \{\}, (?:may|must)-alias\)")
 _BITS = re.compile(r"[a-z]+(\d+)")
 
 HBM = 0  # of the memory spaces: the device's main memory; others are VMEM, semaphores, the host's memory
@@ -90,11 +91,13 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """entry: the name of the computation that runs; devices: those that run it together."""
+    """entry: the name of the computation that runs; devices: those that run it together; aliases: of results that are
+    written where an argument was, that argument's number."""
 
     computations: dict[str, Computation]
     entry: str
     devices: int
+    aliases: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
 def parse(text: str) -> Module:
@@ -116,7 +119,8 @@ def parse(text: str) -> Module:
         raise ValueError(f"not the text of a compiled program: {text[:60]!r}")
     header = text[: text.index("\n")]
     counts = [re.search(rf"{field}=(\d+)", header) for field in ("num_partitions", "replica_count")]
-    return Module(computations, entry, math.prod(int(count[1]) for count in counts if count))
+    aliases = {int(at or 0): int(number) for at, number in _ALIAS.findall(header)}
+    return Module(computations, entry, math.prod(int(count[1]) for count in counts if count), aliases)
 
 
 def leaves(shape: Shape) -> Iterator[Array]:

@@ -12,6 +12,7 @@ from starflow_jax.data.batch import Batch
 from starflow_jax.flow.control import CHANNELS
 from starflow_jax.model.parameters import init_params
 from starflow_jax.planning import codec as plan_codec
+from starflow_jax.planning.array_kinds import contents_of
 from starflow_jax.planning.chain import Chain
 from starflow_jax.planning.likelihood import likelihood_programs
 from starflow_jax.planning.program import Program
@@ -51,8 +52,10 @@ def _train_programs(config: Config, mesh: Mesh) -> list[Program]:
             channels = CHANNELS * config.codec.time_stride * model.patch_size**2
             batch = batch.replace(rays_BNSK=array(clips, model.frames, model.tokens_per_frame, channels))
         trained, backbone = abstract_beside(config, mesh)
-        chain = Chain({})
+        chain = Chain({}, (trained, backbone))
         chain.run("train", beside_step(config, mesh), trained, batch, backbone)
         return chain.programs
-    state = sharding.abstract(abstract_state(config), mesh)
-    return [Program("train", make_train_step(config, mesh).lower(state, batch).compile())]
+    state, step = sharding.abstract(abstract_state(config), mesh), make_train_step(config, mesh)
+    lowered = step.lower(state, batch)
+    return [Program("train", lowered.compile(), lowered=lowered,
+                    contents=contents_of(step, (state, batch), {}, lowered.out_info, state))]

@@ -11,6 +11,10 @@ from starflow_jax.planning.program_cost import Cost
 
 GIB, GB, TERA = 2**30, 1e9, 1e12
 
+# Assumed, not measured: what starting a program costs beside its work, and a collective's messages beside their bytes.
+DISPATCH_SECONDS = 10e-6
+COLLECTIVE_SECONDS = 5e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -83,6 +87,11 @@ def bound(cost: Cost, chip: Chip, model_flops: float) -> Bound:
     seconds = times[limited_by]
     return Bound(seconds, times["compute"], times["hbm"], times["ici"], limited_by,
                  model_flops / (seconds * chip.peak_flops) if seconds else 0.0)
+
+
+def overhead_seconds(dispatches: float, collectives: float) -> float:
+    """What starting so many programs and collectives takes where none hides behind another's work."""
+    return dispatches * DISPATCH_SECONDS + collectives * COLLECTIVE_SECONDS
 
 
 def model_flops(model: Model, clips: float, frames: int = 0, training: bool = False, branches: int = 1) -> float:

@@ -56,7 +56,7 @@ class Sampling:
             resident = {"params": self._without_denoiser()}
             if config.sample.stream:
                 resident["params"]["flow"] = self.shallow_blocks["params"]
-        self.chain = Chain(resident)
+        self.chain = Chain(resident, (self.params, self.codec))
         self.seeds = jax.ShapeDtypeStruct((config.plan.videos,), jnp.uint32)
         self.shallow: dict[str, Any] = dict(solver=shallow_solver(self.solver), token_grid=config.model.token_grid)
 

@@ -15,10 +15,11 @@ from starflow_jax import sharding
 from starflow_jax.codec.wan_weights import abstract_params
 from starflow_jax.config import Config, UserError
 from starflow_jax.model.parameters import init_params
-from starflow_jax.modes.plan import plan
+from starflow_jax.modes.plan import _bytes, plan
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.planning import roofline
 from starflow_jax.planning import topology as topologies
+from starflow_jax.planning.array_kinds import PARTS
 from starflow_jax.planning.plan import StepPlan, advice, bytes_needed, plan_of
 from starflow_jax.planning.programs import compile_step
 from starflow_jax.planning.roofline import GIB, Chip
@@ -32,6 +33,7 @@ ALWAYS_KNOWN = {"name", "step", "topology", "chips", "device_kind", "mesh", "rem
                 "tokens_per_step", "model_flops_per_step", "hbm_bytes_per_chip", "peak_bytes_per_chip", "fits",
                 "compile_seconds"}
 COST = {"memory", "programs", "compiler_flops_per_step", "compiler_flops_loops_once", "hbm_traffic_bytes_per_chip",
+        "hbm_parts_per_chip", "dispatches", "collectives", "overhead_seconds", "estimated_seconds_per_step",
         "collective_bytes_per_chip", "bound_seconds_per_step", "compute_seconds", "hbm_seconds", "ici_seconds",
         "limited_by", "bound_mfu"}
 
@@ -52,12 +54,13 @@ def small_codec(monkeypatch: pytest.MonkeyPatch, **changes) -> Config:
     return dataclasses.replace(config, codec=settings_of.Codec(**({"kind": "wan"} | changes)))
 
 
-@pytest.fixture
-def planned(monkeypatch: pytest.MonkeyPatch) -> StepPlan:
+@pytest.fixture(scope="module")
+def planned() -> StepPlan:
     """A training step over four of this machine's devices, as if each were a chip."""
-    monkeypatch.setattr(roofline, "chip_of", lambda device, memory=0: CHIP)
     config = dataclasses.replace(with_plan(small(), step="train"), mesh=settings_of.Mesh(data=1, fsdp=4))
-    return plan_of(config, jax.devices()[:4])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(roofline, "chip_of", lambda device, memory=0: CHIP)
+        return plan_of(config, jax.devices()[:4])
 
 
 def test_a_plan_accounts_for_memory_work_and_time(planned: StepPlan) -> None:
@@ -73,6 +76,43 @@ def test_a_plan_accounts_for_memory_work_and_time(planned: StepPlan) -> None:
     assert planned.cost.bound_seconds_per_step == times[planned.cost.limited_by] == max(times.values()) > 0
     assert math.isclose(planned.cost.bound_mfu * planned.cost.bound_seconds_per_step * 4 * 1e12,
                         planned.model_flops_per_step)
+
+
+def test_a_plan_says_where_bytes_go_and_what_starting_programs_takes(planned: StepPlan) -> None:
+    """Of a training step over four devices: each holds a quarter of the weights, and gathers the others' parts."""
+    cost = planned.cost
+    program, = cost.programs
+    assert program.hbm_bytes == cost.hbm_parts_per_chip and set(program.hbm_bytes) == set(PARTS)
+    assert math.isclose(sum(program.hbm_bytes.values()), cost.hbm_traffic_bytes_per_chip)
+    # Parameters, averages and moments are read and written.
+    assert program.hbm_bytes["weights"] > 2 * 4 * planned.parameters / 4 and program.hbm_bytes["activations"] > 0
+    assert program.link_bytes == sum(cost.collective_bytes_per_chip.values()) > 0
+    assert (cost.dispatches, cost.collectives) == (1, program.collectives) and program.collectives >= 1
+    assert math.isclose(cost.overhead_seconds, 10e-6 + cost.collectives * 5e-6)
+    assert math.isclose(cost.estimated_seconds_per_step, cost.bound_seconds_per_step + cost.overhead_seconds)
+
+
+def test_a_plan_of_sampling_has_the_text_encoder_and_the_codec_in_all_that_it_adds_up(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roofline, "chip_of", lambda device, memory=0: CHIP)
+    config = dataclasses.replace(with_plan(small(), step="sample"), text=SMALL_TEXT, mesh=settings_of.Mesh(1, 1, 1, 1))
+    cost = plan_of(config, jax.devices()[:1]).cost
+    parts = {part.program: part for part in cost.programs}
+    for name in ("text encoder", "codec, all frames"):
+        assert parts[name].runs == 1 and parts[name].bound_seconds > 0 and parts[name].hbm_bytes["weights"] > 0
+    assert parts["deep block, the text"].hbm_bytes["cache_written"] > 0
+    step = parts["deep block, a step"].hbm_bytes
+    assert step["cache_read"] > 0 and step["cache_written"] > 0
+    assert step["weights"] > config.plan.updates * 4 * 12 * config.model.deep_layers * config.model.deep_width**2
+    for name, total in cost.hbm_parts_per_chip.items():
+        assert math.isclose(total, sum(part.runs * part.hbm_bytes[name] for part in cost.programs))
+    assert cost.dispatches == sum(part.runs for part in cost.programs)
+    assert math.isclose(cost.estimated_seconds_per_step, cost.dispatches * 10e-6 + sum(
+        part.runs * part.bound_seconds for part in cost.programs))
+    assert cost.estimated_seconds_per_step >= cost.bound_seconds_per_step + cost.overhead_seconds
+    table = _bytes(cost)
+    assert "cache written" in table and all(name in table for name in (*parts, "total"))
 
 
 def test_a_plan_of_lora_has_one_copy_of_the_backbone_and_a_state_of_factors_alone(
@@ -174,7 +214,10 @@ def test_its_json_is_one_flat_table(planned: StepPlan) -> None:
     row = planned.to_json()
     assert set(row) == ALWAYS_KNOWN | COST
     assert row["memory"][0]["peak"] == row["peak_bytes_per_chip"] and row["fits"] is True
-    assert row["programs"][0] == {"program": "train", "runs": 1, "bound_seconds": row["bound_seconds_per_step"]}
+    assert row["programs"][0] == {
+        "program": "train", "runs": 1, "bound_seconds": row["bound_seconds_per_step"],
+        "hbm_bytes": row["hbm_parts_per_chip"], "link_bytes": sum(row["collective_bytes_per_chip"].values()),
+        "collectives": row["collectives"]}
     refused = dataclasses.replace(planned, cost=None, fits=False, advice="smaller").to_json()
     assert set(refused) == ALWAYS_KNOWN | COST | {"advice"}
     assert all(refused[key] is None for key in COST) and refused["advice"] == "smaller"

@@ -285,7 +285,7 @@ def test_collectives_as_tpus_have_them(groups: str, size: int) -> None:
     total = count(ASYNC.replace("GROUPS", groups))
     shard, whole, matrix = 128 * 256 * 2, 512 * 256 * 2, 64 * 64 * 4
     assert total.collective_bytes == {"all-gather": (size - 1) * shard, "reduce-scatter": (size - 1) / size * whole}
-    assert total.flops == PRODUCT
+    assert total.flops == PRODUCT and total.collectives == 2
     # The gather, the product beside it, the prefetch, the scattered part.
     assert total.hbm_bytes == (shard + whole) + 2 * matrix + whole + shard
 
@@ -303,7 +303,14 @@ def test_links_by_the_rings_formulas(kind: str, function, per_device: float) -> 
     x = jax.ShapeDtypeStruct((32 if kind != "all-to-all" else 8, 48), jnp.float32,
                              sharding=jax.sharding.NamedSharding(mesh, spec))
     total = count(jax.jit(shared).lower(x).compile())
-    assert total.collective_bytes == {kind: per_device * x.size // 4 * 4}
+    assert total.collective_bytes == {kind: per_device * x.size // 4 * 4} and total.collectives == 1
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_runs() -> None:
+    mesh = Mesh(np.array(jax.devices()[:2]), "a")
+    summed = jax.shard_map(lambda x: lax.scan(lambda x, _: (jnp.tanh(lax.psum(x, "a")), None), x, None, length=7)[0],
+                           mesh=mesh, in_specs=PartitionSpec("a"), out_specs=PartitionSpec("a"), check_vma=False)
+    assert count(jax.jit(summed).lower(jax.ShapeDtypeStruct((4,), jnp.float32)).compile()).collectives == 7
 
 
 # A little of everything.
