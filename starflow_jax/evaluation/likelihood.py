@@ -24,7 +24,7 @@ from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.generate import encode_z
 from starflow_jax.sampling.likelihood import window_nll_per_token
 from starflow_jax.sampling.shallow import invert_all, joined
-from starflow_jax.sampling.solver import complete, deep_solver, shallow_solver
+from starflow_jax.sampling.solver import calibrated_solver, complete, deep_solver, shallow_solver
 from starflow_jax.sampling.windows import windowed
 from starflow_jax.sharding import fetch
 
@@ -85,7 +85,7 @@ def likelihood(system: System, params: Params, frames_THWC: np.ndarray, caption:
 
 def decode_z(system: System, params: Params, z_BNSK: jax.Array, text: jax.Array) -> jax.Array:
     """x~ = f^-1(z), exact: block Jacobi until nothing changes, without guidance."""
-    solver = complete(Solver("jacobi", tolerance=0.0), system.calibration.solver, system.config.model)
+    solver = complete(Solver("jacobi", tolerance=0.0), calibrated_solver(system), system.config.model)
     variables = decoding_variables(params)
     made = generation.generate(system.flow, variables, z_BNSK, text[None], solver=deep_solver(solver),
                                token_grid=system.token_grid, window=system.config.model.frames,

@@ -27,12 +27,20 @@ class Calibration:
     solver: Solver = Solver()
     first_guess: FirstGuess | None = None  # of the first frame from its text
     noise_guess: NoiseGuess | None = None  # of each token from its noise and the one before
+    platform: str = ""  # where the solver was measured: cpu, gpu or tpu; empty: not known, and it is used anywhere
+
+    def solver_on(self, platform: str) -> Solver:
+        """The solver where it was measured; on another platform, where other blocks are the fastest, the default one.
+        The guesses, which save updates anywhere, hold on all."""
+        return self.solver if self.platform in ("", platform) else Solver()
 
 
 def save_calibration(calibration: Calibration, folder: Path) -> None:
-    """Write the guesses and the solver's MEASURED settings."""
+    """Write the guesses, the solver's MEASURED settings and where they were measured."""
     assert calibration.first_guess is not None
     solver = {name: getattr(calibration.solver, name) for name in MEASURED}
+    if calibration.platform:
+        solver["platform"] = calibration.platform
     with checksums_of(folder, CALIBRATED):
         export_arrays(folder / FIRST_GUESS, dataclasses.asdict(calibration.first_guess), dtype=np.float16)
         if calibration.noise_guess is None:
@@ -53,9 +61,12 @@ def read_calibration(folder: Path, model: Model) -> Calibration:
         if "kind" not in found:  # a file that names a wavefront by its updates alone
             found["kind"] = "wavefront" if found.get("updates") else "jacobi"
             found["updates"] = found.get("updates") or Solver.updates
+        platform = found.pop("platform", "")
+        if not isinstance(platform, str):
+            raise ValueError(f"platform={platform!r} must be a string")
         solver, noise = Solver(**found), folder / NOISE_GUESS
         return Calibration(solver, FirstGuess(**_fitting(folder / FIRST_GUESS, model)),
-                           _noise_guess(_fitting(noise, model)) if noise.exists() else None)
+                           _noise_guess(_fitting(noise, model)) if noise.exists() else None, platform)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, UserError) as error:
         raise UserError(f"{folder / SOLVER}: can't be read as a calibration ({error}); make it anew with "
                         "--mode=calibrate, or delete it") from error

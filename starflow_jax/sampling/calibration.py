@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.config import Config, Sample, Solver, UserError, changed
+from starflow_jax.config import Config, Model, Sample, Solver, UserError, changed
 from starflow_jax.data.evaluation import evaluation_batches
 from starflow_jax.data.examples import ClipLength, TextInput, parts_of
 from starflow_jax.flow import first_guess, inversion
@@ -40,6 +40,7 @@ class Measured:
 
     solver: Solver
     passes: float  # runs of the deep block, mean over videos
+    updates: float  # of a block, mean over blocks and videos
     seconds: float  # for all prompts
     error: float  # `relative_error` against sequential decoding
 
@@ -89,7 +90,8 @@ def whole_clips(config: Config, **solver: object) -> Sample:
 
 
 def candidates(system: System) -> list[Solver]:
-    """Block Jacobi over parts of a frame, a frame, several frames; wavefronts of a whole window of frames."""
+    """One token after another; block Jacobi over parts of a frame, a frame, several frames; wavefronts of a whole
+    window of frames."""
     tokens, window = system.config.model.tokens_per_frame, system.config.model.frames
 
     def jacobi(block_size: int, frames: int, start: str) -> Solver:
@@ -99,7 +101,8 @@ def candidates(system: System) -> list[Solver]:
     several = sorted({1, max(1, window // 2), window})
     whole = [jacobi(tokens * frames, frames, start) for frames in several for start in ("previous", "noise")]
     sizes = sorted({max(updates, tokens * share // 4) for updates in (3, 6) for share in (2, 4)})
-    return parts + whole + [Solver("wavefront", size, window, updates, "noise") for size in sizes for updates in (3, 6)]
+    wavefronts = [Solver("wavefront", size, window, updates, "noise") for size in sizes for updates in (3, 6)]
+    return [Solver("sequential"), *parts, *whole, *wavefronts]
 
 
 def measure(system: System, params: Params) -> list[Measured]:
@@ -109,7 +112,8 @@ def measure(system: System, params: Params) -> list[Measured]:
     open_settings = whole_clips(system.config, kind="", start="", block_size=0, frames_per_step=0, tolerance=-1.0)
 
     def decoder_of(solver: Solver) -> Decoder:
-        calibrated = dataclasses.replace(system, calibration=dataclasses.replace(system.calibration, solver=solver))
+        calibration = dataclasses.replace(system.calibration, solver=solver, platform="")
+        calibrated = dataclasses.replace(system, calibration=calibration)
         return deep_decoder(calibrated, params, captions, open_settings)
 
     found, decoders = candidates(system), {}
@@ -118,13 +122,14 @@ def measure(system: System, params: Params) -> list[Measured]:
             solver = loosest(decoder_of, solver, exact)
             decoders[solver] = decoder_of(solver)
             progress.update()
-    return [Measured(solver, passes, seconds, relative_error(u, exact))
+    model = system.config.model
+    return [Measured(solver, passes, mean_updates(solver, passes, model), seconds, relative_error(u, exact))
             for solver, ((u, passes), seconds) in timed("measuring", decoders, ROUNDS).items()]
 
 
 def loosest(decoder_of: Callable[[Solver], Decoder], solver: Solver, exact: np.ndarray) -> Solver:
     """The solver with the largest of TOLERANCES that stays within ERROR of what is exact, or else with the smallest.
-    A wavefront has none: it makes the same updates at any."""
+    A wavefront and sequential decoding have none: they make the same updates at any."""
     if solver.kind != "jacobi":
         return solver
 
@@ -169,6 +174,15 @@ def deep_passes(report: inversion.Report, solver: inversion.Solver) -> float:
     """Runs of the deep block, mean over samples; one run of a wavefront updates all strides of its window."""
     steps = np.asarray(report.steps)
     return float(len(steps) + solver.updates - 1 if solver.updates else steps.sum(axis=0).mean())
+
+
+def mean_updates(solver: Solver, passes: float, model: Model) -> float:
+    """Of a block of a whole video, which took so many runs of the deep block; of a wavefront, and of one token after
+    another, those of a token."""
+    if solver.kind != "jacobi":
+        return float(solver.updates if solver.kind == "wavefront" else 1)
+    frames = [min(solver.frames_per_step, model.frames - at) for at in range(0, model.frames, solver.frames_per_step)]
+    return passes / sum(-(-count * model.tokens_per_frame // solver.block_size) for count in frames)
 
 
 def relative_error(u: np.ndarray, exact: np.ndarray) -> float:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 from starflow_jax.config import Model, Sample, Solver
 from starflow_jax.flow import inversion
 from starflow_jax.model.system import System
@@ -13,15 +15,25 @@ WHOLE_FRAME = 1 << 30  # a block that no frame fills
 
 def chosen_solver(system: System, settings: Sample) -> Solver:
     """sample.solver, with what it leaves unset as calibrated. A stream's steps are single frames, so that each is
-    emitted as soon as it can be."""
-    return complete(settings.solver, system.calibration.solver, system.config.model, stream=settings.stream)
+    emitted as soon as it can be; a draft is where an iteration starts, which sequential decoding has not."""
+    calibrated = calibrated_solver(system)
+    if settings.draft and calibrated.kind == "sequential":
+        calibrated = Solver()
+    return complete(settings.solver, calibrated, system.config.model, stream=settings.stream)
+
+
+def calibrated_solver(system: System) -> Solver:
+    """What calibration found on a platform such as the one in use, else Solver()."""
+    return system.calibration.solver_on(jax.default_backend())
 
 
 def complete(asked: Solver, calibrated: Solver, model: Model, stream: bool = False) -> Solver:
     """Every setting of a solver. The calibrated kind and its settings were measured on whole videos and within an
     error: they are used only there, and only where no kind is asked for; the tolerance only with the calibrated blocks
-    and start."""
+    and start. Calibrated sequential decoding gives way to any setting of blocks, and is the deep block's alone."""
     measured = calibrated if not asked.kind and not stream and asked.tolerance != 0 else Solver()
+    if measured.kind == "sequential" and _of_blocks(asked):
+        measured = Solver()
     kind = asked.kind or measured.kind or "jacobi"
     frames = asked.frames_per_step or (0 if stream else calibrated.frames_per_step) or 1
     block = asked.block_size or calibrated.block_size or frames * model.tokens_per_frame
@@ -29,8 +41,15 @@ def complete(asked: Solver, calibrated: Solver, model: Model, stream: bool = Fal
     start = asked.start or measured.start or "previous"
     as_measured = (block, frames, start) == (measured.block_size, measured.frames_per_step, measured.start)
     tolerance = measured.tolerance if asked.tolerance < 0 and as_measured else asked.tolerance
+    if asked.kind == "sequential":
+        tolerance = 0.0
     return dataclasses.replace(asked, kind=kind, block_size=block, frames_per_step=frames, updates=updates,
                                start=start, tolerance=TOLERANCE if tolerance < 0 else tolerance)
+
+
+def _of_blocks(asked: Solver) -> bool:
+    """Whether a setting is asked for that sequential decoding makes no use of."""
+    return bool(asked.block_size or asked.frames_per_step or asked.first_block_size or asked.max_steps or asked.start)
 
 
 def deep_solver(solver: Solver) -> inversion.Solver:
@@ -45,7 +64,8 @@ def deep_solver(solver: Solver) -> inversion.Solver:
 
 
 def shallow_solver(solver: Solver) -> inversion.Solver:
-    """The shallow blocks' solver: a whole frame at once, to SHALLOW_TOLERANCE of the tolerance."""
-    if solver.kind == "sequential":
+    """The shallow blocks' solver: a whole frame at once, to SHALLOW_TOLERANCE of the tolerance; of exact sequential
+    decoding, sequential too."""
+    if solver.kind == "sequential" and solver.tolerance == 0:
         return inversion.SEQUENTIAL
     return inversion.Solver(WHOLE_FRAME, solver.tolerance * SHALLOW_TOLERANCE)

@@ -44,7 +44,7 @@ def test_it_comes_back(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("found", [{"block_size": -5}, {"block_size": "4"}, {"kind": "newton"}, {"tolerance": None},
-                                   {"steps": 3}, [], None, 5])
+                                   {"steps": 3}, {"platform": 3}, [], None, 5])
 def test_a_solver_is_checked_as_the_command_lines_is(folder: Path, found: Any) -> None:
     (folder / SOLVER).write_text(json.dumps(found))
     with pytest.raises(UserError, match=f"{SOLVER}: can't be read as a calibration .*--mode=calibrate"):

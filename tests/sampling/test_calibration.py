@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from starflow_jax.sampling.calibration import (
     decode_deep,
     fit_noise_guess,
     loosest,
+    mean_updates,
     measure,
     relative_error,
 )
@@ -47,9 +49,9 @@ def deep(system: System, settings: Sample) -> decode.Solver:
     return deep_solver(chosen_solver(system, settings))
 
 
-def test_candidates_are_parts_of_a_frame_whole_frames_and_wavefronts(system: System) -> None:
+def test_candidates_are_single_tokens_parts_of_a_frame_whole_frames_and_wavefronts(system: System) -> None:
     assert candidates(system) == [
-        *(Solver("jacobi", size, frames, start=start) for size, frames, start in (
+        Solver("sequential"), *(Solver("jacobi", size, frames, start=start) for size, frames, start in (
             (1, 1, "previous"), (2, 1, "previous"), (4, 1, "previous"), (4, 1, "noise"), (12, 3, "previous"),
             (12, 3, "noise"))),
         *(Solver("wavefront", size, 3, updates, "noise") for size in (3, 4, 6) for updates in (3, 6))]
@@ -132,8 +134,52 @@ def test_the_loosest_tolerance_within_the_error() -> None:
 
     for share, largest in ((0.05, TOLERANCES[0]), (0.2, 4.6e-3), (50.0, TOLERANCES[-1])):
         assert loosest(with_error(share), SOLVER, exact) == dataclasses.replace(SOLVER, tolerance=largest)
-    wavefront = Solver("wavefront", 4, 1)
-    assert loosest(with_error(0.05), wavefront, exact) == wavefront
+    for other in (Solver("wavefront", 4, 1), Solver("sequential")):
+        assert loosest(with_error(0.05), other, exact) == other
+
+
+def test_mean_updates_of_a_block() -> None:
+    """Of three frames of four tokens."""
+    model = CONFIG.model
+    for block, frames, blocks in ((4, 1, 3), (2, 1, 6), (3, 1, 6), (12, 3, 1), (8, 2, 2), (5, 2, 3)):
+        assert mean_updates(Solver("jacobi", block, frames), 12.0, model) == 12 / blocks
+    assert mean_updates(Solver("wavefront", 6, 3, 5), 8.0, model) == 5
+    assert mean_updates(Solver("sequential"), 12.0, model) == 1
+
+
+def test_a_solver_is_used_where_it_was_measured_and_guesses_everywhere(
+    system: System, params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, asked = jax.default_backend(), changed(SETTINGS, block_size=0, tolerance=-1.0)
+    calibrated = with_guess(system, 0.5, dataclasses.replace(SOLVER, start="noise", tolerance=4e-3))
+    for platform, blocks in ((here, 8), ("", 8), ("another", 4)):
+        measured = dataclasses.replace(calibrated.calibration, platform=platform)
+        save_system(dataclasses.replace(calibrated, calibration=measured), tmp_path)
+        assert ("platform" in json.loads((tmp_path / "decoding.json").read_text())) == bool(platform)
+        loaded = load_system(CONFIG, tmp_path)
+        assert loaded.calibration.platform == platform and deep(loaded, asked).block_size == blocks
+        given = make_conditions(loaded, params, CAPTIONS, [5, 6, 7], asked)
+        np.testing.assert_allclose(given.guess_BSK, np.full((3, 4, 4), 0.5), atol=1e-3)
+    assert chosen_solver(loaded, asked) == chosen_solver(system, asked)
+    monkeypatch.setattr(jax, "default_backend", lambda: "another")
+    assert deep(loaded, asked).block_size == 8
+
+
+def test_calibrated_sequential_decoding_is_of_the_deep_block_and_gives_way_to_blocks_that_are_asked_for(
+    system: System, params
+) -> None:
+    calibrated, asked = with_guess(system, 0.0, Solver("sequential")), changed(SETTINGS, block_size=0, tolerance=-1.0)
+    assert deep(calibrated, asked) == decode.Solver(block_size=1)
+    assert shallow_solver(chosen_solver(calibrated, asked)).tolerance == pytest.approx(0.1 * TOLERANCE)
+    exact = changed(asked, kind="sequential")
+    assert shallow_solver(chosen_solver(system, exact)) == deep(system, exact) == decode.Solver(block_size=1)
+    for change in (dict(block_size=2), dict(frames_per_step=2), dict(start="noise"), dict(max_steps=2),
+                   dict(tolerance=0.0), dict(stream=True), dict(draft="a"), dict(kind="jacobi")):
+        other = changed(asked, **change)
+        assert chosen_solver(calibrated, other) == chosen_solver(system, other), change
+    clips, exact_clips = (generate_clips(calibrated, params, CAPTIONS[:1], [5], how) for how in (asked, exact))
+    assert (clips.solved.deep_steps_BK == 1).all() and clips.solved.deep_steps_BK.shape == (1, 12)
+    assert relative_error(clips.noisy_BNhwC, exact_clips.noisy_BNhwC) < ERROR
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", '{"block_size": -5}', '{"tolerence": 1}'])
@@ -188,8 +234,8 @@ def test_calibration_of_a_small_model(system: System, params, monkeypatch, few: 
     params = quantize_params(params) if weights else params
     chosen = candidates(system)
     if few:
-        chosen = [Solver("jacobi", 4, 1, start="previous"), Solver("jacobi", 12, 3, start="noise"),
-                  Solver("wavefront", 3, 3, 3, "noise")]
+        chosen = [Solver("sequential"), Solver("jacobi", 4, 1, start="previous"),
+                  Solver("jacobi", 12, 3, start="noise"), Solver("wavefront", 3, 3, 3, "noise")]
         monkeypatch.setattr("starflow_jax.sampling.calibration.candidates", lambda system: chosen)
     small = dataclasses.replace(system, calibration=Calibration(noise_guess=fit_noise_guess(system, params)))
     rows = measure(small, params)
@@ -198,3 +244,9 @@ def test_calibration_of_a_small_model(system: System, params, monkeypatch, few: 
     jacobi = [row for row in rows if row.solver.kind == "jacobi"]
     assert jacobi and all(row.error <= ERROR and row.solver.tolerance in TOLERANCES for row in jacobi)
     assert error[Solver("wavefront", 3, 3, 3, "noise")] < 1e-9  # strides of one token are exact
+    assert error[Solver("sequential")] == 0
+    blocks = {Solver("sequential"): 12, Solver("jacobi", 4, 1, start="previous"): 3,
+              Solver("jacobi", 12, 3, start="noise"): 1}
+    for row in rows:
+        found = dataclasses.replace(row.solver, tolerance=-1.0)
+        assert row.updates == pytest.approx(row.passes / blocks[found] if found in blocks else row.updates)
