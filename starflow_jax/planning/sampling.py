@@ -241,7 +241,7 @@ class Sampling:
         parts = -(-self.total // at_once)
         u = run(f"{at_once} frames together", joined, *[frame] * at_once, times=parts)
         run(f"shallow blocks, {at_once} frames", decode.invert_shallow, self.flow, self.shallow_blocks, u, times=parts,
-            unknown_trips=self.config.plan.updates, filled=self._shallow_filled, **self.shallow)
+            unknown_trips=self._trips, filled=self._shallow_filled, **self.shallow)
 
     @property
     def _shallow_filled(self) -> float:

@@ -133,6 +133,8 @@ def test_the_plans_programs_are_those_that_sampling_runs(
     step = next(program for program in programs if program.name == "deep block, a step")
     none, one, all_updates = (count(step.compiled, trips).flops for trips in (0, 1, step.unknown_trips))
     assert all_updates == pytest.approx(config.plan.updates * (one - none), rel=0.02)
+    solved = [program for program in programs if "module @jit_invert_shallow" in program.lowered.as_text()] + [step]
+    assert {program.unknown_trips for program in solved} == {config.plan.updates - 1}
 
 
 def test_the_filled_share_of_a_cache() -> None:
