@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 
@@ -55,6 +56,9 @@ def _command(hook: str) -> Callable[[str], str]:
         raise UserError(f"sample.rewrite={hook!r}: can't be read as a command ({error})") from error
     if not words:
         raise UserError(f"sample.rewrite={hook!r}: names no command")
+    if shutil.which(words[0]) is None:
+        raise UserError(f"sample.rewrite={hook!r}: there is no program {words[0]!r}; name one by its path, or one that "
+                        "PATH leads to; a function is written module:function")
 
     def call(prompt: str) -> str:
         try:

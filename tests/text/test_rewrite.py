@@ -33,7 +33,6 @@ def test_a_function_and_a_command_give_one_line() -> None:
     (f"{__name__}:failing", "RuntimeError: no model"),
     (f"{__name__}:absent", "no such function"),
     ("no_such_module:rewrite", "no such function"),
-    ("no_such_command --long", "can't be run"),
     ('unclosed "quote', "can't be read as a command"),
     (f'{PYTHON} "import sys; sys.exit(\'out of memory\')"', r"ended with code 1 .*\(out of memory\)"),
     (f'{PYTHON} "print()"', "must give text"),
@@ -42,3 +41,9 @@ def test_failures_are_one_line(hook: str, told: str) -> None:
     with pytest.raises(UserError, match=told) as error:
         rewriter(hook)("a cat")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("hook", ["no_such_command --long", ":", "/", "a\0b"])
+def test_a_program_that_there_is_not_is_found_at_once(hook: str) -> None:
+    with pytest.raises(UserError, match="there is no program"):
+        rewriter(hook)
