@@ -91,7 +91,7 @@ def _make_pictures(folder: Path) -> None:
     for suffix in ("webp", "bmp", "tiff", "ppm"):
         picture.save(folder / f"c.{suffix}")
     picture.save(folder / "d.png")
-    picture.convert("P").save(folder / "e.png", save_all=True, append_images=[later])
+    picture.convert("P").save(folder / "e.png", save_all=True, append_images=[later.convert("P")])
     picture.convert("P").save(folder / "f.gif", save_all=True, append_images=[later])
     picture.save(folder / "g.tiff", compression="tiff_lzw")
 
