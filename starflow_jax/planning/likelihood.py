@@ -21,7 +21,7 @@ from starflow_jax.planning.program import Program
 from starflow_jax.planning.sampling import Sampling, effort
 from starflow_jax.sampling.batches import in_batches
 from starflow_jax.sampling.conditions import draw_noise, with_noise
-from starflow_jax.sampling.denoise import denoiser_alone, denoiser_step
+from starflow_jax.sampling.denoise import denoiser_alone, denoiser_step, score_step
 from starflow_jax.sampling.generate import encode_z
 from starflow_jax.sampling.likelihood import window_nll, window_nll_per_token
 from starflow_jax.sampling.shallow import joined
@@ -50,6 +50,8 @@ class GivenClip(Sampling):
         back = self._decoded(run("to z", encode_z, self.flow, self.params, noisy, text), text)
         if self.config.sample.denoise == "denoiser" and self.config.model.denoiser != "none":
             run("denoiser", denoiser_step, self.flow, denoiser_alone(self.params), back, text, self.total)
+        elif self.config.sample.denoise == "score":
+            run("score", score_step, self.flow, self.params, back, text, None, self.total)
         run("codec, decode", decode_latents, self.codec, back, self.config.codec.later_frames_scale,
             self.config.sample.as_released, times=2, options=effort(self.config))
         return self.chain.programs

@@ -213,6 +213,9 @@ class Sampling:
         if config.sample.denoise == "denoiser" and config.model.denoiser != "none":
             run("denoiser, a window", denoiser_step, self.flow, denoiser_alone(self.params), window, text, self.window,
                 times=self.windows)
+        elif config.sample.denoise == "score":
+            run("score, a window", score_step, self.flow, self.params, window, text,
+                self._steering(self.window, self.windows), self.window, times=self.windows)
         if config.codec.tile:
             run("codec, all frames", decode_latents, self.codec, self._latents(self.total),
                 config.codec.later_frames_scale, config.sample.as_released, options=effort(config))

@@ -25,10 +25,13 @@ PROGRAMS = [(system, "encode_text"), (system, "encode_frames"), (system, "decode
             (conditions, "draw_noise"), (conditions, "with_noise"), (evaluation, "window_nll_per_token"),
             (likelihood, "window_nll"), (evaluation, "encode_z"), (evaluation, "joined"), (decode, "start_window"),
             (decode, "decode_frames"), (decode, "invert_shallow"), (shallow, "part_of"), (shallow, "parts_together"),
-            (denoise, "denoiser_step")]
+            (denoise, "denoiser_step"), (denoise, "score_step")]
 
 
-def test_the_plans_programs_are_those_that_measure_a_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["denoiser", pytest.param("score", marks=pytest.mark.slow)])
+def test_the_plans_programs_are_those_that_measure_a_clip(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On two devices, heads sharded; three draws of the training noise, two at once, one frame at once in shallow
     blocks."""
     recorded: dict[str, list[str]] = {}
@@ -43,6 +46,7 @@ def test_the_plans_programs_are_those_that_measure_a_clip(tmp_path: Path, monkey
         "--config=configs/t2v.py", "--mode=evaluate", f"--workdir={tmp_path / 'model'}", "--config.evaluate.task=video",
         f"--config.evaluate.video={tmp_path / 'clip.mp4'}", f"--config.evaluate.caption={PROMPTS[0]}",
         "--config.evaluate.draws=3", "--config.evaluate.batch_size=2", "--config.model.unroll_layers=false",
+        f"--config.sample.denoise={how}",
         *(f"--config.mesh.{axis}={size}" for axis, size in mesh.items())])
     assert code == 0, error
     model = sf.load(tmp_path / "model", mesh=mesh)
@@ -51,11 +55,13 @@ def test_the_plans_programs_are_those_that_measure_a_clip(tmp_path: Path, monkey
     dataclasses.replace(model, system=system_of_two).log_likelihood(frames, PROMPTS[0])
     monkeypatch.undo()
     monkeypatch.setattr(shallow, "TOKENS", 1)
-    config = dataclasses.replace(CONFIG_OF_TEST, evaluate=of_two.evaluate)
+    config = dataclasses.replace(CONFIG_OF_TEST, evaluate=of_two.evaluate,
+                                 sample=dataclasses.replace(CONFIG_OF_TEST.sample, denoise=how))
     with jax.set_mesh(sharding.make_mesh(settings_of.Mesh(**mesh), jax.devices()[:2])):
         planned = by_function([program.lowered.as_text()
                                for program in likelihood_programs(config, jax.sharding.get_mesh())])
     run = by_function([text for texts in recorded.values() for text in texts])
     assert {name: len(texts) for name, texts in planned.items()} == {name: len(texts) for name, texts in run.items()}
     assert [name for name in planned if planned[name] != run[name]] == []
-    assert {name for _, name in PROGRAMS} == set(planned)
+    other = {"denoiser": "score_step", "score": "denoiser_step"}[how]
+    assert {name for _, name in PROGRAMS} - {other} == set(planned)

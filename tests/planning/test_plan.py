@@ -92,14 +92,16 @@ def test_a_plan_says_where_bytes_go_and_what_starting_programs_takes(planned: St
     assert math.isclose(cost.estimated_seconds_per_step, cost.bound_seconds_per_step + cost.overhead_seconds)
 
 
-def test_a_plan_of_sampling_has_the_text_encoder_and_the_codec_in_all_that_it_adds_up(
+def test_a_plan_of_sampling_has_the_text_encoder_the_codec_and_the_score_in_all_that_it_adds_up(
     monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roofline, "chip_of", lambda device, memory=0: CHIP)
-    config = dataclasses.replace(with_plan(small(), step="sample"), text=SMALL_TEXT, mesh=settings_of.Mesh(1, 1, 1, 1))
+    config = dataclasses.replace(with_plan(small(), step="sample"), text=SMALL_TEXT, mesh=settings_of.Mesh(1, 1, 1, 1),
+                                 sample=settings_of.Sample(denoise="score"))
     cost = plan_of(config, jax.devices()[:1]).cost
     parts = {part.program: part for part in cost.programs}
-    for name, runs in (("text encoder", 1), ("codec, the first frame", 1), ("codec, a frame", config.model.frames - 1)):
+    for name, runs in (("text encoder", 1), ("score, a window", 1), ("codec, the first frame", 1),
+                       ("codec, a frame", config.model.frames - 1)):
         assert parts[name].runs == runs and parts[name].bound_seconds > 0 and parts[name].hbm_bytes["weights"] > 0
     assert parts["deep block, the text"].hbm_bytes["cache_written"] > 0
     step = parts["deep block, a step"].hbm_bytes

@@ -30,6 +30,7 @@ PROGRAMS = [(system, "encode_text"), (system, "decode_latents"), (conditions, "s
             (conditions, "draw_noise"), (decode, "start_window"), (decode, "decode_frames"), (decode, "invert_shallow"),
             (decode, "draft_frames"), (decode, "follow_frames"),
             (shallow, "part_of"), (shallow, "parts_together"), (shallow, "joined"), (denoise, "denoiser_step"),
+            (denoise, "score_step"),
             (conditions, "ray_tokens"), (likelihood, "window_nll"), (stream, "place"), (renoise, "encode_again"),
             (stream, "score_next"), (stream, "decode_next"), (generate, "decode_next")]
 
@@ -91,7 +92,8 @@ def write_module(workdir: Path, backbone: Config) -> str:
     pytest.param(False, False, 25, "draft", marks=pytest.mark.slow),
     pytest.param(False, False, 25, "control", marks=pytest.mark.slow)],
     ids=["whole videos", "a stream", "past the window, one part after the other", "a stream past the window",
-         "a stream past the window, one part after the other", "drafted, past the window", "cameras, past the window"])
+         "a stream past the window, one part after the other", "drafted, past the window",
+         "cameras and the score, past the window"])
 def test_the_plans_programs_are_those_that_sampling_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: bool, offload: bool, frames: int, beside: str
 ) -> None:
@@ -102,7 +104,9 @@ def test_the_plans_programs_are_those_that_sampling_runs(
     added: dict[str, Any] = {}
     if beside:
         write = {"draft": write_student, "control": write_module}[beside]
-        added = {beside: write(tmp_path / beside, CONFIG_OF_TEST), "camera": "orbit" if beside == "control" else ""}
+        added = {beside: write(tmp_path / beside, CONFIG_OF_TEST)}
+    if beside == "control":
+        added |= {"camera": "orbit", "denoise": "score"}
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
     tokens = 2 * 2 * CONFIG_OF_TEST.model.tokens_per_frame
     monkeypatch.setattr(shallow, "TOKENS", tokens)
