@@ -196,7 +196,7 @@ def of_preparation(root: Path) -> dict[str, str]:
 def of_sampling(root: Path) -> dict[str, str]:
     """All files but a stream's timeline; of JSON what does not depend on the clock."""
     files = sorted(path for path in (root / "videos").rglob("*")
-                   if path.is_file() and not path.name.endswith("_stream.png"))
+                   if path.is_file() and not path.name.endswith(".timeline.png"))
     return {path.name: without_times(json.loads(path.read_text())) if path.suffix == ".json" else digest(path)
             for path in files}
 
