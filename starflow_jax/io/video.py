@@ -5,6 +5,7 @@ B clips. Files appear whole or not at all, each written under a temporary name a
 `growing_mp4`, which is there to be watched while it is written.
 """
 
+import errno
 import io
 import os
 import struct
@@ -64,6 +65,7 @@ class Mp4Writer:
         self._scale, self._codec, self._pixels, self._colorspace = scale, codec, pixels, colorspace
         self._rate = Fraction(fps).limit_denominator(60060)
         file = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+        self._path, self._last_box = file, b"mfra" if "frag" in container.get("movflags", "") else b""
         self._container = av.open(file, "w", format="mp4", options=container)
         self._stream: av.VideoStream | None = None
         self._written = 0
@@ -88,9 +90,16 @@ class Mp4Writer:
         self._take(self._stream.encode(frame))
 
     def close(self) -> None:
+        """Raises OSError where not all of it could be written."""
         if self._stream is not None:
             self._take(self._stream.encode(None))
+        self._end()
+
+    def _end(self) -> None:
         self._container.close()
+        # ffmpeg does not say so if its last write fails.
+        if self._stream is not None and isinstance(self._path, str) and not _is_whole(self._path, self._last_box):
+            raise OSError(errno.EIO, "not all of it could be written", self._path)
 
     def _take(self, packets: Sequence[av.Packet]) -> None:
         self._container.mux(packets)
@@ -107,6 +116,20 @@ class Mp4Writer:
             context.color_trc = ColorTrc.BT709
         context.color_range = ColorRange.MPEG
         return stream
+
+
+def _is_whole(path: str, last: bytes) -> bool:
+    """Whether an MP4's boxes fill it to its end. last: the type of the last one, b"" for any."""
+    kind, at, size = b"", 0, os.path.getsize(path)
+    with open(path, "rb") as file:
+        while at < size:
+            file.seek(at)
+            header = file.read(16)
+            if len(header) < 8:
+                return False
+            length, kind = int.from_bytes(header[:4]), header[4:8]
+            at += int.from_bytes(header[8:]) if length == 1 else length or size - at
+    return at == size > 0 and last in (b"", kind)
 
 
 def growing_mp4(path: str | os.PathLike[str], fps: float, scale: int = 1) -> Mp4Writer:
@@ -155,7 +178,8 @@ class Recording(Mp4Writer):
                 packet.pts = packet.dts = time
                 packet.time_base, packet.is_keyframe, packet.stream = 1 / self._rate, begins, stream
                 writer._container.mux(packet)
-            writer._container.close()
+            writer._stream = stream
+            writer._end()
 
     def _packets(self) -> Iterator[tuple[int, bool, bytes]]:
         self._file.seek(0)

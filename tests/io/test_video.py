@@ -1,8 +1,10 @@
 """Videos: what is written is read back, right in colour, size and rate."""
 
+import contextlib
 import gc
 import io
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -95,6 +97,31 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(ValueError, match="uint8"):
         video_io.write_mp4(path, np.zeros((1, 4, 4, 3), np.float32), fps=8)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Writing beyond that fails; Python ignores SIGXFSZ."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_write_fails_unseen(tmp_path):
+    """Nor the last one, about which ffmpeg says nothing."""
+    def grow(path):
+        with contextlib.closing(video_io.growing_mp4(path, fps=8)) as writer:
+            writer.write(moving_square(frames=9))
+
+    for name, write in (("growing", grow), ("whole", lambda path: video_io.write_mp4(path, moving_square(9), fps=8))):
+        write(tmp_path / f"{name}.mp4")
+        size = (tmp_path / f"{name}.mp4").stat().st_size
+        for limit in (size - 1, size - 40, size - 100, size - 400, size // 2, 10):
+            with pytest.raises(OSError), largest_file(limit):
+                write(tmp_path / f"{name}_{limit}.mp4")
 
 
 def test_bad_videos_are_one_clear_line(tmp_path):
