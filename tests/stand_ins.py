@@ -18,8 +18,8 @@ if [[ $1 == compute ]]; then
     [[ $3 != queued-resources ]] || verb="queued $4"
     if [[ $4 == ssh && $* =~ worker.sh\ ([a-z]+) ]]; then verb="ssh ${BASH_REMATCH[1]}"; fi
 fi
-printf '%s\x1f' "$verb" "$name" "$@" >> "$STAND_INS/calls"
-printf '\n' >> "$STAND_INS/calls"
+noted=$(printf '%s\x1f' "$verb" "$name" "$@")
+printf '%s\n' "$noted" >> "$STAND_INS/calls"  # at once: others may be called at the same time
 answers=("$STAND_INS/answers/$verb"/*)
 if [[ -e ${answers[0]} ]]; then
     source "${answers[0]}"
