@@ -45,6 +45,9 @@ def written_out(arguments: Sequence[str], modes: Mapping[str, str], flags: Conta
             name, takes_value = _full_name(name, modes[mode], flags)
             written.append(f"--{name}={value if equals else next(remaining, '') if takes_value else 'true'}")
         elif mode == "sample":
+            if any(one.startswith("--config.sample.prompt=") for one in written):
+                raise UserError(f"{argument}: a second prompt; put one in quotes, or a list of them in a file for "
+                                "--prompts_file=FILE")
             written.append(f"--config.sample.prompt={argument}")
         else:
             raise UserError(f"{argument}: only `starflow sample` takes a prompt; settings are --NAME=VALUE")

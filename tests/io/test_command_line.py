@@ -42,6 +42,7 @@ def test_without_a_mode_there_is_help() -> None:
 
 @pytest.mark.parametrize("given, words", [
     (["fly"], "fly: no such mode; there are sample, train, package"),
+    (["sample", "a seven", "moves left"], "moves left: a second prompt; "),
     (["train", "a prompt"], "a prompt: only `starflow sample` takes a prompt"),
     (["sample", "--steps=3"], "sample.steps: no such setting; did you mean "),
     (["sample", "--train.stepz=3"], "train.stepz: no such setting; did you mean train.steps?"),
