@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 
 import starflow_jax as sf
 from starflow_jax.flow.control import fresh_control
+from starflow_jax.io.compiled import count_programs
 from starflow_jax.io.video import read_video
 from starflow_jax.sampling import stream
 from starflow_jax.sampling.api import Model
@@ -46,19 +47,7 @@ def steerable(of: Any, params: Any) -> Model:
     return Model(small_system(config), {**params, "control": control}, "small", "0123", mesh)
 
 
-def count_compiled() -> Callable[[], int]:
-    """How many programs were compiled, or read from the disk."""
-    found: list[float] = []
-
-    def note(event: str, seconds: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(seconds)
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    return lambda: len(found)
-
-
-compiled = pytest.fixture(scope="module")(count_compiled)
+compiled = pytest.fixture(scope="module")(count_programs)
 
 
 def whole(parts: Iterator[np.ndarray]) -> np.ndarray:

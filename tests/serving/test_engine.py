@@ -10,17 +10,18 @@ import pytest
 
 import starflow_jax as sf
 from starflow_jax.config import Serve
+from starflow_jax.io.compiled import count_programs
 from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.session import Session
 from starflow_jax.serving.engine import Engine, Full, batch_sizes, given_sizes
 from starflow_jax.serving.live import Begun, Changed, Ended, Event, Frames, Live, Place, Refused, Shown
 from starflow_jax.serving.metrics import Metrics
-from tests.sampling.test_session import count_compiled, near, steerable, whole
+from tests.sampling.test_session import near, steerable, whole
 from tests.small_model import CAPTIONS, CONFIG
 
 STRIDE = CONFIG.codec.time_stride
 PATIENCE = 60.0  # seconds that no test ever waits for
-compiled = pytest.fixture(scope="module")(count_compiled)
+compiled = pytest.fixture(scope="module")(count_programs)
 
 
 @pytest.fixture(scope="module")
