@@ -10,6 +10,7 @@ the first frame, then `time_stride` pixel frames, or one latent frame, at a time
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from starflow_jax.codec.convolution import convolution, doubled
 from starflow_jax.config import UserError
 
 Past = Any  # a tuple (of tuples) of the last input frames of convolutions; None where the video begins
@@ -88,17 +90,18 @@ def from_patches(x_BTHWC: jax.Array, size: int) -> jax.Array:
 
 
 def _remember(x_BTHWC: jax.Array, past: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """(x with two more frames in front, the past ones or zeros; its own last two)."""
-    if past is None:
-        past = jnp.zeros((x_BTHWC.shape[0], 2, *x_BTHWC.shape[2:]), x_BTHWC.dtype)
-    x_BTHWC = jnp.concatenate([past, x_BTHWC], axis=1)
-    return x_BTHWC, x_BTHWC[:, -2:]
+    """(x with the past frames in front, if any; the last two of the past or zeros, and x)."""
+    x_BTHWC = x_BTHWC if past is None else jnp.concatenate([past, x_BTHWC], axis=1)
+    missing = max(0, 2 - x_BTHWC.shape[1])
+    return x_BTHWC, jnp.pad(x_BTHWC[:, -2:], ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
 
 
-def _conv(features: int, kernel: tuple[int, ...], dtype: Any, name: str, padding: Any = "VALID", strides: Any = 1):
+def _conv(features: int, kernel: tuple[int, ...], dtype: Any, name: str, padding: Any = "VALID", strides: Any = 1,
+          by: Callable[..., jax.Array] = convolution) -> nn.Conv:
     # float32 is to be float32 on accelerators, too; bfloat16 is there for speed.
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return nn.Conv(features, kernel, strides, padding, dtype=dtype, precision=precision, name=name)
+    return nn.Conv(features, kernel, strides, padding, dtype=dtype, precision=precision, name=name,
+                   conv_general_dilated_cls=lambda: by)
 
 
 class CausalConv(nn.Module):
@@ -109,8 +112,9 @@ class CausalConv(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTHWC: jax.Array, past: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        zeros = 2 if past is None else 0
         x, past = _remember(x_BTHWC, past)
-        return _conv(self.features, (3, 3, 3), self.dtype, "conv", ((0, 0), (1, 1), (1, 1)))(x), past
+        return _conv(self.features, (3, 3, 3), self.dtype, "conv", ((zeros, 0), (1, 1), (1, 1)))(x), past
 
 
 class RMSNorm(nn.Module):
@@ -218,13 +222,12 @@ class Upsample(nn.Module):
         if self.time:
             split = 1 if past is None else 0
             seen, past = _remember(x[:, split:], past)  # the first frame is not seen by the others
-            if seen.shape[1] > 2:
-                pairs = _conv(2 * channels, (3, 1, 1), self.dtype, "time")(seen)
+            if x.shape[1] > split:
+                pairs = _conv(2 * channels, (3, 1, 1), self.dtype, "time", ((2 * split, 0), (0, 0), (0, 0)))(seen)
                 batch, frames, rows, columns, _ = pairs.shape
                 pairs = jnp.moveaxis(pairs.reshape(batch, frames, rows, columns, 2, channels), 4, 2)
                 x = jnp.concatenate([x[:, :split], pairs.reshape(batch, 2 * frames, rows, columns, channels)], axis=1)
-        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-        return _conv(channels, (3, 3), self.dtype, "space", ((1, 1), (1, 1)))(x), past
+        return _conv(channels, (3, 3), self.dtype, "space", ((1, 1), (1, 1)), by=doubled)(x), past
 
 
 def _averaged(x_BTHWC: jax.Array, features: int, time: int, space: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""--mode=benchmark: times of starting, data, attention, decoding and training; benchmark.json and tables."""
+"""--mode=benchmark: times of starting, data, attention, decoding, VAE and training; benchmark.json and tables."""
 
 import dataclasses
 import json
@@ -11,6 +11,7 @@ from starflow_jax.benchmarks import attention as benchmark_attention
 from starflow_jax.benchmarks import data as benchmark_data
 from starflow_jax.benchmarks import decoding as benchmark_decode
 from starflow_jax.benchmarks import start as benchmark_start
+from starflow_jax.benchmarks import vae as benchmark_vae
 from starflow_jax.benchmarks.training import BENCHMARK_MODEL, train_step_ratio
 from starflow_jax.config import Config
 from starflow_jax.io.files import write_text
@@ -18,8 +19,8 @@ from starflow_jax.io.progress import table
 
 
 def benchmark(config: Config, workdir: Path) -> None:
-    """Time what config.benchmark.parts names (attention only on a GPU); write WORKDIR/benchmark.json and, for decoding,
-    benchmark_decoding.png."""
+    """Time what config.benchmark.parts names (attention only on a GPU, the VAE only on a CPU); write
+    WORKDIR/benchmark.json and, for decoding, benchmark_decoding.png."""
     parts = config.benchmark.named
     results: dict[str, Any] = {}
     if "start" in parts:  # before this process takes the accelerator
@@ -37,6 +38,9 @@ def benchmark(config: Config, workdir: Path) -> None:
                                "random": benchmark_decode.random_model(BENCHMARK_MODEL)}
         benchmark_decode.plot(workdir / "benchmark_decoding.png", results["decoding"]["trained"])
         _print("decoding", results["decoding"])
+    if "vae" in parts and (rows := benchmark_vae.beside_torch()):
+        results["vae"] = {"beside PyTorch": rows}
+        _print("vae", results["vae"])
     if "training" in parts:
         results |= train_step_ratio(dataclasses.replace(config, model=BENCHMARK_MODEL))
         _print_training(results)

@@ -141,6 +141,7 @@ WORK = {
     "starflow_jax.benchmarks.start": ("report",),
     "starflow_jax.benchmarks.data": ("report",),
     "starflow_jax.benchmarks.decoding": ("trained_model", "lengths", "random_model"),
+    "starflow_jax.benchmarks.vae": ("beside_torch",),
     "starflow_jax.benchmarks.training": ("train_step_ratio",),
 }
 
