@@ -50,7 +50,7 @@ def test_the_figures_are_of_both_results_and_times(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(vae, "to_tensor", lambda array: array.astype(np.float32))
     monkeypatch.setattr(vae, "timed", timed)
     rows = vae.beside_torch(SMALL, frames=3, side=8, rounds=2)
-    assert [result["ours"].shape for result in results] == [(1, 2, 2, 2, 3), (1, 3, 8, 8, 3)]
+    assert [result["ours"].shape for result in results] == [(2, 2, 2, 2, 3), (2, 3, 8, 8, 3)]
     assert [row["step"] for row in rows] == ["encode", "decode"]
     for row, result in zip(rows, results):
         assert (row["PyTorch, s"], row["ours, s"], row["times as fast"]) == (3.0, 2.0, 1.5)
