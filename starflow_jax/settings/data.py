@@ -26,7 +26,7 @@ class Data(Settings):
     latents: bool = setting(False, "train on prepared latents (and a frozen text encoder's features), not on pixels")
     size: int = setting(24, "digits: pixels of a frame's side", positive(1024))
     digit_size: int = setting(15, "digits: pixels of a digit's side", positive(1024))
-    wraps: bool = setting(False, "digits: what leaves a frame on one side comes back on the other; with longer clips, "
+    wraps: bool = setting(True, "digits: what leaves a frame on one side comes back on the other; with longer clips, "
                           "some of which change")
     camera: bool = setting(False, "digits: the same world, seen by a camera that moves; its poses are with the clips")
     train_clips: int = setting(40_000, "digits: clips of the training split", positive(100_000_000))

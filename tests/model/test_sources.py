@@ -12,7 +12,6 @@ from starflow_jax.model import sources
 def test_long_clips_of_digits_are_as_long_as_asked(monkeypatch):
     monkeypatch.setattr(sources, "data_source", None)  # nothing is written to disk
     config = tiny()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, wraps=True))
     clips = list(sources.long_clips(config, "test", 2, 61))
     assert [clip["frames"].shape for clip in clips] == [(61, 24, 24, 3)] * 2
     for clip in clips:

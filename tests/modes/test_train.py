@@ -171,12 +171,10 @@ def test_the_horizon_of_the_trained_model(uninterrupted: Path, data: Path) -> No
 
 
 @pytest.mark.slow  # quick: tests/data/test_pipeline.py (clips that change), tests/evaluation/test_horizon.py
-def test_a_model_of_a_world_that_wraps_is_trained_and_measured_far_beyond_its_length(data: Path, tmp_path: Path
-                                                                                     ) -> None:
-    wraps = "--config.data.wraps=true"
-    succeeds(tmp_path, data, wraps, "--config.train.steps=3")
+def test_a_model_is_trained_and_measured_far_beyond_its_length(data: Path, tmp_path: Path) -> None:
+    succeeds(tmp_path, data, "--config.train.steps=3")
     assert np.isfinite(losses(tmp_path)[3]["bits_per_dim"])
-    succeeds(tmp_path, data, wraps, "--mode=evaluate", "--config.evaluate.task=horizon",
+    succeeds(tmp_path, data, "--mode=evaluate", "--config.evaluate.task=horizon",
              "--config.evaluate.latent_frames=12")
     found = json.loads((tmp_path / "horizon.json").read_text())
     assert len(found["stretches"]) == len(found["real_stretches"]) == 3
