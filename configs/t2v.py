@@ -1,7 +1,8 @@
 """Text and images to video: python -m starflow_jax.main --config=configs/t2v.py[:VARIANT]
 
-tiny      moving digits, 13 frames of 24x24 pixels: trains on two CPU cores, nothing is downloaded
-tiny_gpu  the same model, trained for longer with larger batches, on a GPU: what the package carries
+tiny       moving digits, 13 frames of 24x24 pixels: trains on two CPU cores, nothing is downloaded
+tiny_long  the same model, trained for hours on two CPU cores
+tiny_gpu   with larger batches, on a GPU
 
 The paper's curriculum, 81 frames in Wan2.2 latents, text by flan-t5-xl; each stage starts from the one before it, by
 --config.train.init_from=WORKDIR. The paper's page gives the order and the last stage's batch; steps are ours.
@@ -45,14 +46,25 @@ def tiny(name: str = "tiny", **train) -> Config:
     )
 
 
+def tiny_long(name: str, **train) -> Config:
+    """More clips, and more of them without their first frame, as the window's later positions see them."""
+    config = tiny(name, **train)
+    return dataclasses.replace(config, data=dataclasses.replace(
+        config.data, train_clips=100_000, image_probability=0.7, first_frame_drop=0.4))
+
+
 TINY_TRAIN = dict(
     steps=220, batch_size=16, image_batch_size=48, learning_rate=1.5e-3, final_learning_rate=5e-5,
     denoiser_learning_rate=1.5e-3, warmup_steps=50, ema=0.998, log_every=10, checkpoint_every=100,
     evaluate_every=220, validation_clips=128)
 
+TINY_LONG_TRAIN = dict(
+    steps=12_000, batch_size=32, image_batch_size=128, optimizer="muon", learning_rate=1e-3, final_learning_rate=1e-5,
+    denoiser_learning_rate=1e-3, warmup_steps=100, log_every=50, checkpoint_every=250, evaluate_every=1_000,
+    validation_clips=256, adherence_prompts=100)
+
 TINY_GPU_TRAIN = dict(
-    steps=14_000, batch_size=64, image_batch_size=192, ema=0.999, log_every=50, checkpoint_every=1_000,
-    evaluate_every=2_000, adherence_prompts=128)
+    TINY_LONG_TRAIN, batch_size=64, image_batch_size=192, ema=0.999, checkpoint_every=1_000, evaluate_every=2_000)
 
 
 def paper(name: str, deep_layers: int, deep_width: int) -> Config:
@@ -84,7 +96,8 @@ def at_resolution(config: Config, resolution: int, steps: int = 0) -> Config:
 def get_config(variant: str = "tiny"):
     variants = {
         "tiny": tiny,
-        "tiny_gpu": lambda: tiny("tiny_gpu", **TINY_GPU_TRAIN),
+        "tiny_long": lambda: tiny_long("tiny_long", **TINY_LONG_TRAIN),
+        "tiny_gpu": lambda: tiny_long("tiny_gpu", **TINY_GPU_TRAIN),
         "3b_384p": lambda: at_resolution(paper("3b_384p", deep_layers=24, deep_width=3072), 384, steps=50_000),
         "3b": lambda: paper("3b", deep_layers=24, deep_width=3072),
         "7b": lambda: paper("7b", deep_layers=24, deep_width=4096),

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import starflow_jax as sf
-from starflow_jax.data.digits import dataset
+from starflow_jax.data.digits import scene
 from starflow_jax.data.digits.captions import COLOURS, DIRECTIONS, caption
 from starflow_jax.data.digits.reader import Reader
 from starflow_jax.io.progress import table
@@ -24,7 +24,7 @@ from starflow_jax.io.video import write_mp4
 STAR = 10  # behind the ten digits
 STARS = {"train": range(240), "test": range(240, 300)}  # by the seed that each is drawn from
 SIDE, FPS, FRAMES, SCALE = 20, 8, 17, 4  # of a drawing; of the clips: a second and a half more than the model makes
-WORLD = dataset.MovingDigitsConfig(wraps=True)
+WORLD = scene.MovingDigitsConfig(wraps=True)
 
 
 def draw_star(seed: int) -> np.ndarray:
@@ -52,8 +52,8 @@ def draw(folder: Path, digits: int = 240) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     stars = np.stack([draw_star(seed) for seed in STARS["train"]])
-    which_N = random.choice(dataset.split_scan_ids("train"), digits)
-    scans = np.concatenate([stars, dataset.load_scans(which_N, SIDE)])
+    which_N = random.choice(scene.split_scan_ids("train"), digits)
+    scans = np.concatenate([stars, scene.load_scans(which_N, SIDE)])
     labels_N = np.concatenate([np.full(len(stars), STAR), which_N // 500])
     clips, colours_N, directions_N = moving(scans, random)
     for index, (label, colour, direction) in enumerate(zip(labels_N, colours_N, directions_N)):
@@ -67,17 +67,17 @@ def draw(folder: Path, digits: int = 240) -> None:
 def moving(scans_NDD: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(clips (N, FRAMES, H, W, 3) uint8, colours, directions), drawn at random."""
     colours_N, directions_N = (random.integers(len(kinds), size=len(scans_NDD)) for kinds in (COLOURS, DIRECTIONS))
-    position_NT2 = dataset.random_motion(random, directions_N, WORLD).positions(FRAMES)
+    position_NT2 = scene.random_motion(random, directions_N, WORLD).positions(FRAMES)
     small = np.stack([np.asarray(Image.fromarray(scan).resize((WORLD.digit_size,) * 2, Image.Resampling.LANCZOS))
                       for scan in scans_NDD])
-    return dataset.render_clips(small, colours_N, position_NT2, size=WORLD.size), colours_N, directions_N
+    return scene.render_clips(small, colours_N, position_NT2, size=WORLD.size), colours_N, directions_N
 
 
 def star_reader() -> Reader:
     """Of eleven classes."""
-    scan_ids = dataset.split_scan_ids("train")
+    scan_ids = scene.split_scan_ids("train")
     stars = np.stack([draw_star(seed) for seed in STARS["train"]])
-    return Reader.fit(np.concatenate([dataset.load_scans(scan_ids, SIDE), stars]),
+    return Reader.fit(np.concatenate([scene.load_scans(scan_ids, SIDE), stars]),
                       np.concatenate([scan_ids // 500, np.full(len(stars), STAR)]))
 
 
@@ -85,9 +85,9 @@ def read(workdir: str, prompts: int = 200) -> list[tuple[str, float, float]]:
     """(whose clips, share of stars read as stars, of digits as those asked for): of real clips of stars and digits that
     the reader was not fitted on, of samples of the workdir's model, and of the package's; prints a table."""
     reader, random = star_reader(), np.random.default_rng(1)
-    test_ids = random.choice(dataset.split_scan_ids("test"), prompts)
+    test_ids = random.choice(scene.split_scan_ids("test"), prompts)
     real_stars, *_ = moving(np.stack([draw_star(seed) for seed in STARS["test"]]), random)
-    real_digits, *_ = moving(dataset.load_scans(test_ids, SIDE), random)
+    real_digits, *_ = moving(scene.load_scans(test_ids, SIDE), random)
     rows = [("real clips", _share(reader, real_stars, STAR), _share(reader, real_digits, test_ids // 500))]
     looks = np.stack([random.integers(len(kinds), size=prompts) for kinds in (COLOURS, DIRECTIONS)], axis=1).tolist()
     of_stars = [star_caption(colour, direction, random, True) for colour, direction in looks]

@@ -11,6 +11,7 @@ from starflow_jax.io.compiled import cache_folder
 with epy.lazy_imports():  # TFDS and grain, which sampling does not need
     from starflow_jax.data import prepared
     from starflow_jax.data.digits import dataset as moving_digits
+    from starflow_jax.data.digits import scene
 
 
 def data_source(config: Config, split: str) -> Sequence[dict[str, Any]]:
@@ -31,9 +32,9 @@ def long_clips(config: Config, split: str, count: int, frames: int) -> Iterator[
     yield from (source[index] for index in range(min(count, len(source))))
 
 
-def _digits(config: Config) -> "moving_digits.MovingDigitsConfig":
+def _digits(config: Config) -> "scene.MovingDigitsConfig":
     data = config.data
-    return moving_digits.MovingDigitsConfig(
+    return scene.MovingDigitsConfig(
         size=data.size, digit_size=data.digit_size, frames=1 + config.model.frames * config.codec.time_stride,
         train_clips=data.train_clips, validation_clips=data.validation_clips, test_clips=data.test_clips,
         wraps=data.wraps, camera=data.camera)

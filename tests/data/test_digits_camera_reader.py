@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from starflow_jax.data.digits import captions
+from starflow_jax.data.digits import captions, scene
 from starflow_jax.data.digits import dataset as md
 from starflow_jax.data.digits.camera_reader import camera_figures, read_cameras
 from starflow_jax.data.digits.cameras import Path
 from starflow_jax.data.digits.reader import Reader, default_reader
 
-CONFIG = md.MovingDigitsConfig(train_clips=1, validation_clips=1, test_clips=1, camera=True)
+CONFIG = scene.MovingDigitsConfig(train_clips=1, validation_clips=1, test_clips=1, camera=True)
 
 
 def real_clips(count, frames):
@@ -39,8 +39,8 @@ def test_the_path_of_real_clips_is_read(clips, read):
 
 
 def test_the_digit_is_read_from_the_tile_that_all_frames_show(clips, read):
-    ids = md.split_scan_ids("train")[::10]
-    found = Reader.fit(md.load_scans(ids, 20), ids // 500).read(read.tiles_BSSC[:, None])
+    ids = scene.split_scan_ids("train")[::10]
+    found = Reader.fit(scene.load_scans(ids, 20), ids // 500).read(read.tiles_BSSC[:, None])
     assert (found[0] == clips[3]).mean() >= 0.8  # of a reader that saw a tenth of the scans; the whole one below
     np.testing.assert_array_equal(found[1], clips[4])
 

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from starflow_jax.data.digits import cameras, captions
+from starflow_jax.data.digits import cameras, captions, scene
 from starflow_jax.data.digits import dataset as md
 from starflow_jax.data.digits.cameras import Path
 
-CONFIG = md.MovingDigitsConfig(train_clips=30, validation_clips=2, test_clips=4, camera=True)
+CONFIG = scene.MovingDigitsConfig(train_clips=30, validation_clips=2, test_clips=4, camera=True)
 
 
 def still(clips, frames, **changes):
@@ -19,20 +19,21 @@ def still(clips, frames, **changes):
 
 
 def digits(count):
-    return md.load_scans(md.split_scan_ids("test")[:count], 15)
+    return scene.load_scans(scene.split_scan_ids("test")[:count], 15)
 
 
 def render(path, position=(3.3, 5.8), velocity=(0.0, 0.0), scans=None):
     scans = digits(len(path.x_BT)) if scans is None else scans
-    motion = md.Motion(np.tile(np.float32(position), (len(scans), 1)), np.tile(np.float32(velocity), (len(scans), 1)))
-    return md.render_clips(scans, np.full(len(scans), 6), motion.positions(path.x_BT.shape[1]), size=24,
-                           path=path)[..., 0].astype(int)
+    start_B2, velocity_B2 = (np.tile(np.float32(each), (len(scans), 1)) for each in (position, velocity))
+    motion = scene.Motion(start_B2, velocity_B2)
+    return scene.render_clips(scans, np.full(len(scans), 6), motion.positions(path.x_BT.shape[1]), size=24,
+                              path=path)[..., 0].astype(int)
 
 
 def test_a_camera_that_does_not_move_sees_the_clip_without_one():
     path = still(4, 3)
-    motion = md.Motion(np.tile(np.float32([3.3, 20.8]), (4, 1)), np.tile(np.float32([0.48, -0.48]), (4, 1)))
-    plain = md.render_clips(digits(4), np.full(4, 6), motion.positions(3), size=24)[..., 0].astype(int)
+    motion = scene.Motion(np.tile(np.float32([3.3, 20.8]), (4, 1)), np.tile(np.float32([0.48, -0.48]), (4, 1)))
+    plain = scene.render_clips(digits(4), np.full(4, 6), motion.positions(3), size=24)[..., 0].astype(int)
     seen = render(path, (3.3, 20.8), (0.48, -0.48))
     assert np.abs(seen - plain).max() <= 1 and (seen != plain).mean() < 1e-3  # rounding
 
@@ -123,21 +124,21 @@ def test_clips_are_those_that_wrap_with_their_poses_beside_them():
         if example["change"] == frames:
             start = _start(example)
             velocity = 24 * cameras.SPEED[0] * np.array(list(captions.DIRECTIONS.values()))[example["direction"]]
-            position = md.Motion(start[None], velocity[None].astype(np.float32)).positions(frames)
-            again = md.render_clips(md.load_scans(np.array([example["scan"]]), 15), np.array([example["colour"]]),
+            position = scene.Motion(start[None], velocity[None].astype(np.float32)).positions(frames)
+            again = scene.render_clips(scene.load_scans(np.array([example["scan"]]), 15), np.array([example["colour"]]),
                                     position, size=24, path=Path.of(example["world_to_camera"][None]))[0]
             assert np.abs(again.astype(int) - example["frames"]).max() <= 2
 
 
 def _start(example):
     """Where the digit is in the first frame, by trying all places of a fine grid."""
-    scan = md.load_scans(np.array([example["scan"]]), 15)
+    scan = scene.load_scans(np.array([example["scan"]]), 15)
     target = example["frames"][0].max(-1).astype(np.float32)
     start, step = np.zeros(2, np.float32), 1.0
     grid = np.stack(np.meshgrid(np.arange(24.0), np.arange(24.0), indexing="ij"), -1).reshape(-1, 2)
     while step > 1e-3:
         tried = (start + grid).astype(np.float32)
-        clips = md.render_clips(np.repeat(scan, len(tried), 0), np.full(len(tried), 6), tried[:, None], size=24)
+        clips = scene.render_clips(np.repeat(scan, len(tried), 0), np.full(len(tried), 6), tried[:, None], size=24)
         start = tried[np.abs(clips[:, 0, ..., 0].astype(np.float32) - target).sum((1, 2)).argmin()]
         step /= 4
         grid = step * np.stack(np.meshgrid(np.arange(-5, 6), np.arange(-5, 6), indexing="ij"), -1).reshape(-1, 2)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from starflow_jax.config import UserError
-from starflow_jax.data.digits import captions
-from starflow_jax.data.digits import dataset as md
+from starflow_jax.data.digits import captions, scene
 from starflow_jax.data.digits import reader as reading
 from starflow_jax.data.digits.reader import Reader, default_reader, labels_of
 
@@ -18,12 +17,12 @@ def reader():
 def make_clips(count, size, digit_size, frames, recorded, seed=0, wraps=True):
     """Clips of scans that the reader was not fitted on, and their labels (digit, colour, direction)."""
     rng = np.random.default_rng(seed)
-    ids = rng.choice(np.concatenate([md.split_scan_ids("validation"), md.split_scan_ids("test")]), count)
+    ids = rng.choice(np.concatenate([scene.split_scan_ids("validation"), scene.split_scan_ids("test")]), count)
     colours, directions = np.arange(count) % len(captions.COLOURS), np.arange(count) % len(captions.DIRECTIONS)
-    config = md.MovingDigitsConfig(size=size, digit_size=digit_size, frames=recorded, wraps=wraps)
-    position = md.random_motion(rng, directions, config).positions(recorded)
-    scans = md.load_scans(ids, digit_size)
-    clips = md.render_clips(scans, colours, position, size=size)
+    config = scene.MovingDigitsConfig(size=size, digit_size=digit_size, frames=recorded, wraps=wraps)
+    position = scene.random_motion(rng, directions, config).positions(recorded)
+    scans = scene.load_scans(ids, digit_size)
+    clips = scene.render_clips(scans, colours, position, size=size)
     return clips[:, :frames], np.stack([ids // 500, colours, directions], axis=1)
 
 
@@ -109,8 +108,8 @@ def test_a_frame_that_went_black_does_not_spoil_the_rest(reader):
 
 
 def test_fitting_twice_gives_the_same_reader():
-    ids = md.split_scan_ids("train")[::20]
-    scans = md.load_scans(ids, 15)
+    ids = scene.split_scan_ids("train")[::20]
+    scans = scene.load_scans(ids, 15)
     clips, _ = make_clips(40, 24, 15, 5, 17)
     scores = [
         Reader.fit(scans, ids // 500)._classifier.decision_function(

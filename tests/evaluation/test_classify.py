@@ -8,7 +8,8 @@ import numpy as np
 
 from configs.t2v import tiny
 from starflow_jax.data.digits.captions import COLOUR_NAMES, DIRECTION_NAMES, parse_caption
-from starflow_jax.data.digits.dataset import MovingDigitsConfig, generate_clips
+from starflow_jax.data.digits.dataset import generate_clips
+from starflow_jax.data.digits.scene import MovingDigitsConfig
 from starflow_jax.evaluation.classify import (
     ATTRIBUTES,
     CHOICES,

@@ -7,7 +7,7 @@ import pytest
 
 from starflow_jax.checkpoints.licences import KEPT
 from starflow_jax.config import UserError
-from starflow_jax.data.digits import dataset
+from starflow_jax.data.digits import scene
 from starflow_jax.io.checksums import CHECKSUMS, read_checksums
 from starflow_jax.model.store import PRETRAINED, load_model, own_settings, settings_of
 from tests.helpers import flipped_bits
@@ -31,16 +31,16 @@ def test_of_the_package(package: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_all_that_the_package_carries_has_a_checksum() -> None:
-    for folder in (PRETRAINED, dataset._DIGITS_PNG.parent):
+    for folder in (PRETRAINED, scene._DIGITS_PNG.parent):
         assert set(read_checksums(folder)) == {path.name for path in folder.iterdir()} - {CHECKSUMS, KEPT}
 
 
 def test_of_the_scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(dataset._DIGITS_PNG.parent, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(dataset, "_DIGITS_PNG", tmp_path / "digits.png")
-    dataset._all_scans.cache_clear()
+    shutil.copytree(scene._DIGITS_PNG.parent, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(scene, "_DIGITS_PNG", tmp_path / "digits.png")
+    scene._all_scans.cache_clear()
     with flipped_bits(tmp_path / "digits.png") as path, pytest.raises(UserError, match=f"{path}: is damaged"):
-        dataset._all_scans()
+        scene._all_scans()
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"name": "x", "model": []}', '{"model": {"channels": -1}}', "[",

@@ -11,7 +11,7 @@ import pytest
 from starflow_jax import sharding
 from starflow_jax.config import Mesh as MeshSettings
 from starflow_jax.config import UserError, changed
-from starflow_jax.data.digits import dataset
+from starflow_jax.data.digits import dataset, scene
 from starflow_jax.io import memory as machine
 from starflow_jax.io.command_line import load_config
 from starflow_jax.model.parameters import inference_params, init_params
@@ -56,7 +56,7 @@ def test_it_is_one_line_before_anything_is_loaded(
 
 def test_data_that_is_too_large_to_render(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="data.size=1024, .* GiB of the machine's memory are needed"):
-        dataset.prepare(dataset.MovingDigitsConfig(size=1024), str(tmp_path))
+        dataset.prepare(scene.MovingDigitsConfig(size=1024), str(tmp_path))
 
 
 @pytest.mark.parametrize("settings", [{}, {"guidance": 0.0}, {"cache": "int8"}])

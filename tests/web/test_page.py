@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from starflow_jax.data.digits.captions import COLOUR_NAMES
-from starflow_jax.data.digits.dataset import Motion, load_scans, render_clips, split_scan_ids
 from starflow_jax.data.digits.reader import default_reader
+from starflow_jax.data.digits.scene import Motion, load_scans, render_clips, split_scan_ids
 from starflow_jax.io.video import read_video
 from tests.serving.served import Server
 from tests.web.browser import MODEL_PIXELS, Page

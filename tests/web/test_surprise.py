@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from starflow_jax.data.digits.captions import COLOUR_NAMES
-from starflow_jax.data.digits.dataset import Motion, load_scans, render_clips, split_scan_ids
+from starflow_jax.data.digits.scene import Motion, load_scans, render_clips, split_scan_ids
 from starflow_jax.io.video import write_mp4
 from tests.web.browser import MODEL_PIXELS, Page
 

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epy
 from PIL import Image
 
-from starflow_jax.data.digits import dataset as moving_digits
+from starflow_jax.data.digits import scene
 from starflow_jax.data.digits.captions import ATTRIBUTES, COLOUR_NAMES, COLOURS, DIRECTIONS, parse_caption
 
 with epy.lazy_imports():  # a second together
@@ -36,8 +36,8 @@ class Reader:
         digit_size = scans_NDD.shape[1]
         start_N2 = np.random.default_rng(0).uniform(0, 1, (len(scans_NDD), 2)).astype(np.float32)
         white_N = np.full(len(scans_NDD), COLOUR_NAMES.index("white"))
-        position_NT2 = moving_digits.Motion(start_N2, 1 - 2 * start_N2).positions(_TRAINING_FRAMES)
-        frames_NTHWC = moving_digits.render_clips(scans_NDD, white_N, position_NT2, size=2 * digit_size)
+        position_NT2 = scene.Motion(start_N2, 1 - 2 * start_N2).positions(_TRAINING_FRAMES)
+        frames_NTHWC = scene.render_clips(scans_NDD, white_N, position_NT2, size=2 * digit_size)
         classifier = svm.SVC(kernel="rbf", C=10.0, gamma="scale")
         classifier.fit(_cutouts(_centred_ink(frames_NTHWC)[0]), np.repeat(digits_N, _TRAINING_FRAMES))
         return cls(classifier)
@@ -74,8 +74,8 @@ class Reader:
 @functools.cache
 def default_reader() -> Reader:
     """The reader of the built-in data set, fitted on its train scans at first use (seconds)."""
-    scan_ids = moving_digits.split_scan_ids("train")
-    return Reader.fit(moving_digits.load_scans(scan_ids, 20), scan_ids // 500)
+    scan_ids = scene.split_scan_ids("train")
+    return Reader.fit(scene.load_scans(scan_ids, 20), scan_ids // 500)
 
 
 def labels_of(captions: list[str]) -> np.ndarray:
