@@ -42,7 +42,7 @@ def tiny(name: str = "tiny", **train) -> Config:
         codec=Codec(kind="patch", stride=4, time_stride=4),
         data=Data(image_probability=0.5),
         train=Train(**{**TINY_TRAIN, **train}),
-        sample=Sample(guidance=2.0),
+        sample=Sample(guidance=2.0, context_frames=1),
     )
 
 

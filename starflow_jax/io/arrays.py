@@ -22,7 +22,10 @@ def export_arrays(path: Path, params: Mapping[str, Any], dtype: Any = None,
     if dtype is not None:
         flat = {name: v.astype(dtype) if jnp.issubdtype(v.dtype, jnp.floating) else v for name, v in flat.items()}
     with atomic_path(Path(path)) as temporary:
-        save_file(flat, str(temporary), metadata)
+        temporary.touch()
+        as_others = temporary.stat().st_mode
+        save_file(flat, str(temporary), metadata)  # which only its owner may read
+        temporary.chmod(as_others)
 
 
 def import_arrays(path: Path) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def test_two_processes_at_once_share_one_data_set(tmp_path):
         process.join()
         assert process.exitcode == 0
     (folder,) = pathlib.Path(tmp_path, "moving_digits").iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["2.0.0", "lock"]
+    assert sorted(path.name for path in folder.iterdir()) == ["3.0.0", "lock"]
 
 
 def test_an_existing_data_set_is_not_made_again(data_dir, monkeypatch):

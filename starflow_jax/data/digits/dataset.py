@@ -1,12 +1,12 @@
 """The built-in data set: handwritten digits in colour, moving over a black canvas.
 
 Every clip shows one scan of `assets/digits.png` in one of seven colours, moving in one of eight
-directions, with a short and a long caption. With `wraps` the canvas is a torus: what leaves on one side comes back
-on the other, so that "moves right" stays true for ever; half of the clips are then twice as long, and half of these
-change in the middle: the digit takes another direction or colour or becomes another digit, and a caption of its own
-says so. With `camera` that torus is seen by a camera that moves (cameras.py), whose poses are with each clip. Without
-either no digit reaches the border. Train, validation and test use different scans. The clips are written
-once, as a TFDS data set in ArrayRecord files, and read back by index:
+directions, with a short and a long caption. The canvas is a torus (`wraps`): a clip begins with the whole digit on it,
+and what leaves on one side comes back on the other, so that "moves right" stays true for ever; half of the clips are
+twice as long as the others, and half of these change in the middle: the digit takes another direction or colour or
+becomes another digit, and a caption of its own says so. With `camera` that torus is seen by a camera that moves
+(cameras.py), whose poses are with each clip. Without either no digit reaches the border. Train, validation and test use
+different scans. The clips are written once, as a TFDS data set in ArrayRecord files, and read back by index:
 
     source = moving_digits.source(MovingDigitsConfig(), "train", data_dir)
     source[7]["frames"]  # uint8 (T, H, W, 3)
@@ -156,7 +156,7 @@ class _BuilderConfig(tfds.core.BuilderConfig):
 class MovingDigits(tfds.core.GeneratorBasedBuilder):
     """TFDS builder of the data set; `prepare` and `source` are the doors to it."""
 
-    VERSION = tfds.core.Version("2.0.0")
+    VERSION = tfds.core.Version("3.0.0")
     # TFDS's own way to find this file needs importlib_resources, which it forgets to require.
     code_path = pathlib.Path(__file__)
 

@@ -120,14 +120,16 @@ class Motion(NamedTuple):
 
 
 def random_motion(rng: np.random.Generator, directions_B: np.ndarray, config: MovingDigitsConfig) -> Motion:
-    """Anywhere on the torus, at a speed in SPEED, with a camera in cameras.SPEED, along each axis that moves; or within
-    the borders for a short clip, over 0.78 to 1 times the room that they leave."""
+    """On a torus: the whole box is on the canvas first, and moves at a speed in SPEED, with a camera in cameras.SPEED,
+    along each axis that moves. Else within the borders for a short clip, over 0.78 to 1 times the room that they
+    leave."""
+    room = config.size - config.digit_size
     if config.is_torus:
-        start_B2 = rng.uniform(0, config.size, (len(directions_B), 2))
+        start_B2 = rng.uniform(0, room, (len(directions_B), 2))
         speed_B1 = config.size * rng.uniform(*(cameras.SPEED if config.camera else SPEED), (len(directions_B), 1))
         velocity_B2 = velocities(directions_B, speed_B1)
         return Motion(start_B2.astype(np.float32), velocity_B2)
-    room, steps = config.size - config.digit_size, config.frames - 1
+    steps = config.frames - 1
     travel_B2 = steps * velocities(directions_B, room / steps * rng.uniform(0.78, 1.0, (len(directions_B), 1)))
     start_B2 = rng.uniform(np.maximum(0, -travel_B2), room - np.maximum(0, travel_B2))
     return Motion(start_B2.astype(np.float32), travel_B2 / steps)
