@@ -22,7 +22,7 @@ def test_only_the_first_layer_looks_ahead() -> None:
 
 @pytest.mark.slow
 def test_updates_until_a_frame_stands_still() -> None:
-    """Of the pretrained model: eleven for the first frame, four for a later one."""
-    median_NU = np.median(residuals(updates=11), axis=2)
+    """Of the pretrained model: thirteen for the first frame, four or five for a later one."""
+    median_NU = np.median(residuals(updates=13), axis=2)
     below = median_NU < TOLERANCE
-    assert list(below.argmax(axis=1) + 1) == [11, 4, 4, 4]
+    assert list(below.argmax(axis=1) + 1) == [13, 5, 4, 4]

