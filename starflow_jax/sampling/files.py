@@ -92,7 +92,7 @@ def write_video(files: Files, recipe: Recipe, origin: Origin, made: Made, log_li
 
 
 def video_row(path: Path, facts: dict[str, Any]) -> Row:
-    """(path, bits per dimension, Jacobi steps, how they ended, seconds) of a video, from what its JSON file says."""
+    """(path, bits per dimension, solver steps, how they ended, seconds) of a video, from what its JSON file says."""
     return (str(path), f"{facts['bits_per_dim']:.3f}", sum(facts["deep_steps_per_block"]), facts["outcome"],
             f"{facts['seconds']:.1f}")
 

@@ -48,7 +48,7 @@ from starflow_jax.sampling.stream import stream_clips
 from starflow_jax.sampling.timeline import Timeline, draw_timeline
 from starflow_jax.sharding import as_first_process_has_it
 
-WHOLE = ("video", "bits/dim", "Jacobi steps", "outcome", "seconds")
+WHOLE = ("video", "bits/dim", "solver steps", "outcome", "seconds")
 STREAMED = ("video", "outcome", "seconds to the first frame", "frames per second")
 FAILURES = (UserError, jax.errors.JaxRuntimeError)
 
