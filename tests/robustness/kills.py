@@ -4,7 +4,7 @@ A tiny training is killed at random moments and started again by the same comman
 and metrics must be, bit for bit, those of a training that nothing interrupted, and the next one begins, until there
 were as many kills as asked for. Moments are drawn from a seed, in seconds of the process's CPU time, so that a busy
 machine kills where an idle one would. Processes are forked from this one, which has imported everything: a restart
-then costs the tracing of its programs, whose compiled form JAX's cache holds.
+then costs the tracing of its programs, whose compiled form JAX's cache holds. --jobs=2 has two trainings at once.
 """
 
 import argparse
@@ -19,6 +19,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,49 +35,63 @@ SETTINGS = [f"--config.train.steps={STEPS}", "--config.train.checkpoint_every=2"
             "--config.data.train_clips=64", "--config.data.image_probability=0"]
 TICKS = os.sysconf("SC_CLK_TCK")
 MOST_FAILURES = 3
+Result = tuple[list[str], list[dict[str, Any]]]  # checksums of the last checkpoint's arrays, and the metrics
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kill a tiny training again and again.")
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=Path, default=Path("runs/robustness/kills.json"))
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = kill_trainings(Path(folder), asked.kills, asked.seed)
+        report = kill_trainings(Path(folder), asked.kills, asked.seed, asked.jobs)
     write_report(asked.report, report)
     print(json.dumps(report, indent=1))
     sys.exit(1 if report["lost"] or report["faults"] else 0)
 
 
-def kill_trainings(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+def kill_trainings(folder: Path, kills: int, seed: int, jobs: int = 1) -> dict[str, Any]:
     """The report: what was tried, where the kills fell, and what was lost."""
     import_everything()
-    data, expected = folder / "data", folder / "uninterrupted"
-    complete(expected, data, folder / "log")  # compiles, and makes the data
-    shutil.rmtree(expected)
-    whole = complete(expected, data, folder / "log")
+    data, undisturbed = folder / "data", folder / "uninterrupted"
+    complete(undisturbed, data, folder / "log")  # compiles, and makes the data
+    shutil.rmtree(undisturbed)
+    whole = complete(undisturbed, data, folder / "log")
+    expected = arrays(undisturbed), metrics(undisturbed)
     print(f"an uninterrupted run takes {whole:.1f} s of CPU time", flush=True)
-    moments, phases, faults, finished, lost = random.Random(seed), Counter[str](), list[str](), 0, 0
-    workdir, restarts = folder / "killed", 0
+    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
+        parts = list(pool.map(partial(kill_one_by_one, folder, whole, expected, seed), range(jobs),
+                              [kills // jobs + (job < kills % jobs) for job in range(jobs)]))
+    killed: Counter[str] = sum((Counter(part["killed"]) for part in parts), Counter())
+    return {"kills": killed.total(), "seed": seed, "jobs": jobs,
+            **{name: sum(part[name] for part in parts) for name in ("starts", "trainings", "lost")},
+            "faults": [fault for part in parts for fault in part["faults"]], "killed": dict(killed)}
+
+
+def kill_one_by_one(folder: Path, whole: float, expected: Result, seed: int, job: int, kills: int) -> dict[str, Any]:
+    """What one job found, whose trainings share data and compiled programs with those of the others."""
+    data, workdir, log = folder / "data", folder / f"killed_{job}", folder / f"log_{job}"
+    moments, phases, faults = random.Random(f"{seed} {job}"), Counter[str](), list[str]()
+    starts, finished, lost = 0, 0, 0
     while phases.total() < kills and len(faults) < MOST_FAILURES:
-        code = run_until(workdir, data, folder / "log", moments.uniform(0.05, 1) * whole, moments.uniform(0, 0.1))
-        restarts += 1
+        code = run_until(workdir, data, log, moments.uniform(0.05, 1) * whole, moments.uniform(0, 0.1))
+        starts += 1
         if code == -signal.SIGKILL:
             phases[phase(workdir)] += 1
-            print(f"{phases.total()} kills, {finished} trainings", flush=True)
+            print(f"job {job}: {phases.total()} kills, {finished} trainings", flush=True)
             continue
         finished += code == 0
         if code:
-            faults.append(f"exit code {code}: {(folder / 'log').read_text()[-500:]}")
-        elif differs(workdir, expected):
+            faults.append(f"exit code {code}: {log.read_text()[-500:]}")
+        elif (arrays(workdir), metrics(workdir)) != expected:
             lost += 1
         shutil.rmtree(workdir, ignore_errors=True)
     if workdir.exists() and not faults:  # the last one, to its end
-        complete(workdir, data, folder / "log")
-        finished, lost = finished + 1, lost + differs(workdir, expected)
-    return {"kills": phases.total(), "seed": seed, "starts": restarts, "trainings": finished, "lost": lost,
-            "faults": faults, "killed": dict(phases)}
+        complete(workdir, data, log)
+        finished, lost = finished + 1, lost + ((arrays(workdir), metrics(workdir)) != expected)
+    return {"starts": starts, "trainings": finished, "lost": lost, "faults": faults, "killed": phases}
 
 
 def start(workdir: Path, data: Path, log: Path) -> int:
@@ -125,11 +142,6 @@ def phase(workdir: Path) -> str:
     return "after a checkpoint" if steps else "before the first checkpoint"
 
 
-def differs(workdir: Path, expected: Path) -> bool:
-    """Whether the last checkpoints' arrays or the metrics of two trainings differ."""
-    return arrays(workdir) != arrays(expected) or metrics(workdir) != metrics(expected)
-
-
 def arrays(workdir: Path) -> list[str]:
     """A checksum of each array of the last checkpoint; in a process of its own, because reading starts threads."""
     def show() -> int:
@@ -142,7 +154,7 @@ def arrays(workdir: Path) -> list[str]:
             os.write(1, f"{hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()}\n".encode())
         return 0
 
-    code, said = run_forked(show, workdir.with_name("arrays"))
+    code, said = run_forked(show, workdir.with_name(f"arrays_of_{workdir.name}"))
     if code:
         raise RuntimeError(said[-2000:])
     return re.findall("^[0-9a-f]{64}$", said, re.MULTILINE)

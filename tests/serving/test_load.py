@@ -31,7 +31,7 @@ def test_viewers_are_measured_and_bad_clients_do_not_harm_them(params) -> None:
     model = steerable(dataclasses.replace(CONFIG.model, frames=4), params)
     with served_here(model, sessions=4, rate=100_000) as address:
         address = address.replace("http", "ws")
-        rows, harmed = asyncio.run(speed(address, sessions=2, seconds=4, frames=17, fps=8))
+        rows, harmed = asyncio.run(speed(address, sessions=2, seconds=8, frames=17, fps=8))
         assert not harmed and len(rows) == 10 and all(" s" in text or "frames per" in text for _, text in rows)
         rows, harmed = asyncio.run(crowd(address, 2 * len(KINDS), seconds=4, fps=8, process=0, gap=float("inf")))
         assert not harmed, rows
