@@ -77,7 +77,7 @@ class FlowBlock(nn.Module):
 
         def predict(inputs_BNC: jax.Array, slots: Any, cache: KVCache) -> tuple[Affine, KeyValue]:
             rope_2NE, tokens_BNC = slots
-            steered = None if control is None else Control(tokens_BNC, control.kernels_LCD).tiled(branches)
+            steered = None if control is None else Control(tokens_BNC, control.layers).tiled(branches)
             inputs = jnp.tile(inputs_BNC, (branches, 1, 1))
             affine, kv = predict_next(variables, inputs, rope_2NE, cache, steered)
             if guidance is None:

@@ -22,7 +22,10 @@ from starflow_jax.nn.patch import patchify
 from starflow_jax.nn.transformer import Control
 
 CHANNELS = 6  # of a ray
-_FREQUENCY = 1.5  # radians by which a ray's number changes a feature, at first; the scene is about 1 from the camera
+# Radians by which a ray's number changes a feature, at first, in the space of the window's first camera, from which the
+# scene is about 1 away, and in that of the frame before, from which a camera moves little.
+import os
+_FREQUENCIES = tuple(map(float, os.environ.get("FREQ", "1.5,6").split(",")))
 # Parameters of a control module, and ray tokens (B, T, S, K) of some frames of a window.
 Steering = tuple[Any, jax.Array]
 
@@ -38,6 +41,12 @@ class LatentCameras(flax.struct.PyTreeNode):
         """Those of latent frames first to last; behind the video's end, its last one's."""
         frames = np.minimum(np.arange(first, last), self.intrinsics_BNR4.shape[1] - 1)
         return LatentCameras(self.intrinsics_BNR4[:, frames], self.world_to_camera_BNR44[:, frames])
+
+    def before(self, first: int, last: int, start: int) -> Any:
+        """(B, N, 4, 4) world to camera: the last camera in front of each of latent frames first to last, in a window
+        that begins with frame `start`, which has its own last one."""
+        frames = np.minimum(np.arange(first, last), self.intrinsics_BNR4.shape[1] - 1)
+        return self.world_to_camera_BNR44[:, np.maximum(frames - 1, start), -1]
 
 
 def cameras_of_latents(intrinsics_BT4: Any, world_to_camera_BT34: Any, time_stride: int) -> LatentCameras:
@@ -59,12 +68,15 @@ def cameras_of_latents(intrinsics_BT4: Any, world_to_camera_BT34: Any, time_stri
 
 def fresh_control(model: Model, width: int, time_stride: int, key: jax.Array) -> dict[str, Any]:
     """Parameters, float32, with which the model is its backbone: what is added to each layer is zero."""
-    channels = CHANNELS * time_stride * model.patch_size**2
-    keys, draw = jax.random.split(key, 3), jax.nn.initializers.lecun_normal()
-    return {"proj_in": {"kernel": _FREQUENCY * jax.random.normal(keys[0], (channels, width)),
+    channels = ray_channels(model, time_stride)
+    keys, draw = jax.random.split(key, 5), jax.nn.initializers.lecun_normal()
+    frequencies_K1 = np.repeat(_FREQUENCIES, channels // 2)[:, None]
+    return {"proj_in": {"kernel": frequencies_K1 * jax.random.normal(keys[0], (channels, width)),
                         "bias": jax.random.uniform(keys[1], (width,), maxval=2 * math.pi)},
             "proj_out": {"kernel": draw(keys[2], (width, width)), "bias": jnp.zeros(width)},
-            "layers": {"kernel": jnp.zeros((model.deep_layers, width, model.deep_width))}}
+            "layers": {"tokens": draw(keys[3], (width, model.deep_layers * width)).reshape(width, model.deep_layers, width).swapaxes(0, 1),
+                       "hidden": draw(keys[4], (model.deep_width, model.deep_layers * width)).reshape(model.deep_width, model.deep_layers, width).swapaxes(0, 1),
+                       "out": jnp.zeros((model.deep_layers, width, model.deep_width))}}
 
 
 def control_of(steering: Steering | None) -> Control | None:
@@ -77,16 +89,28 @@ def control_of(steering: Steering | None) -> Control | None:
         return x @ params[name]["kernel"] + params[name]["bias"]
 
     tokens_BTSC = dense("proj_out", jnp.sin(dense("proj_in", rays_BTSK)))
-    return Control(tokens_BTSC.reshape(len(rays_BTSK), -1, tokens_BTSC.shape[-1]), params["layers"]["kernel"])
+    return Control(tokens_BTSC.reshape(len(rays_BTSK), -1, tokens_BTSC.shape[-1]), params["layers"])
 
 
-@partial(jax.jit, static_argnums=2)
-def ray_tokens(cameras: LatentCameras, reference_B44: jax.Array, model: Model) -> jax.Array:
-    """(B, N, S, 6 R p^2) float32: the rays through the pixels of each token, for each of its R cameras, in the space of
-    the reference camera (world to camera), which is the last one of the window's first latent frame. So a window
-    depends on how its cameras move, not on where the world has its origin, however long the video is."""
+def ray_channels(model: Model, time_stride: int) -> int:
+    """Numbers of a ray token."""
+    return 2 * CHANNELS * time_stride * model.patch_size**2
+
+
+@partial(jax.jit, static_argnums=3)
+def ray_tokens(cameras: LatentCameras, reference_B44: jax.Array, before_BN44: jax.Array, model: Model) -> jax.Array:
+    """(B, N, S, 12 R p^2) float32: the rays through the pixels of each token, for each of its R cameras, in the space
+    of two cameras (world to camera): the reference, which is the last one of the window's first latent frame, and the
+    last one before each frame. So a window depends on how its cameras move, not on where the world has its origin,
+    however long the video is, and a frame is told by how much it differs from the one that the model saw."""
+    spaces = [_in_space(cameras, camera, model) for camera in (reference_B44[:, None], before_BN44)]
+    return jnp.concatenate(spaces, axis=-1)
+
+
+def _in_space(cameras: LatentCameras, reference_BN44: jax.Array, model: Model) -> jax.Array:
+    """(B, N, S, 6 R p^2) float32: rays in the space of a camera for each frame."""
     batch, frames, poses = cameras.intrinsics_BNR4.shape[:3]
-    to_reference = reference_B44[:, None, None] @ jnp.linalg.inv(cameras.world_to_camera_BNR44)
+    to_reference = reference_BN44[:, :, None] @ jnp.linalg.inv(cameras.world_to_camera_BNR44)
     rays = _rays(jnp, cameras.intrinsics_BNR4.reshape(-1, 4), to_reference.reshape(-1, 4, 4), model.height,
                  model.width)
     rays_BNRhw6 = rays.reshape(batch, frames, poses, model.height, model.width, CHANNELS)
@@ -97,7 +121,8 @@ def ray_tokens(cameras: LatentCameras, reference_B44: jax.Array, model: Model) -
 
 def window_rays(cameras: LatentCameras, model: Model) -> jax.Array:
     """`ray_tokens` of a window's cameras."""
-    return ray_tokens(cameras, cameras.world_to_camera_BNR44[:, 0, -1], model)
+    before_BN44 = cameras.before(0, cameras.intrinsics_BNR4.shape[1], 0)
+    return ray_tokens(cameras, cameras.world_to_camera_BNR44[:, 0, -1], before_BN44, model)
 
 
 def plucker_rays(

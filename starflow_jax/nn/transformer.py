@@ -28,10 +28,18 @@ LAYER_INPUT = "layer_input"
 
 
 class Control(NamedTuple):
-    """What steers a stack from beside it: in front of layer l, tokens @ kernels[l] is added to the hidden states."""
+    """What steers a stack from beside it: in front of each layer, hidden states get the product of R features of the
+    control tokens and R of the hidden states themselves, mapped to the layer's width; nothing where tokens are zero."""
 
     tokens_BSC: jax.Array
-    kernels_LCD: jax.Array
+    layers: dict[str, jax.Array]  # "tokens" (L, C, R), "hidden" (L, D, R) and "out" (L, R, D)
+
+    def added(self, x_BSD: jax.Array, of_layer: dict[str, jax.Array]) -> jax.Array:
+        """What one layer's hidden states get."""
+        x = x_BSD.astype(jnp.promote_types(x_BSD.dtype, jnp.float32))
+        normed_BSD = (x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)).astype(x_BSD.dtype)
+        steered_BSR = self.tokens_BSC.astype(x_BSD.dtype) @ of_layer["tokens"]
+        return (steered_BSR * (1 + normed_BSD @ of_layer["hidden"])) @ of_layer["out"]
 
     def padded(self, before: int, after: int) -> "Control":
         """The same of a sequence with so many more slots, which are not steered."""
@@ -154,12 +162,11 @@ class Transformer(nn.Module):
                     kept: int | None, control: Control | None, count: jax.Array | None) -> tuple[jax.Array, Any]:
         """One layer after the other: of a stack by a loop, unstacked ones each with code of its own."""
         params = self.variables["params"]["layers"]["layer"]
-        steers: Any = None if control is None else control.kernels_LCD.astype(self.dtype)
-        steering = None if control is None else control.tokens_BSC.astype(self.dtype)
+        steers: Any = None if control is None else jax.tree.map(lambda leaf: leaf.astype(self.dtype), control.layers)
 
-        def run(x_BSD, params, index, is_first, kernel_CD=None):
-            if kernel_CD is not None:
-                x_BSD = x_BSD + steering @ kernel_CD
+        def run(x_BSD, params, index, is_first, steer=None):
+            if steer is not None:
+                x_BSD = x_BSD + control.added(x_BSD, steer)
             past = None if cache is None else (*cache.of_layer(index), cache.length)
             x_BSD = checkpoint_name(x_BSD, LAYER_INPUT)
             x_BSD, kv = layer.apply({"params": params}, x_BSD, past, is_first, rope_2SE[:, :x_BSD.shape[1]], count)
@@ -169,7 +176,7 @@ class Transformer(nn.Module):
             made = []
             for index, of_layer in enumerate(params):
                 x_BSD, kv = run(x_BSD[:, :kept] if index else x_BSD, of_layer, index, index == 0,
-                                None if steers is None else steers[index])
+                                None if steers is None else jax.tree.map(lambda leaf: leaf[index], steers))
                 made.append(jax.tree.map(lambda part: part[:, :kept], kv))
             return x_BSD, tuple(zip(*made)) if keep_kv else None
         if kept is not None:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from starflow_jax import sharding
 from starflow_jax.config import Config
 from starflow_jax.data.batch import Batch
-from starflow_jax.flow.control import CHANNELS
+from starflow_jax.flow.control import ray_channels
 from starflow_jax.model.parameters import init_params
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.planning.array_kinds import contents_of
@@ -49,7 +49,7 @@ def _train_programs(config: Config, mesh: Mesh) -> list[Program]:
                   features_BSD=array(clips, model.text_length, model.text_dim))
     if config.train.target in PARTS:
         if config.train.target == "control":
-            channels = CHANNELS * config.codec.time_stride * model.patch_size**2
+            channels = ray_channels(model, config.codec.time_stride)
             batch = batch.replace(rays_BNSK=array(clips, model.frames, model.tokens_per_frame, channels))
         trained, backbone = abstract_beside(config, mesh)
         chain = Chain({}, (trained, backbone))

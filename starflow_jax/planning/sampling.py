@@ -157,9 +157,9 @@ class Sampling:
             return None
         model, shape = self.config.model, (self.config.plan.videos, frames, self.config.codec.time_stride)
         poses = [jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=sharding.replicated(self.mesh))
-                 for sizes in ((*shape, 4), (*shape, 4, 4), (shape[0], 4, 4))]
+                 for sizes in ((*shape, 4), (*shape, 4, 4), (shape[0], 4, 4), (*shape[:2], 4, 4))]
         rays = self.chain.run(f"rays of the cameras of {frames} frames", ray_tokens, LatentCameras(*poses[:2]),
-                              poses[2], model, times=times)
+                              *poses[2:], model, times=times)
         return self.params["control"], rays
 
     @property

@@ -223,7 +223,8 @@ def steering(params: Params, model: Model, text: "Text", start: int, first: int,
     if not isinstance(text, VideoText) or text.cameras is None:
         return None
     reference_B44 = text.cameras.world_to_camera_BNR44[:, start, -1]
-    return params["control"], ray_tokens(text.cameras.cut(first, first + frames), reference_B44, model)
+    before_BN44 = text.cameras.before(first, first + frames, start)
+    return params["control"], ray_tokens(text.cameras.cut(first, first + frames), reference_B44, before_BN44, model)
 
 
 def _video_texts(

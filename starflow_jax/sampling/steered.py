@@ -101,11 +101,13 @@ class Steered:
         self._see(min(first + frames, self._frame) if first < self._frame else first + frames)
         # In double precision to the axes of the window's first camera: a path may lead far from where it began.
         to_first_44 = np.linalg.inv(self._seen[begin][-1].world_to_camera_44)
-        seen_NR = [self._seen[min(frame, self._next_seen - 1)] for frame in range(first, first + frames)]
-        intrinsics_NR4 = np.array([[one.intrinsics_4 for one in seen_R] for seen_R in seen_NR], np.float32)
-        poses_NR44 = np.array([[one.world_to_camera_44 @ to_first_44 for one in seen_R] for seen_R in seen_NR])
+        latents = [min(frame, self._next_seen - 1) for frame in range(first, first + frames)]
+        intrinsics_NR4 = np.array([[one.intrinsics_4 for one in self._seen[frame]] for frame in latents], np.float32)
+        poses_NR44 = np.array([[one.world_to_camera_44 @ to_first_44 for one in self._seen[frame]] for frame in latents])
+        before_N44 = np.array([self._seen[max(frame - 1, begin)][-1].world_to_camera_44 @ to_first_44
+                               for frame in latents])
         cameras = LatentCameras(intrinsics_NR4[None], poses_NR44[None].astype(np.float32))
-        rays = ray_tokens(cameras, jnp.eye(4)[None], self._system.config.model)
+        rays = ray_tokens(cameras, jnp.eye(4)[None], jnp.float32(before_N44)[None], self._system.config.model)
         return self._params["control"], rays
 
     def other_text(self, given: Conditions, frame: int, start: int) -> jax.Array | None:

@@ -36,7 +36,7 @@ def cameras(latent_frames: int, seed: int = 0) -> LatentCameras:
     return cameras_of_latents(intrinsics[None], world_to_camera[None, :, :3], STRIDE)
 
 
-RAYS = window_rays(cameras(3), MODEL)  # (1, 3, 6, 12)
+RAYS = window_rays(cameras(3), MODEL)  # (1, 3, 6, 24)
 
 
 @jax.jit
@@ -58,12 +58,22 @@ def test_ray_tokens_are_the_rays_through_their_pixels() -> None:
     intrinsics, world_to_camera = random_cameras(5)
     rays_THW6 = plucker_rays(intrinsics, world_to_camera, 2, 3, relative_to_first=True)
     expected = np.stack([np.concatenate([rays_THW6[a], rays_THW6[b]], axis=-1) for a, b in ((0, 0), (1, 2), (3, 4))])
-    np.testing.assert_allclose(RAYS[0], expected.reshape(3, 6, 12), atol=1e-5)
+    np.testing.assert_allclose(RAYS[0, ..., :12], expected.reshape(3, 6, 12), atol=1e-5)
+
+
+def test_and_those_in_the_space_of_the_frame_before() -> None:
+    """Whose last camera is the origin; a window's first frame has nothing before it but itself."""
+    intrinsics, world_to_camera = random_cameras(5)
+    for latent, before, seen in ((0, 0, (0, 0)), (1, 0, (1, 2)), (2, 2, (3, 4))):
+        cameras = [before, *seen]
+        rays_THW6 = plucker_rays(intrinsics[cameras], world_to_camera[cameras], 2, 3, relative_to_first=True)
+        expected = np.concatenate([rays_THW6[1], rays_THW6[2]], axis=-1)
+        np.testing.assert_allclose(RAYS[0, latent, :, 12:], expected.reshape(6, 12), atol=1e-4)
 
 
 def test_a_later_window_has_the_rays_of_a_video_that_begins_there() -> None:
     whole = cameras(5)
-    later = ray_tokens(whole.cut(2, 5), whole.world_to_camera_BNR44[:, 2, -1], MODEL)
+    later = ray_tokens(whole.cut(2, 5), whole.world_to_camera_BNR44[:, 2, -1], whole.before(2, 5, start=2), MODEL)
     np.testing.assert_array_equal(window_rays(whole.cut(2, 5), MODEL), later)
     moved = whole.replace(world_to_camera_BNR44=whole.world_to_camera_BNR44 @ random_cameras(1, 7)[1][0])
     np.testing.assert_allclose(window_rays(moved.cut(2, 5), MODEL), later, atol=1e-4)
