@@ -3,6 +3,7 @@
 tiny       moving digits, 13 frames of 24x24 pixels: trains on two CPU cores, nothing is downloaded
 tiny_long  the same model, trained for hours on two CPU cores
 tiny_gpu   with larger batches, on a GPU
+tiny_control  beside the model in the package: it follows a camera
 
 The paper's curriculum, 81 frames in Wan2.2 latents, text by flan-t5-xl; each stage starts from the one before it, by
 --config.train.init_from=WORKDIR. The paper's page gives the order and the last stage's batch; steps are ours.
@@ -53,6 +54,12 @@ def tiny_long(name: str, **train) -> Config:
         config.data, train_clips=100_000, image_probability=0.7, first_frame_drop=0.4))
 
 
+def tiny_control() -> Config:
+    config = tiny("tiny_control", **TINY_CONTROL_TRAIN)
+    return dataclasses.replace(config, data=dataclasses.replace(
+        config.data, camera=True, train_clips=50_000, image_probability=0.0, first_frame_drop=0.4))
+
+
 TINY_TRAIN = dict(
     steps=220, batch_size=16, image_batch_size=48, learning_rate=1.5e-3, final_learning_rate=5e-5,
     denoiser_learning_rate=1.5e-3, warmup_steps=50, ema=0.998, log_every=10, checkpoint_every=100,
@@ -65,6 +72,12 @@ TINY_LONG_TRAIN = dict(
 
 TINY_GPU_TRAIN = dict(
     TINY_LONG_TRAIN, batch_size=64, image_batch_size=192, ema=0.999, checkpoint_every=1_000, evaluate_every=2_000)
+
+
+TINY_CONTROL_TRAIN = dict(
+    target="control", steps=4_000, batch_size=32, optimizer="muon", learning_rate=1e-2, final_learning_rate=1e-5,
+    warmup_steps=20, ema=0.995, log_every=50, checkpoint_every=250, evaluate_every=500, validation_clips=256,
+    sheet_clips=0)
 
 
 def paper(name: str, deep_layers: int, deep_width: int) -> Config:
@@ -98,6 +111,7 @@ def get_config(variant: str = "tiny"):
         "tiny": tiny,
         "tiny_long": lambda: tiny_long("tiny_long", **TINY_LONG_TRAIN),
         "tiny_gpu": lambda: tiny_long("tiny_gpu", **TINY_GPU_TRAIN),
+        "tiny_control": tiny_control,
         "3b_384p": lambda: at_resolution(paper("3b_384p", deep_layers=24, deep_width=3072), 384, steps=50_000),
         "3b": lambda: paper("3b", deep_layers=24, deep_width=3072),
         "7b": lambda: paper("7b", deep_layers=24, deep_width=4096),

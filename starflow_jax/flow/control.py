@@ -22,10 +22,7 @@ from starflow_jax.nn.patch import patchify
 from starflow_jax.nn.transformer import Control
 
 CHANNELS = 6  # of a ray
-# Radians by which a ray's number changes a feature, at first, in the space of the window's first camera, from which the
-# scene is about 1 away, and in that of the frame before, from which a camera moves little.
-import os
-_FREQUENCIES = tuple(map(float, os.environ.get("FREQ", "1.5,6").split(",")))
+_FREQUENCY = 0.4  # radians by which a ray's number changes a feature, at first; the scene is about 1 from the camera
 # Parameters of a control module, and ray tokens (B, T, S, K) of some frames of a window.
 Steering = tuple[Any, jax.Array]
 
@@ -68,15 +65,15 @@ def cameras_of_latents(intrinsics_BT4: Any, world_to_camera_BT34: Any, time_stri
 
 def fresh_control(model: Model, width: int, time_stride: int, key: jax.Array) -> dict[str, Any]:
     """Parameters, float32, with which the model is its backbone: what is added to each layer is zero."""
-    channels = ray_channels(model, time_stride)
-    keys, draw = jax.random.split(key, 5), jax.nn.initializers.lecun_normal()
-    frequencies_K1 = np.repeat(_FREQUENCIES, channels // 2)[:, None]
-    return {"proj_in": {"kernel": frequencies_K1 * jax.random.normal(keys[0], (channels, width)),
+    channels, layers, deep = ray_channels(model, time_stride), model.deep_layers, model.deep_width
+    keys, draw = jax.random.split(key, 5), jax.nn.initializers.lecun_normal(batch_axis=0)
+    return {"proj_in": {"kernel": _FREQUENCY * jax.random.normal(keys[0], (channels, width)),
                         "bias": jax.random.uniform(keys[1], (width,), maxval=2 * math.pi)},
-            "proj_out": {"kernel": draw(keys[2], (width, width)), "bias": jnp.zeros(width)},
-            "layers": {"tokens": draw(keys[3], (width, model.deep_layers * width)).reshape(width, model.deep_layers, width).swapaxes(0, 1),
-                       "hidden": draw(keys[4], (model.deep_width, model.deep_layers * width)).reshape(model.deep_width, model.deep_layers, width).swapaxes(0, 1),
-                       "out": jnp.zeros((model.deep_layers, width, model.deep_width))}}
+            "proj_out": {"kernel": draw(keys[2], (1, width, width))[0], "bias": jnp.zeros(width)},
+            "layers": {"tokens": {"kernel": draw(keys[3], (layers, width, width))},
+                       "hidden": {"kernel": draw(keys[4], (layers, deep, width))},
+                       "out": {"kernel": jnp.zeros((layers, width, deep))},
+                       "qkv": {"kernel": jnp.zeros((layers, width, 3, deep))}}}
 
 
 def control_of(steering: Steering | None) -> Control | None:

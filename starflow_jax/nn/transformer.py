@@ -24,22 +24,26 @@ from starflow_jax.nn.sequence_parallel import by_tokens, sequence_parallel_atten
 from starflow_jax.sharding import constrain, token_padding, tokens_sharded
 
 KeyValue = tuple[jax.Array, jax.Array]
+Params = dict[str, Any]
 LAYER_INPUT = "layer_input"
 
 
 class Control(NamedTuple):
-    """What steers a stack from beside it: in front of each layer, hidden states get the product of R features of the
-    control tokens and R of the hidden states themselves, mapped to the layer's width; nothing where tokens are zero."""
+    """What steers a stack from beside it. In each layer the product of R features of the control tokens and R of the
+    hidden states is mapped to what the layer's input gets, and to what its queries, keys and values get; nothing where
+    tokens are zero."""
 
     tokens_BSC: jax.Array
-    layers: dict[str, jax.Array]  # "tokens" (L, C, R), "hidden" (L, D, R) and "out" (L, R, D)
+    layers: Params  # kernels: "tokens" (L, C, R), "hidden" (L, D, R), "out" (L, R, D), "qkv" (L, R, 3, D)
 
-    def added(self, x_BSD: jax.Array, of_layer: dict[str, jax.Array]) -> jax.Array:
-        """What one layer's hidden states get."""
+    def added(self, x_BSD: jax.Array, of_layer: Params) -> tuple[jax.Array, jax.Array]:
+        """What one layer's input (B, S, D) gets, and its queries, keys and values (B, S, 3, D)."""
+        kernels = {name: part["kernel"].astype(x_BSD.dtype) for name, part in of_layer.items()}
         x = x_BSD.astype(jnp.promote_types(x_BSD.dtype, jnp.float32))
         normed_BSD = (x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)).astype(x_BSD.dtype)
-        steered_BSR = self.tokens_BSC.astype(x_BSD.dtype) @ of_layer["tokens"]
-        return (steered_BSR * (1 + normed_BSD @ of_layer["hidden"])) @ of_layer["out"]
+        steered_BSR = self.tokens_BSC.astype(x_BSD.dtype) @ kernels["tokens"]
+        features_BSR = steered_BSR * (1 + normed_BSD @ kernels["hidden"])
+        return features_BSR @ kernels["out"], jnp.einsum("bsr,rkd->bskd", features_BSR, kernels["qkv"])
 
     def padded(self, before: int, after: int) -> "Control":
         """The same of a sequence with so many more slots, which are not steered."""
@@ -85,14 +89,17 @@ class Layer(nn.Module):
         return (self.mask, self.first_mask), is_first.astype(jnp.int32)
 
     @nn.compact
-    def __call__(self, x_BSD, past, is_first, rope_2SE, count=None):
+    def __call__(self, x_BSD, past, is_first, rope_2SE, count=None, steered_BS3D=None):
         """(x, this call's (k, v)). past: this layer's cached (k, v), and how many slots of them are filled; or None.
 
-        is_first: a bool, or a traced one where all layers share one program. count: as `Transformer` takes it.
+        is_first: a bool, or a traced one where all layers share one program. count: as `Transformer` takes it. steered:
+        what queries, keys and values get (`Control`).
         """
         width = x_BSD.shape[-1]
         heads = width // self.head_dim
         qkv = DenseGeneral((3, width), dtype=self.dtype, name="qkv")(self._norm(x_BSD, "attention_norm"))
+        if steered_BS3D is not None:
+            qkv = qkv + steered_BS3D
         q, k, v = (qkv[..., i, :].reshape(*x_BSD.shape[:-1], heads, self.head_dim) for i in range(3))
         q, k = apply_rope(q, rope_2SE), apply_rope(k, rope_2SE)
         axes = ("tokens", "hidden") if by_tokens(self.sequence_parallel, past, count) else (None, "heads")
@@ -162,21 +169,24 @@ class Transformer(nn.Module):
                     kept: int | None, control: Control | None, count: jax.Array | None) -> tuple[jax.Array, Any]:
         """One layer after the other: of a stack by a loop, unstacked ones each with code of its own."""
         params = self.variables["params"]["layers"]["layer"]
-        steers: Any = None if control is None else jax.tree.map(lambda leaf: leaf.astype(self.dtype), control.layers)
+        steers = None if control is None else control.layers
 
         def run(x_BSD, params, index, is_first, steer=None):
-            if steer is not None:
-                x_BSD = x_BSD + control.added(x_BSD, steer)
+            steered_BS3D = None
+            if control is not None and steer is not None:
+                added_BSD, steered_BS3D = control.added(x_BSD, steer)
+                x_BSD = x_BSD + added_BSD
             past = None if cache is None else (*cache.of_layer(index), cache.length)
             x_BSD = checkpoint_name(x_BSD, LAYER_INPUT)
-            x_BSD, kv = layer.apply({"params": params}, x_BSD, past, is_first, rope_2SE[:, :x_BSD.shape[1]], count)
+            x_BSD, kv = layer.apply({"params": params}, x_BSD, past, is_first, rope_2SE[:, :x_BSD.shape[1]], count,
+                                    steered_BS3D)
             return x_BSD, kv if keep_kv else None
 
         if _is_unstacked(self.variables["params"]):
             made = []
             for index, of_layer in enumerate(params):
                 x_BSD, kv = run(x_BSD[:, :kept] if index else x_BSD, of_layer, index, index == 0,
-                                None if steers is None else jax.tree.map(lambda leaf: leaf[index], steers))
+                                _at(index, steers))
                 made.append(jax.tree.map(lambda part: part[:, :kept], kv))
             return x_BSD, tuple(zip(*made)) if keep_kv else None
         if kept is not None:
@@ -186,6 +196,11 @@ class Transformer(nn.Module):
         which = jnp.arange(self.layers)
         return lax.scan(lambda x, of_layer: run(x, *of_layer), x_BSD, (params, which, which == 0, steers),
                         unroll=self.layers if self.unroll else 1)
+
+
+def _at(index: int, stack: Any) -> Any:
+    """One layer of a stack; None of none."""
+    return jax.tree.map(lambda leaf: leaf[index], stack)
 
 
 def _first_apart(run: Callable, x_BSD: jax.Array, params: Any, layers: int, kept: int) -> tuple[jax.Array, Any]:

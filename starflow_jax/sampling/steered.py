@@ -102,8 +102,9 @@ class Steered:
         # In double precision to the axes of the window's first camera: a path may lead far from where it began.
         to_first_44 = np.linalg.inv(self._seen[begin][-1].world_to_camera_44)
         latents = [min(frame, self._next_seen - 1) for frame in range(first, first + frames)]
-        intrinsics_NR4 = np.array([[one.intrinsics_4 for one in self._seen[frame]] for frame in latents], np.float32)
-        poses_NR44 = np.array([[one.world_to_camera_44 @ to_first_44 for one in self._seen[frame]] for frame in latents])
+        seen_NR = [self._seen[frame] for frame in latents]
+        intrinsics_NR4 = np.array([[one.intrinsics_4 for one in seen_R] for seen_R in seen_NR], np.float32)
+        poses_NR44 = np.array([[one.world_to_camera_44 @ to_first_44 for one in seen_R] for seen_R in seen_NR])
         before_N44 = np.array([self._seen[max(frame - 1, begin)][-1].world_to_camera_44 @ to_first_44
                                for frame in latents])
         cameras = LatentCameras(intrinsics_NR4[None], poses_NR44[None].astype(np.float32))

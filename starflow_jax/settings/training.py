@@ -97,7 +97,7 @@ class Lora(Settings):
 class Control(Settings):
     """The module that train.target=control trains: rays of a camera to features, and these into each layer."""
 
-    width: int = setting(64, "features of a token", positive(65_536))
+    width: int = setting(128, "features of a token", positive(65_536))
 
 
 def _ascending(listed: str) -> bool:
