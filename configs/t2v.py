@@ -1,9 +1,9 @@
 """Text and images to video: python -m starflow_jax.main --config=configs/t2v.py[:VARIANT]
 
-tiny       moving digits, 13 frames of 24x24 pixels: trains on two CPU cores, nothing is downloaded
-tiny_long  the same model, trained for hours on two CPU cores
-tiny_gpu   with larger batches, on a GPU
-tiny_control  beside the model in the package: it follows a camera
+tiny          moving digits, 13 frames of 24x24 pixels: trains on two CPU cores, nothing is downloaded
+tiny_long     the same model, trained for hours on two CPU cores
+tiny_gpu      with larger batches, on a GPU
+tiny_control  what lets the model in the package follow a camera
 
 The paper's curriculum, 81 frames in Wan2.2 latents, text by flan-t5-xl; each stage starts from the one before it, by
 --config.train.init_from=WORKDIR. The paper's page gives the order and the last stage's batch; steps are ours.
@@ -55,9 +55,10 @@ def tiny_long(name: str, **train) -> Config:
 
 
 def tiny_control() -> Config:
-    config = tiny("tiny_control", **TINY_CONTROL_TRAIN)
-    return dataclasses.replace(config, data=dataclasses.replace(
-        config.data, camera=True, train_clips=50_000, image_probability=0.0, first_frame_drop=0.4))
+    config = tiny("tiny_control")
+    return dataclasses.replace(
+        config, train=Train(**TINY_CONTROL_TRAIN), data=dataclasses.replace(
+            config.data, camera=True, train_clips=50_000, image_probability=0.0, first_frame_drop=0.4))
 
 
 TINY_TRAIN = dict(
