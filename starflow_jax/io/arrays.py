@@ -33,12 +33,17 @@ def import_arrays(path: Path) -> dict[str, Any]:
 
     Raises UserError for a missing or damaged file.
     """
+    return import_with_metadata(path)[0]
+
+
+def import_with_metadata(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """`import_arrays`, and the metadata of the file."""
     check_file(Path(path))
     try:
         with safe_open(str(path), framework="numpy") as file:
-            flat = {name: file.get_tensor(name) for name in file.keys()}
+            flat, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: can't be read as safetensors ({error})") from error
     small = (np.float16, jnp.bfloat16)
-    return traverse_util.unflatten_dict(
-        {name: v.astype(np.float32) if v.dtype in small else v for name, v in flat.items()}, sep="/")
+    wide = {name: v.astype(np.float32) if v.dtype in small else v for name, v in flat.items()}
+    return traverse_util.unflatten_dict(wide, sep="/"), metadata

@@ -11,8 +11,12 @@ from flax import traverse_util
 from starflow_jax import sharding
 from starflow_jax.config import Config, UserError
 from starflow_jax.flow.control import fresh_control
+from starflow_jax.io.arrays import export_arrays, import_with_metadata
+from starflow_jax.io.checksums import checksums_of
 from starflow_jax.model.beside import checksum_of, read_checkpoint
 from starflow_jax.model.parameters import Params
+
+PACKAGED = "control.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +25,7 @@ class ControlModule:
 
     params: Params
     backbone: str  # beside.fingerprint_of the model that it was trained beside
-    source: str
+    source: str  # "": the package, as its model
 
     @property
     def checksum(self) -> str:
@@ -52,9 +56,32 @@ def read_module(config: Config, workdir: Path) -> ControlModule | None:
     params = traverse_util.unflatten_dict(
         {tuple(name.split("/"))[1:]: array for name, array in found.arrays.items() if name.startswith("control/")})
     _check_shapes(config, params, found.source)
+    return ControlModule(_on_mesh(params), found.backbone, f"control module {found.source}")
+
+
+def packaged_module(config: Config, package: Path) -> ControlModule | None:
+    """What lies in the package beside its model; None where nothing does. Raises UserError where it is damaged."""
+    path = package / PACKAGED
+    if not path.exists():
+        return None
+    params, metadata = import_with_metadata(path)
+    _check_shapes(config, params, str(path))
+    return ControlModule(_on_mesh(params), metadata.get("backbone", ""), "")
+
+
+def save_packaged(config: Config, workdir: Path, package: Path) -> str:
+    """Write a workdir's control module into the package, in float16; returns what it was."""
+    found = read_module(config, workdir)
+    assert found is not None, config.train.target
+    with checksums_of(package, [PACKAGED]):
+        export_arrays(package / PACKAGED, jax.tree.map(np.asarray, found.params), np.float16,
+                      {"backbone": found.backbone})
+    return found.source
+
+
+def _on_mesh(params: Params) -> Params:
     mesh = sharding.current_mesh()
-    return ControlModule(jax.device_put(params, sharding.replicated(mesh) if mesh else None), found.backbone,
-                         f"control module {found.source}")
+    return jax.device_put(params, sharding.replicated(mesh) if mesh else None)
 
 
 def _check_shapes(config: Config, params: Params, source: str) -> None:

@@ -79,7 +79,7 @@ def load_model(config: Config, workdir: Path, encoder: bool = True) -> LoadedMod
             loaded.system, calibration=read_calibration(workdir / "system", config.model)))
     else:
         loaded = load_trained(config, workdir, convert) or load_pretrained(config, workdir, convert)
-    module, draft = control.read_module(config, workdir), _draft(config)
+    module, draft = _control_module(config, workdir), _draft(config)
     params = {**loaded.params, **(load_encoder(config) if encoder else {})}
     loaded = _named_with([*loras, *([module] if module else []), *([draft] if draft else [])], loaded)
     if module:
@@ -112,8 +112,21 @@ def _named_with(added: Sequence[lora.Lora | control.ControlModule | Draft], load
         if one.backbone not in ("", backbone):
             raise UserError(f"{one.source}: was trained beside other weights (checksum {one.backbone}) than those of "
                             f"{loaded.source} ({backbone})")
-    return loaded._replace(source=", with ".join([loaded.source, *(one.source for one in added)]),
+    return loaded._replace(source=", with ".join([loaded.source, *(one.source for one in added if one.source)]),
                            weights=loaded.weights + "".join(one.checksum for one in added))
+
+
+def _control_module(config: Config, workdir: Path) -> control.ControlModule | None:
+    """That of sample.control or of the workdir, else the package's beside the package's model."""
+    if config.sample.control or config.train.target == "control":
+        return control.read_module(config, workdir)
+    return control.packaged_module(config, PRETRAINED) if is_of_package(config, workdir) else None
+
+
+def is_of_package(config: Config, workdir: Path) -> bool:
+    """Whether the deep block of `load_model`'s model is that of the package's."""
+    elsewhere = config.train.init_from if config.train.target != "all" else (workdir / "checkpoints").exists()
+    return not elsewhere and config.train.target != "student" and is_pretrained(config)
 
 
 def _draft(config: Config) -> Draft | None:
@@ -180,7 +193,7 @@ def own_settings(config: Config, workdir: Path) -> tuple[Config, str]:
     data.first_frame_drop, also of the package's model: whether its prompts say "(extend)" is not the config's choice.
     """
     if not (workdir / "system" / SETTINGS).exists():
-        uses_pretrained = not (workdir / "checkpoints").exists() and _is_pretrained(config)
+        uses_pretrained = not (workdir / "checkpoints").exists() and is_pretrained(config)
         return _prompted_as(settings_of(PRETRAINED), config) if uses_pretrained else config, ""
     own, passed_over = settings_of(workdir), []
     config = _prompted_as(own, config)
@@ -349,7 +362,7 @@ def check_there(config: Config, workdir: Path) -> None:
         check_pretrained(config, f"{workdir} holds no checkpoint")
 
 
-def _is_pretrained(config: Config) -> bool:
+def is_pretrained(config: Config) -> bool:
     """Whether the package's is the model of the config, or that which train.target trains beside."""
     description = PRETRAINED / DESCRIPTION
     check_file(description)
@@ -359,7 +372,7 @@ def _is_pretrained(config: Config) -> bool:
 
 def check_pretrained(config: Config, why: str, setting: str = "--workdir") -> None:
     """Raises UserError, which begins with `why`, where the package's model is another config's."""
-    if not _is_pretrained(config):
+    if not is_pretrained(config):
         raise UserError(f"{why}, and the package carries no model of {config.name}; "
                         "train one (--mode=train), convert released weights (--mode=convert "
                         f"--config.convert.source=FILE_OR_DIR), or name the folder of one with {setting}")
@@ -377,7 +390,7 @@ def weights_of(config: Config, workdir: Path) -> str:
         weights = _checksum(PRETRAINED / PRETRAINED_WEIGHTS)
     if config.train.target in ("student", "decoder"):
         weights += _checksum(whole_beside(config, workdir, backbone_checksum(config)) / checksums.CHECKSUMS)
-    added = (*lora.read_all(config, workdir), control.read_module(config, workdir), _draft(config))
+    added = (*lora.read_all(config, workdir), _control_module(config, workdir), _draft(config))
     return weights + "".join(one.checksum for one in added if one)
 
 

@@ -1,10 +1,13 @@
-"""--mode=package: put a trained small model into the package, where it serves workdirs without a model."""
+"""--mode=package: put a trained small model into the package, where it serves workdirs without a model; or the control
+module that was trained beside it."""
 
 from pathlib import Path
 
 from starflow_jax.checkpoints.licences import KEPT, carry_licence
 from starflow_jax.config import Config, UserError
-from starflow_jax.model.store import PRETRAINED, load_trained, save_pretrained
+from starflow_jax.io.checksums import checksums_of
+from starflow_jax.model.control import PACKAGED, save_packaged
+from starflow_jax.model.store import PRETRAINED, load_model, load_trained, save_pretrained
 
 LARGEST = 15 * 2**20  # bytes that the package may carry
 
@@ -16,16 +19,32 @@ def package(config: Config, workdir: Path) -> None:
     Raises UserError where the workdir holds no checkpoint, and where the package grows too large.
     """
     config.sample.require("lora", not config.sample.lora, "the package carries a model alone; leave it out")
-    config.train.require("target", config.train.target == "all", "the package carries a whole model")
-    trained = load_trained(config, workdir)
-    if trained is None:
-        raise UserError(f"{workdir} holds no checkpoint to put into the package; train one first")
-    system, params, source, _ = trained
-    save_pretrained(config, system, params, {"source": f"{config.name}: {source.rsplit(', ', 1)[-1]}"})
-    (PRETRAINED / KEPT).unlink(missing_ok=True)  # of the model that was there before
-    carry_licence(workdir, PRETRAINED)
+    config.train.require("target", config.train.target in ("all", "control"),
+                         "the package carries a whole model, and a control module beside it")
+    source = package_control(config, workdir) if config.train.target == "control" else package_model(config, workdir)
     size = sum(path.stat().st_size for path in PRETRAINED.iterdir())
     if size > LARGEST:
         raise UserError(f"{PRETRAINED} is now {size / 2**20:.1f} MiB, more than the {LARGEST / 2**20:.0f} MiB allowed; "
                         "make the model smaller")
     print(f"{PRETRAINED}: {source}, {size / 2**20:.1f} MiB")
+
+
+def package_control(config: Config, workdir: Path) -> str:
+    """The workdir's averaged control module, beside the package's model. Raises UserError for another model's."""
+    load_model(config, workdir, encoder=False)  # which checks that it belongs to its model
+    config.train.require("init_from", not config.train.init_from, "the package carries the control module of its model")
+    return save_packaged(config, workdir, PRETRAINED)
+
+
+def package_model(config: Config, workdir: Path) -> str:
+    """The workdir's model in place of the package's."""
+    trained = load_trained(config, workdir)
+    if trained is None:
+        raise UserError(f"{workdir} holds no checkpoint to put into the package; train one first")
+    system, params, source, _ = trained
+    with checksums_of(PRETRAINED, [PACKAGED]):
+        for name in (KEPT, PACKAGED):  # of the model that was there before
+            (PRETRAINED / name).unlink(missing_ok=True)
+    save_pretrained(config, system, params, {"source": f"{config.name}: {source.rsplit(', ', 1)[-1]}"})
+    carry_licence(workdir, PRETRAINED)
+    return source

@@ -13,9 +13,9 @@ from starflow_jax import sharding
 from starflow_jax.codec.patch import PatchCodec
 from starflow_jax.config import Config
 from starflow_jax.model.codec import patch_shape
-from starflow_jax.model.control import fresh_module
+from starflow_jax.model.control import fresh_module, packaged_module
 from starflow_jax.model.quantize import quantize_params
-from starflow_jax.model.store import abstract_params, settings_of
+from starflow_jax.model.store import PRETRAINED, abstract_params, is_pretrained, settings_of
 from starflow_jax.model.text import text_encoder
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.text.pretrained import FLAN_T5_XL
@@ -36,10 +36,7 @@ def abstract_model(config: Config, mesh: Mesh) -> tuple[dict[str, Any], Any]:
     if config.sample.draft:
         own = dataclasses.replace(config, model=settings_of(Path(config.sample.draft)).model)
         params["draft"] = {"deep": abstract_params(own, mesh, config.sample.weights)["flow"]["deep"]}
-    if config.sample.control or config.train.target == "control":
-        control = settings_of(Path(config.sample.control)).control if config.sample.control else config.control
-        params |= replicated(jax.eval_shape(
-            lambda: fresh_module(dataclasses.replace(config, control=control), jax.random.key(0))), mesh)
+    params |= replicated(_abstract_control(config), mesh)
     if config.text.encoder == "frozen" and config.model.text_length:
         encoder, ids = abstract_text_encoder(config), jax.ShapeDtypeStruct((1, config.model.text_length), jnp.int32)
         shapes = jax.eval_shape(lambda ids: encoder.init(jax.random.key(0), ids)["params"], ids)
@@ -52,6 +49,17 @@ def abstract_model(config: Config, mesh: Mesh) -> tuple[dict[str, Any], Any]:
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
                                                   sharding=sharding.spread_sharding(leaf.shape, mesh)), shapes)
     return params, replicated(abstract_codec(config), mesh)
+
+
+def _abstract_control(config: Config) -> dict[str, Any]:
+    """The control module that `load_model` adds to the parameters, in shapes; of the package's only where there is a
+    camera, without which it has no part in what runs."""
+    if config.sample.control:
+        config = dataclasses.replace(config, control=settings_of(Path(config.sample.control)).control)
+    elif config.train.target != "control":
+        packaged = packaged_module(config, PRETRAINED) if config.sample.camera and is_pretrained(config) else None
+        return {"control": jax.eval_shape(lambda: packaged.params)} if packaged else {}
+    return jax.eval_shape(lambda: fresh_module(config, jax.random.key(0)))
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
