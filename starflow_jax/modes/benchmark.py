@@ -1,4 +1,5 @@
-"""--mode=benchmark: times of starting, data, attention, decoding, VAE and training; benchmark.json and tables."""
+"""--mode=benchmark: times of starting, data, attention, decoding, cameras, VAE and training; benchmark.json and tables.
+"""
 
 import dataclasses
 import json
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 
 from starflow_jax.benchmarks import attention as benchmark_attention
+from starflow_jax.benchmarks import camera as benchmark_camera
 from starflow_jax.benchmarks import data as benchmark_data
 from starflow_jax.benchmarks import decoding as benchmark_decode
 from starflow_jax.benchmarks import start as benchmark_start
@@ -38,6 +40,9 @@ def benchmark(config: Config, workdir: Path) -> None:
                                "random": benchmark_decode.random_model(BENCHMARK_MODEL)}
         benchmark_decode.plot(workdir / "benchmark_decoding.png", results["decoding"]["trained"])
         _print("decoding", results["decoding"])
+    if "camera" in parts and (rows := benchmark_camera.beside_none(config, workdir)):
+        results["camera"] = {"whole videos": rows}
+        _print("camera", results["camera"])
     if "vae" in parts and (rows := benchmark_vae.beside_torch()):
         results["vae"] = {"beside PyTorch": rows}
         _print("vae", results["vae"])
