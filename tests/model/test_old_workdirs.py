@@ -42,7 +42,9 @@ def test_its_model_is_the_one_that_was_saved(workdir: Path) -> None:
     config = tiny()
     system, params, source, _ = load_model(config, workdir)
     assert source == f"{workdir}, step 0"
-    jax.tree.map(np.testing.assert_array_equal, params, load_model(config, workdir / "none")[1])
+    packaged = load_model(config, workdir / "none")[1]
+    jax.tree.map(np.testing.assert_array_equal, params, {name: packaged[name] for name in params})
+    assert set(packaged) - set(params) == {"control"}
     assert system.calibration.solver == Solver("jacobi", 36, 1, start="previous")
     assert json.loads((workdir / "checkpoints" / "model.json").read_text()) == json.loads(MODEL)
 

@@ -42,7 +42,9 @@ def model(params) -> Model:
 def steerable(of: Any, params: Any) -> Model:
     config = dataclasses.replace(CONFIG, model=of, sample=dataclasses.replace(SETTINGS, batch_size=1))
     control = fresh_control(of, 12, STRIDE, jax.random.key(3))
-    control["layers"]["kernel"] = 0.3 * jax.random.normal(jax.random.key(4), control["layers"]["kernel"].shape)
+    for name in ("out", "qkv"):  # nothing at first
+        kernel = control["layers"][name]["kernel"]
+        control["layers"][name]["kernel"] = 0.3 * jax.random.normal(jax.random.key(4), kernel.shape)
     mesh = sampling_mesh(config, 1, jax.local_devices()[:1])
     return Model(small_system(config), {**params, "control": control}, "small", "0123", mesh)
 

@@ -114,9 +114,10 @@ def test_a_control_module_learns_alone_from_the_backbones_loss_on(one_device: tu
     state, rows = trained(config, ONE, random_params(CONFIG), steps=4)
     assert set(state.params) == {"control"}
     assert rows[0]["loss"] == one_device[1][0]["loss"] and rows[-1]["loss"] < rows[0]["loss"]
-    assert np.abs(state.params["control"]["layers"]["kernel"]).max() > 0
-    width, channels = config.control.width, 6 * config.codec.time_stride
-    held = (channels + 1) * width + (width + 1) * width + CONFIG.model.deep_layers * width * CONFIG.model.deep_width
+    assert all(np.abs(kernel["kernel"]).max() > 0 for kernel in state.params["control"]["layers"].values())
+    width, channels, deep = config.control.width, 12 * config.codec.time_stride, CONFIG.model.deep_width
+    of_layer = width * (width + deep + deep + 3 * deep)  # tokens, hidden states; what the input and q, k and v get
+    held = (channels + 1) * width + (width + 1) * width + CONFIG.model.deep_layers * of_layer
     assert 4 * 4 * held <= size(state) < 4 * 4 * held + 64
     assert size(abstract_beside(config, ONE)[0]) == size(state)
 

@@ -1,19 +1,23 @@
-"""The camera by keys, buttons and dragging, over a small random model that follows one; the package's has no camera."""
+"""The camera by keys, buttons and dragging: over a small random model that follows one, and over the package's, whose
+picture moves as it should."""
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from starflow_jax.data.digits.camera_reader import read_cameras
+from starflow_jax.data.digits.captions import DIRECTIONS
+from starflow_jax.io.video import read_video
 from starflow_jax.model.codec import frame_size
 from tests.sampling.test_session import steerable
 from tests.serving.served import served_here
 from tests.small_model import CAPTIONS, CONFIG
-from tests.web.browser import Page
+from tests.web.browser import MODEL_PIXELS, Page
 
 pytestmark = pytest.mark.slow  # quick: tests/serving/test_engine.py, without a browser
 SEEN = 49  # frames that are compared
@@ -58,6 +62,28 @@ def test_keys_move_the_picture(browser: Any, address: str, tmp_path: Path) -> No
             shown[key], shown[""], range(first, SEEN)), key
     both = range(max(*asked["ArrowUp"], *asked["ArrowRight"]), SEEN)
     assert difference(shown["ArrowRight"], shown["ArrowUp"], both) > 1
+
+
+@pytest.mark.parametrize("key, across, down", [("ArrowRight", 1, 0), ("ArrowLeft", -1, 0), ("ArrowUp", 0, -1),
+                                               ("ArrowDown", 0, 1)])
+def test_the_packages_model_is_seen_from_where_the_key_leads(
+    open_page: Callable[..., Page], tmp_path: Path, key: str, across: int, down: int
+) -> None:
+    """By the reader of the evaluation, in sides of the picture, of the frames after the key went down."""
+    page = open_page()
+    page.begin("a blue three moves right", seed="0")
+    page.played(5)
+    page.tab.focus("#screen")
+    page.tab.keyboard.down(key)
+    page.played(37)
+    first, = cameras(page, tmp_path / "session.json")
+    frames = read_video(page.save("save_video", tmp_path / "session.mp4"))[0]
+    scale = frames.shape[1] // MODEL_PIXELS
+    clip = frames[first:first + 13, scale // 2::scale, scale // 2::scale]
+    path = read_cameras(clip[None], np.array([list(DIRECTIONS).index("right")])).path
+    asked = 12 * 0.025  # docs/pages/data.md: what a move slides in a frame's time
+    for moved, to in ((path.x_BT[0, -1], across), (path.y_BT[0, -1], down)):
+        assert moved == pytest.approx(to * asked, abs=asked / 2)
 
 
 def difference(shown: dict[int, np.ndarray], other: dict[int, np.ndarray], places: range) -> float:
