@@ -23,7 +23,8 @@ _STEPS = (6, 4)  # of Gauss and Newton for each frame of the first pass: smoothe
 _STEPS_AGAIN = 2  # in the second pass
 _TILE_STEPS = 8
 _DAMPING = 1e-3  # of the mean curvature: where there is no ink, nothing moves
-_MAX_LOG_SCALE = np.log(2.0)
+_MAX_LOG_SCALE, _MAX_ROLL = np.log(2.0), np.deg2rad(60.0)  # far beyond what any path has
+_MAX_MOVE = np.array([0.12, 0.12, 0.25, 0.4], np.float32)  # the same, from frame to frame
 _MAX_STEP = np.array([0.06, 0.06, 0.1, 0.1], np.float32)  # sides, sides, log of the scale, radians: in one step
 
 
@@ -43,7 +44,7 @@ def read_cameras(frames_BTHWC: np.ndarray, directions_B: np.ndarray) -> Read:
     for frame in range(1, ink_BTSS.shape[1]):
         for _ in range(_STEPS_AGAIN):
             found_BT4[:, frame] = _bounded(
-                found_BT4[:, frame] + _step(tiles_BSS, ink_BTSS[:, frame], found_BT4[:, frame]))
+                found_BT4[:, frame] + _step(tiles_BSS, ink_BTSS[:, frame], found_BT4[:, frame]), found_BT4[:, frame - 1])
     colours_BTSSC = frames_BTHWC / np.float32(255)
     tiles_BSSC = np.stack([_fitted_tiles(colours_BTSSC[:, 0, ..., channel], colours_BTSSC[..., channel], found_BT4)
                            for channel in range(3)], axis=-1)
@@ -73,18 +74,20 @@ def _follow(ink_BTSS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     tiles_BSS = ink_BTSS[:, 0].copy()
     found_BT4 = np.zeros((*ink_BTSS.shape[:2], 4), np.float32)
     for frame in range(1, ink_BTSS.shape[1]):
-        before = found_BT4[:, frame - 1]
-        guess_B4 = 2 * before - found_BT4[:, frame - 2] if frame > 1 else before.copy()
+        before_B4 = found_BT4[:, frame - 1]
+        guess_B4 = 2 * before_B4 - found_BT4[:, frame - 2] if frame > 1 else before_B4.copy()
         for coarse, steps in zip((_COARSE, 0.0), _STEPS):
             for _ in range(steps):
-                guess_B4 = _bounded(guess_B4 + _step(tiles_BSS, ink_BTSS[:, frame], guess_B4, coarse))
+                guess_B4 = _bounded(guess_B4 + _step(tiles_BSS, ink_BTSS[:, frame], guess_B4, coarse), before_B4)
         found_BT4[:, frame] = guess_B4
     return tiles_BSS, found_BT4
 
 
-def _bounded(found_B4: np.ndarray) -> np.ndarray:
-    """Cameras at a scale that pixels can show: on frames without a digit the steps lead anywhere."""
-    return np.clip(found_B4, [-np.inf, -np.inf, -_MAX_LOG_SCALE, -np.inf], [np.inf, np.inf, _MAX_LOG_SCALE, np.inf])
+def _bounded(found_B4: np.ndarray, before_B4: np.ndarray) -> np.ndarray:
+    """Cameras within what a path can have, after those of the frame before: on frames that show no digit, or another
+    one, the steps lead anywhere."""
+    most_4 = np.array([np.inf, np.inf, _MAX_LOG_SCALE, _MAX_ROLL], np.float32)
+    return np.clip(np.clip(found_B4, before_B4 - _MAX_MOVE, before_B4 + _MAX_MOVE), -most_4, most_4)
 
 
 def _step(tiles_BSS: np.ndarray, ink_BSS: np.ndarray, found_B4: np.ndarray, coarse: float = 0.0) -> np.ndarray:
