@@ -76,7 +76,7 @@ TINY_GPU_TRAIN = dict(
 
 
 TINY_CONTROL_TRAIN = dict(
-    target="control", steps=4_000, batch_size=32, optimizer="muon", learning_rate=1e-2, final_learning_rate=1e-5,
+    target="control", steps=6_000, batch_size=32, optimizer="muon", learning_rate=1e-2, final_learning_rate=1e-5,
     warmup_steps=20, ema=0.995, log_every=50, checkpoint_every=250, evaluate_every=500, validation_clips=256,
     sheet_clips=0)
 

@@ -3,9 +3,9 @@
 A ray with origin o and unit direction d is the pair (o × d, d) of Plücker coordinates: the moment is the same for every
 point o of the ray, so the six numbers identify the line of the world that a pixel sees, and nothing else. The rays
 through a token's pixels are its control token. A small network maps it to `width` features by way of sines, which tell
-near rays apart and can say of far ones that they see the same again; each layer of the frozen deep block gets a linear
-map of these, which starts at zero. Slot s, which predicts token s, gets that token's: the map stays triangular, and
-frame n depends on the cameras of frames 0 .. n alone.
+near rays apart and can say of far ones that they see the same again; each layer of the frozen deep block is steered by
+these (nn/transformer.py: Control), by nothing at first. Slot s, which predicts token s, gets that token's: the map
+stays triangular, and frame n depends on the cameras of frames 0 .. n alone.
 """
 
 import math
@@ -100,7 +100,8 @@ def ray_tokens(cameras: LatentCameras, reference_B44: jax.Array, before_BN44: ja
     of two cameras (world to camera): the reference, which is the last one of the window's first latent frame, and the
     last one before each frame. So a window depends on how its cameras move, not on where the world has its origin,
     however long the video is, and a frame is told by how much it differs from the one that the model saw."""
-    spaces = [_in_space(cameras, camera, model) for camera in (reference_B44[:, None], before_BN44)]
+    with jax.default_matmul_precision("highest"):  # a camera moves by hundredths from frame to frame
+        spaces = [_in_space(cameras, camera, model) for camera in (reference_B44[:, None], before_BN44)]
     return jnp.concatenate(spaces, axis=-1)
 
 

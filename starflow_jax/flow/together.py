@@ -70,8 +70,13 @@ def _answer(asks: list[Ask], size: int) -> None:
 def _decode_lanes(model: STARFlow, params: Any, lanes: tuple[Given, ...], solver: Solver, **how: Any
                   ) -> tuple[tuple[jax.Array, WindowState, Report], ...]:
     """`decode_frames` of each."""
-    def one(lane: Given) -> tuple[jax.Array, WindowState, Report]:
-        return decode_frames(model, params, *lane, solver=solver, **how)
+    # Of a control module, as of the other parameters, there is one for all; lanes differ in their rays.
+    module = lanes[0].steering[0] if lanes[0].steering else None
 
-    made = jax.vmap(one)(jax.tree.map(lambda *parts: jnp.stack(parts), *lanes))
+    def one(lane: Given, rays: jax.Array | None) -> tuple[jax.Array, WindowState, Report]:
+        steering = None if rays is None else (module, rays)
+        return decode_frames(model, params, *lane._replace(steering=steering), solver=solver, **how)
+
+    differing = [(lane._replace(steering=None), lane.steering[1] if lane.steering else None) for lane in lanes]
+    made = jax.vmap(one)(*jax.tree.map(lambda *parts: jnp.stack(parts), *differing))
     return tuple(jax.tree.map(lambda part, lane=lane: part[lane], made) for lane in range(len(lanes)))

@@ -16,7 +16,7 @@ from starflow_jax.io.checksums import checksums_of
 from starflow_jax.model.beside import checksum_of, read_checkpoint
 from starflow_jax.model.parameters import Params
 
-PACKAGED = "control.safetensors"
+PACKAGED, OF_PACKAGE = "control.safetensors", "the package's control module"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ControlModule:
 
     params: Params
     backbone: str  # beside.fingerprint_of the model that it was trained beside
-    source: str  # "": the package, as its model
+    source: str
 
     @property
     def checksum(self) -> str:
@@ -59,14 +59,15 @@ def read_module(config: Config, workdir: Path) -> ControlModule | None:
     return ControlModule(_on_mesh(params), found.backbone, f"control module {found.source}")
 
 
-def packaged_module(config: Config, package: Path) -> ControlModule | None:
-    """What lies in the package beside its model; None where nothing does. Raises UserError where it is damaged."""
+def packaged_module(config: Config, package: Path, place: bool = True) -> ControlModule | None:
+    """What lies in the package beside its model; None where nothing does. place: on the mesh in force; else in host
+    memory. Raises UserError where it is damaged, and where it does not fit the model."""
     path = package / PACKAGED
     if not path.exists():
         return None
     params, metadata = import_with_metadata(path)
     _check_shapes(config, params, str(path))
-    return ControlModule(_on_mesh(params), metadata.get("backbone", ""), "")
+    return ControlModule(_on_mesh(params) if place else params, metadata.get("backbone", ""), OF_PACKAGE)
 
 
 def save_packaged(config: Config, workdir: Path, package: Path) -> str:
@@ -88,6 +89,8 @@ def _check_shapes(config: Config, params: Params, source: str) -> None:
     def shapes(tree: Any) -> Any:
         return jax.tree.map(np.shape, tree)
 
+    if set(params.get("layers", {})) == {"kernel"}:
+        raise UserError(f"{source}: its control module has the form of another version of this program; train it again")
     try:
         width = len(params["proj_out"]["bias"])
         fits = shapes(params) == shapes(jax.eval_shape(lambda: fresh_control(

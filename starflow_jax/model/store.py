@@ -61,7 +61,8 @@ class LoadedModel(NamedTuple):
 
 def load_model(config: Config, workdir: Path, encoder: bool = True) -> LoadedModel:
     """The workdir's model, or the package's where the workdir holds none, on the mesh in force, with the LoRA factors
-    of sample.lora, the control module of sample.control and the draft of sample.draft; its parameters as
+    of sample.lora, the control module of sample.control (the package's has its own) and the draft of sample.draft; its
+    parameters as
     `inference_params` gives them. Where another train.target made the workdir, the model that it was trained beside,
     and what was. encoder: with a frozen text encoder, or without.
 
@@ -112,7 +113,8 @@ def _named_with(added: Sequence[lora.Lora | control.ControlModule | Draft], load
         if one.backbone not in ("", backbone):
             raise UserError(f"{one.source}: was trained beside other weights (checksum {one.backbone}) than those of "
                             f"{loaded.source} ({backbone})")
-    return loaded._replace(source=", with ".join([loaded.source, *(one.source for one in added if one.source)]),
+    named = [one.source for one in added if one.source != control.OF_PACKAGE]
+    return loaded._replace(source=", with ".join([loaded.source, *named]),
                            weights=loaded.weights + "".join(one.checksum for one in added))
 
 
@@ -120,12 +122,14 @@ def _control_module(config: Config, workdir: Path) -> control.ControlModule | No
     """That of sample.control or of the workdir, else the package's beside the package's model."""
     if config.sample.control or config.train.target == "control":
         return control.read_module(config, workdir)
-    return control.packaged_module(config, PRETRAINED) if is_of_package(config, workdir) else None
+    packaged = has_packaged_module(config) and (config.train.target != "all"
+                                                or _trained_checkpoint(config, workdir) is None)
+    return control.packaged_module(config, PRETRAINED) if packaged else None
 
 
-def is_of_package(config: Config, workdir: Path) -> bool:
-    """Whether the deep block of `load_model`'s model is that of the package's."""
-    elsewhere = config.train.init_from if config.train.target != "all" else (workdir / "checkpoints").exists()
+def has_packaged_module(config: Config) -> bool:
+    """Whether the package's control module fits these settings' model, where no workdir holds another."""
+    elsewhere = config.train.target != "all" and config.train.init_from
     return not elsewhere and config.train.target != "student" and is_pretrained(config)
 
 

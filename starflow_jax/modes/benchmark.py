@@ -40,9 +40,12 @@ def benchmark(config: Config, workdir: Path) -> None:
                                "random": benchmark_decode.random_model(BENCHMARK_MODEL)}
         benchmark_decode.plot(workdir / "benchmark_decoding.png", results["decoding"]["trained"])
         _print("decoding", results["decoding"])
-    if "camera" in parts and (rows := benchmark_camera.beside_none(config, workdir)):
-        results["camera"] = {"whole videos": rows}
-        _print("camera", results["camera"])
+    if "camera" in parts:
+        if rows := benchmark_camera.beside_none(config, workdir):
+            results["camera"] = {"whole videos": rows}
+            _print("camera", results["camera"])
+        else:
+            print("camera: this model follows none\n")
     if "vae" in parts and (rows := benchmark_vae.beside_torch()):
         results["vae"] = {"beside PyTorch": rows}
         _print("vae", results["vae"])

@@ -5,9 +5,12 @@ from pathlib import Path
 
 from starflow_jax.checkpoints.licences import KEPT, carry_licence
 from starflow_jax.config import Config, UserError
+from starflow_jax.io.arrays import import_with_metadata
 from starflow_jax.io.checksums import checksums_of
+from starflow_jax.io.tensor_files import open_safetensors
+from starflow_jax.model.beside import fingerprint_of
 from starflow_jax.model.control import PACKAGED, save_packaged
-from starflow_jax.model.store import PRETRAINED, load_model, load_trained, save_pretrained
+from starflow_jax.model.store import PRETRAINED, PRETRAINED_WEIGHTS, load_model, load_trained, save_pretrained
 
 LARGEST = 15 * 2**20  # bytes that the package may carry
 
@@ -19,6 +22,7 @@ def package(config: Config, workdir: Path) -> None:
     Raises UserError where the workdir holds no checkpoint, and where the package grows too large.
     """
     config.sample.require("lora", not config.sample.lora, "the package carries a model alone; leave it out")
+    config.sample.require("control", not config.sample.control, "name its workdir with --workdir instead")
     config.train.require("target", config.train.target in ("all", "control"),
                          "the package carries a whole model, and a control module beside it")
     source = package_control(config, workdir) if config.train.target == "control" else package_model(config, workdir)
@@ -42,9 +46,17 @@ def package_model(config: Config, workdir: Path) -> str:
     if trained is None:
         raise UserError(f"{workdir} holds no checkpoint to put into the package; train one first")
     system, params, source, _ = trained
-    with checksums_of(PRETRAINED, [PACKAGED]):
-        for name in (KEPT, PACKAGED):  # of the model that was there before
-            (PRETRAINED / name).unlink(missing_ok=True)
+    (PRETRAINED / KEPT).unlink(missing_ok=True)  # of the model that was there before
     save_pretrained(config, system, params, {"source": f"{config.name}: {source.rsplit(', ', 1)[-1]}"})
     carry_licence(workdir, PRETRAINED)
+    _remove_control_of_another(fingerprint_of(open_safetensors(PRETRAINED / PRETRAINED_WEIGHTS)))  # as rounded there
     return source
+
+
+def _remove_control_of_another(backbone: str) -> None:
+    """Where the package has a control module that was trained beside another model than this one."""
+    path = PRETRAINED / PACKAGED
+    if path.exists() and import_with_metadata(path)[1].get("backbone") != backbone:
+        with checksums_of(PRETRAINED, [PACKAGED]):
+            path.unlink()
+        print(f"{path}: removed, it was trained beside the model that was there before")

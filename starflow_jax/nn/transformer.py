@@ -172,12 +172,11 @@ class Transformer(nn.Module):
         steers = None if control is None else control.layers
 
         def run(x_BSD, params, index, is_first, steer=None):
-            steered_BS3D = None
+            x_BSD, steered_BS3D = checkpoint_name(x_BSD, LAYER_INPUT), None
             if control is not None and steer is not None:
                 added_BSD, steered_BS3D = control.added(x_BSD, steer)
                 x_BSD = x_BSD + added_BSD
             past = None if cache is None else (*cache.of_layer(index), cache.length)
-            x_BSD = checkpoint_name(x_BSD, LAYER_INPUT)
             x_BSD, kv = layer.apply({"params": params}, x_BSD, past, is_first, rope_2SE[:, :x_BSD.shape[1]], count,
                                     steered_BS3D)
             return x_BSD, kv if keep_kv else None

@@ -15,7 +15,7 @@ from starflow_jax.config import Config
 from starflow_jax.model.codec import patch_shape
 from starflow_jax.model.control import fresh_module, packaged_module
 from starflow_jax.model.quantize import quantize_params
-from starflow_jax.model.store import PRETRAINED, abstract_params, is_pretrained, settings_of
+from starflow_jax.model.store import PRETRAINED, abstract_params, has_packaged_module, settings_of
 from starflow_jax.model.text import text_encoder
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.text.pretrained import FLAN_T5_XL
@@ -57,7 +57,8 @@ def _abstract_control(config: Config) -> dict[str, Any]:
     if config.sample.control:
         config = dataclasses.replace(config, control=settings_of(Path(config.sample.control)).control)
     elif config.train.target != "control":
-        packaged = packaged_module(config, PRETRAINED) if config.sample.camera and is_pretrained(config) else None
+        asked = config.sample.camera and has_packaged_module(config)
+        packaged = packaged_module(config, PRETRAINED, place=False) if asked else None
         return {"control": jax.eval_shape(lambda: packaged.params)} if packaged else {}
     return jax.eval_shape(lambda: fresh_module(config, jax.random.key(0)))
 

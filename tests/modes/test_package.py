@@ -59,6 +59,8 @@ def test_a_control_module_is_packaged_beside_its_model(package: Path, tmp_path: 
     assert np.abs(moved - alone.generate(CAPTIONS[0]).frames).max() > 2
     named = sf.load(control=tmp_path / "control").generate(CAPTIONS[0], camera="pan_left").frames
     assert np.abs(moved - named).max() <= 1  # of float32
+    run("package", config, model)
+    assert (package / "control.safetensors").exists()  # it is the same model
     run("package", config, write_model(config, tmp_path / "other", seed=2))
     with pytest.raises(UserError, match="follows no camera"):
         sf.load().generate(CAPTIONS[0], camera="pan_left")

@@ -43,8 +43,8 @@ def read_cameras(frames_BTHWC: np.ndarray, directions_B: np.ndarray) -> Read:
     tiles_BSS = _fitted_tiles(tiles_BSS, ink_BTSS, found_BT4)
     for frame in range(1, ink_BTSS.shape[1]):
         for _ in range(_STEPS_AGAIN):
-            found_BT4[:, frame] = _bounded(
-                found_BT4[:, frame] + _step(tiles_BSS, ink_BTSS[:, frame], found_BT4[:, frame]), found_BT4[:, frame - 1])
+            step_B4 = _step(tiles_BSS, ink_BTSS[:, frame], found_BT4[:, frame])
+            found_BT4[:, frame] = _bounded(found_BT4[:, frame] + step_B4, found_BT4[:, frame - 1])
     colours_BTSSC = frames_BTHWC / np.float32(255)
     tiles_BSSC = np.stack([_fitted_tiles(colours_BTSSC[:, 0, ..., channel], colours_BTSSC[..., channel], found_BT4)
                            for channel in range(3)], axis=-1)
