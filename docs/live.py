@@ -6,6 +6,7 @@ of it, and the page on a desktop and on a phone. Needs the extras serve and test
 
 import io
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tests.web.browser import Page, chromium
 
 DESKTOP, PHONE = {"width": 1000, "height": 720}, {"width": 390, "height": 844}
 SHOWN = 640  # pixels of the moving picture's width
-EVERY, COLOURS = 250, 64  # milliseconds between its pictures; of its palette
+EVERY, COLOURS = 250, 64  # milliseconds from one of its pictures to the next; of its palette
 FIRST, SECOND = "a blue three moves right", "a red seven moves left"
 
 
@@ -44,9 +45,11 @@ def taken(page: Page) -> Image.Image:
 def main() -> None:
     with tempfile.TemporaryDirectory() as nothing, chromium() as browser, Server(Path(nothing), rate=100_000) as server:
         page, pictures = Page(browser, server.address, viewport=DESKTOP), []
+        due = time.monotonic()
         for _ in steer(page):
             pictures.append(taken(page))
-            page.tab.wait_for_timeout(EVERY)
+            due = max(due + EVERY / 1000, time.monotonic())
+            page.tab.wait_for_timeout(1000 * (due - time.monotonic()))
         pictures[len(pictures) // 2].save(PICTURES / "page.png", optimize=True)
         size = (SHOWN, round(SHOWN * DESKTOP["height"] / DESKTOP["width"]))
         small = [picture.resize(size, Image.Resampling.LANCZOS).quantize(COLOURS) for picture in pictures]

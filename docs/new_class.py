@@ -1,7 +1,8 @@
 """A class that the model in the package never saw: hand-drawn stars, moving in the digits' world.
 
     python -m docs.new_class draw FOLDER      clips of stars and, so that nothing is forgotten, of digits, with captions
-    python -m docs.new_class read WORKDIR     what is read of samples of a workdir's model, and of the package's
+    python -m docs.new_class read WORKDIR     what is read of samples of a workdir's model, and of the package's; and
+                                              WORKDIR/stars.png, of some of its stars
 
 The reader is the digits' own, fitted on stars as an eleventh class. Those that it is fitted and tested on are others.
 """
@@ -18,11 +19,13 @@ import starflow_jax as sf
 from starflow_jax.data.digits import scene
 from starflow_jax.data.digits.captions import COLOURS, DIRECTIONS, caption
 from starflow_jax.data.digits.reader import Reader
+from starflow_jax.io.pictures import contact_sheet
 from starflow_jax.io.progress import table
 from starflow_jax.io.video import write_mp4
 
 STAR = 10  # behind the ten digits
 STARS = {"train": range(240), "test": range(240, 300)}  # by the seed that each is drawn from
+SHOWN = 6
 SIDE, FPS, FRAMES, SCALE = 20, 8, 17, 4  # of a drawing; of the clips: a second and a half more than the model makes
 WORLD = scene.MovingDigitsConfig(wraps=True)
 
@@ -94,8 +97,10 @@ def read(workdir: str, prompts: int = 200) -> list[tuple[str, float, float]]:
     of_digits = [caption(int(label), colour, direction, random, True)
                  for label, (colour, direction) in zip(test_ids // 500, looks)]
     for name, model in ((workdir, sf.load(workdir)), ("the model in the package", sf.load())):
-        rows.append((name, _share(reader, _sampled(model, of_stars), STAR),
-                     _share(reader, _sampled(model, of_digits), test_ids // 500)))
+        stars = _sampled(model, of_stars)
+        rows.append((name, _share(reader, stars, STAR), _share(reader, _sampled(model, of_digits), test_ids // 500)))
+        if name == workdir:
+            contact_sheet(Path(workdir) / "stars.png", stars[:SHOWN], of_stars[:SHOWN], scale=3)
     print(table([(name, f"{stars:.3f}", f"{digits:.3f}") for name, stars, digits in rows],
                 ("read as asked", "stars", "digits")))
     return rows
