@@ -49,8 +49,8 @@ def main() -> None:
         for _ in steer(page):
             pictures.append(taken(page))
             due = max(due + EVERY / 1000, time.monotonic())
-            page.tab.wait_for_timeout(1000 * (due - time.monotonic()))
-        pictures[len(pictures) // 2].save(PICTURES / "page.png", optimize=True)
+            page.tab.wait_for_timeout(max(0.0, 1000 * (due - time.monotonic())))
+        pictures[-1].save(PICTURES / "page.png", optimize=True)
         size = (SHOWN, round(SHOWN * DESKTOP["height"] / DESKTOP["width"]))
         small = [picture.resize(size, Image.Resampling.LANCZOS).quantize(COLOURS) for picture in pictures]
         small[0].save(PICTURES / "steered.gif", save_all=True, append_images=small[1:], duration=EVERY, loop=0)
@@ -58,6 +58,7 @@ def main() -> None:
         phone = Page(browser, server.address, viewport=PHONE, color_scheme="dark")
         phone.begin(FIRST, seed="0")
         phone.played(17)
+        phone.tab.evaluate("scrollTo(0, 0)")
         taken(phone).save(PICTURES / "page_phone.png", optimize=True)
         phone.close()
     print(f"{PICTURES}: page.png, page_phone.png, steered.gif")

@@ -63,10 +63,20 @@ def inference_params(config: Config, params: Params) -> Params:
     CPU XLA copies a layer's weights out of a stack at each use. Sharded ones stay stacked, as their shardings are."""
     if not config.model.unroll_layers or current_mesh() is not None:
         return params
-    return {**params, **{name: _unstacked(params[name]) for name in ("flow", "draft") if name in params}}
+    unrolled: Params = {name: _unstacked(params[name]) for name in ("flow", "draft") if name in params}
+    if "control" in params:
+        unrolled["control"] = {**params["control"], "layers": _one_by_one(params["control"]["layers"])}
+    return {**params, **unrolled}
 
 
 _unstacked = jax.jit(unstacked)
+
+
+@jax.jit
+def _one_by_one(stack: Any) -> tuple[Any, ...]:
+    """A stack of layers' parameters as a tuple."""
+    return tuple(jax.tree.map(lambda leaf, layer=layer: leaf[layer], stack)
+                 for layer in range(len(jax.tree.leaves(stack)[0])))
 
 
 def init_params(config: Config, key: jax.Array) -> Params:

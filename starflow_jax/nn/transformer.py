@@ -34,7 +34,7 @@ class Control(NamedTuple):
     tokens are zero."""
 
     tokens_BSC: jax.Array
-    layers: Params  # kernels: "tokens" (L, C, R), "hidden" (L, D, R), "out" (L, R, D), "qkv" (L, R, 3, D)
+    layers: Any  # kernels "tokens" (L, C, R), "hidden" (L, D, R), "out" (L, R, D), "qkv" (L, R, 3, D); or L of each
 
     def added(self, x_BSD: jax.Array, of_layer: Params) -> tuple[jax.Array, jax.Array]:
         """What one layer's input (B, S, D) gets, and its queries, keys and values (B, S, 3, D)."""
@@ -198,8 +198,8 @@ class Transformer(nn.Module):
 
 
 def _at(index: int, stack: Any) -> Any:
-    """One layer of a stack; None of none."""
-    return jax.tree.map(lambda leaf: leaf[index], stack)
+    """One layer of a stack, or of a tuple of layers; None of none."""
+    return stack[index] if isinstance(stack, tuple) else jax.tree.map(lambda leaf: leaf[index], stack)
 
 
 def _first_apart(run: Callable, x_BSD: jax.Array, params: Any, layers: int, kept: int) -> tuple[jax.Array, Any]:
