@@ -74,7 +74,7 @@ _unstacked = jax.jit(unstacked)
 
 @jax.jit
 def _one_by_one(stack: Any) -> tuple[Any, ...]:
-    """A stack of layers' parameters as a tuple."""
+    """A control module's stack of layers as a tuple."""
     return tuple(jax.tree.map(lambda leaf, layer=layer: leaf[layer], stack)
                  for layer in range(len(jax.tree.leaves(stack)[0])))
 
