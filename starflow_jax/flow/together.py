@@ -5,7 +5,7 @@ each lane's solver stops by itself. Programs are for fixed numbers of lanes; lan
 one, so that they end when it does.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,16 @@ def answer_together(asks: Sequence[Ask], sizes: Sequence[int]) -> None:
     """Make steps of the deep block, as many together as the largest of `sizes` allows: a group gets the smallest size
     that holds it, 1 being `generation.answer`. Those that no program can make together (guided and not, with and
     without a camera, first frames whose blocks differ) are groups of their own."""
-    groups: dict[Any, list[Ask]] = {}
+    for part in groups(asks, max(sizes)):
+        _answer(part, min(size for size in sizes if size >= len(part)))
+
+
+def groups(asks: Sequence[Ask], most: int) -> list[list[Ask]]:
+    """Those that are made together, at most so many."""
+    kinds: dict[Any, list[Ask]] = {}
     for ask in asks:
-        groups.setdefault(_kind(ask), []).append(ask)
-    for group in groups.values():
-        for part in _parts(group, max(sizes)):
-            _answer(part, min(size for size in sizes if size >= len(part)))
+        kinds.setdefault(_kind(ask), []).append(ask)
+    return [kind[first:first + most] for kind in kinds.values() for first in range(0, len(kind), most)]
 
 
 def warm_up(ask: Ask, sizes: Sequence[int], compiled: set[Any]) -> None:
@@ -39,11 +43,6 @@ def warm_up(ask: Ask, sizes: Sequence[int], compiled: set[Any]) -> None:
             jax.block_until_ready(_decode_lanes(ask.model, ask.params, (given,) * size, ask.solver, **ask.how))
     compiled.add(kind)
     answer(ask)
-
-
-def _parts(group: list[Ask], most: int) -> Iterator[list[Ask]]:
-    for first in range(0, len(group), most):
-        yield group[first:first + most]
 
 
 def _kind(ask: Ask) -> Any:

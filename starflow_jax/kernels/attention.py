@@ -14,6 +14,7 @@ import numpy as np
 from etils import epy
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
 
 from starflow_jax.kernels import reference
 from starflow_jax.kernels.int8 import Int8Slots
@@ -94,17 +95,36 @@ def _whole(q_BSHD, k_BKGD, v_BKGD, sees_SK, past: Past) -> jax.Array:
 
 def _filled_part(q_BSHD, k_BKGD, v_BKGD, sees_SK, past: Past) -> jax.Array:
     """reference.attention over the quarters of the cache that hold anything: a CPU pays for every slot."""
-    past_k, past_v, length = past
-    slots = past_k.shape[1]
+    slots, length = past[0].shape[1], past[2]
     quarter = max(1, -(-slots // 4))
-    ends = [min(end, slots) for end in range(quarter, slots + quarter, quarter)]
+    ends = tuple(min(end, slots) for end in range(quarter, slots + quarter, quarter))
+    filled = jnp.clip((jnp.max(length) - 1) // quarter, 0, len(ends) - 1)
+    return _up_to_one_of(ends)(filled, q_BSHD, k_BKGD, v_BKGD, sees_SK, past)
 
-    def upto(end: int):
-        return lambda past_k, past_v: reference.attention(
-            q_BSHD, k_BKGD, v_BKGD, sees_SK, (first_slots(past_k, end), first_slots(past_v, end), length))
 
-    filled = (jnp.max(length) - 1) // quarter
-    return lax.switch(jnp.clip(filled, 0, len(ends) - 1), [upto(end) for end in ends], past_k, past_v)
+@functools.lru_cache
+def _up_to_one_of(ends: tuple[int, ...]) -> custom_vmap:
+    """reference.attention of some arrays and the first slots of the cache, up to the end of which it gets the number.
+    Lanes of vmap go up to that of the fullest: with a number for each, every one would compute all of them."""
+    def branches(over_lanes):
+        return [over_lanes(functools.partial(_first_part, end)) for end in ends]
+
+    @custom_vmap
+    def attend(number: jax.Array, *arrays) -> jax.Array:
+        return lax.switch(number, branches(lambda branch: branch), *arrays)
+
+    @attend.def_vmap
+    def attend_of_lanes(_, is_batched, number, *arrays):
+        axes = jax.tree.map(lambda batched: 0 if batched else None, is_batched[1:])
+        return lax.switch(jnp.max(number), branches(lambda branch: jax.vmap(branch, in_axes=axes)), *arrays), True
+
+    return attend
+
+
+def _first_part(end: int, q_BSHD, k_BKGD, v_BKGD, sees_SK, past: Past) -> jax.Array:
+    past_k, past_v, length = past
+    first = first_slots(past_k, end), first_slots(past_v, end), length
+    return reference.attention(q_BSHD, k_BKGD, v_BKGD, sees_SK, first)
 
 
 def _dense(masks: Masks, which, q_BSHD, k_BKGD) -> jax.Array | np.ndarray:

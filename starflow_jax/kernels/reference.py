@@ -200,7 +200,9 @@ def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
 
 def _scores(q_BHSD: jax.Array, k_BKGD: Slots, mask) -> jax.Array:
     k_BKHD, scale_BH1K = _per_query_head(k_BKGD, q_BHSD.shape[1], q_BHSD.dtype)
-    scores = _product(q_BHSD, k_BKHD.transpose(0, 2, 3, 1))
+    # Keys are not turned any further: a CPU would write out all of them turned, at every token.
+    scores = jnp.einsum("bhsd,bhkd->bhsk", q_BHSD, k_BKHD.transpose(0, 2, 1, 3),
+                        preferred_element_type=_wide(q_BHSD.dtype))
     return jnp.where(mask, scores if scale_BH1K is None else scores * scale_BH1K, MASKED)
 
 

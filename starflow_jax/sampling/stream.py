@@ -257,10 +257,15 @@ class Finisher:
 
 def _on(device: jax.Device | None, tree: Any) -> Any:
     """Arrays on a device, but for those in the host's memory; None: where they are, which may be devices of other
-    processes too."""
+    processes too. Those that lie there are returned themselves: by them streams of one model are told to be such."""
     if device is None:
         return tree
-    return jax.tree.map(lambda leaf: leaf if is_on_host(leaf) else jax.device_put(leaf, device), tree)
+
+    def placed(leaf: Any) -> Any:
+        there = isinstance(leaf, jax.Array) and (is_on_host(leaf) or leaf.devices() == {device})
+        return leaf if there else jax.device_put(leaf, device)
+
+    return jax.tree.map(placed, tree)
 
 
 def latency(system: System, settings: Sample) -> int:

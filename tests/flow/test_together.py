@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from starflow_jax.flow.generation import Ask
-from starflow_jax.flow.together import answer_together
+from starflow_jax.flow.together import answer_together, groups
 from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.session import Session
 from tests.sampling.test_session import near, steerable, whole
@@ -19,11 +19,11 @@ def model(params) -> Model:
     return steerable(dataclasses.replace(CONFIG.model, frames=4), params)
 
 
-def run(sessions: dict[int, Session], rounds: int, size: int) -> tuple[dict[int, np.ndarray], int]:
-    """The frames of sessions that join at the rounds they are named by, and leave after eight of their own; and how
-    many steps were made with others."""
+def run(sessions: dict[int, Session], rounds: int, size: int) -> tuple[dict[int, np.ndarray], list[list[int]]]:
+    """The frames of sessions that join at the rounds they are named by, and leave after eight of their own; and of each
+    round how many steps were made as one program."""
     made: dict[int, list[np.ndarray]] = {begin: [] for begin in sessions}
-    shared = 0
+    together = []
     for now in range(rounds):
         asks = []
         for begin, session in sessions.items():
@@ -35,9 +35,9 @@ def run(sessions: dict[int, Session], rounds: int, size: int) -> tuple[dict[int,
                 assert part is not None
                 made[begin].append(part)
             asks.append(part)
-        shared += len(asks) > 1
+        together.append([len(group) for group in groups(asks, size)])
         answer_together(asks, [size])
-    return {begin: whole(iter(parts)) for begin, parts in made.items()}, shared
+    return {begin: whole(iter(parts)) for begin, parts in made.items()}, together
 
 
 def test_a_session_has_the_frames_it_has_alone(model: Model) -> None:
@@ -49,8 +49,9 @@ def test_a_session_has_the_frames_it_has_alone(model: Model) -> None:
         return model.stream(CAPTIONS[index % 3], recording=False, **settings[index])
 
     begins = (0, 1, 3, 4)
-    together, shared = run({at: begun(at, index) for index, at in enumerate(begins)}, 12, size=3)
-    assert shared == 10
+    together, sizes = run({at: begun(at, index) for index, at in enumerate(begins)}, 12, size=3)
+    # Three are guided and begin at rounds 0, 1 and 3, one at 4 is not.
+    assert sizes == [[1], [2], [2], [3], *[[3, 1]] * 4, [2, 1], [1, 1], [1, 1], [1]]
     for index, at in enumerate(begins):
         alone, _ = run({at: begun(at, index)}, at + 8, size=3)
         np.testing.assert_array_equal(together[at], alone[at])

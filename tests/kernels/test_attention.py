@@ -201,6 +201,26 @@ def test_a_layer_of_a_stack_is_that_layer(implementation: str, quantized: bool, 
         np.testing.assert_allclose(of_stack(jnp.int32(layer)), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_lanes_see_each_their_own_length_and_share_the_branch_of_the_fullest(stacked: bool, monkeypatch) -> None:
+    monkeypatch.setattr(core, "SHORT", 1024)
+    q, k, v, past_k, past_v = arrays("float32", (3, 2, 5, 4, 16), *2 * [(3, 2, 5, 2, 16)], *2 * [(3, 2, 2, 90, 2, 16)])
+    lengths = jnp.asarray([0, 20, 50])
+
+    def attend(q, k, v, past_k, past_v, length):
+        kept = [Stacked(stack, jnp.int32(1)) if stacked else stack[1] for stack in (past_k, past_v)]
+        return core.attention(q, k, v, Causal(), (*kept, length))
+
+    lanes = jax.jit(jax.vmap(attend)).lower(q, k, v, past_k, past_v, lengths).compile()
+    together = np.asarray(lanes(q, k, v, past_k, past_v, lengths))
+    for lane in range(3):
+        one = [x[lane] for x in (q, k, v, past_k, past_v, lengths)]
+        np.testing.assert_allclose(together[lane], attend(*one), atol=1e-6)
+    assert lanes.as_text().count(" conditional(") == 1
+    past_k = past_k.at[:, :, :, 69:].set(jnp.nan)  # of the last of four quarters, which no lane has begun
+    np.testing.assert_array_equal(lanes(q, k, v, past_k, past_v, lengths), together)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "tpu on CPU", "triton on CPU"])
 @pytest.mark.parametrize("mask, seeing", [(Full(), 40), (FrameWindow(prefix=0, tokens=8, window=1, lookahead=0), 8)])
 def test_a_query_that_sees_nothing_gets_nothing(implementation: str, mask: Mask, seeing: int) -> None:

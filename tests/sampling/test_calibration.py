@@ -174,9 +174,10 @@ def test_calibrated_sequential_decoding_is_of_the_deep_block_and_gives_way_to_bl
     exact = changed(asked, kind="sequential")
     assert shallow_solver(chosen_solver(system, exact)) == deep(system, exact) == decode.Solver(block_size=1)
     for change in (dict(block_size=2), dict(frames_per_step=2), dict(start="noise"), dict(max_steps=2),
-                   dict(tolerance=0.0), dict(stream=True), dict(draft="a"), dict(kind="jacobi")):
+                   dict(tolerance=0.0), dict(draft="a"), dict(kind="jacobi")):
         other = changed(asked, **change)
         assert chosen_solver(calibrated, other) == chosen_solver(system, other), change
+    assert chosen_solver(calibrated, changed(asked, stream=True)) == chosen_solver(calibrated, asked)
     clips, exact_clips = (generate_clips(calibrated, params, CAPTIONS[:1], [5], how) for how in (asked, exact))
     assert (clips.solved.deep_steps_BK == 1).all() and clips.solved.deep_steps_BK.shape == (1, 12)
     assert relative_error(clips.noisy_BNhwC, exact_clips.noisy_BNhwC) < ERROR
