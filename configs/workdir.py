@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from starflow_jax.config import UserError, to_config_dict
-from starflow_jax.model.store import settings_of
+from starflow_jax.model.own_settings import settings_of
 
 
 def get_config(workdir: str = ""):

@@ -74,7 +74,9 @@ _unstacked = jax.jit(unstacked)
 
 @jax.jit
 def _one_by_one(stack: Any) -> tuple[Any, ...]:
-    """A control module's stack of layers as a tuple."""
+    """A control module's stack of layers as a tuple, which it may be already."""
+    if isinstance(stack, tuple):
+        return stack
     return tuple(jax.tree.map(lambda leaf, layer=layer: leaf[layer], stack)
                  for layer in range(len(jax.tree.leaves(stack)[0])))
 

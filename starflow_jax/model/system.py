@@ -148,7 +148,7 @@ def make_system(config: Config) -> System:
 
 
 def save_settings(config: Config, folder: Path) -> None:
-    """Write all settings; model/store.py reads them."""
+    """Write all settings; model/own_settings.py reads them."""
     with checksums_of(folder, [SETTINGS]):
         write_text(folder / SETTINGS, json.dumps(dataclasses.asdict(config), indent=1))
 

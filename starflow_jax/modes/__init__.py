@@ -39,7 +39,7 @@ def run(mode: str, config: Config, workdir: str | Path) -> None:
     check_writable(workdir, "--workdir")
     module = importlib.import_module(f"{__name__}.{mode}")
     if mode in OF_A_MODEL:
-        config, line = importlib.import_module("starflow_jax.model.store").own_settings(config, Path(workdir))
+        config, line = importlib.import_module("starflow_jax.model.own_settings").own_settings(config, Path(workdir))
         if line:
             print(line)
     getattr(module, mode)(config, Path(workdir))

@@ -9,7 +9,8 @@ import jax
 from starflow_jax.config import Config, UserError
 from starflow_jax.io.progress import table
 from starflow_jax.model.calibration import Calibration, save_calibration
-from starflow_jax.model.store import PRETRAINED, load_model
+from starflow_jax.model.own_settings import PRETRAINED
+from starflow_jax.model.store import load_model
 from starflow_jax.modes.alone import alone_in
 from starflow_jax.sampling.calibration import ERROR, PROMPTS, Measured, fit_guess, fit_noise_guess, measure
 from starflow_jax.sampling.mesh import on_mesh, sampling_mesh

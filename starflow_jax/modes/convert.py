@@ -34,8 +34,9 @@ from starflow_jax.model.calibration import CALIBRATED
 from starflow_jax.model.codec import FITTED_CODEC, released_codec, sizes_of_codec
 from starflow_jax.model.initialise import inherited_arrays, is_ours, whole_checkpoint
 from starflow_jax.model.lora import read_workdir
+from starflow_jax.model.own_settings import PRETRAINED, check_pretrained, own_settings, settings_of
 from starflow_jax.model.parameters import model_fingerprint
-from starflow_jax.model.store import PRETRAINED, backbone_arrays, check_pretrained, own_settings, settings_of
+from starflow_jax.model.store import backbone_arrays
 from starflow_jax.model.system import save_settings
 from starflow_jax.model.text import TOKENIZER
 from starflow_jax.modes.alone import alone_in

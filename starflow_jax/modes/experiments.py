@@ -21,8 +21,9 @@ from starflow_jax.io.charts import draw_charts
 from starflow_jax.io.files import write_text
 from starflow_jax.io.pictures import HeatMap, contact_sheet, draw_heat_maps
 from starflow_jax.io.progress import table
+from starflow_jax.model.own_settings import settings_of
 from starflow_jax.model.sources import fixed_captions
-from starflow_jax.model.store import backbone_weights, load_model, load_teacher, settings_of
+from starflow_jax.model.store import backbone_weights, load_model, load_teacher
 from starflow_jax.sampling.conditions import noised
 
 SHEET_SEED, SHEET_SCALE = 0, 4

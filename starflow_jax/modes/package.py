@@ -10,7 +10,8 @@ from starflow_jax.io.checksums import checksums_of
 from starflow_jax.io.tensor_files import open_safetensors
 from starflow_jax.model.beside import fingerprint_of
 from starflow_jax.model.control import PACKAGED, save_packaged
-from starflow_jax.model.store import PRETRAINED, PRETRAINED_WEIGHTS, load_model, load_trained, save_pretrained
+from starflow_jax.model.own_settings import PRETRAINED, PRETRAINED_WEIGHTS
+from starflow_jax.model.store import load_model, load_trained, save_pretrained
 
 LARGEST = 15 * 2**20  # bytes that the package may carry
 

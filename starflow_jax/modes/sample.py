@@ -15,7 +15,8 @@ from jax.experimental import multihost_utils
 from starflow_jax.config import Config, UserError
 from starflow_jax.io.files import check_writable
 from starflow_jax.io.progress import ProgressBar, table
-from starflow_jax.model.store import check_there, load_model, system_checksum, weights_of
+from starflow_jax.model.own_settings import check_there
+from starflow_jax.model.store import load_model, system_checksum, weights_of
 from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.files import made_by_others, output_folder
 from starflow_jax.sampling.given import given_frames

@@ -14,8 +14,9 @@ from starflow_jax.codec.patch import PatchCodec
 from starflow_jax.config import Config
 from starflow_jax.model.codec import patch_shape
 from starflow_jax.model.control import fresh_module, packaged_module
+from starflow_jax.model.own_settings import PRETRAINED, settings_of
 from starflow_jax.model.quantize import quantize_params
-from starflow_jax.model.store import PRETRAINED, abstract_params, has_packaged_module, settings_of
+from starflow_jax.model.store import abstract_params, has_packaged_module
 from starflow_jax.model.text import text_encoder
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.text.pretrained import FLAN_T5_XL

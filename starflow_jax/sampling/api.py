@@ -27,8 +27,9 @@ from starflow_jax.io.compiled import keep_compiled_programs
 from starflow_jax.io.live_camera import as_json
 from starflow_jax.io.video import mp4_bytes, write_mp4
 from starflow_jax.model.codec import frame_size
+from starflow_jax.model.own_settings import PRETRAINED, settings_of
 from starflow_jax.model.parameters import Params
-from starflow_jax.model.store import PRETRAINED, load_model, settings_of
+from starflow_jax.model.store import load_model
 from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import Made, generate, log_likelihoods, most_likely, noised_draws
 from starflow_jax.sampling.conditions import ENDLESS, caption_text, check_given, latent_frames, prompt_changes

@@ -13,9 +13,10 @@ from starflow_jax.config import Config
 from starflow_jax.data.batch import Batch
 from starflow_jax.model.control import fresh_module, with_module
 from starflow_jax.model.lora import fresh_factors, with_factors
+from starflow_jax.model.own_settings import backbone_config
 from starflow_jax.model.parameters import Params
 from starflow_jax.model.quantize import quantize_param
-from starflow_jax.model.store import abstract_params, backbone_config, load_backbone
+from starflow_jax.model.store import abstract_params, load_backbone
 from starflow_jax.model.student import fresh_block, with_block
 from starflow_jax.model.system import System
 from starflow_jax.training.metrics import MetricWriter

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from starflow_jax import sharding
 from starflow_jax.checkpoints.growth import Change
 from starflow_jax.flow.starflow import STARFlow, apply_flow
+from starflow_jax.model.own_settings import backbone_config
 from starflow_jax.model.parameters import Params
-from starflow_jax.model.store import backbone_config
 from starflow_jax.model.student import Deep, Magnitudes, chosen_layers, cut, flow_of, kept_parts
 from starflow_jax.model.system import System
 from starflow_jax.nn.transformer import unstacked

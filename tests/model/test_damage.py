@@ -9,7 +9,8 @@ from starflow_jax.checkpoints.licences import KEPT
 from starflow_jax.config import UserError
 from starflow_jax.data.digits import scene
 from starflow_jax.io.checksums import CHECKSUMS, read_checksums
-from starflow_jax.model.store import PRETRAINED, load_model, own_settings, settings_of
+from starflow_jax.model.own_settings import PRETRAINED, own_settings, settings_of
+from starflow_jax.model.store import load_model
 from tests.helpers import flipped_bits
 
 
@@ -17,7 +18,8 @@ from tests.helpers import flipped_bits
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "package"
     shutil.copytree(PRETRAINED, folder)
-    monkeypatch.setattr("starflow_jax.model.store.PRETRAINED", folder)
+    for module in ("own_settings", "store"):
+        monkeypatch.setattr(f"starflow_jax.model.{module}.PRETRAINED", folder)
     return folder
 
 

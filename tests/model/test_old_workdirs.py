@@ -12,7 +12,8 @@ from configs.t2v import tiny
 from starflow_jax.checkpoints.parameters import save_params
 from starflow_jax.config import Solver
 from starflow_jax.io.arrays import import_arrays
-from starflow_jax.model.store import PRETRAINED, load_model, settings_of
+from starflow_jax.model.own_settings import PRETRAINED, settings_of
+from starflow_jax.model.store import load_model
 
 # WORKDIR/checkpoints/model.json and WORKDIR/system/decoding.json as version 0.1 wrote them for configs/t2v.py.
 MODEL = """{"model": {"channels": 48, "frames": 4, "height": 6, "width": 6, "shallow_layers": [1, 1],

@@ -13,8 +13,9 @@ from configs.t2v import get_config, tiny
 from starflow_jax.config import UserError, from_config_dict
 from starflow_jax.data.batch import Batch
 from starflow_jax.evaluation.adherence import adherence_of_samples
-from starflow_jax.model.parameters import init_params
-from starflow_jax.model.store import PRETRAINED, load_model, load_pretrained, own_settings, settings_of
+from starflow_jax.model.own_settings import PRETRAINED, own_settings, settings_of
+from starflow_jax.model.parameters import inference_params, init_params
+from starflow_jax.model.store import load_model, load_pretrained
 from starflow_jax.modes.package import LARGEST, package
 from starflow_jax.sampling.likelihood import bits_per_frame
 from tests.small_run import run_here
@@ -32,6 +33,14 @@ def test_the_pretrained_model_is_tiny_and_small_enough(tmp_path: Path) -> None:
         lambda: init_params(config, jax.random.key(0))))
     assert sum(path.stat().st_size for path in PRETRAINED.iterdir()) <= LARGEST
     assert system.tokenizer.vocab_size <= config.text.vocab_size
+
+
+def test_parameters_for_inference_stay_what_they_are(tmp_path: Path) -> None:
+    config, (_, params, *_) = tiny(), load_model(tiny(), tmp_path)
+    assert isinstance(params["control"]["layers"], tuple)
+    again = inference_params(config, params)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 def test_it_knows_black_frames_from_noise(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ from starflow_jax.config import Codec, Config, Convert, Model, Text, UserError
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.io.tensor_files import StoredArray, open_safetensors, write_safetensors
 from starflow_jax.model.initialise import initial_params
+from starflow_jax.model.own_settings import PRETRAINED, PRETRAINED_WEIGHTS, settings_of
 from starflow_jax.model.parameters import flow_variables, init_params
-from starflow_jax.model.store import PRETRAINED, PRETRAINED_WEIGHTS, settings_of
 from starflow_jax.modes.convert import convert
 from tests.helpers import tiny_model
 

@@ -13,7 +13,8 @@ from configs.t2v import tiny
 from starflow_jax.checkpoints.licences import KEPT
 from starflow_jax.config import Train, UserError
 from starflow_jax.io.arrays import import_arrays
-from starflow_jax.model.store import PRETRAINED, load_model, own_settings, weights_of
+from starflow_jax.model.own_settings import PRETRAINED, own_settings
+from starflow_jax.model.store import load_model, weights_of
 from starflow_jax.modes import run
 from tests.model.test_old_workdirs import workdir as workdir
 from tests.modes.small_backbone import config_with_data, write_model
@@ -22,8 +23,8 @@ from tests.small_model import CAPTIONS
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for module in ("starflow_jax.model.store", "starflow_jax.modes.package", "starflow_jax.sampling.api"):
-        monkeypatch.setattr(f"{module}.PRETRAINED", tmp_path / "package")
+    for module in ("model.own_settings", "model.store", "modes.package", "sampling.api"):
+        monkeypatch.setattr(f"starflow_jax.{module}.PRETRAINED", tmp_path / "package")
     return tmp_path / "package"
 
 

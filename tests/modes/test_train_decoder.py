@@ -13,7 +13,8 @@ import starflow_jax as sf
 from starflow_jax.checkpoints.parameters import stored_params
 from starflow_jax.config import Config, Decoder, Train, UserError, changed
 from starflow_jax.evaluation.split import denoise_choices
-from starflow_jax.model.store import load_model, settings_of
+from starflow_jax.model.own_settings import settings_of
+from starflow_jax.model.store import load_model
 from starflow_jax.modes.evaluate import evaluate
 from starflow_jax.modes.train import train
 from starflow_jax.training.metrics import read_metrics

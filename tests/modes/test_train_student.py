@@ -19,7 +19,8 @@ from starflow_jax.checkpoints.released import unstack_to_released
 from starflow_jax.config import Config, Student, Train, UserError, changed
 from starflow_jax.io.pictures import read_image
 from starflow_jax.io.video import read_video
-from starflow_jax.model.store import LoadedModel, load_model, settings_of
+from starflow_jax.model.own_settings import settings_of
+from starflow_jax.model.store import LoadedModel, load_model
 from starflow_jax.modes.calibrate import calibrate
 from starflow_jax.modes.train import train
 from starflow_jax.sampling.conditions import make_conditions

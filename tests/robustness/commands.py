@@ -152,7 +152,7 @@ def without_work() -> Iterator[None]:
     for mode in MODES:
         importlib.import_module(f"starflow_jax.modes.{mode}")
     import starflow_jax.io.arrays as arrays
-    from starflow_jax.model.store import PRETRAINED, PRETRAINED_WEIGHTS
+    from starflow_jax.model.own_settings import PRETRAINED, PRETRAINED_WEIGHTS
 
     def began(*_: Any, **__: Any) -> NoReturn:
         raise Began

@@ -29,8 +29,8 @@ def _make_settings(folder: Path) -> None:
 
 def _read_settings(folder: Path, path: Path) -> None:
     from starflow_jax.checkpoints.training import check_fingerprint
+    from starflow_jax.model.own_settings import own_settings, settings_of
     from starflow_jax.model.parameters import model_fingerprint
-    from starflow_jax.model.store import own_settings, settings_of
 
     settings_of(path.parents[1])
     own_settings(package_config(), path.parents[1])

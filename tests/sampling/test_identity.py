@@ -10,7 +10,8 @@ import pytest
 
 from starflow_jax.config import Sample, UserError, changed
 from starflow_jax.io.files import write_text
-from starflow_jax.model.store import PRETRAINED, settings_of, system_checksum, weights_of
+from starflow_jax.model.own_settings import PRETRAINED, settings_of
+from starflow_jax.model.store import system_checksum, weights_of
 from starflow_jax.sampling.files import files_of, made_by_others
 from starflow_jax.sampling.identity import Recipe, checksum_of_given
 from starflow_jax.sampling.requests import Request, read_requests
