@@ -1,6 +1,7 @@
 """How much memory there is, and one line for what does not fit."""
 
 import contextlib
+import ctypes
 import os
 from pathlib import Path
 
@@ -9,6 +10,15 @@ from starflow_jax.config import UserError
 GIB = 2**30
 # Limits of the container: of cgroups' second version, and of their first.
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+M_ARENA_MAX, ARENAS = -8, 2  # mallopt's number of the setting, and its value
+
+
+def share_arenas() -> None:
+    """Have all threads take memory from a few of glibc's arenas. It would make some for each core, and what any of them
+    has once held it keeps, so that a process of many threads grows for hours. Without glibc nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
 
 
 def host_bytes() -> int:

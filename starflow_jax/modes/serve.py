@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 from starflow_jax.config import Config, Serve, UserError, changed
+from starflow_jax.io.memory import share_arenas
 from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
 
@@ -28,6 +29,7 @@ def serve(config: Config, workdir: Path) -> None:
                           "each one's prompt, and its errors are not for them; leave it out")
     token = read_token(settings)
     listening = listen(settings)
+    share_arenas()
     try:
         _run(_load(config, workdir), settings, token, listening)
     finally:

@@ -8,7 +8,8 @@ serve.rate: all clients have one address). --sessions=N: frames per second of on
 of N together, as fast as their clients take them; the seconds to the first picture, and those from a change of prompt
 to the first frame made under it, of viewers who play in real time. --clients=N: so many that come, vanish, stall and
 send rubbish, evenly over the seconds, beside a viewer whose frames must be those that it gets alone, and beside others
-who steer; and the memory that the server holds. It prints a table; exit code 1 where a viewer was harmed.
+who steer; and the memory that the server holds, beside what it held after a few viewers at once. It prints a table;
+exit code 1 where a viewer was harmed, or memory gained.
 """
 
 import argparse
@@ -32,6 +33,8 @@ from tests.serving.served import Server
 Row = tuple[str, str]
 FIRST_PICTURES = 10
 EVERY = 1.5  # seconds between changes, about
+TOGETHER = 4  # viewers at once, for whom each program of a few sessions runs
+FLAT = 1.05  # most memory in the end, as a share of that before
 ALIKE = 1.0  # most mean difference of a frame from the same one made alone, in steps of 256
 
 
@@ -71,9 +74,10 @@ async def _rate(address: str, sessions: int, frames: int) -> float:
 
 async def crowd(address: str, clients: int, seconds: float, fps: float, process: int, gap: float
                 ) -> tuple[list[Row], bool]:
-    """Rows, and whether a viewer was harmed. gap: the longest that one may wait for a frame."""
+    """Rows, and whether a viewer was harmed or memory gained. gap: the longest that one may wait for a frame."""
     frames = frames_in(seconds, fps)
     alone = await Viewer(address, frames).watch()
+    await asyncio.gather(*(Viewer(address, frames_in(10, fps), seed, fps, EVERY).watch() for seed in range(TOGETHER)))
     held = [memory(process)]
     steady = asyncio.create_task(Viewer(address, frames, fps=fps).watch())
     end = time.monotonic() + seconds
@@ -102,7 +106,8 @@ async def crowd(address: str, clients: int, seconds: float, fps: float, process:
     held.append(memory(process))
     same, worst = compare(bytes(viewer.video), bytes(alone.video))
     errors = _metric(address, "starflow_errors_total")
-    harmed = not alone.well or not viewer.well or worst > ALIKE or max(viewer.waits, default=0.0) > gap
+    gained = held[-1] > FLAT * held[0]
+    harmed = gained or not alone.well or not viewer.well or worst > ALIKE or max(viewer.waits, default=0.0) > gap
     unwell = [other.why for other in others if not other.well]
     return [
         ("bad clients", ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS)),
