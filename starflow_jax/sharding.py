@@ -32,6 +32,7 @@ TABLE: dict[str | None, tuple[str, ...]] = {
     "heads": ("tensor", "sequence"),  # of activations within attention
     "hidden": ("tensor",),  # channels that one layer's products make and the next ones sum
     "width": ("fsdp",),  # the model width, of parameters
+    "features": ("fsdp",),  # of a control module, of which there may be any number: whole where they do not divide
     None: (),
 }
 # The trailing axes of parameters, and of the optimizer's arrays of the same names. All others are whole on every
@@ -51,7 +52,13 @@ PARAMETERS = {
     r"(deep|shallow_\d+|denoiser)/proj_(in|text)/kernel": (None, "width"),
     r"(deep|shallow_\d+|denoiser)/proj_out/kernel": ("width", None),
     r"text/.*": (),  # the encoder that is trained along with the flow
-    r"control/.*": (),
+    # Over mesh.tensor only what makes queries, keys and values, which lie there by heads: the rest is small, and over
+    # it would cost each layer an exchange of hidden states.
+    r"control/layers/qkv/kernel": ("features", None, "hidden"),
+    r"control/layers/out/kernel": (None, "width"),
+    r"control/layers/hidden/kernel": ("width", None),
+    r"control/layers/tokens/kernel": ("features", None),
+    r"control/proj_(in|out)/(kernel|bias)": (),
     r"decoder/.*": (),  # a codec's, fine-tuned on noised latents
     r"discriminator(_optimizer)?/.*": (),  # which that is trained against
 }
@@ -179,10 +186,11 @@ def over_tokens(attend: Callable, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: 
     return sharded(q_BSHD, k_BSHD, v_BSHD, *whole)
 
 
-def _dividing(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: AbstractMesh) -> tuple[str | None, ...]:
-    """`axes` without those of batches that do not divide over the mesh (a single video is whole everywhere), and with
-    "hidden" for heads that do not."""
-    instead = {"batch": None, "heads": "hidden"}
+def _dividing(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+              ) -> tuple[str | None, ...]:
+    """`axes` without those of batches and features that do not divide over the mesh (a single video is whole
+    everywhere), and with "hidden" for heads that do not."""
+    instead = {"batch": None, "heads": "hidden", "features": None}
     return tuple(instead[axis] if axis in instead and size % math.prod(mesh.shape[part] for part in TABLE[axis])
                  else axis for axis, size in zip(axes, shape))
 
@@ -200,6 +208,7 @@ def parameter_shardings(tree: Any, mesh: Mesh) -> Any:
         for pattern, axes in PARAMETERS.items():
             if re.search(f"(^|/){pattern}$", whole):
                 axes = axes[1:] if part == "scale" else axes
+                axes = _dividing(axes, leaf.shape[len(leaf.shape) - len(axes):], mesh)
                 return NamedSharding(mesh, PartitionSpec(*[None] * (len(leaf.shape) - len(axes)), *spec(axes)))
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
         if size > LARGEST_UNNAMED:

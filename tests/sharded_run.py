@@ -1,7 +1,7 @@
 """Run by test_sharding.py with eight simulated devices: a training step and samples on several meshes.
 
-python -m tests.sharded_run FOLDER NAME ...: of meshes (2x2x2x1) and ways to shard tokens (ring). Writes results.json
-with the largest relative differences from one device.
+python -m tests.sharded_run FOLDER NAME ...: of meshes (2x2x2x1), ways to shard tokens (ring), and `control` for a
+control module's training. Writes results.json with the largest relative differences from one device.
 """
 
 import dataclasses
@@ -20,11 +20,15 @@ from starflow_jax.checkpoints.training import Checkpoints
 from starflow_jax.config import Config
 from starflow_jax.data.batch import Batch
 from starflow_jax.flow import decode, generation
+from starflow_jax.flow.control import cameras_of_latents, window_rays
 from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.model.control import fresh_module
 from starflow_jax.model.parameters import flow_variables, init_params
+from starflow_jax.training.beside_target import beside_step
 from starflow_jax.training.state import create_state
 from starflow_jax.training.step import make_train_step
-from tests.helpers import random_params, tiny_model
+from tests.flow.test_control import random_cameras
+from tests.helpers import random_params, random_variables, tiny_model
 from tests.training.test_losses import config_of
 
 ONE = (1, 1, 1, 1)
@@ -34,6 +38,9 @@ MODEL = tiny_model(height=3, width=3, shallow_layers=(1,), deep_width=80, shallo
                    denoiser_layers=1)
 CONFIG = config_of(MODEL)
 BATCH = 8
+CONTROLLED = dataclasses.replace(
+    CONFIG, train=dataclasses.replace(CONFIG.train, target="control"), control=settings_of.Control(width=8),
+    data=settings_of.Data(camera=True, image_probability=0.0))
 
 
 def batch() -> Batch:
@@ -72,6 +79,29 @@ def sampled(params: Any, videos: int, config: Config = CONFIG) -> tuple[jax.Arra
     return u, decode.invert_shallow(flow, variables, u, solver=solver, token_grid=(3, 3))[0]
 
 
+def steered(shape: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state and scalars after two steps of a control module's training, how its arrays lie)."""
+    mesh, stride = sharding.make_mesh(settings_of.Mesh(*shape), jax.devices()[:int(np.prod(shape))]), 4
+    paths = [random_cameras(1 + stride * (MODEL.frames - 1), seed) for seed in range(BATCH)]
+    intrinsics, world_to_camera = map(np.stack, zip(*paths))
+    rays = window_rays(cameras_of_latents(intrinsics, world_to_camera[:, :, :3], stride), MODEL)
+    module = random_variables(jax.eval_shape(lambda: fresh_module(CONTROLLED, jax.random.key(0))))
+    with jax.set_mesh(mesh):
+        backbone = random_params(CONFIG)
+        backbone = jax.device_put(backbone, sharding.parameter_shardings(backbone, mesh))
+        state = create_state(module, CONTROLLED.train)
+        placed = sharding.parameter_shardings(state, mesh)
+        data = sharding.put_batch(batch().replace(rays_BNSK=np.asarray(rays)), mesh)
+        step = beside_step(CONTROLLED, mesh)
+        state, _ = step(jax.device_put(state, placed), data, backbone)
+        state, scalars = step(state, data, backbone)
+    parts = {name: of["kernel"].addressable_shards[0].data.size / of["kernel"].size
+             for name, of in state.params["control"]["layers"].items()}
+    laid_out = all(leaf.sharding.is_equivalent_to(own, leaf.ndim) for leaf, own in zip(
+        jax.tree.leaves(state), jax.tree.leaves(placed)))
+    return jax.tree.map(np.asarray, {"state": state, "scalars": scalars}), {"parts": parts, "laid_out": laid_out}
+
+
 def difference(ours: Any, reference: Any) -> float:
     """Largest over the leaves: norm of the difference over the norm."""
     def of(a: Any, b: Any) -> float:
@@ -83,8 +113,15 @@ def difference(ours: Any, reference: Any) -> float:
 
 
 def main(folder: Path, names: list[str]) -> None:
-    results, expected, reference_folder = {}, None, folder / "one"
-    meshes = [tuple(map(int, name.split("x"))) for name in names if name not in BY_TOKENS]
+    results: dict[str, Any] = {}
+    expected, reference_folder = None, folder / "one"
+    if "control" in names:
+        expected_steered, _ = steered(ONE)
+        for shape in ((2, 2, 2, 1), (1, 2, 2, 2)):
+            found, held = steered(shape)
+            results["control " + "x".join(map(str, shape))] = held | {
+                name: difference(found[name], expected_steered[name]) for name in found}
+    meshes = [tuple(map(int, name.split("x"))) for name in names if name not in BY_TOKENS and name != "control"]
     start = fresh_state()
     for shape in (ONE, *meshes):
         count = int(np.prod(shape))

@@ -20,8 +20,9 @@ from starflow_jax import config as settings_of
 from starflow_jax import sharding
 from starflow_jax.config import UserError, changed, from_config_dict
 from starflow_jax.flow.starflow import STARFlow
+from starflow_jax.model.control import fresh_module
 from starflow_jax.settings.training import OPTIMIZERS
-from starflow_jax.training.state import abstract_state
+from starflow_jax.training.state import abstract_state, create_state
 from tests.conftest import FAST_COMPILATION
 from tests.helpers import latents, text, tiny_model
 from tests.small_run import ROOT, environment
@@ -62,6 +63,15 @@ def test_other_meshes(tmp_path: Path) -> None:
     for mesh in meshes:
         check_mesh(found[mesh], mesh)
     assert [found[mesh]["kernel_part"] for mesh in meshes] == [1, 1 / 8, 1 / 4]
+
+
+@pytest.mark.slow  # quick: tests/flow/test_steering_computed.py
+def test_a_control_modules_training_is_that_of_one_device(tmp_path: Path) -> None:
+    found = sharded_run(tmp_path, "control")
+    for mesh in ("2x2x2x1", "1x2x2x2"):
+        row = found[f"control {mesh}"]
+        assert row["state"] < 1e-5 and row["scalars"] < 1e-5 and row["laid_out"], row
+        assert row["parts"] == {"qkv": 1 / 4, "out": 1 / 2, "hidden": 1 / 2, "tokens": 1 / 2}
 
 
 def check_mesh(found: dict, mesh: str) -> None:
@@ -116,6 +126,36 @@ def test_every_models_state_has_its_shardings(config: ModuleType, variant: str, 
     matrices = {name: share for name, share in kept.items() if re.search("layers/layer/.*kernel$", name)}
     assert set(matrices.values()) == {1 / 32} and any("/nu/" in name or "/mu/" in name for name in matrices)
     assert {share for name, share in kept.items() if re.search("flow.*proj_(in|out|text)/kernel$", name)} == {1 / 8}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_control_modules_state_at_full_size_is_sharded(optimizer: str) -> None:
+    """On 8 x 4 devices, parameters, averages and moments: what makes queries, keys and values over both axes, the other
+    matrices of layers over the first."""
+    config = changed(from_config_dict(t2v.get_config("7b")), "train", {"optimizer": optimizer})
+    state = jax.eval_shape(lambda: create_state(fresh_module(config, jax.random.key(0)), config.train))
+    leaves, _ = jax.tree.flatten_with_path(state)
+    shardings = jax.tree.leaves(sharding.parameter_shardings(state, shape_of(1, 8, 4, 1)))
+    shares: dict[str, set[float]] = {}
+    copies, held = set(), 0
+    for (path, leaf), placed in zip(leaves, shardings, strict=True):
+        name, size = sharding.parameter_name(path), math.prod(placed.shard_shape(leaf.shape))
+        held += size * leaf.dtype.itemsize
+        if matrix := re.search(r"(.*)control/layers/(\w+)/kernel$", name):
+            copies.add(matrix[1])
+            shares.setdefault(matrix[2], set()).add(size / leaf.size)
+    assert shares == {"qkv": {1 / 32}, "out": {1 / 8}, "hidden": {1 / 8}, "tokens": {1 / 8}}
+    assert {"params/", "ema/"} < copies and any("mu/" in name for name in copies)
+    whole = sum(leaf.size * leaf.dtype.itemsize for _, leaf in leaves)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) > 63e6 and held < whole / 14
+
+
+def test_features_of_a_control_module_that_do_not_divide_stay_whole() -> None:
+    kernel = jax.ShapeDtypeStruct((2, 12, 3, 80), jnp.float32)
+    tree = {"control": {"layers": {"qkv": {"kernel": kernel}}}}
+    for fsdp, axis in ((4, ("fsdp",)), (8, None)):
+        found, = jax.tree.leaves(sharding.parameter_shardings(tree, shape_of(1, fsdp, 2, 1)))
+        assert found.spec == PartitionSpec(None, axis, None, ("tensor",))
 
 
 def test_a_large_parameter_that_no_pattern_matches_is_named() -> None:

@@ -26,11 +26,7 @@ class ControlModule:
     params: Params
     backbone: str  # beside.fingerprint_of the model that it was trained beside
     source: str
-
-    @property
-    def checksum(self) -> str:
-        """Equal for equal parameters."""
-        return checksum_of(traverse_util.flatten_dict(self.params, sep="/"))
+    checksum: str  # equal for equal parameters
 
 
 def fresh_module(config: Config, key: jax.Array) -> Params:
@@ -43,8 +39,9 @@ def with_module(config: Config, frozen: Params, trained: Params) -> Params:
     return {**frozen, **trained}
 
 
-def read_module(config: Config, workdir: Path) -> ControlModule | None:
+def read_module(config: Config, workdir: Path, place: bool = True) -> ControlModule | None:
     """The averaged parameters of sample.control, or of a workdir of train.target=control; None where there is neither.
+    place: over the mesh in force; else in host memory.
 
     Raises UserError where there are none there, where all checkpoints are damaged, and where they do not fit the model.
     """
@@ -56,33 +53,38 @@ def read_module(config: Config, workdir: Path) -> ControlModule | None:
     params = traverse_util.unflatten_dict(
         {tuple(name.split("/"))[1:]: array for name, array in found.arrays.items() if name.startswith("control/")})
     _check_shapes(config, params, found.source)
-    return ControlModule(_on_mesh(params), found.backbone, f"control module {found.source}")
+    return _module(params, found.backbone, f"control module {found.source}", place)
 
 
 def packaged_module(config: Config, package: Path, place: bool = True) -> ControlModule | None:
-    """What lies in the package beside its model; None where nothing does. place: on the mesh in force; else in host
+    """What lies in the package beside its model; None where nothing does. place: over the mesh in force; else in host
     memory. Raises UserError where it is damaged, and where it does not fit the model."""
     path = package / PACKAGED
     if not path.exists():
         return None
     params, metadata = import_with_metadata(path)
     _check_shapes(config, params, str(path))
-    return ControlModule(_on_mesh(params) if place else params, metadata.get("backbone", ""), OF_PACKAGE)
+    return _module(params, metadata.get("backbone", ""), OF_PACKAGE, place)
 
 
 def save_packaged(config: Config, workdir: Path, package: Path) -> str:
     """Write a workdir's control module into the package, in float16; returns what it was."""
-    found = read_module(config, workdir)
+    found = read_module(config, workdir, place=False)
     assert found is not None, config.train.target
     with checksums_of(package, [PACKAGED]):
-        export_arrays(package / PACKAGED, jax.tree.map(np.asarray, found.params), np.float16,
-                      {"backbone": found.backbone})
+        export_arrays(package / PACKAGED, found.params, np.float16, {"backbone": found.backbone})
     return found.source
 
 
+def _module(params: Params, backbone: str, source: str, place: bool) -> ControlModule:
+    """Of parameters in host memory."""
+    checksum = checksum_of(traverse_util.flatten_dict(params, sep="/"))
+    return ControlModule(_on_mesh(params) if place else params, backbone, source, checksum)
+
+
 def _on_mesh(params: Params) -> Params:
-    mesh = sharding.current_mesh()
-    return jax.device_put(params, sharding.replicated(mesh) if mesh else None)
+    named, mesh = {"control": params}, sharding.current_mesh()
+    return jax.device_put(named, sharding.parameter_shardings(named, mesh) if mesh else None)["control"]
 
 
 def _check_shapes(config: Config, params: Params, source: str) -> None:

@@ -37,7 +37,7 @@ def abstract_model(config: Config, mesh: Mesh) -> tuple[dict[str, Any], Any]:
     if config.sample.draft:
         own = dataclasses.replace(config, model=settings_of(Path(config.sample.draft)).model)
         params["draft"] = {"deep": abstract_params(own, mesh, config.sample.weights)["flow"]["deep"]}
-    params |= replicated(_abstract_control(config), mesh)
+    params |= sharding.abstract(_abstract_control(config), mesh)
     if config.text.encoder == "frozen" and config.model.text_length:
         encoder, ids = abstract_text_encoder(config), jax.ShapeDtypeStruct((1, config.model.text_length), jnp.int32)
         shapes = jax.eval_shape(lambda ids: encoder.init(jax.random.key(0), ids)["params"], ids)

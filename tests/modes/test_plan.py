@@ -3,10 +3,16 @@
 import dataclasses
 import importlib.util
 import json
+from pathlib import Path
 
+import jax
 import pytest
 
 from starflow_jax.config import Mesh
+from starflow_jax.io.arrays import import_arrays
+from starflow_jax.model.control import PACKAGED
+from starflow_jax.model.own_settings import PRETRAINED
+from starflow_jax.modes import plan as plan_mode
 from starflow_jax.modes.plan import plan
 from tests.planning.test_meshes import with_plan
 from tests.planning.test_plan import ALWAYS_KNOWN, COST, small, small_codec
@@ -49,6 +55,32 @@ def test_sampling_is_planned_program_by_program(tmp_path) -> None:
         "text encoder", "text by branches", "noise of a step", "deep block, the text", "deep block, a step",
         *(f"{config.model.frames} frames together", f"shallow blocks, {config.model.frames} frames"),
         "denoiser, a window", "codec, the first frame", "codec, a frame", "likelihood, a window"]
+
+
+@pytest.mark.slow  # quick: tests/model/test_control.py
+@pytest.mark.parametrize("stream", [False, True], ids=["whole videos", "a stream"])
+def test_sampling_along_a_camera_is_planned_with_the_packages_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """As a user asks for it, on a mesh: with the rays of each step, which a plan without a camera does not have."""
+    monkeypatch.setattr(plan_mode, "topology", lambda _: jax.devices()[:4])
+
+    def planned(*asked: str) -> tuple[set[str], int]:
+        code, out, error = run_here([
+            "--config=configs/t2v.py", "--mode=plan", "--config.plan.step=sample", "--config.plan.topology=gpu:80GB",
+            "--config.plan.videos=2", f"--config.sample.stream={stream}", "--config.mesh.data=2", "--config.mesh.fsdp=2",
+            f"--workdir={tmp_path}", *asked])
+        assert code == 0 and "fits, " in out, error
+        row = json.loads((tmp_path / "plan.json").read_text())
+        assert row["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1, "sequence": 1}
+        step = next(part for part in row["memory"] if part["program"] == "deep block, a step")
+        return {part["program"] for part in row["memory"]}, step["arguments"]
+
+    (programs, held), (plain, held_plain) = planned("--config.sample.camera=orbit"), planned()
+    assert programs - plain == {"rays of the cameras of 1 frames"} | (
+        set() if stream else {"rays of the cameras of 4 frames"})
+    module = sum(array.nbytes for array in jax.tree.leaves(import_arrays(PRETRAINED / PACKAGED)))
+    assert module / 2 <= held - held_plain < 0.6 * module  # over mesh.fsdp; the rays are small
 
 
 def test_what_the_compiler_refuses_is_a_plan_that_does_not_fit(tmp_path, capsys) -> None:

@@ -91,6 +91,19 @@ def test_a_file_gives_the_video_of_its_poses_and_streams_and_the_api_agree(workd
     assert np.isfinite(whole.log_likelihood) and whole.log_likelihood != other.log_likelihood
 
 
+@pytest.mark.slow  # quick: tests/flow/test_steering_computed.py
+def test_a_base_in_bfloat16_or_int8_is_steered_alike(model: Path, workdir: Path, tmp_path: Path) -> None:
+    """Its videos are those of the float32 model along the same camera, but for a tenth of what the camera changes."""
+    def made(name: str, *arguments: str) -> np.ndarray:
+        return video(tmp_path / name, f"--workdir={model}", f"--config.sample.control={workdir}", *arguments)
+
+    camera = f"--config.sample.camera={MOVES}"
+    exact = made("float32", camera)
+    for name, setting in (("bfloat16", "--config.model.dtype=bfloat16"), ("int8", "--config.sample.weights=int8")):
+        rough, still = made(name, setting, camera), made(f"{name}_still", setting)
+        assert 0 < np.abs(rough - exact).mean() < 0.1 * np.abs(rough - still).mean(), name
+
+
 def test_what_does_not_fit_is_one_line(config: Config, model: Path, workdir: Path, tmp_path: Path) -> None:
     def line(*arguments: str) -> str:
         code, _, err = run_here(["--mode=sample", f"--config.sample.prompt={PROMPT}", *arguments])

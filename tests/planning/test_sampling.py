@@ -17,13 +17,12 @@ from starflow_jax.config import Config
 from starflow_jax.flow import decode
 from starflow_jax.model import system
 from starflow_jax.model.beside import fingerprint_of, open_checkpoints
-from starflow_jax.model.control import fresh_module
 from starflow_jax.model.system import save_system
 from starflow_jax.planning.program_cost import count
 from starflow_jax.planning.sampling import filled_share, sampling_programs
 from starflow_jax.sampling import conditions, denoise, generate, likelihood, renoise, shallow, stream
 from tests.helpers import random_params
-from tests.sharded_sampling import CONFIG_OF_TEST, PROMPTS, write_workdir
+from tests.sharded_sampling import CONFIG_OF_TEST, PROMPTS, write_module, write_workdir
 from tests.small_model import small_system
 from tests.small_run import run_here
 
@@ -70,18 +69,6 @@ def write_student(workdir: Path, teacher: Config) -> str:
     block = traverse_util.flatten_dict(random_params(config, scale=0.3, seed=2), sep="/")
     save_params(workdir / "checkpoints", {name: np.asarray(value) for name, value in block.items()
                                           if name.startswith("flow/deep/")}, {})
-    open_checkpoints(config, workdir, fingerprint_of(whole)).close()
-    return str(workdir)
-
-
-def write_module(workdir: Path, backbone: Config) -> str:
-    """The workdir of a control module of random parameters."""
-    config = dataclasses.replace(backbone, train=settings_of.Train(target="control"),
-                                 data=dataclasses.replace(backbone.data, camera=True, image_probability=0.0))
-    whole = traverse_util.flatten_dict(random_params(backbone, scale=0.3), sep="/")
-    save_system(dataclasses.replace(small_system(config), config=config), workdir / "system")
-    module = traverse_util.flatten_dict(jax.jit(lambda: fresh_module(config, jax.random.key(0)))(), sep="/")
-    save_params(workdir / "checkpoints", {name: np.asarray(value) for name, value in module.items()}, {})
     open_checkpoints(config, workdir, fingerprint_of(whole)).close()
     return str(workdir)
 

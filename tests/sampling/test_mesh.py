@@ -21,7 +21,7 @@ from starflow_jax.flow import decode
 from starflow_jax.model.parameters import decoding_variables
 from starflow_jax.sampling.mesh import sampling_mesh, suited
 from starflow_jax.sampling.origin import bytes_per_device, cache_bytes_per_device
-from tests.sharded_sampling import CONFIG_OF_TEST, PROMPTS, write_workdir
+from tests.sharded_sampling import CONFIG_OF_TEST, PROMPTS, write_module, write_workdir
 from tests.small_run import ROOT, environment
 from tests.test_sharding import xla_flags
 
@@ -33,14 +33,21 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_video_and_its_likelihood_are_those_of_one_device(workdir: Path) -> None:
-    """Over two devices, heads sharded; the slow test below asks more, on eight."""
-    one, two = sf.load(workdir, mesh={"data": 1}), sf.load(workdir, mesh={"data": 1, "tensor": 2})
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_module(tmp_path_factory.mktemp("control"), CONFIG_OF_TEST)
+
+
+def test_a_video_and_its_likelihood_are_those_of_one_device(workdir: Path, module: str) -> None:
+    """Along a camera, over two devices, heads sharded; the slow test below asks more, on eight."""
+    one, two = (sf.load(workdir, control=module, mesh=mesh) for mesh in ({"data": 1}, {"data": 1, "tensor": 2}))
     kernels = [model.params["flow"]["deep"]["transformer"]["layers"]["layer"]["mlp_in"]["kernel"]
                for model in (one, two)]
     assert [len(kernel.sharding.device_set) for kernel in kernels] == [1, 2]
-    assert [kernel.addressable_shards[0].data.size / kernel.size for kernel in kernels] == [1, 1 / 2]
-    videos = [model.generate(PROMPTS[0], seed=3, batch_size=1) for model in (one, two)]
+    steering = [model.params["control"]["layers"]["qkv"]["kernel"] for model in (one, two)]
+    for of_both in (kernels, steering):
+        assert [kernel.addressable_shards[0].data.size / kernel.size for kernel in of_both] == [1, 1 / 2]
+    videos = [model.generate(PROMPTS[0], seed=3, batch_size=1, camera="orbit") for model in (one, two)]
     assert np.abs(videos[0].frames.astype(int) - videos[1].frames).max() <= 1
     assert math.isclose(videos[0].log_likelihood, videos[1].log_likelihood, rel_tol=1e-5)
 
@@ -53,9 +60,9 @@ def test_what_users_ask_on_eight_devices_is_what_one_gives(tmp_path: Path) -> No
     found = json.loads((tmp_path / "results.json").read_text())
     for name, part in meshes.items():
         row, facts = found[name], found[name]["facts"]
-        assert max(row[key] for key in ("many", "single", "stream", "extended")) <= 1, (name, row)  # shades
-        assert max(row["nats"], row["given"]) < 1e-5, (name, row)
-        assert row["kernel_part"] == part and row["videos"] == 8
+        assert max(row[key] for key in ("many", "single", "stream", "extended", "steered")) <= 1, (name, row)  # shades
+        assert max(row["nats"], row["given"], row["steered_nats"]) < 1e-5, (name, row)
+        assert row["kernel_part"] == row["module_part"] == part and row["videos"] == 8
         assert "x".join(map(str, facts["mesh"].values())) == name and facts["dtype"] == "float32"
     whole = found["8x1x1x1"]["facts"]["parameter_bytes_per_device"]
     for name in ("1x8x1x1", "2x1x4x1", "1x2x2x2"):
