@@ -68,8 +68,8 @@ def test_sampling_along_a_camera_is_planned_with_the_packages_module(
     def planned(*asked: str) -> tuple[set[str], int]:
         code, out, error = run_here([
             "--config=configs/t2v.py", "--mode=plan", "--config.plan.step=sample", "--config.plan.topology=gpu:80GB",
-            "--config.plan.videos=2", f"--config.sample.stream={stream}", "--config.mesh.data=2", "--config.mesh.fsdp=2",
-            f"--workdir={tmp_path}", *asked])
+            "--config.plan.videos=2", f"--config.sample.stream={stream}", "--config.mesh.data=2",
+            "--config.mesh.fsdp=2", f"--workdir={tmp_path}", *asked])
         assert code == 0 and "fits, " in out, error
         row = json.loads((tmp_path / "plan.json").read_text())
         assert row["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1, "sequence": 1}
