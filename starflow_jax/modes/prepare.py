@@ -18,7 +18,7 @@ from starflow_jax.data.raw import latents
 from starflow_jax.data.raw.building import PREPARED, REJECTED, prepare_clips
 from starflow_jax.data.raw.job import Bucket, Job
 from starflow_jax.data.raw.shards import SPLITS
-from starflow_jax.io.files import check_reachable
+from starflow_jax.io.files import check_reachable, check_writable
 from starflow_jax.io.progress import table
 from starflow_jax.model.codec import FITTED_CODEC, codec_fingerprint, digest, make_codec, pixel_frames, read_codec
 from starflow_jax.model.store import load_model
@@ -42,6 +42,7 @@ def prepare(config: Config, workdir: Path) -> None:
     settings = config.prepare
     folder = settings.output or str(workdir / "prepared")
     check_reachable(folder, "prepare.output" if settings.output else "--workdir")
+    check_writable(folder, "prepare.output" if settings.output else "--workdir")
     beam = None if settings.beam == "none" else settings.beam
     if jax.process_index() == 0 and (epath.Path(folder) / PREPARED).exists():
         print(f"{folder}: its clips are complete and are kept; files added to the input since then need another "

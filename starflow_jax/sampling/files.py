@@ -36,15 +36,28 @@ def output_folder(config: Config, workdir: Path) -> Path:
     return Path(settings.output_file).parent if settings.output_file else Path(settings.output or workdir / "samples")
 
 
+def name_of(recipe: Recipe, request: Request) -> str:
+    """That was given, or one that no other video has; without an ending."""
+    stream = "_stream" if recipe.config.sample.stream else ""
+    return request.given_name or f"{request.slug}_{recipe.identity(request)[:8]}{stream}"
+
+
+def names_there(recipe: Recipe, folder: Path) -> set[str]:
+    """Of the videos whose JSON is there."""
+    return {path.name.removesuffix(".json") for path in _beside(recipe, folder).glob("*.json")}
+
+
 def files_of(recipe: Recipe, folder: Path, request: Request) -> Files:
-    """Under the name that was given, or one that no other video has."""
-    settings = recipe.config.sample
-    name = request.given_name or (f"{request.slug}_{recipe.identity(request)[:8]}"
-                                  + ("_stream" if settings.stream else ""))
-    # VBench takes the extension of any one file for that of all in the folder, which must hold only videos.
-    beside = folder.with_name(f"{folder.name}_details") if settings.vbench else folder
+    """Under the video's name."""
+    settings, name, beside = recipe.config.sample, name_of(recipe, request), _beside(recipe, folder)
     picture = beside / f"{name}.{'timeline.png' if settings.stream else 'png'}"
     return Files(folder / f"{name}.mp4", beside / f"{name}.json", picture)
+
+
+def _beside(recipe: Recipe, folder: Path) -> Path:
+    """Where all but the videos lies. VBench takes the extension of any one file for that of all in the folder, which
+    must hold only videos."""
+    return folder.with_name(f"{folder.name}_details") if recipe.config.sample.vbench else folder
 
 
 def made_by_others(recipe: Recipe, folder: Path, requests: Sequence[Request]) -> dict[Request, UserError]:

@@ -1,6 +1,7 @@
 """What makes a video what it is, as a short hash: in the names of its files, and in the JSON beside it."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import zlib
@@ -34,13 +35,19 @@ class Recipe:
     def identity(self, request: Request) -> str:
         """16 hexadecimal digits, equal for equal videos: of the same prompt (as given), seed, recipe and, where the
         likeliest are kept, choice."""
+        made_of = f"{json.dumps([request.given or request.prompt, request.seed])[:-1]}, {self._of_all[1:]}"
+        return hashlib.sha256(made_of.encode()).hexdigest()[:16]
+
+    @functools.cached_property
+    def _of_all(self) -> str:
+        """What is the same for every video, as a list in JSON."""
         config, sample = self.config, plain(self.config.sample)
         left_out = set(NOT_IN_THE_VIDEO) - (set(OF_A_CHOICE) if config.sample.keep else set())
-        made_of = [request.given or request.prompt, request.seed, self.weights, self.system, self.given,
+        made_of = [self.weights, self.system, self.given,
                    _without(sample, left_out), _without(dataclasses.asdict(config.model), NOT_IN_THE_MODEL),
                    _without(dataclasses.asdict(config.text), ("weights",)),
                    _without(dataclasses.asdict(config.codec), ("weights",)), config.data.first_frame_drop]
-        return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+        return json.dumps(made_of, sort_keys=True)
 
 
 def checksum_of_given(known_THWC: np.ndarray | None, camera: str = "") -> str:

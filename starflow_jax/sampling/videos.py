@@ -35,6 +35,8 @@ from starflow_jax.sampling.files import (
     file_rate,
     files_of,
     made_by_others,
+    name_of,
+    names_there,
     shown_scale,
     video_row,
     write_video,
@@ -95,7 +97,10 @@ class Videos:
         settings, made = self.system.config.sample, {}
         others = made_by_others(self.recipe, self.folder, requests)
         self.failed += others.items()
+        there = names_there(self.recipe, self.folder)
         for request in requests:
+            if name_of(self.recipe, request) not in there:
+                continue
             files = self._files(request)
             facts = facts_of(files.details)
             if "outcome" in facts and facts.get("identity") == self.recipe.identity(request) and files.video.exists():

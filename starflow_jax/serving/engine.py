@@ -20,7 +20,6 @@ from starflow_jax.flow.generation import Ask
 from starflow_jax.flow.together import answer_together, warm_up
 from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.mesh import on_mesh
-from starflow_jax.sampling.windows import context_frames
 from starflow_jax.serving.live import Begun, Changed, Ended, Frames, Live, Place, Refused, Shown
 from starflow_jax.serving.metrics import Metrics
 
@@ -274,9 +273,8 @@ class Engine:
 
 def given_sizes(config: Config) -> list[int]:
     """Of how many latent frames the pictures and videos are that sessions begin with: 1, 2, 4, ..., and at last a
-    window's context, so that few programs are compiled."""
-    model = config.model
-    return batch_sizes(context_frames(model, config.sample)) if model.frames > 2 else [1]
+    window's but for one, so that few programs are compiled."""
+    return batch_sizes(max(1, config.model.frames - 1))
 
 
 def batch_sizes(sessions: int) -> list[int]:

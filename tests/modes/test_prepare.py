@@ -124,6 +124,16 @@ def test_prepared_data_needs_a_folder_and_no_digits_readers(config):
         dataclasses.replace(config, train=dataclasses.replace(config.train, adherence_prompts=8))
 
 
+def test_a_folder_that_can_not_be_made_is_one_line(config, tmp_path):
+    (tmp_path / "file").touch()
+    for output in (f"{tmp_path}/{'a/' * 2500}", str(tmp_path / "file"), str(tmp_path / "file" / "below")):
+        asked = dataclasses.replace(config, prepare=dataclasses.replace(config.prepare, output=output))
+        with pytest.raises(UserError, match="^prepare.output=.*: can't be written to") as raised:
+            prepare(asked, tmp_path)
+        assert "\n" not in str(raised.value)
+    assert {path.name for path in tmp_path.iterdir()} <= {"file", "in"}
+
+
 def test_addresses_that_can_not_be_written_to_are_one_line(config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     for output, message in (("gs://bucket/out", "needs its driver; pip install gcsfs"),

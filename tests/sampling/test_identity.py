@@ -52,6 +52,13 @@ def test_what_makes_the_same_video_gives_the_same_name() -> None:
     assert RECIPE.identity(rewritten) == RECIPE.identity(REQUEST) != RECIPE.identity(Request(REQUEST.prompt, 1))
 
 
+def test_what_all_videos_share_is_put_into_words_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million names would otherwise take minutes, without a word."""
+    recipe, put = dataclasses.replace(RECIPE), []
+    monkeypatch.setattr("starflow_jax.sampling.identity.plain", lambda settings: put.append(settings) or {})
+    assert len({recipe.identity(Request("a red seven", seed)) for seed in range(100)}) == 100 and len(put) == 1
+
+
 def test_a_given_name_is_another_runs_until_its_json_says_otherwise(tmp_path: Path) -> None:
     """Of several seeds, of which the likeliest is kept, each may have the name."""
     recipe = with_sample(output=str(tmp_path / "a.b.mp4"), count=2, keep=1, prompt="a red seven")
