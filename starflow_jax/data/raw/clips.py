@@ -18,13 +18,12 @@ from typing import BinaryIO
 import av
 import numpy as np
 from av.codec.context import Flags
-from av.video.reformatter import Colorspace
 from etils import epath
 from PIL import Image, ImageOps
 
 from starflow_jax.data.raw.items import Item, Rejected, Unusable
 from starflow_jax.data.raw.job import Bucket, Job
-from starflow_jax.data.raw.planes import Fitter, thumbnail, to_rgb
+from starflow_jax.data.raw.planes import Fitter, matrix_of, thumbnail, to_rgb
 from starflow_jax.data.raw.poses import Poses
 from starflow_jax.data.raw.shards import damaged
 from starflow_jax.io.cameras import Cameras
@@ -37,7 +36,6 @@ FASTEST = 240  # frames per second that are believed, where the source's own rat
 CUT_RATIO = 1.4  # times the largest change of the frames before: a cut, and not movement that grows faster
 CUT_MEMORY = 8  # frames
 JPEG_QUALITY = 95
-MATRICES = (1, 4, 5, 6, 7, 9)  # the tags of how RGB became these colours; without one of these it was by BT.601
 # "veryfast" would take three times as long for the same error and two thirds of the bytes; without any search between
 # pixels these would be a third more. x264's result depends on its number of threads.
 X264 = {"preset": "ultrafast", "subq": "1", "threads": "1"}
@@ -289,8 +287,8 @@ def encode(clip: Clip, crf: int) -> bytes:
         Image.fromarray(clip.frames[0]).save(file, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
         return file.getvalue()
     first = clip.frames[0]
-    tagged = first.colorspace if first.colorspace in MATRICES else Colorspace.ITU601
-    writer = Mp4Writer(file, clip.fps, 1, {"fflags": "+bitexact"}, {"crf": str(crf), **X264}, first.format.name, tagged)
+    writer = Mp4Writer(file, clip.fps, 1, {"fflags": "+bitexact"}, {"crf": str(crf), **X264}, first.format.name,
+                       matrix_of(first))
     for frame in clip.frames:
         writer.add(frame)
     writer.close()
