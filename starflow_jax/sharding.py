@@ -347,6 +347,12 @@ def as_first_process_has_it(value: Any) -> Any:
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
 
 
+def meet(what: str) -> None:
+    """Wait until all processes have come to the same point, which `what` names."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 def on_every_process(run: Callable, *args: Any) -> Any:
     """Run on the first process, then on the others, which find what the first one wrote."""
     first = jax.process_index() == 0

@@ -25,7 +25,6 @@ from starflow_jax.data.raw import clips, shards
 from starflow_jax.data.raw.building import PREPARED
 from starflow_jax.data.raw.items import Item
 from starflow_jax.data.raw.job import Bucket, Job
-from starflow_jax.data.raw.latents import MADE_BY
 from starflow_jax.evaluation.measures import psnr_of
 from starflow_jax.io.files import atomic_path, write_text
 from starflow_jax.io.timing import median_seconds
@@ -189,7 +188,7 @@ def _write_examples(folder: epath.Path, latents: tuple[int, ...], count: int) ->
             for example in examples(kind):
                 writer.write(shards.serialize(spec, example))
         shards.write_metadata(folder, [shard], spec, "benchmark")
-        write_text(folder / kind / MADE_BY, "{}")
+        write_text(folder / kind / shards.MADE_BY, "{}")
     bucket = {"frames": CLIP_FRAMES, "aspect_ratio": "16:9", "clips": {"train": count}}
     write_text(folder / PREPARED, json.dumps({"job": {}, "buckets": {"bucket": bucket}}))
 

@@ -1,7 +1,7 @@
 """RGB of the planes that video files keep, computed where a codec runs, and bit for bit what data/raw/planes.py makes.
 
-The arithmetic is that of ffmpeg's scaler, in 32-bit integers: colours that are sampled half as often are interpolated by
-bicubic filters of four taps, then brought to RGB by the matrix that the video states.
+The arithmetic is that of ffmpeg's scaler, in 32-bit integers: colours that are sampled half as often are interpolated
+by bicubic filters of four taps, then brought to RGB by the matrix that the video states.
 """
 
 from functools import partial
@@ -59,7 +59,8 @@ def _doubled(rows: jax.Array, taps: np.ndarray, first: np.ndarray) -> jax.Array:
     """Twice the samples of each row, a quarter of their distance before and after each; those at the ends go on."""
     height, width = rows.shape
     padded = jnp.pad(rows, [(0, 0), (2, 2)], mode="edge")
-    before, after = (sum(int(tap) * padded[:, begin + place:begin + place + width] for place, tap in enumerate(ordered))
+    before, after = (sum((int(tap) * padded[:, begin + place:begin + place + width]
+                          for place, tap in enumerate(ordered)), jnp.zeros_like(rows))
                      for begin, ordered in ((0, taps), (1, taps[::-1])))
     before = before.at[:, :2].set((rows[:, None, :3] * first).sum(-1))
     return jnp.stack([before, after], -1).reshape(height, 2 * width)

@@ -1,7 +1,8 @@
 """Prepared data as a source for training: buckets of several sizes, of one folder or of several together.
 
 Records are as in examples.py, with `fps` and `aspect_ratio`, and with cameras where these are prepared. Frames
-are decoded on first access: a record with latents is trained on without them.
+are decoded on first access: a record with latents is trained on without them, and of data prepared without media it has
+none.
 """
 
 import functools
@@ -13,8 +14,8 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from starflow_jax.config import UserError
-from starflow_jax.data.raw import clips, latents, shards
-from starflow_jax.data.raw.building import PREPARED, read_prepared
+from starflow_jax.data.raw import clips, shards
+from starflow_jax.data.raw.building import PREPARED, keeps_media, read_prepared
 from starflow_jax.data.raw.job import by_setting
 from starflow_jax.io.files import parse_json
 
@@ -24,16 +25,21 @@ FIELDS = {shards.CLIPS: {"media", *CAPTIONS}, shards.LATENTS: {"latents", *CAPTI
 
 
 class Record(dict):
-    """An example; "frames" are decoded on first access, of `clip()`, its entry among the clips."""
+    """An example; "frames" are decoded on first access, of `clip()`, its entry among the clips, which raises UserError
+    where no media was kept in the folder."""
 
-    def __init__(self, entries: dict[str, Any], clip: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, entries: dict[str, Any], clip: Callable[[], dict[str, Any]], folder: str = "") -> None:
         super().__init__(entries)
-        self._clip = clip
+        self._clip, self._folder = clip, folder
 
     def __missing__(self, name: str) -> Any:
         if name != "frames":
             raise KeyError(name)
-        self["frames"] = clips.decode(self._clip()["media"])
+        clip = self._clip()
+        if "media" not in clip:
+            raise UserError(f"{self._folder}: has latents but no pixels, for it was prepared with prepare.media=false; "
+                            "train on it with data.latents=true, or prepare the videos with media in another folder")
+        self["frames"] = clips.decode(clip["media"])
         return self["frames"]
 
 
@@ -41,10 +47,11 @@ class Bucket(Sequence[dict[str, Any]]):
     """The examples of one size and split of one folder."""
 
     def __init__(self, folder: epath.Path, name: str, split: str, aspect_ratio: str, latents: bool, features: bool,
-                 cameras: bool) -> None:
+                 cameras: bool, media: bool) -> None:
         self.name = name
+        self._folder = str(folder)
         self._aspect_ratio = aspect_ratio
-        open_kind = functools.partial(_open, folder, bucket=name, split=split)
+        open_kind = functools.partial(_open, folder, bucket=name, split=split, media=media)
         self._clips = open_kind(shards.CLIPS)
         self._latents = open_kind(shards.LATENTS) if latents else None
         self._features = open_kind(shards.FEATURES) if features else None
@@ -56,7 +63,8 @@ class Bucket(Sequence[dict[str, Any]]):
     def __getitem__(self, index: Any) -> Any:
         clip = functools.cache(lambda: self._clips[index])
         entries = dict(clip() if self._latents is None else self._latents[index])
-        record = Record({**entries, "aspect_ratio": self._aspect_ratio, "fps": int(entries["fps"])}, clip)
+        record = Record({**entries, "aspect_ratio": self._aspect_ratio, "fps": int(entries["fps"])}, clip,
+                        self._folder)
         if self._cameras is not None:
             record.update(self._cameras[index])
         if self._features is not None:
@@ -92,15 +100,15 @@ def source(folders: str, split: str, *, latents_by: Any = None, features_by: Any
     for folder in (epath.Path(name.strip()) for name in folders.split(",")):
         if not (folder / PREPARED).exists():
             raise UserError(f"data.directory={folders!r}: {folder} is not prepared data; make it with --mode=prepare")
+        prepared = read_prepared(folder)
         for kind, made_by in ((shards.LATENTS, latents_by), (shards.FEATURES, features_by)):
             if made_by is not None:
-                _check_derived(folder, kind, made_by)
-        prepared = read_prepared(folder)
+                _check_derived(folder, kind, made_by, kind == shards.FEATURES or keeps_media(prepared))
         for name, bucket in prepared["buckets"].items():
             if split in bucket["clips"]:
                 cameras = by_setting(prepared["job"])["camera"] and not shards.is_of_pictures(name)
                 opened = Bucket(folder, name, split, bucket["aspect_ratio"], latents_by is not None,
-                                features_by is not None, cameras)
+                                features_by is not None, cameras, keeps_media(prepared))
                 (images if bucket["frames"] == 1 else videos).append(opened)
     if not videos and not images:
         raise UserError(f"{folders}: there are no {split} clips; prepare them with a larger "
@@ -108,8 +116,8 @@ def source(folders: str, split: str, *, latents_by: Any = None, features_by: Any
     return Prepared(videos, images)
 
 
-def _check_derived(folder: epath.Path, kind: str, made_by: Any) -> None:
-    latents.check_made_by(folder, kind, made_by)
+def _check_derived(folder: epath.Path, kind: str, made_by: Any, can_be_made_again: bool) -> None:
+    shards.check_made_by(folder, kind, made_by, can_be_made_again)
     wanted = {shard.bucket for shard in shards.written_shards(folder, shards.CLIPS)}
     if wanted - {shard.bucket for shard in shards.written_shards(folder, kind)}:
         setting = "latents" if kind == shards.LATENTS else "text_features"
@@ -117,11 +125,11 @@ def _check_derived(folder: epath.Path, kind: str, made_by: Any) -> None:
                         f"--config.prepare.{setting}=true")
 
 
-def _open(folder: epath.Path, kind: str, bucket: str, split: str) -> Sequence[dict[str, Any]]:
+def _open(folder: epath.Path, kind: str, bucket: str, split: str, media: bool) -> Sequence[dict[str, Any]]:
     where = folder / kind / bucket / shards.VERSION
     try:
         builder = tfds.builder_from_directory(where)
-        missing = FIELDS[kind] - set(builder.info.features)
+        missing = FIELDS[kind] - set(builder.info.features) - (set() if media else {"media"})
         if missing:
             raise ValueError(f"features.json has no {', '.join(sorted(missing))}")
         return shards.Readable(builder.as_data_source(split=split), str(where))

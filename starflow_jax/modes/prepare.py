@@ -1,6 +1,9 @@
 """--mode=prepare: raw videos and pictures -> clips and, where asked for, their latents and text features."""
 
+import contextlib
+import dataclasses
 import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,15 @@ import numpy as np
 from etils import epath
 
 from starflow_jax import sharding
+from starflow_jax.codec.colours import rgb_of_planes
 from starflow_jax.codec.interface import LatentCodec, encode_frames
 from starflow_jax.config import Config, Mesh, UserError
 from starflow_jax.data import examples
 from starflow_jax.data.raw import latents
 from starflow_jax.data.raw.building import PREPARED, REJECTED, prepare_clips
+from starflow_jax.data.raw.encoder import Encoder, served
 from starflow_jax.data.raw.job import Bucket, Job
+from starflow_jax.data.raw.planes import Pixels
 from starflow_jax.data.raw.shards import SPLITS
 from starflow_jax.io.files import check_reachable, check_writable
 from starflow_jax.io.progress import table
@@ -37,7 +43,7 @@ from starflow_jax.text.tokenizer import Tokenizer
 def prepare(config: Config, workdir: Path) -> None:
     """Prepare config.prepare.input, resuming where an earlier run was killed; print a summary.
 
-    Several processes share the latents and features; the clips are made by the first one.
+    Several processes share the latents and features; clips that are kept as media are made by the first one.
     """
     settings = config.prepare
     folder = settings.output or str(workdir / "prepared")
@@ -47,10 +53,15 @@ def prepare(config: Config, workdir: Path) -> None:
     if jax.process_index() == 0 and (epath.Path(folder) / PREPARED).exists():
         print(f"{folder}: its clips are complete and are kept; files added to the input since then need another "
               "prepare.output")
-    done = sharding.on_every_process(partial(prepare_clips, processes=settings.processes, beam=beam),
-                                     job_of(config, folder))
-    if settings.latents:
-        write_latents(config, workdir, folder)
+    job = job_of(config, folder)
+    if settings.media:
+        done = sharding.on_every_process(partial(prepare_clips, processes=settings.processes, beam=beam), job)
+        if settings.latents:
+            write_latents(config, workdir, folder)
+    else:
+        with encoder_of(config, workdir) as encoder:
+            done = prepare_clips(dataclasses.replace(job, encoder=encoder), processes=settings.processes,
+                                 share=_share(), meet=partial(sharding.meet, "prepare"))
     if settings.text_features:
         write_text_features(config, workdir, folder)
     if jax.process_index() == 0:
@@ -87,6 +98,21 @@ def write_latents(config: Config, workdir: Path, folder: str) -> None:
 
     latents.write_latents(folder, lambda frames: np.asarray(encode_frames(codec, _put(frames, mesh), scale)), shape,
                           batch_size=batch_size, made_by=codec_fingerprint(config, codec), share=_share())
+
+
+@contextlib.contextmanager
+def encoder_of(config: Config, workdir: Path) -> Iterator[Encoder]:
+    """The workdir's codec, for the processes that cut clips; each batch over all devices of this process."""
+    codec, scale = _codec(config, workdir), config.codec.later_frames_scale
+    mesh, batch_size = _over_devices(config.prepare.batch_size)
+
+    def encode(clips: list[Pixels]) -> np.ndarray:
+        frames = [rgb_of_planes(*clip) if len(clip.planes) > 1 else clip.planes[0] for clip in clips]
+        batch = _put(jnp.stack(frames + [frames[-1]] * (batch_size - len(frames))), mesh)
+        return latents.to_half(np.asarray(encode_frames(codec, batch, scale))[:len(frames)], "latents")
+
+    with served(encode) as called:
+        yield Encoder(called, batch_size, codec_fingerprint(config, codec))
 
 
 def write_text_features(config: Config, workdir: Path, folder: str) -> None:
@@ -138,7 +164,7 @@ def _over_devices(batch_size: int) -> tuple[jax.sharding.Mesh, int]:
     return sharding.make_mesh(Mesh(), devices), -(-batch_size // len(devices)) * len(devices)
 
 
-def _put(batch: np.ndarray, mesh: jax.sharding.Mesh) -> jax.Array:
+def _put(batch: np.ndarray | jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
     return jax.device_put(batch, sharding.batch_sharding(mesh))
 
 

@@ -93,6 +93,8 @@ class Prepare(Settings):
                                 at_least(0, most=255))
     cut_threshold: float = setting(25.0, "the same: a cut is above it, and far above the frames before; 0: no cuts",
                                    at_least(0, "none", most=255))
+    media: bool = setting(True, "keep the clips, to train on their pixels too; false: of them the latents alone, which "
+                          "takes a fraction of the time and of the disk")
     crf: int = setting(13, "H.264's quality", Allowed("0 (lossless) to 51", lambda value: 0 <= value <= 51))
     max_text_mb: int = setting(16, "megabytes of a caption, or of the .json beside a video; larger ones are left out",
                                positive(1_000))
@@ -119,6 +121,8 @@ class Prepare(Settings):
     def check(self) -> None:
         self.require("test_share", self.validation_share + self.test_share < 1,
                      f"leaves nothing to train on beside validation_share={self.validation_share}")
+        self.require("media", self.media or self.latents, "leaves nothing to train on without prepare.latents=true")
+        self.require("media", self.media or self.beam == "none", "goes without prepare.beam: its workers have no codec")
 
     @property
     def long_names(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ def test_rgb_is_that_of_ffmpegs_scaler_bit_for_bit(pixels, matrices):
         for _ in range(2):
             frame = av.VideoFrame(64, 32, pixels)
             frame.colorspace, frame.color_range = matrix, ColorRange.MPEG
-            for index, plane in enumerate(frame.planes):
+            for plane in frame.planes:
                 plane.update(random.integers(0, 256, plane.buffer_size, np.uint8).tobytes())
             frames.append(frame)
         held = planes.pixels_of(frames)

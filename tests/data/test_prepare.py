@@ -374,7 +374,8 @@ def _only_small(inputs, folder):
 def test_an_item_that_ends_its_process_is_left_out(inputs, whole, tmp_path, monkeypatch):
     """As when a decoder crashes: the parent finds out at which item, and the unit is done without it."""
     settings = job(inputs, tmp_path)
-    units = building._open_parts(settings)
+    building._open_parts(settings)
+    units = building._units(settings)
     unit = next(unit for unit in units if "wide1.mp4" in unit.entries)
     cut_as_is = clips.cut
 

@@ -186,7 +186,6 @@ def _make_prepared(folder: Path) -> None:
 
     from starflow_jax.data.raw import shards
     from starflow_jax.data.raw.building import PREPARED
-    from starflow_jax.data.raw.latents import MADE_BY
 
     latents = [{"latents": np.ones((2, 4, 6, 2), np.float16),
                 **{name: example[name] for name in ("caption_long", "caption_short", "fps")}}
@@ -203,7 +202,7 @@ def _make_prepared(folder: Path) -> None:
             for example in examples:
                 writer.write(shards.serialize(features, example))
         shards.write_metadata(epath.Path(folder), [shard], features, "of a test")
-        (folder / kind / MADE_BY).write_text(json.dumps({"arrays": "1234"}))
+        (folder / kind / shards.MADE_BY).write_text(json.dumps({"arrays": "1234"}))
     (folder / PREPARED).write_text(json.dumps({"job": {"frames": 5}, "buckets": {BUCKET: {
         "height": 32, "width": 48, "frames": 5, "aspect_ratio": "3:2", "clips": {"train": 3}}}}))
 

@@ -5,7 +5,8 @@ summary; `write_shard` copies clips of many units, in the input's order, into on
 or none and do nothing where theirs is there, so a run that was killed resumes where it was, and the result
 depends neither on that nor on how many processes or machines took part. In the end FOLDER holds
 
-    clips/BUCKET/1.0.0/  the shards (shards.py), and cameras/BUCKET/1.0.0/ beside them
+    clips/BUCKET/1.0.0/  the shards (shards.py), and cameras/BUCKET/1.0.0/ beside them; without prepare.media also
+                         latents/BUCKET/1.0.0/ (encoder.py)
     prepared.json        settings, sizes, counts; written last
     rejected.jsonl       what was left out: key, reason, and of a stretch its start and end in seconds
 """
@@ -14,9 +15,10 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,9 @@ from etils import epath
 
 from starflow_jax.config import UserError
 from starflow_jax.data.raw import clips, shards, tasks
+from starflow_jax.data.raw.encoder import LatentWriter
 from starflow_jax.data.raw.items import Rejected
-from starflow_jax.data.raw.job import VERSION, Job, by_setting
+from starflow_jax.data.raw.job import MADE_BY, VERSION, Job, by_setting
 from starflow_jax.data.raw.sources import Unit, list_units, read_unit
 from starflow_jax.io.files import ARRIVING, atomic_path, parse_json, read_json, write_text
 
@@ -44,21 +47,33 @@ class Gathering:
     pieces: tuple[tuple[int, int, int], ...]
 
 
-def prepare_clips(job: Job, *, processes: int = 0, beam: str | None = None) -> dict[str, Any]:
+def prepare_clips(job: Job, *, processes: int = 0, beam: str | None = None, share: tuple[int, int] = (0, 1),
+                  meet: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Make the clips, or resume making them, and return what prepared.json holds.
 
+    share: this process's number, and of how many, which all call this; meet: returns once all of them have called it.
     Raises UserError where the input is missing, the folder holds something prepared with other settings, another
     run works in it, the disk is full, or not one clip comes out.
     """
     if beam is None:
         tasks.check_processes("prepare.processes", processes)
-    with shards.work_in(job.path):
-        if not (job.path / PREPARED).exists():
-            return _prepare(job, processes, beam)
-        done = read_prepared(job.path)
-        _check_same(job, done["job"])
-        _clean(job)
-        return done
+    first = share[0] == 0
+    with shards.work_in(job.path, alone=share[1] == 1):
+        if (job.path / PREPARED).exists():
+            _check_done(job)
+            if first:
+                _clean(job)
+        else:
+            if first:
+                _open_parts(job)
+            meet()
+            units = _units(job)
+            _cut(job, units[share[0]::share[1]], processes, beam)
+            meet()
+            if first:
+                _gather(job, units, processes, beam)
+        meet()
+        return read_prepared(job.path)
 
 
 def read_prepared(folder: epath.Path) -> dict[str, Any]:
@@ -73,11 +88,28 @@ def read_prepared(folder: epath.Path) -> dict[str, Any]:
         raise shards.damaged(str(folder / PREPARED), error) from error
 
 
-def _prepare(job: Job, processes: int, beam: str | None) -> dict[str, Any]:
-    units = _open_parts(job)
+def keeps_media(prepared: dict[str, Any]) -> bool:
+    """Whether the clips of such a folder can be seen; prepared: what PREPARED holds."""
+    return bool(by_setting(prepared["job"])["media"])
+
+
+def _check_done(job: Job) -> None:
+    """Raises UserError where the folder was made with other settings, or lacks what can't be made again."""
+    held = read_prepared(job.path)
+    _check_same(job, held["job"])
+    if job.encoder is not None:
+        if set(held["buckets"]) - {shard.bucket for shard in shards.written_shards(job.path, shards.LATENTS)}:
+            raise UserError(f"{job.path / shards.LATENTS}: is missing, or not whole, and prepare.media=false kept no "
+                            "media to make it of; copy it again, or give another prepare.output")
+
+
+def _cut(job: Job, units: Sequence[Unit], processes: int, beam: str | None) -> None:
     left = [unit for unit in units if not (_part(job, unit.index) / SUMMARY).exists()]
     tasks.run(partial(cut_unit, job), left, what="cut", processes=processes, beam=beam,
               crashed=partial(_skip_what_crashes, job))
+
+
+def _gather(job: Job, units: Sequence[Unit], processes: int, beam: str | None) -> None:
     summaries = [_noted(job, _part(job, unit.index) / SUMMARY) for unit in units]
     rejected = [entry for summary in summaries for entry in summary["rejected"]]
     write_text(job.path / REJECTED, "".join(json.dumps(entry) + "\n" for entry in rejected))
@@ -89,7 +121,7 @@ def _prepare(job: Job, processes: int, beam: str | None) -> dict[str, Any]:
                         f"(all of it in {job.path / REJECTED})")
     left_shards = [task for task in gatherings if not task.shard.path(job.path).exists()]
     tasks.run(partial(write_shard, job), left_shards, what="gather", processes=processes, beam=beam)
-    return _finish(job, summaries, rejected, [task.shard for task in gatherings])
+    _finish(job, summaries, rejected, [task.shard for task in gatherings])
 
 
 def cut_unit(job: Job, unit: Unit) -> None:
@@ -101,6 +133,9 @@ def cut_unit(job: Job, unit: Unit) -> None:
     with atomic_path(part, keep=True) as local, contextlib.ExitStack() as stack:
         local.mkdir()
         clips_of, cameras_of = _Writers(local, shards.CLIPS, stack), _Writers(local, shards.CAMERAS, stack)
+        latents = None
+        if job.encoder is not None:
+            latents = LatentWriter(job.encoder, _Writers(local, shards.LATENTS, stack))
         skipped = _crashing(job, unit)
         for item in read_unit(unit, job.settings):
             items += 1
@@ -115,16 +150,24 @@ def cut_unit(job: Job, unit: Unit) -> None:
                 if isinstance(made, Rejected):
                     rejected.append(made)
                     continue
-                name = f"{bucket_name(made)}.{split_of(job, item.key)}"
-                clips_of[name].write(shards.serialize_clip({
-                    "media": clips.encode(made, job.settings.crf), "caption_long": item.caption_long,
-                    "caption_short": item.caption_short, "key": item.key, "fps": made.fps, "start": made.start}))
+                bucket, split = bucket_name(made), split_of(job, item.key)
+                name = f"{bucket}.{split}"
+                text = {"caption_long": item.caption_long, "caption_short": item.caption_short, "fps": made.fps}
+                if latents is None:
+                    media = {"media": clips.encode(made, job.settings.crf)}
+                else:
+                    media = {}
+                    latents.add(bucket, split, text, made.frames)
+                clips_of[name].write(shards.serialize_clip({**media, **text, "key": item.key, "start": made.start}))
                 if made.camera is not None:
                     cameras_of[name].write(shards.serialize(shards.camera_features(), {
                         "intrinsics": made.camera.intrinsics_T4, "world_to_camera": made.camera.world_to_camera_T34}))
+        if latents is not None:
+            latents.finish()
         stack.close()
         written = {name: writer.count for name, writer in sorted(clips_of.items())}
-        summary = {"items": items, "clips": written, "rejected": [_as_json(entry) for entry in rejected]}
+        summary = {"items": items, "clips": written, "rejected": [_as_json(entry) for entry in rejected],
+                   **({} if latents is None else {"latents": latents.shapes})}
         (local / SUMMARY).write_text(json.dumps(summary))
 
 
@@ -154,7 +197,8 @@ def split_of(job: Job, key: str) -> str:
 
 
 def plan_shards(job: Job, clips_of_parts: Sequence[dict[str, int]]) -> list[Gathering]:
-    """Which clips go into which shard, those of a bucket and split in order, an equal number each; cameras too."""
+    """Which clips go into which shard, those of a bucket and split in order, an equal number each; what is beside them
+    too."""
     by_name: dict[str, list[tuple[int, int]]] = {}
     for index, counts in enumerate(clips_of_parts):
         for name, count in counts.items():
@@ -169,8 +213,9 @@ def plan_shards(job: Job, clips_of_parts: Sequence[dict[str, int]]) -> list[Gath
             shard = shards.Shard(shards.CLIPS, bucket, split, index, number, end - begin)
             pieces = tuple(_pieces(parts, begin, end))
             plan.append(Gathering(shard, pieces))
-            if job.settings.camera and not shards.is_of_pictures(bucket):
-                plan.append(Gathering(dataclasses.replace(shard, kind=shards.CAMERAS), pieces))
+            beside = [shards.CAMERAS] * (job.settings.camera and not shards.is_of_pictures(bucket))
+            beside += [shards.LATENTS] * (job.encoder is not None)
+            plan += [Gathering(dataclasses.replace(shard, kind=kind), pieces) for kind in beside]
     return plan
 
 
@@ -206,8 +251,8 @@ def _part_file(part: Any, kind: str, name: str) -> Any:
     return part / f"{'' if kind == shards.CLIPS else f'{kind}.'}{name}.{shards.SUFFIX}"
 
 
-def _open_parts(job: Job) -> list[Unit]:
-    """The units, listed once: a run that resumes must not see what was added to the input since."""
+def _open_parts(job: Job) -> None:
+    """List the units, once: a run that resumes must not see what was added to the input since."""
     parts = job.path / _PARTS
     if (parts / _JOB).exists():
         begun = _noted(job, parts / _JOB)
@@ -215,17 +260,19 @@ def _open_parts(job: Job) -> list[Unit]:
         if by_setting(begun)["version"] != VERSION:
             raise UserError(f"{job.folder}: was begun by another version of this program, whose clips have other "
                             "bytes; end it with that one, or give another prepare.output")
-        for leftover in [*job.path.glob(f"{ARRIVING}*"), *parts.glob(f"{ARRIVING}*"),
-                         *job.path.glob(f"{shards.CLIPS}/*/*/{ARRIVING}*"),
-                         *job.path.glob(f"{shards.CAMERAS}/*/*/{ARRIVING}*")]:
+        for leftover in itertools.chain.from_iterable(job.path.glob(f"{where}{ARRIVING}*") for where in (
+                "", f"{_PARTS}/", *(f"{kind}/*/*/" for kind in (shards.CLIPS, shards.CAMERAS, shards.LATENTS)))):
             leftover.rmtree()  # of processes that were killed
     else:
         lines = [json.dumps(dataclasses.asdict(unit), default=str)
                  for unit in list_units(job.settings.input, job.settings.items_per_part)]
         write_text(parts / _UNITS, "".join(line + "\n" for line in lines))
         write_text(parts / _JOB, json.dumps(job.described()))
+
+
+def _units(job: Job) -> list[Unit]:
     return [Unit(entry["index"], entry["kind"], entry["where"], tuple(entry["entries"]))
-            for entry in _noted(job, parts / _UNITS, lines=True)]
+            for entry in _noted(job, job.path / _PARTS / _UNITS, lines=True)]
 
 
 def _noted(job: Job, path: epath.Path, lines: bool = False) -> Any:
@@ -242,21 +289,27 @@ def _check_same(job: Job, begun: dict[str, Any]) -> None:
     before = by_setting(begun)
     for name, value in job.described().items():
         if name != "version" and before.get(name) != value:
-            raise UserError(f"{job.folder}: was begun with prepare.{name} {before.get(name)}, not {value}; "
+            what = "latents made by" if name == MADE_BY else f"prepare.{name}"
+            raise UserError(f"{job.folder}: was begun with {what} {before.get(name)}, not {value}; "
                             "give the same settings to resume, or another prepare.output")
 
 
 def _finish(job: Job, summaries: Sequence[dict[str, Any]], rejected: Sequence[dict[str, Any]],
-            written: Sequence[shards.Shard]) -> dict[str, Any]:
+            written: Sequence[shards.Shard]) -> None:
+    if job.encoder is not None:
+        write_text(job.path / shards.LATENTS / shards.MADE_BY, json.dumps(job.encoder.made_by))
+    shapes = {name: shape for summary in summaries for name, shape in summary.get("latents", {}).items()}
     buckets: dict[str, dict[str, Any]] = {}
     aspect_ratios = {bucket.name: bucket.aspect_ratio for bucket in job.buckets}
     for name in sorted({shard.bucket for shard in written}):
-        of_bucket = [shard for shard in written if shard.bucket == name and shard.kind == shards.CLIPS]
-        cameras = [shard for shard in written if shard.bucket == name and shard.kind == shards.CAMERAS]
-        shards.write_metadata(job.path, of_bucket, shards.clip_features(),
+        of_bucket, cameras, latents = ([shard for shard in written if shard.bucket == name and shard.kind == kind]
+                                       for kind in (shards.CLIPS, shards.CAMERAS, shards.LATENTS))
+        shards.write_metadata(job.path, of_bucket, shards.clip_features(job.settings.media),
                               "Clips with captions, prepared by starflow_jax.")
         if cameras:
             shards.write_metadata(job.path, cameras, shards.camera_features(), "Cameras of prepared clips.")
+        if latents:
+            shards.write_metadata(job.path, latents, shards.latent_features(shapes[name]), shards.LATENTS_ARE)
         size, _, frames = name.partition("_")
         counts: collections.Counter[str] = collections.Counter()
         for shard in of_bucket:
@@ -269,7 +322,6 @@ def _finish(job: Job, summaries: Sequence[dict[str, Any]], rejected: Sequence[di
                 "rejected": dict(_reasons(rejected).most_common())}
     write_text(job.path / PREPARED, json.dumps(prepared, indent=1))
     _clean(job)
-    return prepared
 
 
 def _clean(job: Job) -> None:

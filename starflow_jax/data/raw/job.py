@@ -7,11 +7,13 @@ from typing import Any
 from etils import epath
 
 from starflow_jax.config import Prepare
+from starflow_jax.data.raw.encoder import Encoder
 
 # Settings that the clips don't depend on, and those of which `buckets` and `frames` are what was made.
 ELSEWHERE = ("output", "processes", "beam", "latents", "text_features", "batch_size")
-LATER = ("max_text_mb", "max_file_mb", "max_unpacking", "max_megapixels", "camera")  # not in older data sets
+LATER = ("max_text_mb", "max_file_mb", "max_unpacking", "max_megapixels", "camera", "media")  # not in older data sets
 VERSION = 2  # of the clips' bytes: those of one data set are all of the same; 1 was RGB at every step, kept as 4:4:4
+MADE_BY = "made_by"  # what made the latents, where no media is kept
 RESOLVED = ("resolution", "aspect_ratios", "frames")
 
 
@@ -36,6 +38,7 @@ class Job:
     folder: str  # of the result
     buckets: tuple[Bucket, ...]
     frames: int  # of a clip
+    encoder: Encoder | None = None  # where no media is kept
 
     @property
     def path(self) -> epath.Path:
@@ -47,7 +50,8 @@ class Job:
                     if name not in (*ELSEWHERE, *RESOLVED)}
         captions = {"long_captions": self.settings.long_names, "short_captions": self.settings.short_names}
         buckets = [dataclasses.asdict(bucket) for bucket in self.buckets]
-        return json.loads(json.dumps({**settings, **captions, "buckets": buckets, "frames": self.frames,
+        made_by = {} if self.encoder is None else {MADE_BY: self.encoder.made_by}
+        return json.loads(json.dumps({**settings, **captions, **made_by, "buckets": buckets, "frames": self.frames,
                                       "version": VERSION}))
 
 

@@ -15,14 +15,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from starflow_jax.config import UserError
 from starflow_jax.data.raw import clips, shards
-from starflow_jax.data.raw.building import read_prepared
+from starflow_jax.data.raw.building import keeps_media, read_prepared
 from starflow_jax.data.raw.tasks import cores
-from starflow_jax.io.files import ARRIVING, atomic_path, read_json, write_text
+from starflow_jax.io.files import ARRIVING, atomic_path, write_text
 from starflow_jax.io.progress import ProgressBar
-
-MADE_BY = "made_by.json"  # in the folder of a kind: what its numbers depend on
 
 Example = dict[str, Any]
 Shape = tuple[int, ...]
@@ -36,6 +33,10 @@ class _Kind:
     features: Callable[[Example], tfds.features.FeaturesDict]
     load: Callable[[bytes], Example]
     compute: Callable[[Example, Sequence[Example]], list[Example]]
+
+    @property
+    def description(self) -> str:
+        return shards.LATENTS_ARE if self.name == shards.LATENTS else f"{self.name} of prepared clips."
 
 
 def write_latents(folder: str, encode: Callable[[np.ndarray], np.ndarray], latent_shape: Callable[[Shape], Shape], *,
@@ -84,7 +85,11 @@ def write_text_features(folder: str, encode: Callable[[list[str]], np.ndarray], 
         return [{"prompts": json.dumps(of_one), "lengths": np.array([len(rows[prompt]) for prompt in of_one]),
                  "rows": np.concatenate([rows[prompt] for prompt in of_one])} for of_one in prompts]
 
-    kind = _Kind(shards.FEATURES, lambda _: shards.text_features(dim), shards.parse_clip, compute)
+    def load(record: bytes) -> Example:
+        return shards.parse_clip(record, media)
+
+    media = keeps_media(read_prepared(epath.Path(folder)))
+    kind = _Kind(shards.FEATURES, lambda _: shards.text_features(dim), load, compute)
     _derive(epath.Path(folder), kind, batch_size, made_by, share)
 
 
@@ -102,28 +107,14 @@ def _without_padding(features_SD: np.ndarray) -> np.ndarray:
     return features_SD[:used[-1] + 1] if len(used) else features_SD[:0]
 
 
-def check_made_by(folder: epath.Path, kind: str, made_by: Any) -> None:
-    """Raises UserError where the folder's data of this kind were made by something else."""
-    path = folder / kind / MADE_BY
-    if not path.exists():
-        return
-    try:
-        held = read_json(path)
-    except (OSError, ValueError) as error:
-        raise shards.damaged(str(path), error) from error
-    if held != json.loads(json.dumps(made_by)):
-        raise UserError(f"{folder / kind}: was made by {json.dumps(held)}, not by {json.dumps(made_by)}; "
-                        "delete it to make it again, or use the model that made it")
-
-
 def _derive(folder: epath.Path, kind: _Kind, batch_size: int, made_by: Any, share: tuple[int, int]) -> None:
     with shards.work_in(folder, alone=share[1] == 1):
         _derive_in(folder, kind, batch_size, made_by, share)
 
 
 def _derive_in(folder: epath.Path, kind: _Kind, batch_size: int, made_by: Any, share: tuple[int, int]) -> None:
-    check_made_by(folder, kind.name, made_by)
-    write_text(folder / kind.name / MADE_BY, json.dumps(made_by))
+    shards.check_made_by(folder, kind.name, made_by)
+    write_text(folder / kind.name / shards.MADE_BY, json.dumps(made_by))
     buckets = read_prepared(folder)["buckets"]
     sources = shards.written_shards(folder, shards.CLIPS)
     mine = sources[share[0]::share[1]]
@@ -144,7 +135,7 @@ def _derive_in(folder: epath.Path, kind: _Kind, batch_size: int, made_by: Any, s
         targets = [_of_kind(shard, kind.name) for shard in sources if shard.bucket == name]
         # The process that finishes last writes the metadata of the whole.
         if all(target.path(folder).exists() for target in targets):
-            shards.write_metadata(folder, targets, kind.features(bucket), f"{kind.name} of prepared clips.")
+            shards.write_metadata(folder, targets, kind.features(bucket), kind.description)
 
 
 def _of_kind(shard: shards.Shard, kind: str) -> shards.Shard:

@@ -111,11 +111,12 @@ class Pixels(NamedTuple):
     matrix: int = 0
 
 
+Frames = Sequence[av.VideoFrame] | np.ndarray  # of a clip; or a picture, uint8 (1, H, W, 3)
 Allocate = Callable[[tuple[int, ...]], np.ndarray]  # shape -> uint8 array
+allocate_here: Allocate = partial(np.empty, dtype=np.uint8)
 
 
-def pixels_of(frames: Sequence[av.VideoFrame] | np.ndarray, allocate: Allocate = partial(np.empty, dtype=np.uint8)
-              ) -> Pixels:
+def pixels_of(frames: Frames, allocate: Allocate = allocate_here) -> Pixels:
     """The pixels of a clip's frames, or of a picture, in arrays that `allocate` gives."""
     if isinstance(frames, np.ndarray):
         held = allocate(frames.shape)

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,12 +34,16 @@ SPLITS = ("train", "validation", "test")
 VERSION = "1.0.0"
 CLIPS, CAMERAS, LATENTS, FEATURES = "clips", "cameras", "latents", "features"
 SUFFIX = "array_record"
+MADE_BY = "made_by.json"  # in the folder of a kind: what its numbers depend on
+LATENTS_ARE = "latents of prepared clips."
 
 
-def clip_features() -> tfds.features.FeaturesDict:
-    """media: MP4 or JPEG bytes. fps: 0 of a picture. start: of the clip, in seconds of its source."""
+def clip_features(media: bool = True) -> tfds.features.FeaturesDict:
+    """media: MP4 or JPEG bytes, where they are kept. fps: 0 of a picture. start: of the clip, in seconds of its source.
+    """
+    kept = {"media": tfds.features.Text()} if media else {}
     return tfds.features.FeaturesDict({
-        "media": tfds.features.Text(), "caption_long": tfds.features.Text(), "caption_short": tfds.features.Text(),
+        **kept, "caption_long": tfds.features.Text(), "caption_short": tfds.features.Text(),
         "key": tfds.features.Text(), "fps": np.int64, "start": np.float32})
 
 
@@ -71,8 +76,8 @@ def is_of_pictures(bucket: str) -> bool:
 
 
 @functools.cache
-def _clip_serializer() -> tuple[Any, Any, Any]:
-    features = clip_features()
+def _clip_serializer(media: bool) -> tuple[Any, Any, Any]:
+    features = clip_features(media)
     info = features.get_serialized_info()
     return features, example_serializer.ExampleSerializer(info), example_parser.ExampleParserNp(info)
 
@@ -84,7 +89,7 @@ def serialize(features: tfds.features.FeaturesDict, example: Mapping[str, Any]) 
 
 def serialize_clip(example: Mapping[str, Any]) -> bytes:
     """The same for `clip_features`."""
-    features, serializer, _ = _clip_serializer()
+    features, serializer, _ = _clip_serializer("media" in example)
     return _serialized(serializer, features, example)
 
 
@@ -123,9 +128,9 @@ class Readable(Sequence[Any]):
             raise damaged(self._where, error) from error
 
 
-def parse_clip(record: bytes) -> dict[str, Any]:
-    """An example of `clip_features`. Raises UserError for a record that is none."""
-    features, _, parser = _clip_serializer()
+def parse_clip(record: bytes, media: bool = True) -> dict[str, Any]:
+    """An example of `clip_features(media)`. Raises UserError for a record that is none."""
+    features, _, parser = _clip_serializer(media)
     try:
         return features.decode_example_np(parser.parse_example(record))
     except Exception as error:  # of the parser of messages or of one of the features
@@ -248,6 +253,21 @@ def write_metadata(folder: epath.Path, shards: Iterable[Shard], features: tfds.f
                                        description=description, check_data=False)
     if "://" not in str(data_dir):
         sync_all(Path(data_dir))  # what says that it is whole is written next
+
+
+def check_made_by(folder: epath.Path, kind: str, made_by: Any, can_be_made_again: bool = True) -> None:
+    """Raises UserError where the folder's data of this kind were made by something else."""
+    path = folder / kind / MADE_BY
+    if not path.exists():
+        return
+    try:
+        held = read_json(path)
+    except (OSError, ValueError) as error:
+        raise damaged(str(path), error) from error
+    if held != json.loads(json.dumps(made_by)):
+        again = "delete it to make it again" if can_be_made_again else "prepare the videos in another folder"
+        raise UserError(f"{folder / kind}: was made by {json.dumps(held)}, not by {json.dumps(made_by)}; {again}, or "
+                        "use the model that made it")
 
 
 def written_shards(folder: epath.Path, kind: str) -> list[Shard]:
