@@ -23,8 +23,10 @@ from starflow_jax.data.examples import ClipLength, TextInput, prompts_of
 from starflow_jax.data.pipeline import train_batches
 from starflow_jax.data.raw import clips, shards
 from starflow_jax.data.raw.building import PREPARED
+from starflow_jax.data.raw.encoder import served
 from starflow_jax.data.raw.items import Item
 from starflow_jax.data.raw.job import Bucket, Job
+from starflow_jax.data.raw.planes import Pixels
 from starflow_jax.evaluation.measures import psnr_of
 from starflow_jax.io.files import atomic_path, write_text
 from starflow_jax.io.timing import median_seconds
@@ -66,9 +68,10 @@ def decoding(size: tuple[int, int] = SOURCE_SIZE, bucket: Bucket = BUCKET, frame
 def decoding_of(path: Path, bucket: Bucket, frames: int = 0) -> list[dict[str, Any]]:
     """Clips per second and core of a video, step by step, and what its clips then are.
 
-    Each step does what those before it do and more; "read back" is what training does with prepared clips. PSNR is that
-    of RGB read back to that of the same frames before they were encoded; "by way of RGB" is a yardstick: 4:4:4 of RGB,
-    by x264's "veryfast" at crf 10. frames: of a clip; 0: as many as the video has at CLIP_FPS.
+    "without media" and "prepare" do what "cut" does and more, but nothing of what a codec does; "read back" is what
+    training does with prepared clips. PSNR is that of RGB read back to that of the same frames before they were encoded;
+    "by way of RGB" is a yardstick: 4:4:4 of RGB, by x264's "veryfast" at crf 10. frames: of a clip; 0: as many as the
+    video has at CLIP_FPS.
     """
     settings = Prepare(fps=CLIP_FPS, max_upscale=9.0, min_brightness=0.0, min_motion=0.0, cut_threshold=0.0)
     with open_video(path) as container:
@@ -89,6 +92,10 @@ def decoding_of(path: Path, bucket: Bucket, frames: int = 0) -> list[dict[str, A
     def prepare() -> bytes:
         return clips.encode(cut(), settings.crf)
 
+    def receive(sent: list[Pixels]) -> np.ndarray:
+        """In place of a codec: as onto a device, each plane is copied once."""
+        return np.array([sum(plane.copy().nbytes for plane in pixels.planes) for pixels in sent])
+
     def by_rgb() -> bytes:
         file = io.BytesIO()
         writer = Mp4Writer(file, CLIP_FPS, 1, {}, YARDSTICK, "yuv444p")
@@ -97,13 +104,15 @@ def decoding_of(path: Path, bucket: Bucket, frames: int = 0) -> list[dict[str, A
         return file.getvalue()
 
     clip, kept, other = cut(), prepare(), by_rgb()
-    seconds = median_seconds("decoding", {
-        "PyAV alone: decode every frame": bare,
-        "cut: also resample, resize, look for cuts": cut,
-        "prepare: also encode the clip": prepare,
-        "by way of RGB, 4:4:4": by_rgb,
-        "read back: decode a prepared clip": lambda: clips.decode(kept),
-    }, ROUNDS, clock=time.process_time)
+    with served(receive) as send:
+        seconds = median_seconds("decoding", {
+            "PyAV alone: decode every frame": bare,
+            "cut: also resample, resize, look for cuts": cut,
+            "without media: also send the clip to the codec's process": lambda: send([cut().frames]),
+            "prepare: also encode the clip": prepare,
+            "by way of RGB, 4:4:4": by_rgb,
+            "read back: decode a prepared clip": lambda: clips.decode(kept),
+        }, ROUNDS, clock=time.process_time)
     first, seen = next(iter(seconds.values())), clip.frames_THWC
     quality = {"prepare": kept, "by way of RGB, 4": other}
     return [{"step": name, "clips per second and core": 1 / value, "times PyAV alone": value / first,

@@ -12,9 +12,10 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from starflow_jax.config import Prepare, UserError
+from starflow_jax.config import Data, Prepare, UserError
 from starflow_jax.data.raw import clips
 from starflow_jax.io.pictures import resize_crop
 from starflow_jax.io.video import read_video
@@ -81,6 +82,29 @@ def test_from_raw_files_to_training_batches(config, tmp_path, capsys):
     latents.close()
 
 
+def test_without_media_training_takes_the_same_latents(config, tmp_path, capsys):
+    """Bit for bit those of clips that are kept without loss; what pixels are asked for says that there are none."""
+    system = make_system(dataclasses.replace(config, data=Data(train_clips=40, directory=str(tmp_path / "digits"))))
+    save_system(system, tmp_path / "run" / "system")
+    changes, batches = dict(latents=True, crf=0), {}
+    for media in (True, False):
+        changes |= dict(media=media, output=str(tmp_path / f"media_{media}"))
+        asked = dataclasses.replace(
+            config, prepare=dataclasses.replace(config.prepare, **changes),
+            data=dataclasses.replace(config.data, latents=True, directory=changes["output"]))
+        prepare(asked, tmp_path / "run")
+        assert "next: --mode=train" in capsys.readouterr().out
+        of_these = open_batches(dataclasses.replace(system, config=asked), make_mesh(config.mesh))
+        batches[media] = [next(of_these) for _ in range(6)]
+        of_these.close()
+    assert {batch.is_image for batch in batches[True]} == {True, False}
+    for kept, unkept in zip(batches[True], batches[False]):
+        jax.tree.map(np.testing.assert_array_equal, kept, unkept)
+    pixels = dataclasses.replace(asked, data=dataclasses.replace(asked.data, latents=False))
+    with pytest.raises(UserError, match="media_False: has latents but no pixels"):
+        open_batches(dataclasses.replace(system, config=pixels), make_mesh(config.mesh))
+
+
 def test_latents_of_another_codec_are_refused(config, tmp_path):
     asked = dataclasses.replace(config, prepare=dataclasses.replace(config.prepare, latents=True),
                                 data=dataclasses.replace(config.data, latents=True))
@@ -99,7 +123,9 @@ def test_latents_of_another_codec_are_refused(config, tmp_path):
     (dict(crf=60), "prepare.crf=60"), (dict(frames=-1), "prepare.frames=-1"), (dict(test_share=1.0), "below 1"),
     (dict(validation_share=0.5, test_share=0.5), "leaves nothing to train on"),
     (dict(aspect_ratios="1:1,,"), "comma-separated ratios"), (dict(max_upscale=0.0), "prepare.max_upscale=0.0"),
-    (dict(resolution=0), "prepare.resolution=0")])
+    (dict(resolution=0), "prepare.resolution=0"),
+    (dict(media=False), "prepare.media=False: leaves nothing to train on without prepare.latents=true"),
+    (dict(media=False, latents=True, beam="--runner=x"), "goes without prepare.beam: its workers have no codec")])
 def test_settings_are_checked(changes, message):
     with pytest.raises(UserError, match=message):
         Prepare(**changes)
@@ -218,6 +244,45 @@ def test_real_videos_from_the_command_line(tmp_path):
     found = json.loads((tmp_path / "run" / "evaluate.json").read_text())
     assert found["adherence"] == {} and np.isfinite(found["bits_per_dim"]) and found["test_clips"] > 0
     assert 0 < found["real_clips"]["temporal_flickering"] < 1
+
+
+@pytest.mark.slow
+def test_training_on_videos_of_which_only_latents_are_kept(tmp_path):
+    """By the command line: with the same codec two steps are bit for bit those on latents beside media without loss."""
+    raw, data = tmp_path / "raw", tmp_path / "data"
+    write_inputs(raw)
+    data.mkdir()
+    wanted = [f"--config.prepare.{name}" for name in (
+        f"input={raw}", "resolution=18", "aspect_ratios=1:1", "fps=0", "min_motion=0.01", "validation_share=0.2",
+        "test_share=0.2", "crf=0", "frames=17", "cut_threshold=0.0")]
+
+    def run(workdir, *arguments):
+        return small_run.run_here(small_run.command(
+            tmp_path / workdir, data, "--config.data.source=prepared", "--config.train.steps=2", *arguments)[3:])
+
+    def last_arrays(workdir):
+        folder = (tmp_path / workdir / "checkpoints" / "2" / "state").absolute()
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(ocp.StandardCheckpointer().restore(folder))]
+
+    kept, unkept = (f"--config.data.directory={tmp_path / name}" for name in ("codec/prepared", "unkept"))
+    for arguments in (["--mode=prepare", *wanted], [kept],
+                      ["--mode=prepare", *wanted, "--config.prepare.latents=true"],
+                      ["--mode=prepare", *wanted, "--config.prepare.latents=true", "--config.prepare.media=false",
+                       f"--config.prepare.output={tmp_path / 'unkept'}"]):
+        code, _, err = run("codec", *arguments)
+        assert code == 0, err[-2000:]
+    features, = (tmp_path / "unkept" / "clips").rglob("features.json")
+    assert "caption_long" in features.read_text() and "media" not in features.read_text()
+    for workdir, directory in (("on_kept", kept), ("on_unkept", unkept)):
+        code, out, err = run(workdir, directory, "--config.data.latents=true",
+                             f"--config.train.init_from={tmp_path / 'codec'}")
+        assert code == 0 and "trained 2 steps" in out, err[-2000:]
+    expected = last_arrays("on_kept")
+    assert len(expected) > 20
+    for one, other in zip(expected, last_arrays("on_unkept"), strict=True):
+        np.testing.assert_array_equal(one, other)
+    code, _, err = run("on_pixels", unkept, f"--config.train.init_from={tmp_path / 'codec'}")
+    assert code == 2 and "has latents but no pixels" in err.splitlines()[-1] and "Traceback" not in err
 
 
 def test_real_videos_become_clips(tmp_path):
