@@ -69,9 +69,9 @@ def decoding_of(path: Path, bucket: Bucket, frames: int = 0) -> list[dict[str, A
     """Clips per second and core of a video, step by step, and what its clips then are.
 
     "without media" and "prepare" do what "cut" does and more, but nothing of what a codec does; "read back" is what
-    training does with prepared clips. PSNR is that of RGB read back to that of the same frames before they were encoded;
-    "by way of RGB" is a yardstick: 4:4:4 of RGB, by x264's "veryfast" at crf 10. frames: of a clip; 0: as many as the
-    video has at CLIP_FPS.
+    training does with prepared clips. PSNR is that of RGB read back to that of the same frames before they were
+    encoded; "by way of RGB" is a yardstick: 4:4:4 of RGB, by x264's "veryfast" at crf 10. frames: of a clip; 0: as
+    many as the video has at CLIP_FPS.
     """
     settings = Prepare(fps=CLIP_FPS, max_upscale=9.0, min_brightness=0.0, min_motion=0.0, cut_threshold=0.0)
     with open_video(path) as container:
