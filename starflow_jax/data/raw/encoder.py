@@ -95,6 +95,7 @@ def served(encode: Callable[[list[Pixels]], np.ndarray]) -> Iterator[Callable[[S
         multiprocessing.connection.Client(address, authkey=key).close()  # accept() ends at a call
         thread.join()
         listener.close()
+        _connection.cache_clear()  # of this process, whose thread ends with it
 
 
 def _answer(connection: multiprocessing.connection.Connection, encode: Callable[[list[Pixels]], np.ndarray],
