@@ -13,6 +13,7 @@ import mmap
 import multiprocessing.connection
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import reduction
 from typing import Any
@@ -95,56 +96,67 @@ def served(encode: Callable[[list[Pixels]], np.ndarray]) -> Iterator[Callable[[S
         multiprocessing.connection.Client(address, authkey=key).close()  # accept() ends at a call
         thread.join()
         listener.close()
-        _connection.cache_clear()  # of this process, whose thread ends with it
+        _caller.cache_clear()  # the line of this process, whose thread ends with it
 
 
 def _answer(connection: multiprocessing.connection.Connection, encode: Callable[[list[Pixels]], np.ndarray],
             slots: threading.BoundedSemaphore) -> None:
     """Encode what one process sends, until it ends."""
+    memory: _Shared | None = None
     with connection, contextlib.suppress(OSError, EOFError):
         while connection.poll(None):
             with slots:
+                size, layout = connection.recv()
+                if memory is None or memory.size != size:
+                    memory = _Shared(reduction.recv_handle(connection), size)
                 try:
-                    connection.send(encode(_received(connection)))
-                except (OSError, EOFError):
-                    raise
+                    answer: Any = encode(memory.pixels(layout))
                 except (UserError, ArithmeticError, MemoryError) as error:
-                    connection.send(error)
+                    answer = error
                 except Exception as error:  # those of JAX can't be sent
-                    connection.send(RuntimeError(f"{type(error).__name__}: {error}"))
+                    answer = RuntimeError(f"{type(error).__name__}: {error}")
+            connection.send(answer)
 
 
 def _call(address: str, key: bytes, clips: Sequence[Frames]) -> np.ndarray:
-    """Put the clips' pixels where the other process sees them, and wait for its answer. Raises what it raised."""
-    connection = _connection(address, key)
-    size = sum(3 * len(frames) * math.prod(_size(frames)) + 4 * _ALIGNED for frames in clips)
-    shared = _Shared(os.memfd_create("clips"), size)
-    pixels = [pixels_of(frames, shared.allocate) for frames in clips]
-    connection.send((size, [(pixel.matrix, [plane.shape for plane in pixel.planes]) for pixel in pixels]))
-    reduction.send_handle(connection, shared.descriptor, os.getpid())  # the last is for Windows
-    os.close(shared.descriptor)
-    answer = connection.recv()
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
-def _received(connection: multiprocessing.connection.Connection) -> list[Pixels]:
-    size, clips = connection.recv()
-    descriptor = reduction.recv_handle(connection)
-    shared = _Shared(descriptor, size)
-    os.close(descriptor)
-    return [Pixels(tuple(shared.allocate(shape) for shape in shapes), matrix) for matrix, shapes in clips]
-
-
-def _size(frames: Frames) -> tuple[int, int]:
-    return frames.shape[1:3] if isinstance(frames, np.ndarray) else (frames[0].height, frames[0].width)
+    return _caller(address, key)(clips)
 
 
 @functools.cache
-def _connection(address: str, key: bytes) -> multiprocessing.connection.Connection:
-    """Of this process, until it ends."""
-    return multiprocessing.connection.Client(address, authkey=key)
+def _caller(address: str, key: bytes) -> "_Caller":
+    """That of this process, as long as it lives."""
+    return _Caller(multiprocessing.connection.Client(address, authkey=key))
+
+
+class _Caller:
+    """Puts pixels where the other process sees them, in memory that is used again and again: to get it anew for every
+    batch would take longer than to fill it."""
+
+    def __init__(self, connection: multiprocessing.connection.Connection) -> None:
+        self._connection = connection
+        self._memory: _Shared | None = None
+
+    def __call__(self, clips: Sequence[Frames]) -> np.ndarray:
+        """Raises what `encode` raised."""
+        size = sum(3 * len(frames) * math.prod(_sides(frames)) + 3 * _ALIGNED for frames in clips)
+        grown = self._memory is None or self._memory.size < size
+        if self._memory is None or grown:
+            self._memory = _Shared(os.memfd_create("clips"), size)
+        layout = self._memory.fill(clips)
+        self._connection.send((self._memory.size, layout))
+        if grown:
+            reduction.send_handle(self._connection, self._memory.descriptor, os.getpid())  # the last is for Windows
+        answer = self._connection.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _sides(frames: Frames) -> tuple[int, int]:
+    return frames.shape[1:3] if isinstance(frames, np.ndarray) else (frames[0].height, frames[0].width)
+
+
+Layout = list[tuple[int, list[tuple[int, ...]]]]  # of each clip its matrix and its planes' shapes
 
 
 class _Shared:
@@ -153,9 +165,21 @@ class _Shared:
     def __init__(self, descriptor: int, size: int) -> None:
         if os.fstat(descriptor).st_size < size:
             os.ftruncate(descriptor, size)
-        self.descriptor, self._memory, self._used = descriptor, mmap.mmap(descriptor, size), 0
+        self.descriptor, self.size, self._used = descriptor, size, 0
+        self._memory = mmap.mmap(descriptor, size)
+        weakref.finalize(self, os.close, descriptor)
 
-    def allocate(self, shape: Sequence[int]) -> np.ndarray:
+    def fill(self, clips: Sequence[Frames]) -> Layout:
+        self._used = 0
+        pixels = [pixels_of(frames, self._allocate) for frames in clips]
+        return [(one.matrix, [plane.shape for plane in one.planes]) for one in pixels]
+
+    def pixels(self, layout: Layout) -> list[Pixels]:
+        """What the other process put there, until it puts in more."""
+        self._used = 0
+        return [Pixels(tuple(map(self._allocate, shapes)), matrix) for matrix, shapes in layout]
+
+    def _allocate(self, shape: Sequence[int]) -> np.ndarray:
         array = np.frombuffer(self._memory, np.uint8, math.prod(shape), self._used).reshape(shape)
         self._used += -(-array.nbytes // _ALIGNED) * _ALIGNED
         return array
