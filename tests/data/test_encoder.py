@@ -201,6 +201,29 @@ def test_what_is_called_elsewhere_is_the_clips_and_the_error(inputs):
     np.testing.assert_array_equal(other.planes[0], picture)
 
 
+def test_the_end_waits_for_no_call(monkeypatch):
+    """Also where the thread that takes calls sees the end before it waits for another one."""
+    started = threading.Thread.start
+
+    def slow_start(thread):
+        started(thread)
+        if getattr(thread._target, "__name__", "") == "_answer":
+            ended.wait(10)
+
+    ended = threading.Event()
+    monkeypatch.setattr(threading.Thread, "start", slow_start)
+
+    def run():
+        with served(lambda batch: np.float16([len(batch)])) as called:
+            assert called([np.zeros((1, 4, 8, 3), np.uint8)]) == [1]
+            threading.Timer(0.2, ended.set).start()
+        done.set()
+
+    done = threading.Event()
+    threading.Thread(target=run, daemon=True).start()
+    assert done.wait(10)
+
+
 def test_few_clips_wait_for_others_of_their_size():
     """At most two batches, over all buckets; what waits longest in number goes first."""
     sizes = []

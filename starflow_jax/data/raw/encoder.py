@@ -12,6 +12,7 @@ import math
 import mmap
 import multiprocessing.connection
 import os
+import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,8 +80,8 @@ class LatentWriter:
 def served(encode: Callable[[list[Pixels]], np.ndarray]) -> Iterator[Callable[[Sequence[Frames]], np.ndarray]]:
     """`encode` as a callable that can be sent to other processes of this machine; it runs in this one, in threads."""
     key, ended, slots = os.urandom(32), threading.Event(), threading.BoundedSemaphore(_AT_ONCE)
-    listener = multiprocessing.connection.Listener(family="AF_UNIX", authkey=key)
-    address = str(listener.address)
+    address = f"\0starflow_jax-{os.getpid()}-{os.urandom(8).hex()}"  # no file, which a kill would leave behind
+    listener = multiprocessing.connection.Listener(address, backlog=128, authkey=key)
 
     def accept() -> None:
         while not ended.is_set():
@@ -93,7 +94,8 @@ def served(encode: Callable[[list[Pixels]], np.ndarray]) -> Iterator[Callable[[S
         yield functools.partial(_call, address, key)
     finally:
         ended.set()
-        multiprocessing.connection.Client(address, authkey=key).close()  # accept() ends at a call
+        with socket.socket(socket.AF_UNIX) as waking:  # accept() may wait for another call, or have ended already
+            waking.connect(address)
         thread.join()
         listener.close()
         _caller.cache_clear()  # the line of this process, whose thread ends with it

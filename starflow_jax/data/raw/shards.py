@@ -2,10 +2,10 @@
 
     FOLDER/KIND/BUCKET/1.0.0/KIND-SPLIT.array_record-00000-of-00012
 
-KIND is `clips` (media, captions), `cameras` (of each frame of a video, where these are prepared), or what is computed
-from clips: `latents`, `features` (latents.py). All have the same examples in the same order. BUCKET is
-HEIGHTxWIDTH_FRAMESf, frames 1 of pictures. Each bucket is a TFDS data set: `tfds.builder_from_directory(...)`, or
-`tfds.load("clips/480x848_85f", data_dir=FOLDER)`.
+KIND is `clips` (captions, and media where it is kept), `cameras` (of each frame of a video, where these are prepared),
+or what is computed from clips: `latents` (latents.py, encoder.py), `features` (latents.py). All have the same examples
+in the same order. BUCKET is HEIGHTxWIDTH_FRAMESf, frames 1 of pictures. Each bucket is a TFDS data set:
+`tfds.builder_from_directory(...)`, or `tfds.load("clips/480x848_85f", data_dir=FOLDER)`.
 
 Files appear whole (io/files.py), here and on an object store.
 """
