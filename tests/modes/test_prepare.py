@@ -26,6 +26,7 @@ from starflow_jax.sharding import make_mesh
 from starflow_jax.training.run import open_batches
 from tests import small_run
 from tests.data.test_prepare import examples, tree
+from tests.modes.test_processes import free_port
 from tests.prepared_input import real_videos, write_inputs, write_mixed
 from tests.small_run import ROOT
 
@@ -283,6 +284,35 @@ def test_training_on_videos_of_which_only_latents_are_kept(tmp_path):
         np.testing.assert_array_equal(one, other)
     code, _, err = run("on_pixels", unkept, f"--config.train.init_from={tmp_path / 'codec'}")
     assert code == 2 and "has latents but no pixels" in err.splitlines()[-1] and "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_codec_each_make_the_bytes_of_one_without_media(tmp_path):
+    """By the command line, with the package's codec: each encodes its share of the parts, also after a kill."""
+    write_inputs(tmp_path / "in")
+    wanted = [f"--config.prepare.{name}" for name in (
+        f"input={tmp_path / 'in'}", "resolution=18", "aspect_ratios=1:1", "frames=9", "fps=0", "min_motion=0.01",
+        "items_per_part=1", "validation_share=0.2", "test_share=0.2", "latents=true", "media=false", "processes=2")]
+
+    def start(name, *arguments):
+        command = [sys.executable, "-m", "starflow_jax.main", "--config=configs/t2v.py", "--mode=prepare",
+                   f"--workdir={tmp_path / name}", *wanted, *arguments]
+        return subprocess.Popen(command, cwd=ROOT, env=small_run.environment(), start_new_session=True)
+
+    assert start("one").wait() == 0
+    expected = tree(tmp_path / "one" / "prepared")
+    assert any(name.startswith("latents/24x24_9f") for name in expected)
+    killed = start("two")
+    while not _finished_parts(tmp_path / "two" / "prepared"):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "two" / "prepared" / "prepared.json").exists()
+    port = free_port()
+    two = [start("two", f"--distributed=127.0.0.1:{port},2,{index}") for index in range(2)]
+    assert [process.wait() for process in two] == [0, 0]
+    assert tree(tmp_path / "two" / "prepared") == expected
 
 
 def test_real_videos_become_clips(tmp_path):
