@@ -46,6 +46,7 @@ from starflow_jax.sampling.session import Session
 from starflow_jax.sampling.sizes import at_asked_size, resized, videos_together
 from starflow_jax.sampling.solver import chosen_solver
 from starflow_jax.sampling.steered import Change
+from starflow_jax.sampling.stream import for_streams
 from starflow_jax.sampling.warm_up import NONE, warm_up
 from starflow_jax.sharding import fetch
 
@@ -157,7 +158,7 @@ class Model:
             count, *size = record.known_THWC.shape[:3]
             if tuple(size) != frame_size(system.config) or (count - 1) % system.config.codec.time_stride:
                 raise UserError(f"{path}: its {count} given frames of {size[0]}x{size[1]} don't suit this model")
-        return Session(system, self.params, self.mesh, record)
+        return Session(system, self._stream_params, self.mesh, record)
 
     def warm_up(self, *, answer: Callable[[Ask], None] = answer, surprise: bool = False, given: Sequence[int] = (1,),
                 **settings: Any) -> None:
@@ -180,6 +181,11 @@ class Model:
             return session
 
         warm_up(begin, steerable="control" in self.params, given=[] if known else given)
+
+    @functools.cached_property
+    def _stream_params(self) -> Params:
+        with on_mesh(self.mesh):
+            return for_streams(self.params, devices=1)
 
     def _session(self, prompt: str, settings: dict[str, Any], image: str | Path | ArrayLike,
                  video: "Video | str | Path | ArrayLike | None", changes: Mapping[int, Change] = NONE,
@@ -208,8 +214,8 @@ class Model:
         camera = as_json(sample.camera) if sample.camera else None
         start = {"prompt": request.prompt, "guidance": None, "camera": camera}
         record = Record(self.source, self._parameters, kept, request.seed, start, script, known_THWC)
-        return Session(dataclasses.replace(system, config=config), self.params, self.mesh, record, recording=recording,
-                       surprise=surprise, ahead=ahead)
+        return Session(dataclasses.replace(system, config=config), self._stream_params, self.mesh, record,
+                       recording=recording, surprise=surprise, ahead=ahead)
 
     def log_likelihood(self, video: "Video | str | Path | ArrayLike", prompt: str, *, draws: int = 0) -> float:
         """Exact log p of a video given a prompt, in nats: of its latents with the training noise, averaged over draws

@@ -51,6 +51,12 @@ def stream_devices(count: int) -> tuple[jax.Device | None, jax.Device | None]:
     return devices[0], devices[min(count, 2) - 1]
 
 
+def for_streams(params: Params, devices: int) -> Params:
+    """The parameters where the deep block of streams works, for all of them: streams of the same arrays are known to be
+    of one model, and their steps can be made together. devices: as for `stream_devices`."""
+    return _on(stream_devices(devices)[0], params)
+
+
 def stream_clips(
     system: System,
     params: Params,
@@ -257,12 +263,12 @@ class Finisher:
 
 def _on(device: jax.Device | None, tree: Any) -> Any:
     """Arrays on a device, but for those in the host's memory; None: where they are, which may be devices of other
-    processes too. Those that lie there are returned themselves: by them streams of one model are told to be such."""
+    processes too. Those that were put there are returned themselves."""
     if device is None:
         return tree
 
     def placed(leaf: Any) -> Any:
-        there = isinstance(leaf, jax.Array) and (is_on_host(leaf) or leaf.devices() == {device})
+        there = isinstance(leaf, jax.Array) and (is_on_host(leaf) or leaf.committed and leaf.devices() == {device})
         return leaf if there else jax.device_put(leaf, device)
 
     return jax.tree.map(placed, tree)

@@ -194,9 +194,10 @@ def of_preparation(root: Path) -> dict[str, str]:
 
 
 def of_sampling(root: Path) -> dict[str, str]:
-    """All files but a stream's timeline; of JSON what does not depend on the clock."""
-    files = sorted(path for path in (root / "videos").rglob("*")
-                   if path.is_file() and not path.name.endswith(".timeline.png"))
+    """All files but a stream's timeline, and what a process that could not even delete it has left behind; of JSON what
+    does not depend on the clock."""
+    files = sorted(path for path in (root / "videos").rglob("*") if path.is_file()
+                   and not path.name.endswith(".timeline.png") and ARRIVING not in str(path.relative_to(root)))
     return {path.name: without_times(json.loads(path.read_text())) if path.suffix == ".json" else digest(path)
             for path in files}
 
