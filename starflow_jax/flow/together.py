@@ -48,7 +48,8 @@ def warm_up(ask: Ask, sizes: Sequence[int], compiled: set[Any]) -> None:
 def _kind(ask: Ask) -> Any:
     """Equal for those that can be lanes of one program."""
     leaves, tree = jax.tree.flatten(ask.given)
-    return (ask.model, id(jax.tree.leaves(ask.params)[0]), ask.solver, tuple(sorted(ask.how.items())), tree,
+    module = id(jax.tree.leaves(ask.given.steering[0])[0]) if ask.given and ask.given.steering else 0
+    return (ask.model, id(jax.tree.leaves(ask.params)[0]), module, ask.solver, tuple(sorted(ask.how.items())), tree,
             tuple((leaf.shape, leaf.dtype) for leaf in leaves))
 
 

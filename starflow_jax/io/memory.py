@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import sys
 from pathlib import Path
 
 from starflow_jax.config import UserError
@@ -16,9 +17,11 @@ M_ARENA_MAX, ARENAS = -8, 2  # mallopt's number of the setting, and its value
 
 def share_arenas() -> None:
     """Have all threads take memory from a few of glibc's arenas. It would make some for each core, and what any of them
-    has once held it keeps, so that a process of many threads grows for hours. Without glibc nothing happens."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
+    has once held it keeps, so that a process of many threads grows for hours. Nothing happens without glibc, and where
+    the environment says how many there are to be."""
+    if sys.platform == "linux" and not any(name in os.environ for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
 
 
 def host_bytes() -> int:

@@ -95,36 +95,28 @@ def _whole(q_BSHD, k_BKGD, v_BKGD, sees_SK, past: Past) -> jax.Array:
 
 def _filled_part(q_BSHD, k_BKGD, v_BKGD, sees_SK, past: Past) -> jax.Array:
     """reference.attention over the quarters of the cache that hold anything: a CPU pays for every slot."""
-    slots, length = past[0].shape[1], past[2]
-    quarter = max(1, -(-slots // 4))
-    ends = tuple(min(end, slots) for end in range(quarter, slots + quarter, quarter))
-    filled = jnp.clip((jnp.max(length) - 1) // quarter, 0, len(ends) - 1)
-    return _up_to_one_of(ends)(filled, q_BSHD, k_BKGD, v_BKGD, sees_SK, past)
-
-
-@functools.lru_cache
-def _up_to_one_of(ends: tuple[int, ...]) -> custom_vmap:
-    """reference.attention of some arrays and the first slots of the cache, up to the end of which it gets the number.
-    Lanes of vmap go up to that of the fullest: with a number for each, every one would compute all of them."""
-    def branches(over_lanes):
-        return [over_lanes(functools.partial(_first_part, end)) for end in ends]
-
-    @custom_vmap
-    def attend(number: jax.Array, *arrays) -> jax.Array:
-        return lax.switch(number, branches(lambda branch: branch), *arrays)
-
-    @attend.def_vmap
-    def attend_of_lanes(_, is_batched, number, *arrays):
-        axes = jax.tree.map(lambda batched: 0 if batched else None, is_batched[1:])
-        return lax.switch(jnp.max(number), branches(lambda branch: jax.vmap(branch, in_axes=axes)), *arrays), True
-
-    return attend
-
-
-def _first_part(end: int, q_BSHD, k_BKGD, v_BKGD, sees_SK, past: Past) -> jax.Array:
     past_k, past_v, length = past
-    first = first_slots(past_k, end), first_slots(past_v, end), length
-    return reference.attention(q_BSHD, k_BKGD, v_BKGD, sees_SK, first)
+    slots = past_k.shape[1]
+    quarter = max(1, -(-slots // 4))
+    ends = [min(end, slots) for end in range(quarter, slots + quarter, quarter)]
+
+    def upto(end: int):
+        return lambda past_k, past_v: reference.attention(
+            q_BSHD, k_BKGD, v_BKGD, sees_SK, (first_slots(past_k, end), first_slots(past_v, end), length))
+
+    filled = _of_the_fullest_lane((jnp.max(length) - 1) // quarter)
+    return lax.switch(jnp.clip(filled, 0, len(ends) - 1), [upto(end) for end in ends], past_k, past_v)
+
+
+@custom_vmap
+def _of_the_fullest_lane(number: jax.Array) -> jax.Array:
+    """One number for all lanes of vmap: with one for each, it would compute every branch for every lane."""
+    return number
+
+
+@_of_the_fullest_lane.def_vmap
+def _largest(_, is_batched, number: jax.Array) -> tuple[jax.Array, bool]:
+    return (jnp.max(number) if is_batched[0] else number), False
 
 
 def _dense(masks: Masks, which, q_BSHD, k_BKGD) -> jax.Array | np.ndarray:
@@ -209,16 +201,27 @@ def _run(direction: str, masks: Masks, which, length_B, implementation: str | No
         if kernel is not reference:
             kernel.check(q_BSHD, keys)
         return bind(kernel)(q_BSHD, k_BKGD, *arrays)
-    chosen = {}
+    chosen = {platform: bind(kernel) for platform, kernel in _best(q_BSHD, keys).items()}
+    return lax.platform_dependent(q_BSHD, k_BKGD, *arrays, default=bind(reference), **chosen)
+
+
+def _best(q_BSHD, keys: jax.ShapeDtypeStruct) -> dict[str, ModuleType]:
+    """Of each platform, the first kernel that serves such a call."""
+    best = {}
     for platform, kernels in KERNELS.items():
         for kernel in kernels.values():
             try:
                 kernel.check(q_BSHD, keys)
             except Unsupported:
                 continue
-            chosen[platform] = bind(kernel)
+            best[platform] = kernel
             break
-    return lax.platform_dependent(q_BSHD, k_BKGD, *arrays, default=bind(reference), **chosen)
+    return best
+
+
+def takes_lanes(queries: jax.ShapeDtypeStruct, keys: jax.ShapeDtypeStruct) -> bool:
+    """Whether vmap has a rule for `attention` of such arrays: not by the kernels for Hoppers."""
+    return keys.shape[1] <= SHORT or all(kernel.TAKES_LANES for kernel in _best(queries, keys).values())
 
 
 def _taken(run, q_BSHD, k_BKGD: Cached, v_BKGD: Cached, **options):

@@ -45,7 +45,7 @@ from starflow_jax.kernels.unsupported import Unsupported
 __all__ = ["backward", "check", "forward"]
 
 MULTIPROCESSORS = 132
-TAKES_INT8 = TAKES_STACKS = False  # see kernels.attention
+TAKES_INT8 = TAKES_STACKS = TAKES_LANES = False  # see kernels.reference
 # A row's largest score to begin with: above all that are hidden, so that their weights are 0 also as long as a query
 # has seen nothing else.
 LOWEST = MASKED / 2
@@ -63,13 +63,15 @@ def check(q_BSHD: jax.Array, k_BKGD: jax.Array) -> None:
 
 
 def _capability() -> str:
-    """Of the GPU that programs are for: that of the mesh in force, where its name says so (planning/topology.py),
-    or this machine's; on a machine without one, a Hopper's."""
+    """Of the GPU that programs are for: that of the mesh in force, where its name says so (planning/topology.py), a
+    Hopper's where it does not, or this machine's; "none" where there is neither."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     named = re.search(r"compute capability (\d+\.\d+)", device.device_kind) if device else None
     if named:
         return named[1]
-    return jax.local_devices()[0].compute_capability if jax.default_backend() == "gpu" else "9.0"
+    if jax.default_backend() == "gpu":
+        return jax.local_devices()[0].compute_capability
+    return "9.0" if device and device.platform == "gpu" else "none"
 
 
 def forward(q_BSHD, k_BKGD, v_BKGD, *, mask: Mask, length_B, blocks: Blocks | None = None):

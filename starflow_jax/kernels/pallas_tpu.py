@@ -33,7 +33,7 @@ from starflow_jax.kernels.stacked import Cached, Stacked, taken
 from starflow_jax.kernels.unsupported import Unsupported
 
 LANES, SUBLANES, INT8_SUBLANES = 128, 16, 32  # of a tile of bfloat16, and of int8
-TAKES_INT8 = TAKES_STACKS = True  # keys and values as Int8Slots, as Stacked; forward alone
+TAKES_INT8 = TAKES_STACKS = TAKES_LANES = True  # see kernels.reference
 BLOCK = 1024  # queries and keys of a visit
 # Keys whose scores are held at a time: few, so that registers hold them while the next ones are multiplied; in the
 # backward kernel, whose products take longer than all else, as many as are overlapped well.

@@ -17,7 +17,7 @@ from starflow_jax.kernels.reference import MASKED
 from starflow_jax.kernels.unsupported import Unsupported
 
 BLOCK = 64
-TAKES_INT8 = TAKES_STACKS = False  # see kernels.attention
+TAKES_INT8, TAKES_STACKS, TAKES_LANES = False, False, True  # see kernels.reference
 LARGEST_HEAD = 128
 
 

@@ -13,6 +13,7 @@ from starflow_jax.kernels.int8 import Int8Slots, Slots
 from starflow_jax.kernels.mask import HIDDEN, Mask, seen, visible_blocks
 
 TAKES_INT8, TAKES_STACKS = True, False  # keys and values as Int8Slots, as Stacked; forward alone
+TAKES_LANES = True  # of vmap
 MASKED = -1e30
 Q_CHUNK, K_CHUNK = 512, 1024
 

@@ -29,9 +29,9 @@ def calibrated_solver(system: System) -> Solver:
 
 def complete(asked: Solver, calibrated: Solver, model: Model, stream: bool = False) -> Solver:
     """Every setting of a solver. The calibrated kind and its settings were measured on whole videos and within an
-    error: they are used only there, and only where no kind is asked for; the tolerance only with the calibrated blocks
-    and start. Calibrated sequential decoding is a stream's too; it gives way to any setting of blocks, and is the deep
-    block's alone."""
+    error: they are used there alone, but for sequential decoding, which streams use too, and only where no kind is
+    asked for; the tolerance only with the calibrated blocks and start. Calibrated sequential decoding gives way to any
+    setting of blocks, and is the deep block's alone."""
     serves = not stream or calibrated.kind == "sequential"
     measured = calibrated if serves and not asked.kind and asked.tolerance != 0 else Solver()
     if measured.kind == "sequential" and _of_blocks(asked):

@@ -99,7 +99,8 @@ class Videos:
         self.failed += others.items()
         there = names_there(self.recipe, self.folder)
         for request in requests:
-            if name_of(self.recipe, request) not in there:
+            # A name that was given may be that of a folder's file, or come back from the disk in another form.
+            if not request.given_name and name_of(self.recipe, request) not in there:
                 continue
             files = self._files(request)
             facts = facts_of(files.details)

@@ -13,11 +13,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Config, Serve, UserError
 from starflow_jax.flow.generation import Ask
 from starflow_jax.flow.together import answer_together, warm_up
+from starflow_jax.kernels.attention import takes_lanes
 from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.mesh import on_mesh
 from starflow_jax.serving.live import Begun, Changed, Ended, Frames, Live, Place, Refused, Shown
@@ -41,8 +44,7 @@ class Engine:
         self._stopping, self._ready = False, False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._warm = True
-        # On a mesh of several devices sessions take turns.
-        self._sizes = batch_sizes(settings.sessions) if model.mesh.size == 1 else [1]
+        self._sizes = batch_sizes(settings.sessions) if _makes_batches(model) else [1]
 
     @property
     def model(self) -> Model:
@@ -116,9 +118,10 @@ class Engine:
     def _warm_up(self) -> None:
         """Compile all that sessions can need; those that begin with a camera begin otherwise."""
         answer = partial(warm_up, sizes=self._sizes, compiled=set())
+        given = given_sizes(self._model.config, self.most_frames)
         cameras = ("", "still") if "control" in self._model.params else ("",)
         for camera in cameras:
-            self._model.warm_up(surprise=True, answer=answer, given=given_sizes(self._model.config), camera=camera)
+            self._model.warm_up(surprise=True, answer=answer, given=given, camera=camera)
 
     def _wait(self) -> bool:
         """Until a session wants another latent frame; False: the server stops."""
@@ -271,10 +274,20 @@ class Engine:
         live._tell(event)
 
 
-def given_sizes(config: Config) -> list[int]:
-    """Of how many latent frames the pictures and videos are that sessions begin with: 1, 2, 4, ..., and at last a
-    window's but for one, so that few programs are compiled."""
-    return batch_sizes(max(1, config.model.frames - 1))
+def _makes_batches(model: Model) -> bool:
+    """Whether sessions do not take turns: on a mesh of several devices they do, and where no kernel takes a batch."""
+    of = model.config.model
+    slots, heads = of.frames * of.tokens_per_frame + of.text_length, of.deep_width // of.head_dim
+    queries, keys = (jax.ShapeDtypeStruct((1, length, heads, of.head_dim), jnp.dtype(of.dtype))
+                     for length in (of.tokens_per_frame, slots))
+    return model.mesh.size == 1 and takes_lanes(queries, keys)
+
+
+def given_sizes(config: Config, most_frames: int) -> list[int]:
+    """Of how many latent frames the pictures and videos are that sessions begin with: 1, 2, 4, ..., and at last one
+    fewer than a window has, so that few programs are compiled. most_frames: of a session; some are still to be made."""
+    latents = 1 + (most_frames - 1) // config.codec.time_stride
+    return batch_sizes(max(1, min(config.model.frames, latents) - 1))
 
 
 def batch_sizes(sessions: int) -> list[int]:

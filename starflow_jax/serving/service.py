@@ -50,7 +50,7 @@ class Service:
     def _clip(self, content: bytes) -> np.ndarray:
         """(T, H, W, 3): the end of a video, at the model's size and rate, of as many latent frames as is compiled."""
         config, stride = self._config, self._config.codec.time_stride
-        sizes = given_sizes(config)
+        sizes = given_sizes(config, self.engine.most_frames)
         wanted = config.sample.fps or config.text.fps or 1  # frames per second
         frames_THWC, fps = read_clip(content, *frame_size(config), seconds=(2 + sizes[-1] * stride) / wanted)
         frames_THWC, _ = fit_video(config, frames_THWC, fps, fps=config.sample.fps, keep="end", name="video")

@@ -28,8 +28,8 @@ from tests.sharded_run import difference
 
 MODEL = tiny_model(frames=3, shallow_layers=(1,))  # 3 slots of text and 18 behind them, which 2 and 4 do not divide
 FLOW, VARIABLES = random_flow(MODEL)
-BACKBONE = fresh_control(MODEL, 8, STRIDE, jax.random.key(0))
-CONTROL: Any = random_variables(jax.eval_shape(lambda: BACKBONE))
+FRESH = fresh_control(MODEL, 8, STRIDE, jax.random.key(0))
+CONTROL: Any = random_variables(jax.eval_shape(lambda: FRESH))
 CLIPS = 2
 
 
@@ -124,8 +124,8 @@ def noise(flow: STARFlow, variables: Any, params: Any) -> jax.Array:
 def test_in_bfloat16_to_its_rounding() -> None:
     """What a module changes is what it changes in float32; and one that has learned nothing changes nothing."""
     halved = STARFlow(dataclasses.replace(MODEL, dtype="bfloat16"))
-    steered, plain = (noise(FLOW, VARIABLES, params) for params in (CONTROL, BACKBONE))
-    rough, rough_plain = (noise(halved, VARIABLES, params) for params in (CONTROL, BACKBONE))
+    steered, plain = (noise(FLOW, VARIABLES, params) for params in (CONTROL, FRESH))
+    rough, rough_plain = (noise(halved, VARIABLES, params) for params in (CONTROL, FRESH))
     assert 0 < difference(rough_plain, plain) < 0.02 and difference(rough, steered) < 0.02
     assert difference(steered, plain) > 0.1 and difference(rough - rough_plain, steered - plain) < 0.04
 
@@ -135,7 +135,7 @@ def test_in_bfloat16_sampling_undoes_what_likelihood_does() -> None:
     flow = STARFlow(dataclasses.replace(MODEL, dtype="bfloat16"))
     x, features, rays = batch()
     plain = jax.jit(lambda: flow.apply(VARIABLES, x, features, method=STARFlow.forward).z_BTSK)()
-    np.testing.assert_array_equal(noise(flow, VARIABLES, BACKBONE), plain)
+    np.testing.assert_array_equal(noise(flow, VARIABLES, FRESH), plain)
     out = jax.jit(lambda: flow.apply(VARIABLES, x, features, control_of((CONTROL, rays)), method=STARFlow.forward))()
     made = generation.generate(flow, VARIABLES, out.z_BTSK, features[None], token_grid=(2, 3), solver=SEQUENTIAL,
                                steer=lambda begin, first, frames: (CONTROL, rays[:, first:first + frames]))

@@ -1,9 +1,13 @@
 """What the process does with its memory."""
 
+import os
+import platform
 import subprocess
 import sys
 
 import pytest
+
+from starflow_jax.io.memory import share_arenas
 
 ARENAS_OF_16_THREADS = """
 import ctypes, os, sys, tempfile, threading
@@ -31,8 +35,24 @@ print(open(path).read().count("<heap nr="))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
-def test_threads_share_a_few_arenas() -> None:
-    arenas = [int(subprocess.run([sys.executable, "-c", ARENAS_OF_16_THREADS, how], capture_output=True, text=True,
-                                 check=True).stdout) for how in ("", "shared")]
-    assert arenas[0] > arenas[1] and arenas[1] <= 2
+def arenas(how: str, **environment: str) -> int:
+    """Of a process."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")}
+    done = subprocess.run([sys.executable, "-c", ARENAS_OF_16_THREADS, how], capture_output=True, text=True, check=True,
+                          env={**kept, **environment})
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+def test_threads_share_a_few_arenas_or_as_many_as_the_environment_says() -> None:
+    assert arenas("") > 3 and arenas("shared") <= 2
+    assert arenas("shared", MALLOC_ARENA_MAX="3") == 3
+
+
+def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(name: None) -> None:
+        raise TypeError(name)
+
+    monkeypatch.setattr("ctypes.CDLL", none)
+    monkeypatch.setattr(sys, "platform", "win32")
+    share_arenas()

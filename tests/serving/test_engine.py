@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import starflow_jax as sf
-from starflow_jax.config import Serve
+from starflow_jax.config import Serve, changed
 from starflow_jax.io.compiled import count_programs
 from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.session import Session
@@ -83,6 +83,14 @@ def test_sessions_together_show_what_each_shows_alone(model: Model, engines) -> 
     text = engine._metrics.text().decode()
     assert f"starflow_frames_total {float(sum(lengths))}" in text and "starflow_sessions 0.0" in text
     assert "starflow_first_frame_seconds_count 4.0" in text
+
+
+def test_sessions_begin_with_all_of_a_window_but_the_frame_to_make() -> None:
+    config = changed(CONFIG, "sample", {"context_frames": 1})
+    for frames, most, sizes in ((4, 3600, [1, 2, 3]), (21, 3600, [1, 2, 4, 8, 16, 20]), (4, 1 + 2 * STRIDE, [1, 2]),
+                                (4, 1 + STRIDE, [1]), (2, 3600, [1]), (1, 1, [1])):
+        assert given_sizes(dataclasses.replace(config, model=dataclasses.replace(CONFIG.model, frames=frames)),
+                           most) == sizes
 
 
 def test_no_more_than_a_latent_frame_is_made_ahead_of_what_plays(engines) -> None:
@@ -277,7 +285,7 @@ def test_once_it_is_ready_nothing_is_compiled(engines, compiled) -> None:
     lives.append(engine.begin(CAPTIONS[0], paced=False, frames=1 + 8 * STRIDE, image=image))
     lives += [engine.begin(CAPTIONS[0], paced=False, frames=1 + 8 * STRIDE, surprise=True,
                            video=np.zeros((1 + (size - 1) * STRIDE, 8, 8, 3), np.uint8))
-              for size in given_sizes(engine.model.config)]
+              for size in given_sizes(engine.model.config, engine.most_frames)]
     over: set[Live] = set()
     while len(over) < len(lives):
         for live in lives:
