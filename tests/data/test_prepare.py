@@ -6,10 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,7 @@ from starflow_jax.data.raw import building, clips, shards
 from starflow_jax.data.raw.building import cut_unit, plan_shards, prepare_clips, split_of, write_shard
 from starflow_jax.data.raw.job import Bucket, Job, by_setting
 from starflow_jax.io.video import write_mp4
-from tests.prepared_input import changed, scene, write_inputs
+from tests.prepared_input import changed, kill_and_start_again, scene, write_inputs
 
 ROOT = Path(__file__).parents[2]
 JOB = Job(
@@ -235,20 +233,8 @@ if __name__ == "__main__":
 """
 
 def test_killed_and_started_again_on_two_processes_it_makes_the_same_bytes(inputs, whole, tmp_path):
-    script, folder = tmp_path / "run.py", tmp_path / "out"
-    script.write_text(KILLED.format(root=str(ROOT)))
-    command = [sys.executable, str(script), str(inputs), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    run = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-    try:
-        while not list(folder.glob(".parts/*/summary.json")):
-            assert run.poll() is None, "ended before it could be killed"
-            time.sleep(0.01)
-    finally:
-        os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
-    assert not (folder / "prepared.json").exists()
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    folder = tmp_path / "out"
+    kill_and_start_again(KILLED, tmp_path / "run.py", inputs, folder)
     assert tree(folder) == tree(whole)
 
 

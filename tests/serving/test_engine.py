@@ -10,6 +10,7 @@ import pytest
 
 import starflow_jax as sf
 from starflow_jax.config import Serve, changed
+from starflow_jax.flow import together
 from starflow_jax.io.compiled import count_programs
 from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.session import Session
@@ -91,6 +92,17 @@ def test_sessions_begin_with_all_of_a_window_but_the_frame_to_make() -> None:
                                 (4, 1 + STRIDE, [1]), (2, 3600, [1]), (1, 1, [1])):
         assert given_sizes(dataclasses.replace(config, model=dataclasses.replace(CONFIG.model, frames=frames)),
                            most) == sizes
+
+
+def test_sessions_take_turns_where_no_kernel_makes_a_batch(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(together, "_decode_lanes", lambda *_, **__: made.append(1))
+    monkeypatch.setattr("starflow_jax.serving.engine.takes_lanes", lambda queries, keys: False)
+    engine = Engine(model, Serve(sessions=2), Metrics())
+    lives = [engine.begin(CAPTIONS[0], paced=False, frames=1 + STRIDE, seed=seed) for seed in range(2)]
+    engine.start(warm=False)
+    assert [until(live, Ended, []) for live in lives] == [Ended("end")] * 2 and not made
+    engine.stop()
 
 
 def test_no_more_than_a_latent_frame_is_made_ahead_of_what_plays(engines) -> None:
