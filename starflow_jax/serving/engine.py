@@ -1,8 +1,8 @@
-"""The one thread that works on the device: it runs all live sessions, latent frame by latent frame, together.
+"""The one thread that has all live sessions made, latent frame by latent frame, together.
 
-Each round takes the sessions that want another latent frame, makes the deep block's steps of all of them as one program
-(flow/together.py), and hands their frames out. Sessions join and leave between rounds. What a session shows is what it
-would show alone.
+Each round takes the sessions that want another latent frame and hands out what was made. On an accelerator the deep
+block's steps of all of them are one program (flow/together.py); on a CPU each session is worked on by a thread of its
+own. Sessions join and leave between rounds. What a session shows is what it would show alone.
 """
 
 import collections
@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Config, Serve, UserError
+from starflow_jax.data.raw.tasks import cores
 from starflow_jax.flow.generation import Ask
 from starflow_jax.flow.together import answer_together, warm_up
 from starflow_jax.kernels.attention import takes_lanes
@@ -44,7 +46,10 @@ class Engine:
         self._stopping, self._ready = False, False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._warm = True
-        self._sizes = batch_sizes(settings.sessions) if _makes_batches(model) else [1]
+        self._together = way_of(model, settings.together)
+        self._sizes = batch_sizes(settings.sessions) if self._together == "batch" else [1]
+        self._free = min(settings.sessions, cores())  # of the workers, each of which makes a session's next frames
+        self._workers = ThreadPoolExecutor(self._free, "session")
 
     @property
     def model(self) -> Model:
@@ -105,15 +110,18 @@ class Engine:
                 self._warm_up()
             self._ready = True
             while self._wait():
-                # Who waits for another prompt is served first.
-                self._round(sorted(filter(Live._wants_more, self._live), key=lambda live: not live._hurried))
+                self._round(self._wanting())
         except Exception:
-            traceback.print_exc()
-            self._metrics.errors.inc()
-            self.begin_to_stop()
+            self._break_down()
         finally:
+            self._workers.shutdown()
             for live in (*self._live, *self._queue):
                 self._end(live, Ended("stopped"))
+
+    def _break_down(self) -> None:
+        traceback.print_exc()
+        self._metrics.errors.inc()
+        self.begin_to_stop()
 
     def _warm_up(self) -> None:
         """Compile all that sessions can need; those that begin with a camera begin otherwise."""
@@ -130,12 +138,12 @@ class Engine:
                 if self._stopping:
                     return False
                 overdue = [(live, why) for live in (*self._live, *self._queue)
-                           if (why := live._overdue(self._settings.idle_seconds))]
+                           if not live._at_work and (why := live._overdue(self._settings.idle_seconds))]
             for live, why in overdue:
                 self._end(live, Ended(why))
             self._admit()
             with self._lock:
-                if any(live._wants_more() for live in self._live):
+                if self._wanting():
                     return True
                 waits = not self._queue or len(self._live) >= self._settings.sessions
                 if waits and not self._stopping:
@@ -157,7 +165,39 @@ class Engine:
         self._metrics.sessions.set(len(self._live))
         self._metrics.queue.set(len(self._queue))
 
+    def _wanting(self) -> list[Live]:
+        """Who can be made another latent frame, those who wait for another prompt first."""
+        if not self._free:
+            return []
+        wanting = [live for live in self._live if not live._at_work and live._wants_more()]
+        return sorted(wanting, key=lambda live: not live._hurried)
+
     def _round(self, wanting: list[Live]) -> None:
+        wanting = wanting[:self._free] if self._together == "cores" else wanting
+        for live in wanting:
+            if live._ask is None:  # or the step is drawn already
+                self._guarded([live], partial(self._change, live))
+        if self._together != "cores":
+            return self._advance(wanting)
+        for live in wanting:
+            with self._lock:
+                self._free -= 1
+                live._at_work = True
+            self._workers.submit(self._work, live)
+
+    def _work(self, live: Live) -> None:
+        """What a worker does for a session, which nobody else touches meanwhile."""
+        try:
+            self._advance([live])
+        except Exception:
+            self._break_down()
+        with self._lock:
+            self._free += 1
+            live._at_work = False
+            self._lock.notify_all()
+
+    def _advance(self, wanting: list[Live]) -> None:
+        """Make another latent frame of each."""
         begun = time.monotonic()
         asking = []
         for live in wanting:
@@ -176,8 +216,7 @@ class Engine:
         if live._ask is not None:
             ask, live._ask = live._ask, None
             return ask
-        self._change(live)
-        return self._show(live)
+        return None if live._ended else self._show(live)
 
     def _answer(self, asks: list[Ask]) -> None:
         with on_mesh(self._model.mesh):
@@ -274,13 +313,26 @@ class Engine:
         live._tell(event)
 
 
-def _makes_batches(model: Model) -> bool:
-    """Whether sessions do not take turns: on a mesh of several devices they do, and where no kernel takes a batch."""
+def way_of(model: Model, together: str) -> str:
+    """How sessions are made together, where it is asked for as `serve.together`. Raises UserError for a way in which
+    this model can't be served on these devices."""
     of = model.config.model
     slots, heads = of.frames * of.tokens_per_frame + of.text_length, of.deep_width // of.head_dim
     queries, keys = (jax.ShapeDtypeStruct((1, length, heads, of.head_dim), jnp.dtype(of.dtype))
                      for length in (of.tokens_per_frame, slots))
-    return model.mesh.size == 1 and takes_lanes(queries, keys)
+    ways = ["turns"]
+    if model.mesh.size == 1:  # several devices wait for one another: each must be given all programs in one order
+        ways.append("cores")
+        if takes_lanes(queries, keys):
+            ways.append("batch")
+    # Measured on CPUs: programs of several small sessions at a time fill the cores better than one program of them all.
+    best = "cores" if model.mesh.devices.flat[0].platform == "cpu" else "batch"
+    if together == "auto":
+        return best if best in ways else "turns"
+    if together not in ways:
+        raise UserError(f"serve.together={together}: this model can't be served so on {model.mesh.size} "
+                        f"{model.mesh.devices.flat[0].device_kind}; {' or '.join(ways)} can be")
+    return together
 
 
 def given_sizes(config: Config, most_frames: int) -> list[int]:

@@ -92,6 +92,7 @@ class Live:
         self._heard = self._read = time.monotonic()
         self._seconds = 0.0  # that it was worked on
         self._ask: Ask | None = None  # that a round has left to the next one
+        self._at_work = False  # whether a worker makes its next frames
 
     @property
     def session(self) -> Session:

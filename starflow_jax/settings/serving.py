@@ -3,7 +3,7 @@
 import dataclasses
 import ipaddress
 
-from starflow_jax.settings.fields import Allowed, Settings, at_least, names, positive, setting
+from starflow_jax.settings.fields import Allowed, Settings, at_least, names, one_of, positive, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,10 @@ class Serve(Settings):
                            Allowed("comma-separated origins, such as https://video.example.org", lambda value: not value
                                    or all(one.startswith(("http://", "https://")) and one.count("/") == 2
                                           for one in names(value))))
-    sessions: int = setting(4, "sessions that are live at once, in batches of 1, 2, 4, ...", positive(256))
+    sessions: int = setting(4, "sessions that are live at once", positive(256))
+    together: str = setting("auto", "how their latent frames are made: as one program, compiled for 1, 2, 4, ... "
+                            "sessions (batch); by a thread for each core (cores); one after the other (turns); or the "
+                            "fastest of these for the device (auto)", one_of("auto", "batch", "cores", "turns"))
     queue: int = setting(16, "further ones that may wait for a place", at_least(0, "none", most=10_000))
     frames: int = setting(3_600, "most pixel frames of one session or video", positive(1_000_000))
     compared: int = setting(2, "sessions that may be compared with another prompt at once",
