@@ -1,4 +1,4 @@
-"""How much memory there is, and one line for what does not fit."""
+"""How much memory and how many cores there are, and one line for what does not fit."""
 
 import contextlib
 import ctypes
@@ -22,6 +22,11 @@ def share_arenas() -> None:
     if sys.platform == "linux" and not any(name in os.environ for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")):
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).mallopt(M_ARENA_MAX, ARENAS)
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def host_bytes() -> int:

@@ -36,8 +36,8 @@ from starflow_jax.sampling.renoise import encode_again
 from starflow_jax.sampling.shallow import filled_at_once, frames_at_once, joined, part_of, parts_together
 from starflow_jax.sampling.sizes import frames_together
 from starflow_jax.sampling.solver import complete, deep_solver, shallow_solver
-from starflow_jax.sampling.stream import place
-from starflow_jax.sampling.windows import context_frames, denoising_windows
+from starflow_jax.sampling.stream import by_frames, place
+from starflow_jax.sampling.windows import Window, context_frames, denoising_windows
 
 
 class Sampling:
@@ -281,18 +281,23 @@ class Sampling:
                              **self.shallow)
             noisy = run("frames in their places", place, noisy, _frames(latents, 1), 0, times=times)
         denoises = config.sample.denoise == "denoiser" and model.denoiser != "none"
-        if denoises and model.denoiser == "first_layer" and not config.sample.as_released:
-            self._denoiser_stream(noisy, text)
-        elif denoises:
-            run("denoiser, a window", denoiser_step, self.flow, denoiser_alone(self.params),
-                noisy, text, self.window, times=self.total)
+        if denoises:
+            windows = list(denoising_windows(config, self.total))
+            whole = [window for window in windows if not by_frames(config, window)]
+            if whole:
+                run("denoiser, a window", denoiser_step, self.flow, denoiser_alone(self.params), noisy, text,
+                    self.window, times=sum(window.end - window.begin for window in whole))
+            self._denoiser_stream(noisy, text, [window for window in windows if by_frames(config, window)])
         self._codec_stream(_frames(noisy, 1))
         return self.chain.programs
 
-    def _denoiser_stream(self, noisy: Any, text: Any) -> None:
+    def _denoiser_stream(self, noisy: Any, text: Any, windows: list[Window]) -> None:
+        """Of windows that are worked on frame by frame, each from its beginning on."""
         ahead, state = 1 + self.config.model.denoiser_lookahead, None
-        for name, frames, times in (("the first frame", ahead, 1), ("a frame", ahead, self.total - ahead),
-                                    ("the last frames", 1, ahead - 1)):
+        further = [(window, frame) for window in windows for frame in range(window.start + 1, window.end)]
+        last = sum(frame + ahead > window.stop for window, frame in further)
+        for name, frames, times in (("the first frame", ahead, len(windows)),
+                                    ("a frame", ahead, len(further) - last), ("the last frames", 1, last)):
             if times > 0:
                 _, state = self.chain.run(
                     f"denoiser, {name}", score_next, self.flow, self.params["denoiser"], state, noisy, 0, text,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.codec.interface import decode_next
-from starflow_jax.config import Sample, UserError
+from starflow_jax.config import Config, Sample, UserError
 from starflow_jax.flow import decode, generation
 from starflow_jax.flow.control import Steering
 from starflow_jax.flow.denoiser_stream import score_next
@@ -33,7 +33,7 @@ from starflow_jax.sampling.likelihood import window_nll_per_token
 from starflow_jax.sampling.offload import takes_turns
 from starflow_jax.sampling.solver import chosen_solver, shallow_solver
 from starflow_jax.sampling.timeline import Timeline
-from starflow_jax.sampling.windows import denoising_windows
+from starflow_jax.sampling.windows import Window, denoising_windows
 from starflow_jax.sharding import constrain, current_mesh, fetch, is_on_host, lay_out, to_devices, to_host
 
 
@@ -238,7 +238,7 @@ class Finisher:
         if self._settings.denoise in AS_THEY_ARE or model.denoiser == "none":
             return frame_of(self._noisy, at)
         text: jax.Array = _on(self._device, given.text_at(window.begin, window.start))
-        if model.denoiser == "first_layer" and not self._system.as_released:
+        if by_frames(self._system.config, window):
             return self._by_frames(frame, text)
         noisy = self._noisy
         if self._system.as_released and window.begin > window.start:
@@ -283,6 +283,13 @@ def latency(system: System, settings: Sample) -> int:
         raise UserError("sample.denoise=score: the score of a frame depends on all frames after it; "
                         "stream with denoiser, decoder or none")
     return model.denoiser_lookahead * (model.denoiser_layers if model.denoiser == "every_layer" else 1)
+
+
+def by_frames(config: Config, window: Window) -> bool:
+    """Whether the denoiser works on a window frame by frame, with what its layers know of the frames before: not on
+    one of which a single frame is taken, whose context would have to be worked on only for that."""
+    single = window.begin > window.start and window.end - window.begin == 1
+    return config.model.denoiser == "first_layer" and not config.sample.as_released and not single
 
 
 @jax.jit

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Config, Serve, UserError
-from starflow_jax.data.raw.tasks import cores
+from starflow_jax.io.memory import cores
 from starflow_jax.flow.generation import Ask
 from starflow_jax.flow.together import answer_together, warm_up
 from starflow_jax.kernels.attention import takes_lanes
@@ -167,10 +167,9 @@ class Engine:
 
     def _wanting(self) -> list[Live]:
         """Who can be made another latent frame, those who wait for another prompt first."""
-        if not self._free:
-            return []
-        wanting = [live for live in self._live if not live._at_work and live._wants_more()]
-        return sorted(wanting, key=lambda live: not live._hurried)
+        with self._lock:
+            wanting = [live for live in self._live if not live._at_work and live._wants_more()] if self._free else []
+            return sorted(wanting, key=lambda live: not live._hurried)
 
     def _round(self, wanting: list[Live]) -> None:
         wanting = wanting[:self._free] if self._together == "cores" else wanting

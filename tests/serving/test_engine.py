@@ -1,7 +1,9 @@
 """The thread that runs all live sessions."""
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,11 +12,12 @@ import pytest
 
 import starflow_jax as sf
 from starflow_jax.config import Serve, changed
-from starflow_jax.flow import together
+from starflow_jax.flow.generation import Ask
 from starflow_jax.io.compiled import count_programs
 from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.session import Session
-from starflow_jax.serving.engine import Engine, Full, batch_sizes, given_sizes
+from starflow_jax.serving import engine as engine_module
+from starflow_jax.serving.engine import Engine, Full, batch_sizes, given_sizes, way_of
 from starflow_jax.serving.live import Begun, Changed, Ended, Event, Frames, Live, Place, Refused, Shown
 from starflow_jax.serving.metrics import Metrics
 from tests.sampling.test_session import near, steerable, whole
@@ -69,8 +72,10 @@ def settled(live: Live, count: int) -> list[Event]:
     return held
 
 
-def test_sessions_together_show_what_each_shows_alone(model: Model, engines) -> None:
-    engine = engines(sessions=3)
+@pytest.mark.parametrize("together", ["batch", "cores", "turns"])
+def test_sessions_together_show_what_each_shows_alone(model: Model, engines, together: str) -> None:
+    """To a shade in a batch, else bit for bit."""
+    engine = engines(sessions=3, together=together)
     lengths = [1 + 7 * STRIDE, 1 + 3 * STRIDE, 1 + 5 * STRIDE, 1]
     lives = [engine.begin(CAPTIONS[index % 3], paced=False, frames=length, seed=index)
              for index, length in enumerate(lengths)]
@@ -78,7 +83,7 @@ def test_sessions_together_show_what_each_shows_alone(model: Model, engines) -> 
         held: list[Event] = []
         assert until(live, Ended, held) == Ended("end")
         alone = whole(model.stream(CAPTIONS[index % 3], frames=length, seed=index))
-        assert near(shown(held), alone)
+        assert near(shown(held), alone) and (together == "batch" or np.array_equal(shown(held), alone))
         assert isinstance([event for event in held if not isinstance(event, Place)][0], Begun)
     assert batch_sizes(3) == [1, 2, 3] and batch_sizes(1) == [1] and batch_sizes(8) == [1, 2, 4, 8]
     text = engine._metrics.text().decode()
@@ -94,15 +99,39 @@ def test_sessions_begin_with_all_of_a_window_but_the_frame_to_make() -> None:
                            most) == sizes
 
 
-def test_sessions_take_turns_where_no_kernel_makes_a_batch(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-    monkeypatch.setattr(together, "_decode_lanes", lambda *_, **__: made.append(1))
+def test_how_sessions_are_made_together(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default on a CPU's cores, in batches on an accelerator, where its kernel makes them; in turns on a mesh."""
+    assert [way_of(model, way) for way in ("auto", "batch", "turns")] == ["cores", "batch", "turns"]
+    gpu, several = (dataclasses.replace(model, mesh=SimpleNamespace(  # type: ignore[arg-type]
+        size=size, devices=np.array([SimpleNamespace(platform="gpu", device_kind="H100")] * size))) for size in (1, 2))
+    assert way_of(gpu, "auto") == "batch" and way_of(several, "auto") == "turns"
     monkeypatch.setattr("starflow_jax.serving.engine.takes_lanes", lambda queries, keys: False)
-    engine = Engine(model, Serve(sessions=2), Metrics())
-    lives = [engine.begin(CAPTIONS[0], paced=False, frames=1 + STRIDE, seed=seed) for seed in range(2)]
+    assert way_of(gpu, "auto") == "turns"
+    with pytest.raises(sf.UserError, match="serve.together=batch: .* on 1 H100; turns or cores can be"):
+        way_of(gpu, "batch")
+    with pytest.raises(sf.UserError, match="serve.together=cores: .* on 2 H100; turns can be"):
+        way_of(several, "cores")
+
+
+@pytest.mark.parametrize("together", ["batch", "cores", "turns"])
+def test_a_batch_is_one_program_and_other_sessions_are_programs_of_their_own(
+    model: Model, monkeypatch: pytest.MonkeyPatch, together: str
+) -> None:
+    made: list[tuple[int, str]] = []
+    answer = engine_module.answer_together
+
+    def spied(asks: list[Ask], sizes: list[int]) -> None:
+        made.append((len(asks), threading.current_thread().name.rstrip("_0123456789")))
+        answer(asks, sizes)
+
+    monkeypatch.setattr(engine_module, "answer_together", spied)
+    engine = Engine(model, Serve(sessions=2, together=together), Metrics())
+    lives = [engine.begin(CAPTIONS[0], paced=False, frames=1, seed=seed) for seed in range(2)]
     engine.start(warm=False)
-    assert [until(live, Ended, []) for live in lives] == [Ended("end")] * 2 and not made
+    assert [until(live, Ended, []) for live in lives] == [Ended("end")] * 2
     engine.stop()
+    assert made == {"batch": [(2, "engine")], "turns": [(2, "engine")], "cores": [(1, "session")] * 2}[together]
+    assert engine._sizes == ([1, 2] if together == "batch" else [1])
 
 
 def test_no_more_than_a_latent_frame_is_made_ahead_of_what_plays(engines) -> None:
@@ -174,13 +203,16 @@ def test_a_prompts_first_frame_is_made_at_once(engines) -> None:
     assert live.session.shown - live._played <= 4 * STRIDE and list(live.session.record.changes) == [4]
 
 
-def test_who_waits_for_a_prompt_is_served_first(model: Model) -> None:
-    engine = Engine(model, Serve(sessions=2), Metrics())
+@pytest.mark.parametrize("together", ["cores", "turns"])
+def test_who_waits_for_a_prompt_is_served_first(model: Model, together: str) -> None:
+    engine = Engine(model, Serve(sessions=2, together=together), Metrics())
+    engine._free = 1
     order: list[int] = []
     lives = [engine.begin(CAPTIONS[0], paced=True, seed=index) for index in range(2)]
     engine._wait()
     for _ in range(2):
-        engine._round(lives)
+        for live in lives:
+            engine._advance([live])
     for index, live in enumerate(lives):
         live.take()
         live._tell = lambda event, index=index: order.append(index)  # type: ignore[method-assign]
@@ -281,10 +313,11 @@ def test_an_error_ends_its_session_and_no_other(engines, error: Exception, words
 
 
 @pytest.mark.slow  # quick: tests/sampling/test_session.py, of sessions one by one
-def test_once_it_is_ready_nothing_is_compiled(engines, compiled) -> None:
+@pytest.mark.parametrize("together", ["batch", "cores"])
+def test_once_it_is_ready_nothing_is_compiled(engines, compiled, together: str) -> None:
     """With sessions that join and leave, change and follow cameras, in batches of every size."""
     jax.clear_caches()
-    engine = engines(warm=True, sessions=3, queue=10)
+    engine = engines(warm=True, sessions=3, queue=10, together=together)
     early = engine.begin(CAPTIONS[0], paced=False, frames=1)  # waits until all is compiled
     until(early, Ended, [])
     assert engine.ready

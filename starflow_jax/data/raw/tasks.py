@@ -15,15 +15,11 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from starflow_jax.config import UserError
+from starflow_jax.io.memory import cores
 from starflow_jax.io.progress import ProgressBar
 
 T = TypeVar("T")
 PER_CORE = 8  # processes that are started at most
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_processes(setting: str, count: int) -> None:
