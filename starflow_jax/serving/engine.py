@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.config import Config, Serve, UserError
-from starflow_jax.io.memory import cores
 from starflow_jax.flow.generation import Ask
 from starflow_jax.flow.together import answer_together, warm_up
+from starflow_jax.io.memory import cores
 from starflow_jax.kernels.attention import takes_lanes
 from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.mesh import on_mesh

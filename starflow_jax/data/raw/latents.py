@@ -17,8 +17,8 @@ from etils import epath
 
 from starflow_jax.data.raw import clips, shards
 from starflow_jax.data.raw.building import keeps_media, read_prepared
-from starflow_jax.io.memory import cores
 from starflow_jax.io.files import ARRIVING, atomic_path, write_text
+from starflow_jax.io.memory import cores
 from starflow_jax.io.progress import ProgressBar
 
 Example = dict[str, Any]
