@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from starflow_jax.flow.control import Steering
 from starflow_jax.flow.decode import WindowState, decode_frames
 from starflow_jax.flow.generation import Ask, Given, answer
 from starflow_jax.flow.inversion import Report, Solver
@@ -38,9 +39,10 @@ def groups(asks: Sequence[Ask], most: int) -> list[list[Ask]]:
 def warm_up(ask: Ask, sizes: Sequence[int], compiled: set[Any]) -> None:
     """Make a step, and let its kind be compiled for every size unless it is among those that are."""
     given, kind = ask.given, _kind(ask)
+    assert given is not None
     for size in sizes:
         if size > 1 and kind not in compiled:
-            jax.block_until_ready(_decode_lanes(ask.model, ask.params, (given,) * size, ask.solver, **ask.how))
+            jax.block_until_ready(_run(ask, [_copied(given)], size))
     compiled.add(kind)
     answer(ask)
 
@@ -56,27 +58,36 @@ def _kind(ask: Ask) -> Any:
 def _answer(asks: list[Ask], size: int) -> None:
     if size == 1:
         return answer(asks[0])
-    first = asks[0]
-    lanes = [ask.take() for ask in asks]
-    lanes += [lanes[0]] * (size - len(lanes))
-    params = to_devices(first.params, after=lanes)
-    made = _decode_lanes(first.model, params, tuple(lanes), first.solver, **first.how)
-    for ask, part in zip(asks, made):
+    for ask, part in zip(asks, _run(asks[0], [ask.take() for ask in asks], size)):
         ask.answer = part
 
 
-# The states are not donated: they are put side by side first, which copies them.
-@partial(jax.jit, static_argnames=("model", "window", "token_grid", "branches"))
-def _decode_lanes(model: STARFlow, params: Any, lanes: tuple[Given, ...], solver: Solver, **how: Any
+def _run(first: Ask, lanes: list[Given], size: int) -> tuple[Any, ...]:
+    """What `decode.decode_frames` returns of each lane, by the program of so many of them."""
+    lanes = lanes + [_copied(lanes[0]) for _ in range(size - len(lanes))]
+    params = to_devices(first.params, after=lanes)
+    states, others, steerings = zip(*((lane.state, lane[1:-1], lane.steering) for lane in lanes))
+    return _decode_lanes(first.model, params, states, others, steerings, first.solver, **first.how)
+
+
+def _copied(lane: Given) -> Given:
+    """With a state of its own, which may be given away."""
+    return lane._replace(state=jax.tree.map(jnp.copy, lane.state))
+
+
+# The states are put side by side, which copies them; the lanes' next ones take the place of those given away.
+@partial(jax.jit, static_argnames=("model", "window", "token_grid", "branches"), donate_argnames="states")
+def _decode_lanes(model: STARFlow, params: Any, states: tuple[WindowState, ...], others: tuple[Any, ...],
+                  steerings: tuple[Steering | None, ...], solver: Solver, **how: Any
                   ) -> tuple[tuple[jax.Array, WindowState, Report], ...]:
-    """`decode_frames` of each."""
+    """`decode_frames` of each lane. others: its arguments between state and steering."""
     # Of a control module, as of the other parameters, there is one for all; lanes differ in their rays.
-    module = lanes[0].steering[0] if lanes[0].steering else None
+    module = steerings[0][0] if steerings[0] else None
 
-    def one(lane: Given, rays: jax.Array | None) -> tuple[jax.Array, WindowState, Report]:
+    def one(state: WindowState, other: Any, rays: jax.Array | None) -> tuple[jax.Array, WindowState, Report]:
         steering = None if rays is None else (module, rays)
-        return decode_frames(model, params, *lane._replace(steering=steering), solver=solver, **how)
+        return decode_frames(model, params, state, *other, steering, solver=solver, **how)
 
-    differing = [(lane._replace(steering=None), lane.steering[1] if lane.steering else None) for lane in lanes]
-    made = jax.vmap(one)(*jax.tree.map(lambda *parts: jnp.stack(parts), *differing))
-    return tuple(jax.tree.map(lambda part, lane=lane: part[lane], made) for lane in range(len(lanes)))
+    rays = [steering[1] if steering else None for steering in steerings]
+    made = jax.vmap(one)(*jax.tree.map(lambda *parts: jnp.stack(parts), *zip(states, others, rays)))
+    return tuple(jax.tree.map(lambda part, lane=lane: part[lane], made) for lane in range(len(states)))

@@ -80,6 +80,14 @@ def check_making(config: Config, mesh: Mesh, together: int, frames: int, stream:
     check_devices(_videos(config, together, frames), needed / stages, mesh, FEWER)
 
 
+def check_sessions(config: Config, mesh: Mesh, sessions: int, as_batches: bool) -> None:
+    """The same of so many streams that are live at once. as_batches: their steps are one program, which holds their
+    caches twice."""
+    each = cache_bytes(config) * (2 if as_batches else 1) + latent_bytes(config, config.model.frames)
+    check_devices(f"serve.sessions={sessions}", flow_bytes(config) + sessions * each, mesh,
+                  "serve fewer sessions, or take a larger machine")
+
+
 def _videos(config: Config, together: int, frames: int) -> str:
     of = f"of {1 + (frames - 1) * config.codec.time_stride} frames"
     return f"a video {of}" if together == 1 else f"{together} videos {of} together"

@@ -24,6 +24,7 @@ from starflow_jax.flow.together import answer_together, warm_up
 from starflow_jax.io.memory import cores
 from starflow_jax.kernels.attention import takes_lanes
 from starflow_jax.sampling.api import Model
+from starflow_jax.sampling.memory import check_sessions
 from starflow_jax.sampling.mesh import on_mesh
 from starflow_jax.serving.live import Begun, Changed, Ended, Frames, Live, Place, Refused, Shown
 from starflow_jax.serving.metrics import Metrics
@@ -39,6 +40,8 @@ class Engine:
     """Starts with `start`, ends with `stop`; `begin` may be called from any thread."""
 
     def __init__(self, model: Model, settings: Serve, metrics: Metrics) -> None:
+        """Raises UserError for a way of making sessions together that this model can't be served in, and for more
+        sessions than there is memory for."""
         self._model, self._settings, self._metrics = model, settings, metrics
         self._lock = threading.Condition()
         self._live: list[Live] = []
@@ -48,6 +51,7 @@ class Engine:
         self._warm = True
         self._together = way_of(model, settings.together)
         self._sizes = batch_sizes(settings.sessions) if self._together == "batch" else [1]
+        check_sessions(model.config, model.mesh, settings.sessions, as_batches=len(self._sizes) > 1)
         self._free = min(settings.sessions, cores())  # of the workers, each of which makes a session's next frames
         self._workers = ThreadPoolExecutor(self._free, "session")
 

@@ -3,9 +3,11 @@
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
 
+from starflow_jax.flow.decode import WindowState
 from starflow_jax.flow.generation import Ask
 from starflow_jax.flow.together import answer_together, groups
 from starflow_jax.sampling.api import Model
@@ -59,3 +61,19 @@ def test_a_session_has_the_frames_it_has_alone(model: Model) -> None:
         assert near(one[at], alone[at])
     unchanged = whole(itertools.islice(begun(0, 0), 4))
     assert near(together[0][:len(unchanged)], unchanged)
+
+
+def test_a_batch_takes_the_place_of_the_caches_that_it_goes_on_from(model: Model) -> None:
+    """Also with lanes that repeat another one: of sessions alone, nothing is given away twice."""
+    sessions = [model.stream(CAPTIONS[0], seed=seed, recording=False) for seed in range(3)]
+    asks = [session.advance() for session in sessions]
+    assert all(isinstance(ask, Ask) for ask in asks)
+    keys = [a_key(ask.given.state) for ask in asks]
+    places = {key.unsafe_buffer_pointer() for key in keys}
+    answer_together(asks, [4])
+    assert all(key.is_deleted() for key in keys)
+    assert {a_key(ask.answer[1]).unsafe_buffer_pointer() for ask in asks} == places
+
+
+def a_key(state: WindowState) -> jax.Array:
+    return jax.tree.leaves(state.known.cache.k_LBPHD)[0]

@@ -14,6 +14,7 @@ import starflow_jax as sf
 from starflow_jax.config import Serve, changed
 from starflow_jax.flow.generation import Ask
 from starflow_jax.io.compiled import count_programs
+from starflow_jax.sampling import memory
 from starflow_jax.sampling.api import Model
 from starflow_jax.sampling.session import Session
 from starflow_jax.serving import engine as engine_module
@@ -111,6 +112,18 @@ def test_how_sessions_are_made_together(model: Model, monkeypatch: pytest.Monkey
         way_of(gpu, "batch")
     with pytest.raises(sf.UserError, match="serve.together=cores: .* on 2 H100; turns can be"):
         way_of(several, "cores")
+
+
+def test_no_more_sessions_than_there_is_memory_for(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch holds caches twice."""
+    config = model.config
+    each = memory.cache_bytes(config) + memory.latent_bytes(config, config.model.frames)
+    monkeypatch.setattr(memory, "host_bytes", lambda: memory.flow_bytes(config) + 6 * each)
+    for sessions, together in ((6, "cores"), (3, "batch")):
+        Engine(model, Serve(sessions=sessions, together=together), Metrics())
+    for sessions, together in ((7, "cores"), (4, "batch")):
+        with pytest.raises(sf.UserError, match=f"serve.sessions={sessions}: at least .* serve fewer sessions"):
+            Engine(model, Serve(sessions=sessions, together=together), Metrics())
 
 
 @pytest.mark.parametrize("together", ["batch", "cores", "turns"])
