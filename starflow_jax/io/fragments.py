@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import av
 import numpy as np
 
-from starflow_jax.io.video import Mp4Writer
+from starflow_jax.io.video import AS_MADE, Mp4Writer
 
 _START_CODE = re.compile(rb"\x00\x00\x00?\x01")  # between H.264's units, and nowhere within them
 _DEFAULT_BASE_IS_MOOF = 0x020000
@@ -23,10 +23,8 @@ class Fragments(Mp4Writer):
 
     def __init__(self, fps: float, scale: int = 1) -> None:
         self._sink = _Sink()
-        # The cores are for making frames: x264's default preset takes three times the work for pieces no smaller.
         super().__init__(self._sink, fps, scale,  # type: ignore[arg-type]
-                         {"movflags": "+empty_moov+default_base_moof"},
-                         {"crf": "16", "preset": "veryfast", "tune": "zerolatency", "threads": "1"})
+                         {"movflags": "+empty_moov+default_base_moof"}, AS_MADE)
         self.codec = ""  # as browsers call it, such as avc1.64000D; known with the first piece
         self._packets: list[av.Packet] = []
         self._pieces, self._time = 0, 0

@@ -11,6 +11,7 @@ from starflow_jax.config import UserError
 GIB = 2**30
 # Limits of the container: of cgroups' second version, and of their first.
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+CPU_SHARE = "/sys/fs/cgroup/cpu.max"  # microseconds of CPU time in a period, and the period
 
 M_ARENA_MAX, ARENAS = -8, 2  # mallopt's number of the setting, and its value
 
@@ -25,8 +26,12 @@ def share_arenas() -> None:
 
 
 def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Those that this process may use, whole ones, by its affinity and by its container's share of the machine."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+        quota, period = map(int, Path(CPU_SHARE).read_text().split())
+        count = min(count, max(1, quota // period))
+    return count
 
 
 def host_bytes() -> int:

@@ -33,7 +33,7 @@ from starflow_jax.sampling.likelihood import window_nll_per_token
 from starflow_jax.sampling.offload import takes_turns
 from starflow_jax.sampling.solver import chosen_solver, shallow_solver
 from starflow_jax.sampling.timeline import Timeline
-from starflow_jax.sampling.windows import Window, denoising_windows
+from starflow_jax.sampling.windows import Window, denoising_windows, frames_taken
 from starflow_jax.sharding import constrain, current_mesh, fetch, is_on_host, lay_out, to_devices, to_host
 
 
@@ -286,10 +286,12 @@ def latency(system: System, settings: Sample) -> int:
 
 
 def by_frames(config: Config, window: Window) -> bool:
-    """Whether the denoiser works on a window frame by frame, with what its layers know of the frames before: not on
-    one of which a single frame is taken, whose context would have to be worked on only for that."""
-    single = window.begin > window.start and window.end - window.begin == 1
-    return config.model.denoiser == "first_layer" and not config.sample.as_released and not single
+    """Whether the denoiser works on a window frame by frame, with what its layers know of the frames before: not where
+    windows move on by a single frame, since all of their context would have to be worked on for that one."""
+    model = config.model
+    single = window.begin > window.start and window.end - window.begin == 1 == frames_taken(
+        config, model.denoiser_lookahead)
+    return model.denoiser == "first_layer" and not config.sample.as_released and not single
 
 
 @jax.jit

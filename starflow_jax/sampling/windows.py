@@ -81,7 +81,13 @@ def output_windows(config: Config, total: int, ahead: int) -> Iterator[Window]:
     if total <= size:
         yield Window(0, total, 0, total)
         return
-    context = max(1, min(config.model.denoiser_window, size * 3 // 4) - ahead)
     # A window's last `ahead` frames lack their look-ahead, so the next window makes them again.
-    for start, stop, begin, _ in windows(total, size, context + ahead):
+    for start, stop, begin, _ in windows(total, size, size - frames_taken(config, ahead)):
         yield Window(start, stop, max(begin - ahead, 0), stop if stop == total else stop - ahead)
+
+
+def frames_taken(config: Config, ahead: int) -> int:
+    """How many frames `output_windows` takes from each window but the first and the last."""
+    size = config.model.frames
+    context = max(1, min(config.model.denoiser_window, size * 3 // 4) - ahead)
+    return size - context - ahead

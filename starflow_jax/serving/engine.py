@@ -1,16 +1,16 @@
 """The one thread that has all live sessions made, latent frame by latent frame, together.
 
 Each round takes the sessions that want another latent frame and hands out what was made. On an accelerator the deep
-block's steps of all of them are one program (flow/together.py); on a CPU each session is worked on by a thread of its
-own. Sessions join and leave between rounds. What a session shows is what it would show alone.
+block's steps of all of them are one program (flow/together.py); on a CPU there is a thread for each core, which works
+on one session at a time. Sessions join and leave between rounds. What a session shows is what it would show alone.
 """
 
 import collections
+import queue
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -53,7 +53,9 @@ class Engine:
         self._sizes = batch_sizes(settings.sessions) if self._together == "batch" else [1]
         check_sessions(model.config, model.mesh, settings.sessions, as_batches=len(self._sizes) > 1)
         self._free = min(settings.sessions, cores())  # of the workers, each of which makes a session's next frames
-        self._workers = ThreadPoolExecutor(self._free, "session")
+        self._to_work: queue.SimpleQueue[Live | None] = queue.SimpleQueue()  # None: no more
+        self._workers = [threading.Thread(target=self._work, name="worker", daemon=True)
+                         for _ in range(self._free if self._together == "cores" else 0)]
 
     @property
     def model(self) -> Model:
@@ -68,7 +70,8 @@ class Engine:
     def start(self, warm: bool = True) -> None:
         """warm: compile all that a session may need before the first one begins."""
         self._warm = warm
-        self._thread.start()
+        for thread in (*self._workers, self._thread):
+            thread.start()
 
     def stop(self, seconds: float = 8.0) -> None:
         """End all sessions, and wait for the thread for so long."""
@@ -118,9 +121,18 @@ class Engine:
         except Exception:
             self._break_down()
         finally:
-            self._workers.shutdown()
-            for live in (*self._live, *self._queue):
+            self._end_all()
+
+    def _end_all(self) -> None:
+        for live in (*self._live, *self._queue):
+            if not live._at_work:
                 self._end(live, Ended("stopped"))
+        with self._lock:
+            self._lock.wait_for(lambda: not any(live._at_work for live in self._live))
+        for live in list(self._live):
+            self._end(live, Ended("stopped"))
+        for _ in self._workers:
+            self._to_work.put(None)
 
     def _break_down(self) -> None:
         traceback.print_exc()
@@ -170,10 +182,14 @@ class Engine:
         self._metrics.queue.set(len(self._queue))
 
     def _wanting(self) -> list[Live]:
-        """Who can be made another latent frame, those who wait for another prompt first."""
+        """Who can be made another latent frame, first those who wait for another prompt, then those who wait longest.
+        """
         with self._lock:
-            wanting = [live for live in self._live if not live._at_work and live._wants_more()] if self._free else []
-            return sorted(wanting, key=lambda live: not live._hurried)
+            idle = [live for live in self._live if not live._at_work]
+            for live in idle:
+                live._since = (live._since or time.monotonic()) if live._wants_more() else 0.0
+            wanting = [live for live in idle if live._since] if self._free else []
+            return sorted(wanting, key=lambda live: (not live._hurried, live._since))
 
     def _round(self, wanting: list[Live]) -> None:
         wanting = wanting[:self._free] if self._together == "cores" else wanting
@@ -186,24 +202,26 @@ class Engine:
             with self._lock:
                 self._free -= 1
                 live._at_work = True
-            self._workers.submit(self._work, live)
+            self._to_work.put(live)
 
-    def _work(self, live: Live) -> None:
-        """What a worker does for a session, which nobody else touches meanwhile."""
-        try:
-            self._advance([live])
-        except Exception:
-            self._break_down()
-        with self._lock:
-            self._free += 1
-            live._at_work = False
-            self._lock.notify_all()
+    def _work(self) -> None:
+        """What a worker does: to sessions that nobody else touches meanwhile."""
+        while live := self._to_work.get():
+            try:
+                self._advance([live])
+            except Exception:
+                self._break_down()
+            finally:
+                with self._lock:
+                    self._free += 1
+                    live._at_work = False
+                    self._lock.notify_all()
 
     def _advance(self, wanting: list[Live]) -> None:
         """Make another latent frame of each."""
-        begun = time.monotonic()
         asking = []
         for live in wanting:
+            live._since = live._since or time.monotonic()
             ask = self._guarded([live], partial(self._next_ask, live))
             if ask is not None:
                 asking.append((live, ask))
@@ -211,8 +229,10 @@ class Engine:
         self._guarded(lives, lambda: self._answer([ask for _, ask in asking]))
         for live in lives:
             if not live._ended:
-                live._ask = self._guarded([live], partial(self._show, live, time.monotonic() - begun))
-            live._seconds += time.monotonic() - begun
+                live._ask = self._guarded([live], partial(self._show, live))
+        for live in wanting:
+            live._seconds += time.monotonic() - live._since
+            live._since = 0.0
 
     def _next_ask(self, live: Live) -> Ask | None:
         """The session's next step; None where frames could be shown without one, or it has ended."""
@@ -225,10 +245,8 @@ class Engine:
         with on_mesh(self._model.mesh):
             answer_together(asks, self._sizes)
 
-    def _show(self, live: Live, seconds: float = 0.0) -> Ask | None:
-        """Hand out the frames that are there; or the step that must be made first. seconds: that this round has taken
-        so far."""
-        begun = time.monotonic()
+    def _show(self, live: Live) -> Ask | None:
+        """Hand out the frames that are there; or the step that must be made first."""
         part = live._session.advance()
         if isinstance(part, Ask):
             return part
@@ -236,7 +254,7 @@ class Engine:
             self._end(live, Ended("end"))
             return None
         session, now = live._session, time.monotonic()
-        first, seconds = session.shown - len(part), live._seconds + seconds + now - begun
+        first, seconds = session.shown - len(part), live._seconds + now - live._since
         if not first:
             self._metrics.first_frame.observe(seconds)
         self._metrics.frames.inc(len(part))
@@ -280,7 +298,8 @@ class Engine:
     def _check_compared(self, live: Live) -> None:
         """Raises UserError where so many other sessions are compared that this one would take too much of their time:
         each is worked on by itself, once more for every latent frame."""
-        compared = sum(other is not live and other._session.other_prompt is not None for other in self._live)
+        with self._lock:
+            compared = sum(other is not live and other._session.other_prompt is not None for other in self._live)
         if compared >= self._settings.compared:
             raise UserError(f"other_prompt: {compared} sessions are compared with another prompt, and no more may be "
                             "(serve.compared); try again later")
@@ -334,7 +353,7 @@ def way_of(model: Model, together: str) -> str:
         return best if best in ways else "turns"
     if together not in ways:
         raise UserError(f"serve.together={together}: this model can't be served so on {model.mesh.size} "
-                        f"{model.mesh.devices.flat[0].device_kind}; {' or '.join(ways)} can be")
+                        f"{model.mesh.devices.flat[0].device_kind}; set it to {' or '.join(ways)}")
     return together
 
 

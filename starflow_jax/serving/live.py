@@ -75,7 +75,7 @@ Event = Place | Begun | Frames | Changed | Shown | Refused | Ended
 
 class Live:
     """One session. The engine alone uses what begins with an underscore, under the lock that all of its sessions
-    share, and the session itself."""
+    share, and the session itself; the one of its workers that a session is given to, while it works on it."""
 
     def __init__(self, session: Session, lock: threading.Condition, paced: bool, stride: int) -> None:
         """paced: it is steered while it plays, so that frames are made only as they are played. stride: frames of a
@@ -90,7 +90,8 @@ class Live:
         self._played, self._paused, self._closed, self._ended = 0, False, False, False
         self._place = 0
         self._heard = self._read = time.monotonic()
-        self._seconds = 0.0  # that it was worked on
+        self._since = 0.0  # when it began to want another latent frame; 0: it wants none
+        self._seconds = 0.0  # that it has waited for them
         self._ask: Ask | None = None  # that a round has left to the next one
         self._at_work = False  # whether a worker makes its next frames
 
@@ -100,7 +101,7 @@ class Live:
         return self._session
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Call this, from the engine's thread, whenever there is something to take."""
+        """Call this, from one of the engine's threads, whenever there is something to take."""
         with self._lock:
             self._listener = listener
         listener()

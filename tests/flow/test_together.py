@@ -64,7 +64,7 @@ def test_a_session_has_the_frames_it_has_alone(model: Model) -> None:
 
 
 def test_a_batch_takes_the_place_of_the_caches_that_it_goes_on_from(model: Model) -> None:
-    """Also with lanes that repeat another one: of sessions alone, nothing is given away twice."""
+    """Also where a lane is added that repeats another one."""
     sessions = [model.stream(CAPTIONS[0], seed=seed, recording=False) for seed in range(3)]
     asks = [session.advance() for session in sessions]
     assert all(isinstance(ask, Ask) for ask in asks)

@@ -4,14 +4,17 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from starflow_jax.io.memory import share_arenas
+from starflow_jax.io import memory
+from starflow_jax.io.memory import cores, share_arenas
 
 ARENAS_OF_16_THREADS = """
 import ctypes, os, sys, tempfile, threading
-from starflow_jax.io.memory import share_arenas
+from starflow_jax.io import memory
+from starflow_jax.io.memory import cores, share_arenas
 
 if sys.argv[1] == "shared":
     share_arenas()
@@ -56,3 +59,15 @@ def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctypes.CDLL", none)
     monkeypatch.setattr(sys, "platform", "win32")
     share_arenas()
+
+
+@pytest.mark.parametrize("share, count", [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1),
+                                          ("6400000 100000", 8), (None, 8)])
+def test_a_containers_share_of_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: str | None, count: int
+) -> None:
+    if share:
+        (tmp_path / "cpu.max").write_text(share)
+    monkeypatch.setattr(memory, "CPU_SHARE", str(tmp_path / "cpu.max"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert cores() == count

@@ -9,7 +9,7 @@ import pytest
 from starflow_jax.flow import decode
 from starflow_jax.model.store import LoadedModel
 from starflow_jax.model.system import System
-from starflow_jax.sampling import stream
+from starflow_jax.sampling import denoise, stream
 from starflow_jax.sampling.offload import takes_turns, with_parts_aside
 from starflow_jax.sharding import is_on_host
 from tests.helpers import changed
@@ -60,11 +60,13 @@ def test_deep_block_denoiser_and_codec_are_on_the_device_only_in_their_turns(
 
     watch(decode, "decode_frames")
     watch(stream, "score_next")
+    watch(denoise, "denoiser_step")
     watch(stream, "decode_next")
     streamed(aside.system, aside.params, settings)
     assert len(held["decode_next"]) == 6
     assert {name: set(map(frozenset, of)) for name, of in held.items()} == {
-        "decode_frames": {frozenset({"deep"})}, "score_next": {frozenset({"denoiser"})}, "decode_next": {frozenset()}}
+        "decode_frames": {frozenset({"deep"})}, "score_next": {frozenset({"denoiser"})},
+        "denoiser_step": {frozenset({"denoiser"})}, "decode_next": {frozenset()}}
 
 
 def test_a_stream_over_two_devices_leaves_all_where_it_is() -> None:

@@ -1,24 +1,30 @@
 """Streams: the frames of the whole clip, on one device or two, as early as they can be."""
 
+import collections
 import dataclasses
 import gc
 import itertools
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from starflow_jax.config import UserError
+from starflow_jax.config import Mesh, Plan, UserError
 from starflow_jax.io.pictures import read_image
 from starflow_jax.model.system import System
+from starflow_jax.planning.sampling import sampling_programs
+from starflow_jax.sampling import denoise, stream
 from starflow_jax.sampling.generate import generate_clips
 from starflow_jax.sampling.solved import solved
-from starflow_jax.sampling.stream import latency, stream_clips, stream_devices
+from starflow_jax.sampling.stream import by_frames, latency, stream_clips, stream_devices
 from starflow_jax.sampling.timeline import Event, Timeline, draw_timeline
+from starflow_jax.sampling.windows import denoising_windows
+from starflow_jax.sharding import make_mesh
 from tests.helpers import changed
-from tests.small_model import CAPTIONS, SETTINGS
+from tests.small_model import CAPTIONS, CONFIG, SETTINGS
 
 SEEDS = [5, 6, 7]
 
@@ -129,6 +135,38 @@ def test_timeline_is_drawn_to_scale(tmp_path: Path) -> None:
     bars = [bar(0, even), bar(0, odd), bar(1, even), bar(1, odd)]
     seconds = [(0, 2), (2, 5), (3, 4), (8, 10)]
     np.testing.assert_allclose(bars, 50 + 84 * np.array(seconds), atol=1)
+
+
+@pytest.mark.parametrize("model, alone", [
+    (dict(frames=3), [True, False, False, True]),  # of the last one two frames are taken
+    (dict(frames=8), [True, True]), (dict(frames=4, denoiser_window=10), [True, False, True]),
+    (dict(frames=4, denoiser_window=10, denoiser_lookahead=0), [True, False, False]),
+    (dict(frames=8, denoiser_window=10, denoiser_lookahead=0), [True, True, True]),  # of the last one frame is taken
+    (dict(frames=4, denoiser_window=10, denoiser="every_layer"), [False] * 3)])
+def test_the_denoiser_works_at_once_on_windows_that_move_on_by_a_frame(model: dict[str, Any], alone: list[bool]) -> None:
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **model))
+    total = {3: 6, 4: 6, 8: 11}[config.model.frames]
+    assert [by_frames(config, window) for window in denoising_windows(config, total)] == alone
+
+
+def test_a_plan_counts_the_denoisers_steps(system: System, params, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window of three frames over six: those of the first and of the last one frame by frame, the others at once."""
+    run: collections.Counter[str] = collections.Counter()
+    for module, name in ((stream, "score_next"), (denoise, "denoiser_step")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, of=name, function=function, **keywords: (
+            run.update([of]), function(*args, **keywords))[1])
+    settings = changed(SETTINGS, frames=21, frames_per_step=1, stream=True)
+    list(stream_clips(system, params, CAPTIONS, SEEDS, settings))
+    monkeypatch.undo()
+    mesh = make_mesh(Mesh(), jax.local_devices()[:1])
+    with jax.set_mesh(mesh):
+        programs = sampling_programs(dataclasses.replace(
+            CONFIG, plan=Plan(step="sample", videos=3), sample=settings), mesh)
+    planned: collections.Counter[str] = collections.Counter()
+    for program in programs:
+        planned.update({program.lowered.as_text().split("module @jit_", 1)[1].split()[0]: program.times})
+    assert run == {name: planned[name] for name in run} and run["denoiser_step"] == 2
 
 
 def test_what_cannot_be_streamed_is_refused(system: System) -> None:

@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=0, help="sessions together; 0: speed is not measured")
     parser.add_argument("--clients", type=int, default=0, help="bad clients; 0: there are none")
     parser.add_argument("--seconds", type=float, default=60, help="that viewers watch")
+    parser.add_argument("--together", default="auto", help="serve.together of a server that is started")
     parser.add_argument("--frames", type=int, default=97, help="of a session as fast as it can be")
     parser.add_argument("--fps", type=float, default=8, help="playing rate of the model")
     parser.add_argument("--gap", type=float, default=1.0, help="seconds that a viewer may wait for a frame at most")
@@ -190,7 +191,8 @@ def main() -> None:
         address, process = asked.address, asked.process
         if not address:
             workdir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            server = stack.enter_context(Server(workdir, sessions=max(4, asked.sessions), rate=100_000))
+            server = stack.enter_context(Server(workdir, sessions=max(4, asked.sessions), rate=100_000,
+                                               together=asked.together))
             address, process = server.address, server.process
         rows, harmed = asyncio.run(run(address, process, asked))
     print(table(rows, ("figure", "measured")))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -108,9 +109,9 @@ def test_how_sessions_are_made_together(model: Model, monkeypatch: pytest.Monkey
     assert way_of(gpu, "auto") == "batch" and way_of(several, "auto") == "turns"
     monkeypatch.setattr("starflow_jax.serving.engine.takes_lanes", lambda queries, keys: False)
     assert way_of(gpu, "auto") == "turns"
-    with pytest.raises(sf.UserError, match="serve.together=batch: .* on 1 H100; turns or cores can be"):
+    with pytest.raises(sf.UserError, match="serve.together=batch: .* on 1 H100; set it to turns or cores"):
         way_of(gpu, "batch")
-    with pytest.raises(sf.UserError, match="serve.together=cores: .* on 2 H100; turns can be"):
+    with pytest.raises(sf.UserError, match="serve.together=cores: .* on 2 H100; set it to turns"):
         way_of(several, "cores")
 
 
@@ -143,7 +144,7 @@ def test_a_batch_is_one_program_and_other_sessions_are_programs_of_their_own(
     engine.start(warm=False)
     assert [until(live, Ended, []) for live in lives] == [Ended("end")] * 2
     engine.stop()
-    assert made == {"batch": [(2, "engine")], "turns": [(2, "engine")], "cores": [(1, "session")] * 2}[together]
+    assert made == {"batch": [(2, "engine")], "turns": [(2, "engine")], "cores": [(1, "worker")] * 2}[together]
     assert engine._sizes == ([1, 2] if together == "batch" else [1])
 
 
@@ -232,9 +233,57 @@ def test_who_waits_for_a_prompt_is_served_first(model: Model, together: str) -> 
         live.played(live.session.shown)
     lives[1].change(prompt=CAPTIONS[1])
     rounds = iter([True, False])
-    engine._wait, engine._warm = lambda: next(rounds), False  # type: ignore[method-assign]
-    engine._run()
-    assert order[0] == 1 and 0 in order
+    engine._wait = lambda: next(rounds)  # type: ignore[method-assign]
+    engine.start(warm=False)
+    engine._thread.join(PATIENCE)
+    assert order[0] == 1
+
+
+def test_workers_take_the_session_that_waits_longest(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And tell how long it took from then on."""
+    engine = Engine(model, Serve(sessions=3, together="cores"), Metrics())
+    engine._free, done = 1, threading.Event()
+    worked: list[Live] = []
+
+    def advance(wanting: list[Live]) -> None:
+        worked.extend(wanting)
+        wanting[0]._since = 0.0
+        if len(worked) == 7:
+            engine.begin_to_stop()
+
+    monkeypatch.setattr(engine, "_advance", advance)
+    lives = [engine.begin(CAPTIONS[0], paced=False, seed=seed) for seed in range(3)]
+    engine.start(warm=False)
+    assert [until(live, Ended, []) for live in lives] == [Ended("stopped")] * 3
+    assert worked[:6] == lives * 2
+
+
+def test_an_end_tells_at_once_who_is_not_at_work(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model, Serve(sessions=1, queue=1, together="cores"), Metrics())
+    at_work, may_end = threading.Event(), threading.Event()
+    monkeypatch.setattr(engine, "_advance", lambda wanting: (at_work.set(), may_end.wait(PATIENCE)))
+    live, waiting = (engine.begin(CAPTIONS[0], paced=True) for _ in range(2))
+    engine.start(warm=False)
+    assert at_work.wait(PATIENCE)
+    engine.begin_to_stop()
+    assert until(waiting, Ended, []) == Ended("stopped") and not live._ended
+    may_end.set()
+    assert until(live, Ended, []) == Ended("stopped")
+    engine.stop()
+    for thread in engine._workers:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+def test_a_session_that_waits_for_a_worker_counts_that_time(model: Model) -> None:
+    engine = Engine(model, Serve(sessions=1, together="turns"), Metrics())
+    live = engine.begin(CAPTIONS[0], paced=True)
+    engine._wait()
+    live._since = time.monotonic() - 100
+    engine._advance([live])
+    engine._advance([live])
+    frames, = (event for event in live.take() if isinstance(event, Frames))
+    assert 100 < frames.seconds < 100 + PATIENCE and live._since == 0
 
 
 def test_what_cannot_be_is_said_and_the_session_goes_on(engines) -> None:
@@ -260,6 +309,9 @@ def test_so_many_sessions_are_compared_with_another_prompt_and_no_more(engines) 
     told: tuple[list[Event], list[Event]] = ([], [])
     first.change(other_prompt=CAPTIONS[1])
     until(first, Frames, told[0])
+    while first.session.other_prompt is None:  # the change may have come behind the first frames
+        first.played(first.session.shown)
+        told[0].extend(first.wait(0.1))
     second.change(other_prompt=CAPTIONS[1])
     second.played(second.session.shown)
     assert "1 sessions are compared" in until(second, Refused, told[1]).why

@@ -1,0 +1,196 @@
+"""Firefox for the tests of the page, over WebDriver BiDi, which it speaks by itself: Playwright drives only a build of
+its own, or versions newer than Debian's. A `Tab` has those of the methods of Playwright's page that `Page` needs, under
+their names; keys and clicks are those of the browser's input, not events made by a script."""
+
+import contextlib
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+PATIENCE = 300.0  # seconds that no test ever waits for
+KEYS = {"Enter": "\ue007", "Tab": "\ue004", "Space": " ", "Control": "\ue009", "ArrowLeft": "\ue012",
+        "ArrowUp": "\ue013", "ArrowRight": "\ue014", "ArrowDown": "\ue015"}
+
+
+@contextlib.contextmanager
+def firefox() -> Iterator["Browser"]:
+    """Skips the test where there is none."""
+    client = pytest.importorskip("websockets.sync.client", reason="needs the extra serve")
+    path = shutil.which("firefox-esr") or shutil.which("firefox")
+    if path is None:
+        pytest.skip("needs the browser firefox")
+    with tempfile.TemporaryDirectory() as profile, tempfile.TemporaryDirectory() as downloads:
+        settings = {"browser.download.folderList": 2, "browser.download.dir": downloads}
+        lines = [f"user_pref({json.dumps(name)}, {json.dumps(value)});" for name, value in settings.items()]
+        (Path(profile) / "user.js").write_text("\n".join(lines))
+        process = subprocess.Popen(
+            [path, "--headless", "--no-remote", "--profile", profile, "--remote-debugging-port=0", "about:blank"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        try:
+            assert process.stderr
+            found = (re.search(r"BiDi listening on (ws://\S+)", line) for line in process.stderr)
+            address = next(match[1] for match in found if match)
+            with client.connect(f"{address}/session", max_size=None) as socket:
+                yield Browser(socket, Path(downloads))
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+class Browser:
+    """A session with a browser."""
+
+    def __init__(self, socket: Any, downloads: Path) -> None:
+        self._socket, self._numbers, self._downloads = socket, itertools.count(1), downloads
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        self.ask("session.new", capabilities={})
+        self.ask("session.subscribe", events=["log.entryAdded"])
+
+    def ask(self, method: str, **params: Any) -> dict[str, Any]:
+        """The result of a command. Raises AssertionError where the browser refuses it."""
+        number = next(self._numbers)
+        self._socket.send(json.dumps({"id": number, "method": method, "params": params}))
+        while True:
+            message = json.loads(self._socket.recv(timeout=PATIENCE))
+            if message["type"] == "event":
+                for listener in self.listeners:
+                    listener(message["params"])
+            elif message["id"] == number:
+                assert message["type"] == "success", message
+                return message["result"]
+
+    def saved(self, name: str) -> bytes:
+        """What the download of that name holds, once all of it is there; it is taken away."""
+        file, until = self._downloads / name, time.monotonic() + PATIENCE
+        while not file.exists() or not file.stat().st_size or file.with_name(f"{name}.part").exists():
+            assert time.monotonic() < until, list(self._downloads.iterdir())
+            time.sleep(0.1)
+        content = file.read_bytes()
+        file.unlink()
+        return content
+
+    def new_page(self, **settings: Any) -> "Tab":
+        """settings: those of Playwright's that the tests use here: viewport."""
+        return Tab(self, **settings)
+
+
+class Tab:
+    """One tab."""
+
+    def __init__(self, browser: Browser, viewport: dict[str, int] | None = None) -> None:
+        self._browser = browser
+        self._context = browser.ask("browsingContext.create", type="tab")["context"]
+        self.keyboard = Keyboard(self._act)
+        if viewport:
+            browser.ask("browsingContext.setViewport", context=self._context, viewport=viewport)
+
+    def set_default_timeout(self, milliseconds: float) -> None:
+        """Every wait ends after PATIENCE."""
+
+    def on(self, event: str, listener: Callable[[Any], Any]) -> None:
+        """event: "console", of messages with type and text; or "pageerror", of what was thrown and not caught."""
+
+        def hear(entry: dict[str, Any]) -> None:
+            if entry.get("source", {}).get("context") != self._context:
+                return
+            if event == "console" and entry["type"] == "console":
+                listener(SimpleNamespace(type=entry["level"], text=entry["text"]))
+            elif event == "pageerror" and entry["type"] == "javascript" and entry["level"] == "error":
+                listener(entry["text"] + json.dumps(entry))
+
+        self._browser.listeners.append(hear)
+
+    def add_init_script(self, script: str) -> None:
+        self._browser.ask("script.addPreloadScript", functionDeclaration=f"() => {{ {script} }}",
+                          contexts=[self._context])
+
+    def goto(self, address: str) -> None:
+        self._browser.ask("browsingContext.navigate", context=self._context, url=address, wait="complete")
+
+    def close(self) -> None:
+        self._browser.ask("browsingContext.close", context=self._context)
+
+    def evaluate(self, expression: str) -> Any:
+        """Of an expression's value, or of what a function returns."""
+        source = f"(async () => {{ const it = ({expression}); " \
+                 "return JSON.stringify(await (typeof it === 'function' ? it() : it)) ?? null; })()"
+        found = self._browser.ask("script.evaluate", expression=source, awaitPromise=True,
+                                  target={"context": self._context})
+        assert found["type"] == "success", found["exceptionDetails"]["text"]
+        return json.loads(found["result"].get("value", "null"))
+
+    def wait_for_function(self, function: str, polling: float) -> None:
+        """polling: in milliseconds."""
+        until = time.monotonic() + PATIENCE
+        while not self.evaluate(f"Boolean(({function})())"):
+            assert time.monotonic() < until, function
+            time.sleep(polling / 1000)
+
+    def wait_for_timeout(self, milliseconds: float) -> None:
+        time.sleep(milliseconds / 1000)
+
+    def locator(self, selector: str) -> Any:
+        return SimpleNamespace(inner_text=lambda: self.evaluate(f"{_found(selector)}.innerText"))
+
+    def screenshot(self) -> str:
+        """A PNG, in base64."""
+        return self._browser.ask("browsingContext.captureScreenshot", context=self._context)["data"]
+
+    def focus(self, selector: str) -> None:
+        self.evaluate(f"void {_found(selector)}.focus()")
+
+    def fill(self, selector: str, text: str) -> None:
+        """Typed in place of what is there."""
+        self.evaluate(f"(() => {{ const it = {_found(selector)}; it.focus(); it.select(); }})()")
+        self.keyboard.type(text)
+
+    def click(self, selector: str) -> None:
+        x, y = self.evaluate(f"""(() => {{
+            const it = {_found(selector)};
+            it.scrollIntoView({{ block: "center", behavior: "instant" }});
+            const box = it.getBoundingClientRect();
+            return [Math.round(box.x + box.width / 2), Math.round(box.y + box.height / 2)];
+        }})()""")
+        steps = [{"type": "pointerMove", "x": x, "y": y}, {"type": "pointerDown", "button": 0},
+                 {"type": "pointerUp", "button": 0}]
+        self._act({"type": "pointer", "id": "mouse", "actions": steps})
+
+    def _act(self, actions: dict[str, Any]) -> None:
+        self._browser.ask("input.performActions", context=self._context, actions=[actions])
+
+
+class Keyboard:
+    """Keys by their names, as Playwright calls them."""
+
+    def __init__(self, act: Callable[[dict[str, Any]], None]) -> None:
+        self._act = act
+
+    def down(self, key: str) -> None:
+        self._keys([("keyDown", key)])
+
+    def up(self, key: str) -> None:
+        self._keys([("keyUp", key)])
+
+    def press(self, key: str) -> None:
+        self._keys([("keyDown", key), ("keyUp", key)])
+
+    def type(self, text: str) -> None:
+        self._keys([(way, letter) for letter in text for way in ("keyDown", "keyUp")])
+
+    def _keys(self, steps: list[tuple[str, str]]) -> None:
+        self._act({"type": "key", "id": "keyboard",
+                   "actions": [{"type": way, "value": KEYS.get(key, key)} for way, key in steps]})
+
+
+def _found(selector: str) -> str:
+    return f"document.querySelector({json.dumps(selector)})"
