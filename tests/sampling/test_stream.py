@@ -16,7 +16,8 @@ from starflow_jax.config import Mesh, Plan, UserError
 from starflow_jax.io.pictures import read_image
 from starflow_jax.model.system import System
 from starflow_jax.planning.sampling import sampling_programs
-from starflow_jax.sampling import denoise, stream
+from starflow_jax.sampling import denoise as denoise_module
+from starflow_jax.sampling import stream
 from starflow_jax.sampling.generate import generate_clips
 from starflow_jax.sampling.solved import solved
 from starflow_jax.sampling.stream import by_frames, latency, stream_clips, stream_devices
@@ -143,7 +144,9 @@ def test_timeline_is_drawn_to_scale(tmp_path: Path) -> None:
     (dict(frames=4, denoiser_window=10, denoiser_lookahead=0), [True, False, False]),
     (dict(frames=8, denoiser_window=10, denoiser_lookahead=0), [True, True, True]),  # of the last one frame is taken
     (dict(frames=4, denoiser_window=10, denoiser="every_layer"), [False] * 3)])
-def test_the_denoiser_works_at_once_on_windows_that_move_on_by_a_frame(model: dict[str, Any], alone: list[bool]) -> None:
+def test_the_denoiser_works_at_once_on_windows_that_move_on_by_a_frame(
+    model: dict[str, Any], alone: list[bool]
+) -> None:
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **model))
     total = {3: 6, 4: 6, 8: 11}[config.model.frames]
     assert [by_frames(config, window) for window in denoising_windows(config, total)] == alone
@@ -152,7 +155,7 @@ def test_the_denoiser_works_at_once_on_windows_that_move_on_by_a_frame(model: di
 def test_a_plan_counts_the_denoisers_steps(system: System, params, monkeypatch: pytest.MonkeyPatch) -> None:
     """A window of three frames over six: those of the first and of the last one frame by frame, the others at once."""
     run: collections.Counter[str] = collections.Counter()
-    for module, name in ((stream, "score_next"), (denoise, "denoiser_step")):
+    for module, name in ((stream, "score_next"), (denoise_module, "denoiser_step")):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, of=name, function=function, **keywords: (
             run.update([of]), function(*args, **keywords))[1])

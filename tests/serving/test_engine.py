@@ -240,9 +240,8 @@ def test_who_waits_for_a_prompt_is_served_first(model: Model, together: str) -> 
 
 
 def test_workers_take_the_session_that_waits_longest(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And tell how long it took from then on."""
     engine = Engine(model, Serve(sessions=3, together="cores"), Metrics())
-    engine._free, done = 1, threading.Event()
+    engine._free = 1
     worked: list[Live] = []
 
     def advance(wanting: list[Live]) -> None:

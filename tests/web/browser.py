@@ -1,4 +1,4 @@
-"""The page in Chromium: what it shows, and whatever goes wrong in it."""
+"""The page in a browser: what it shows, and whatever goes wrong in it."""
 
 import base64
 import contextlib
@@ -14,12 +14,12 @@ import pytest
 PATIENCE = 300_000.0  # milliseconds that no test ever waits for
 MODEL_PIXELS = 24  # of a frame's side, as the pretrained model makes it
 
-# Runs in the page before its own script: stalls with the seconds of video that the player still had, each frame that
-# was shown in the model's own pixels, and violations of the Content-Security-Policy.
+# Runs in the page, where that can be before its own script: stalls with the seconds of video that the player still had,
+# each frame that was shown in the model's own pixels, and violations of the Content-Security-Policy.
 WATCH = """
 window.seen = { stalls: [], frames: [], violations: [] };
 addEventListener("securitypolicyviolation", (event) => seen.violations.push(event.violatedDirective));
-addEventListener("DOMContentLoaded", () => {
+const watch = () => {
   const video = document.getElementById("video");
   if (!video) return;
   const canvas = document.createElement("canvas");
@@ -39,7 +39,9 @@ addEventListener("DOMContentLoaded", () => {
     video.requestVideoFrameCallback(look);
   };
   video.requestVideoFrameCallback(look);
-});
+};
+if (document.readyState === "loading") addEventListener("DOMContentLoaded", watch);
+else watch();
 """
 
 

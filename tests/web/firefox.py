@@ -2,6 +2,7 @@
 its own, or versions newer than Debian's. A `Tab` has those of the methods of Playwright's page that `Page` needs, under
 their names; keys and clicks are those of the browser's input, not events made by a script."""
 
+import base64
 import contextlib
 import itertools
 import json
@@ -90,7 +91,7 @@ class Tab:
     def __init__(self, browser: Browser, viewport: dict[str, int] | None = None) -> None:
         self._browser = browser
         self._context = browser.ask("browsingContext.create", type="tab")["context"]
-        self.keyboard = Keyboard(self._act)
+        self.keyboard, self._scripts = Keyboard(self._act), list[str]()
         if viewport:
             browser.ask("browsingContext.setViewport", context=self._context, viewport=viewport)
 
@@ -106,16 +107,18 @@ class Tab:
             if event == "console" and entry["type"] == "console":
                 listener(SimpleNamespace(type=entry["level"], text=entry["text"]))
             elif event == "pageerror" and entry["type"] == "javascript" and entry["level"] == "error":
-                listener(entry["text"] + json.dumps(entry))
+                listener(entry["text"])
 
         self._browser.listeners.append(hear)
 
     def add_init_script(self, script: str) -> None:
-        self._browser.ask("script.addPreloadScript", functionDeclaration=f"() => {{ {script} }}",
-                          contexts=[self._context])
+        """To run once a page is there: run before, now and then some of it may not be touched by the page."""
+        self._scripts.append(script)
 
     def goto(self, address: str) -> None:
         self._browser.ask("browsingContext.navigate", context=self._context, url=address, wait="complete")
+        for script in self._scripts:
+            self.evaluate(f"() => {{ {script} }}")
 
     def close(self) -> None:
         self._browser.ask("browsingContext.close", context=self._context)
@@ -142,9 +145,9 @@ class Tab:
     def locator(self, selector: str) -> Any:
         return SimpleNamespace(inner_text=lambda: self.evaluate(f"{_found(selector)}.innerText"))
 
-    def screenshot(self) -> str:
-        """A PNG, in base64."""
-        return self._browser.ask("browsingContext.captureScreenshot", context=self._context)["data"]
+    def screenshot(self, path: Path) -> None:
+        content = self._browser.ask("browsingContext.captureScreenshot", context=self._context)["data"]
+        path.write_bytes(base64.b64decode(content))
 
     def focus(self, selector: str) -> None:
         self.evaluate(f"void {_found(selector)}.focus()")

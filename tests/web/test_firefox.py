@@ -21,7 +21,9 @@ def browser() -> Iterator[Browser]:
         yield opened
 
 
-def test_it_plays_while_it_is_made_and_follows_prompt_and_keys(open_page: Any, browser: Browser) -> None:
+def test_it_plays_while_it_is_made_and_follows_prompt_and_keys(
+    open_page: Any, browser: Browser, tmp_path: Path
+) -> None:
     default_reader()  # which takes seconds, while frames would go by
     page = open_page()
     page.begin(RED, seed="0")
@@ -33,6 +35,7 @@ def test_it_plays_while_it_is_made_and_follows_prompt_and_keys(open_page: Any, b
     page.tab.click("#send")
     page.until("document.getElementById('change').textContent.endsWith(' s')")
     page.until_shown(lambda clip: colour(clip) == "blue", last=max(page.frames()) + 48)
+    page.tab.screenshot(tmp_path / "plays.png")  # to be looked at
     page.tab.focus("#screen")
     for press in (page.tab.keyboard.down, page.tab.keyboard.up):
         press("ArrowRight")
@@ -64,4 +67,5 @@ def test_a_finite_video_ends_and_is_saved_and_errors_are_said_in_words(
     file = tmp_path / "session.mp4"
     file.write_bytes(browser.saved(file.name))
     frames = read_video(file)[0]
-    assert len(frames) == 17 and np.abs(shrunk(frames[-1]) - np.int32(page.pixels())).mean() < 6  # it still stands there
+    assert len(frames) == 17
+    assert np.abs(shrunk(frames[-1]) - np.int32(page.pixels())).mean() < 6  # the last one still stands there
