@@ -5,13 +5,15 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from starflow_jax.config import UserError
 
 ARRIVING = ".arriving-"  # prefix of the names of what is not whole yet; a killed process leaves such files behind
+
+UNITS = {1: "bytes", 10**3: "kB", 10**6: "MB", 10**9: "GB", 10**12: "TB"}
 
 DRIVERS = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # what fsspec reads the stores by
 
@@ -93,8 +95,10 @@ def sync_all(path: Path) -> None:
         sync(path)
 
 
-def check_writable(folder: str | os.PathLike[str], setting: str) -> None:
+def check_writable(folder: str | os.PathLike[str], setting: str, files: Sequence[str] = ()) -> None:
     """Raises UserError, which names the setting, where a folder can't be written to, or can't be made; makes nothing.
+
+    files: names that are to be written in it; a folder of such a name, and a name too long, are refused too.
     """
     if "://" in os.fspath(folder):
         return
@@ -102,14 +106,18 @@ def check_writable(folder: str | os.PathLike[str], setting: str) -> None:
     try:
         there = next(part for part in (path, *path.parents) if part.exists())
         longest = os.pathconf(there, "PC_NAME_MAX")
-        if any(len(os.fsencode(part)) > longest for part in path.parts):
+        if any(len(os.fsencode(part)) > longest for part in (*path.parts, *files)):
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        if any((path / file).is_dir() for file in files):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
         with tempfile.TemporaryFile(dir=there):
             pass
     except (OSError, ValueError) as error:
         words = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
-        shown = os.fspath(folder)[:200] + ("..." if len(os.fspath(folder)) > 200 else "")
-        raise UserError(f"{setting}={shown}: can't be written to ({words}); name another folder") from error
+        whole = os.fspath(Path(folder, files[0]) if files else folder)
+        shown = whole[:200] + ("..." if len(whole) > 200 else "")
+        raise UserError(f"{setting}={shown}: can't be written to ({words}); name another "
+                        f"{'file' if files else 'folder'}") from error
 
 
 def check_reachable(path: str, setting: str) -> None:
@@ -148,6 +156,12 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def size_in_words(count: int) -> str:
+    """A number of bytes with the unit that suits it: 1.0 kB, 3.2 GB."""
+    unit = next((unit for unit in (10**12, 10**9, 10**6, 10**3) if count >= unit), 1)
+    return f"{count / unit:,.1f} {UNITS[unit]}" if unit > 1 else f"{count:,} {UNITS[unit]}"
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

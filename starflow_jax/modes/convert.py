@@ -26,7 +26,7 @@ from starflow_jax.checkpoints.training import Checkpoints
 from starflow_jax.codec.wan_weights import STATISTICS
 from starflow_jax.config import Config, Convert, UserError, changed
 from starflow_jax.io.checksums import CHECKSUMS, checksums_of
-from starflow_jax.io.files import atomic_path
+from starflow_jax.io.files import atomic_path, check_writable, size_in_words
 from starflow_jax.io.hub import on_disk
 from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.io.tensor_files import StoredArray, check_shapes, write_safetensors
@@ -59,6 +59,9 @@ def convert(config: Config, workdir: Path) -> None:
                         "or a file to write them to with --config.convert.target=FILE.safetensors")
     if settings.target and not settings.target.endswith(".safetensors"):
         raise UserError(f"convert.target={settings.target!r}: must end in .safetensors")
+    if settings.target:
+        target = Path(settings.target)
+        check_writable(target.parent, "convert.target", [target.name])
     if settings.source == PACKAGED:
         check_pretrained(config, f"convert.source={PACKAGED}", "--config.convert.source")
         config = dataclasses.replace(settings_of(PRETRAINED), convert=settings)
@@ -165,7 +168,7 @@ def write_checkpoint(config: Config, workdir: Path, flow: Source) -> None:
         path.write_text(json.dumps(facts, indent=1))
     if flow.changes:
         print(table(flow.changes, ("setting", "source", "here", "what it does")))
-    print(f"{source} -> {directory / '0'}: {facts['parameters']:,} parameters, {facts['bytes'] / 1e9:.2f} GB")
+    print(f"{source} -> {directory / '0'}: {facts['parameters']:,} parameters, {size_in_words(facts['bytes'])}")
 
 
 def read_vae(config: Config, workdir: Path) -> tuple[dict[str, Any], Path]:
@@ -282,7 +285,7 @@ def _write(target: Path, tensors: Mapping[str, Any]) -> None:
 
 
 def _size(tensors: Mapping[str, Any]) -> str:
-    return f"{len(tensors)} tensors, {sum(tensor.nbytes for tensor in tensors.values()) / 1e6:,.1f} MB"
+    return f"{len(tensors)} tensors, {size_in_words(sum(tensor.nbytes for tensor in tensors.values()))}"
 
 
 def _cast(array: Any, dtype: str) -> StoredArray:
@@ -302,5 +305,7 @@ def _check_room(folder: Path, needed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB free; make room, or "
-                        "write half as much with --config.convert.dtype=bfloat16")
+        # What is missing is said too: rounded, the two may look alike.
+        raise UserError(f"{folder}: {size_in_words(needed)} are needed and {size_in_words(free)} free, "
+                        f"{size_in_words(needed - free)} too little; make room, or write half as much with "
+                        "--config.convert.dtype=bfloat16")

@@ -18,7 +18,7 @@ from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.model.own_settings import check_there
 from starflow_jax.model.store import load_model, system_checksum, weights_of
 from starflow_jax.sampling.api import Model
-from starflow_jax.sampling.files import made_by_others, output_folder
+from starflow_jax.sampling.files import made_by_others, named_files, output_folder
 from starflow_jax.sampling.given import given_frames
 from starflow_jax.sampling.identity import Recipe, checksum_of_given
 from starflow_jax.sampling.memory import check_videos
@@ -62,7 +62,7 @@ def sample(config: Config, workdir: Path) -> None:
         given = checksum_of_given(known_THWC, config.sample.camera)
         recipe = Recipe(config, "", system_checksum(config, workdir), given)
         if jax.process_count() == 1:  # several load a model together, and wait for one that has left
-            check_writable(folder, "sample.output")
+            check_writable(folder, "sample.output", named_files(recipe, folder, requests))
             if any(request.given_name for request in requests) and folder.exists():
                 _check_names(dataclasses.replace(recipe, weights=weights_of(model_config, workdir)), folder, requests)
         with on_mesh(mesh):
@@ -95,6 +95,7 @@ def _replay(config: Config, workdir: Path) -> None:
     """Make the video of sample.session again."""
     read_record(config.sample.session)  # what can't be is found before anything is loaded
     path = output_folder(config, workdir) / f"{Path(config.sample.output_file or config.sample.session).stem}.mp4"
+    check_writable(path.parent, "sample.output", [path.name, path.with_suffix(".json").name])
     for there in (path, path.with_suffix(".json")):
         if there.exists() and not config.sample.overwrite:
             raise UserError(f"{there}: is there already; name another --config.sample.output, or replace it with "

@@ -54,6 +54,13 @@ def files_of(recipe: Recipe, folder: Path, request: Request) -> Files:
     return Files(folder / f"{name}.mp4", beside / f"{name}.json", picture)
 
 
+def named_files(recipe: Recipe, folder: Path, requests: Sequence[Request]) -> list[str]:
+    """Names, in the folder, of the files of a video whose name was given; none where none was."""
+    given = next((request for request in requests if request.given_name), None)
+    return [] if given is None or recipe.config.sample.vbench else [
+        path.name for path in dataclasses.astuple(files_of(recipe, folder, given))]
+
+
 def _beside(recipe: Recipe, folder: Path) -> Path:
     """Where all but the videos lies. VBench takes the extension of any one file for that of all in the folder, which
     must hold only videos."""

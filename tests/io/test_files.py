@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from starflow_jax.io.files import atomic_path, write_text
+from starflow_jax.io.files import atomic_path, size_in_words, write_text
 
 
 def test_nothing_is_there_before_all_of_it_is(tmp_path):
@@ -44,3 +44,9 @@ def test_what_another_process_made_is_kept(tmp_path, folder, when):
         if when == "meanwhile":
             write(path, "theirs")
     assert (path / "summary" if folder else path).read_text() == "theirs" and os.listdir(tmp_path) == ["part"]
+
+
+@pytest.mark.parametrize("count, words", [(0, "0 bytes"), (999, "999 bytes"), (1_000, "1.0 kB"), (3_240_000, "3.2 MB"),
+                                          (7 * 10**9, "7.0 GB"), (12_345 * 10**12, "12,345.0 TB")])
+def test_sizes_have_the_unit_that_suits_them(count, words):
+    assert size_in_words(count) == words

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -120,6 +121,39 @@ def test_shards_are_one_model(weights: dict, tmp_path: Path) -> None:
     target = tmp_path / "back.safetensors"
     convert(config_of(MODEL, source=str(folder), target=str(target)), tmp_path / "work")
     assert_same_bits(load_file(target), weights)
+
+
+def test_sizes_mean_something_on_a_full_disk(weights: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a model of less than a megabyte: what it needs, what there is, and what it comes to on a disk with room."""
+    save_file(weights, tmp_path / "released.safetensors")
+    config = config_of(MODEL, source=str(tmp_path / "released.safetensors"))
+    needed = sum(value.nbytes for value in weights.values())
+    assert 10**3 < needed < 10**6
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000))
+        with pytest.raises(UserError) as raised:
+            convert(config, tmp_path / "work")
+    assert str(raised.value).startswith(
+        f"{tmp_path / 'work'}: {needed / 1e3:.1f} kB are needed and 1.0 kB free, {(needed - 1e3) / 1e3:.1f} kB too "
+        "little; make room")
+    assert "0.0" not in str(raised.value).split(": ")[1]
+    convert(config, tmp_path / "work")
+    assert f" parameters, {needed / 1e3:.1f} kB\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", ["file/flow.safetensors", "/proc/starflow/flow.safetensors",
+                                    f"{'x' * 300}.safetensors", "folder.safetensors", f"{'x' * 300}/a.safetensors"])
+def test_a_target_that_cannot_be_written_is_found_before_anything_is_read(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for read in ("own_settings", "whole_checkpoint", "open_source"):
+        monkeypatch.setattr(f"starflow_jax.modes.convert.{read}", lambda *_: pytest.fail("it was read"))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(UserError, match="^convert.target=/.*: can't be written to .*; name another file$"):
+        convert(config_of(MODEL, source="pretrained", target=str(tmp_path / target)), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 def test_every_misfit_is_listed(weights: dict, tmp_path: Path) -> None:

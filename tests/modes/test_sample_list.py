@@ -162,6 +162,25 @@ def test_a_process_that_fails_says_why_and_waits_for_the_others(model: Path, tmp
     assert waited == [True]
 
 
+@pytest.mark.parametrize("more", [(), ("--config.sample.stream=true",)], ids=["whole", "stream"])
+@pytest.mark.parametrize("output", ["file", "file/below", "/proc/starflow", "x" * 300, "file/NAME.mp4",
+                                    "/proc/NAME.mp4", f"{'x' * 300}.mp4", f"{'x' * 251}.mp4", "folder.mp4"])
+def test_an_output_that_cannot_be_written_is_found_before_anything_is_loaded(
+    output: str, more: tuple[str, ...], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the last but one the video's own name is as long as one may be, and that of the JSON beside it too long."""
+    monkeypatch.setattr("starflow_jax.modes.sample.load_model", lambda *_: pytest.fail("it was loaded"))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    code, _, error = run_here(["--config=configs/t2v.py", "--mode=sample", f"--workdir={model}", *more,
+                               "--config.sample.prompt=a red seven", "--config.sample.overwrite=true",
+                               f"--config.sample.output={tmp_path / output}"])
+    said = error.strip().splitlines()
+    assert code == 2 and len(said) == 1 and said[0].startswith(f"starflow_jax: sample.output={tmp_path / output}"[:80])
+    assert ": can't be written to (" in said[0] and sorted(path.name for path in tmp_path.iterdir()) == [
+        "file", "folder.mp4"]
+
+
 def test_ctrl_c_ends_what_is_written_and_says_what_is_there(model: Path, tmp_path: Path,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole videos: the second is interrupted; the same command makes two. A stream is cut short, and plays."""

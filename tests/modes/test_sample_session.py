@@ -43,6 +43,18 @@ def test_the_command_makes_its_video_again(workdir: Path, tmp_path: Path) -> Non
     assert changes == [{"latent_frame": 3, "frame": 9, "prompt": CAPTIONS[1]}]
 
 
+@pytest.mark.parametrize("output", ["file", "file/below", "/proc/starflow", f"{'x' * 300}.mp4"])
+def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(
+    output: str, workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("starflow_jax.modes.sample.load_model", lambda *_: pytest.fail("it was loaded"))
+    (tmp_path / "file").touch()
+    code, _, error = command(workdir, f"--config.sample.output={tmp_path / output}")
+    said = error.strip().splitlines()
+    assert code == 2 and len(said) == 1 and said[0].startswith("starflow_jax: sample.output=/"), error
+    assert ": can't be written to (" in said[0]
+
+
 def test_what_cannot_be_is_one_line(workdir: Path, tmp_path: Path) -> None:
     before = (workdir / "steered.mp4").read_bytes()
     for arguments, words in (([f"--config.sample.output={workdir}"], "steered.mp4: is there already"),
