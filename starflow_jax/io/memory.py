@@ -26,7 +26,8 @@ def share_arenas() -> None:
 
 
 def cores() -> int:
-    """Those that this process may use, whole ones, by its affinity and by its container's share of the machine."""
+    """Those that this process may use, whole ones, by its affinity and by its container's share of the machine (of
+    cgroups' second version)."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # not there, or "max"
         quota, period = map(int, Path(CPU_SHARE).read_text().split())

@@ -28,7 +28,8 @@ from starflow_jax.io.pictures import MAX_PIXELS, check_frames, enlarge
 # on a CPU without some instructions (SSSE3; all those of ARM) it would by itself choose other, faster algorithms.
 X264_PARAMS = "mbtree=0:cpu-independent=1"
 # Of a video that is encoded while it is made: each frame is a packet at once, and none waits for later ones. The cores
-# are for making frames: x264's default preset takes three times the work, for videos that are no smaller.
+# are for making frames: with x264's default preset, 193 of the package's model's frames took three times the work
+# (15.3 ms of CPU time for four, in place of 5.1) and were as large (581 and 567 KB) and as good (45.0 and 44.9 dB).
 AS_MADE = {"crf": "16", "preset": "veryfast", "tune": "zerolatency", "threads": "1"}
 
 

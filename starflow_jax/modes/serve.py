@@ -94,6 +94,10 @@ def _run(model: Model, settings: Serve, token: str, listening: socket.socket) ->
             engine.begin_to_stop()
             super().handle_exit(sig, frame)  # type: ignore[arg-type]
 
+        def end(self) -> None:
+            """Nothing can be served without the engine."""
+            self.should_exit = True
+
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             until = time.monotonic() + GOODBYE
             while self.server_state.tasks and time.monotonic() < until:
@@ -102,14 +106,16 @@ def _run(model: Model, settings: Serve, token: str, listening: socket.socket) ->
 
     warnings.filterwarnings("ignore", message=".*no training caption has", category=UserWarning)
     metrics = Metrics()
-    engine = Engine(model, settings, metrics)
+    engine = Engine(model, settings, metrics, ended=lambda: server.end())
+    server = Stopping(uvicorn.Config(
+        make_app(engine, settings, metrics, token), log_level="warning", access_log=False, server_header=False,
+        limit_concurrency=settings.sessions + settings.queue + settings.videos + 64, backlog=128, timeout_keep_alive=5,
+        timeout_graceful_shutdown=GOODBYE, ws="websockets-sansio", ws_max_size=settings.upload_bytes, ws_max_queue=4,
+        ws_per_message_deflate=False, proxy_headers=False))
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving on http://{shown}:{port}/{'?token=...' if token else ''}; /healthz says when "
           "all is compiled; Ctrl-C ends it", flush=True)
     engine.start()
-    Stopping(uvicorn.Config(
-        make_app(engine, settings, metrics, token), log_level="warning", access_log=False, server_header=False,
-        limit_concurrency=settings.sessions + settings.queue + settings.videos + 64, backlog=128, timeout_keep_alive=5,
-        timeout_graceful_shutdown=GOODBYE, ws="websockets-sansio", ws_max_size=settings.upload_bytes, ws_max_queue=4,
-        ws_per_message_deflate=False, proxy_headers=False)).run([listening])
+    server.run([listening])
+    engine.check()

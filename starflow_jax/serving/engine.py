@@ -30,6 +30,7 @@ from starflow_jax.serving.live import Begun, Changed, Ended, Frames, Live, Place
 from starflow_jax.serving.metrics import Metrics
 
 TICK = 0.25  # seconds between looks at clients that may have gone
+HEAD_START = 1.0  # seconds, before those who wait for no other prompt
 
 
 class Full(Exception):
@@ -39,14 +40,17 @@ class Full(Exception):
 class Engine:
     """Starts with `start`, ends with `stop`; `begin` may be called from any thread."""
 
-    def __init__(self, model: Model, settings: Serve, metrics: Metrics) -> None:
-        """Raises UserError for a way of making sessions together that this model can't be served in, and for more
-        sessions than there is memory for."""
+    def __init__(self, model: Model, settings: Serve, metrics: Metrics, ended: Callable[[], None] = lambda: None
+                 ) -> None:
+        """ended: called, from its thread, when it makes no more sessions. Raises UserError for a way of making sessions
+        together that this model can't be served in, and for more sessions than there is memory for."""
         self._model, self._settings, self._metrics = model, settings, metrics
         self._lock = threading.Condition()
         self._live: list[Live] = []
         self._queue: collections.deque[Live] = collections.deque()
-        self._stopping, self._ready = False, False
+        self._stopping, self._ready, self._stopped_at = False, False, 0.0
+        self._error: Exception | None = None  # that has ended it
+        self._tell_ended = ended
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._warm = True
         self._together = way_of(model, settings.together)
@@ -74,15 +78,23 @@ class Engine:
             thread.start()
 
     def stop(self, seconds: float = 8.0) -> None:
-        """End all sessions, and wait for the thread for so long."""
+        """End all sessions, and wait for the thread until so long after it was first asked to stop."""
         self.begin_to_stop()
-        self._thread.join(seconds)
+        self._thread.join(max(0.0, self._stopped_at + seconds - time.monotonic()))
 
     def begin_to_stop(self) -> None:
         """The same without waiting; also from a signal's handler, since the lock may be taken twice."""
         with self._lock:
-            self._stopping = True
+            self._stopping, self._stopped_at = True, self._stopped_at or time.monotonic()
             self._lock.notify_all()
+
+    def check(self) -> None:
+        """Raises what has ended it, if it was not asked to stop; a UserError where memory was too little."""
+        if self._error is not None and _is_memory(self._error):
+            raise UserError(f"serve.sessions={self._settings.sessions}: the device's memory is too little to serve "
+                            "this model; serve fewer sessions, or take a larger device") from self._error
+        if self._error is not None:
+            raise self._error
 
     def begin(self, prompt: str, *, paced: bool, frames: int = 0, image: np.ndarray | None = None,
               video: np.ndarray | None = None, guidance: float | None = None, **settings: Any) -> Live:
@@ -118,10 +130,11 @@ class Engine:
             self._ready = True
             while self._wait():
                 self._round(self._wanting())
-        except Exception:
-            self._break_down()
+        except Exception as error:
+            self._break_down(error)
         finally:
             self._end_all()
+            self._tell_ended()
 
     def _end_all(self) -> None:
         for live in (*self._live, *self._queue):
@@ -134,9 +147,9 @@ class Engine:
         for _ in self._workers:
             self._to_work.put(None)
 
-    def _break_down(self) -> None:
-        traceback.print_exc()
+    def _break_down(self, error: Exception) -> None:
         self._metrics.errors.inc()
+        self._error = error
         self.begin_to_stop()
 
     def _warm_up(self) -> None:
@@ -182,14 +195,15 @@ class Engine:
         self._metrics.queue.set(len(self._queue))
 
     def _wanting(self) -> list[Live]:
-        """Who can be made another latent frame, first those who wait for another prompt, then those who wait longest.
-        """
+        """Who can be made another latent frame, first those who wait longest; who waits for another prompt has a head
+        start."""
         with self._lock:
             idle = [live for live in self._live if not live._at_work]
             for live in idle:
-                live._since = (live._since or time.monotonic()) if live._wants_more() else 0.0
+                wants = live._wants_more() and not live._closed
+                live._since = (live._since or time.monotonic()) if wants else 0.0
             wanting = [live for live in idle if live._since] if self._free else []
-            return sorted(wanting, key=lambda live: (not live._hurried, live._since))
+            return sorted(wanting, key=lambda live: live._since - HEAD_START * live._hurried)
 
     def _round(self, wanting: list[Live]) -> None:
         wanting = wanting[:self._free] if self._together == "cores" else wanting
@@ -209,8 +223,8 @@ class Engine:
         while live := self._to_work.get():
             try:
                 self._advance([live])
-            except Exception:
-                self._break_down()
+            except Exception as error:
+                self._break_down(error)
             finally:
                 with self._lock:
                     self._free += 1
@@ -311,7 +325,7 @@ class Engine:
         except UserError as error:
             why = str(error)
         except Exception as error:
-            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            if _is_memory(error):
                 self._metrics.out_of_memory.inc()
                 why = "the device has no memory left for this session; try again later"
             else:
@@ -335,6 +349,11 @@ class Engine:
         live._tell(event)
 
 
+def _is_memory(error: Exception) -> bool:
+    """Whether there was too little of it."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 def way_of(model: Model, together: str) -> str:
     """How sessions are made together, where it is asked for as `serve.together`. Raises UserError for a way in which
     this model can't be served on these devices."""
@@ -342,13 +361,13 @@ def way_of(model: Model, together: str) -> str:
     slots, heads = of.frames * of.tokens_per_frame + of.text_length, of.deep_width // of.head_dim
     queries, keys = (jax.ShapeDtypeStruct((1, length, heads, of.head_dim), jnp.dtype(of.dtype))
                      for length in (of.tokens_per_frame, slots))
-    ways = ["turns"]
-    if model.mesh.size == 1:  # several devices wait for one another: each must be given all programs in one order
+    ways, best = ["turns"], "batch"
+    if model.mesh.size == 1 and takes_lanes(queries, keys):
+        ways.append("batch")
+    # Several devices wait for one another: each must be given all programs in one order.
+    if model.mesh.size == 1 and model.mesh.devices.flat[0].platform == "cpu":
         ways.append("cores")
-        if takes_lanes(queries, keys):
-            ways.append("batch")
-    # Measured on CPUs: programs of several small sessions at a time fill the cores better than one program of them all.
-    best = "cores" if model.mesh.devices.flat[0].platform == "cpu" else "batch"
+        best = "cores"  # several programs at a time fill them better than one of all sessions: docs/pages/benchmarks.md
     if together == "auto":
         return best if best in ways else "turns"
     if together not in ways:

@@ -90,7 +90,7 @@ class Live:
         self._played, self._paused, self._closed, self._ended = 0, False, False, False
         self._place = 0
         self._heard = self._read = time.monotonic()
-        self._since = 0.0  # when it began to want another latent frame; 0: it wants none
+        self._since = 0.0  # when the engine saw that it wants another latent frame; 0: it wants none
         self._seconds = 0.0  # that it has waited for them
         self._ask: Ask | None = None  # that a round has left to the next one
         self._at_work = False  # whether a worker makes its next frames
@@ -155,6 +155,8 @@ class Live:
         with self._lock:
             if not self._unread:  # from here on there is something to read
                 self._read = time.monotonic()
+            if isinstance(event, Frames):  # before which there was nothing to say
+                self._heard = time.monotonic()
             if isinstance(event, Place):  # only the last one is of interest
                 self._events = collections.deque(one for one in self._events if not isinstance(one, Place))
             self._events.append(event)
@@ -184,4 +186,5 @@ class Live:
             return "closed"
         if self._unread:
             return "slow" if now - self._read > patience else ""
-        return "idle" if self._paced and not self._place and now - self._heard > patience else ""
+        waits = self._place or self._wants_more()  # for the server
+        return "idle" if self._paced and not waits and now - self._heard > patience else ""

@@ -13,8 +13,7 @@ from starflow_jax.io.memory import cores, share_arenas
 
 ARENAS_OF_16_THREADS = """
 import ctypes, os, sys, tempfile, threading
-from starflow_jax.io import memory
-from starflow_jax.io.memory import cores, share_arenas
+from starflow_jax.io.memory import share_arenas
 
 if sys.argv[1] == "shared":
     share_arenas()

@@ -17,7 +17,8 @@ import starflow_jax as sf
 from starflow_jax import modes
 from starflow_jax.config import Serve
 from starflow_jax.io.video import read_video
-from starflow_jax.modes.serve import listen, read_token
+from starflow_jax.modes.serve import listen, read_token, serve
+from starflow_jax.serving.engine import Engine
 from tests.small_run import ROOT
 
 
@@ -47,6 +48,17 @@ def test_a_token_is_secret_and_long(tmp_path: Path) -> None:
             read_token(Serve(token_file=str(file)))
     file.chmod(0o600)
     assert read_token(Serve(token_file=str(file))) == "x" * 20
+
+
+def test_a_server_whose_engine_breaks_down_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of answering 503 for ever."""
+    def fails(engine: Engine) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Engine, "_warm_up", fails)
+    config = sf.load_config("configs/t2v.py", serve=dict(port=0))
+    with pytest.raises(sf.UserError, match="serve.sessions=4: the device's memory is too little to serve this model"):
+        serve(config, Path("none"))
 
 
 def test_a_port_that_is_taken_is_one_line() -> None:
