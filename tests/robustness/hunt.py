@@ -125,7 +125,7 @@ def work(tasks: Sequence[Task], notes: Path) -> None:
                 limit_memory()
             begins = functools.partial(note, index)
             for number, ended in trials(specimen, task.damage(specimen), task.numbers(), begins):
-                note(index, number, ended.how, ended.said[-2_000:])
+                note(index, number, ended.how, ended.said[-2_000:], ended.parsed)
 
 
 def keep_faults(name: str, outcome: Outcome, folder: Path) -> None:

@@ -25,10 +25,13 @@ SAFE = [name for name, reader in READERS.items() if not reader.crashes]
 def test_damaged_files_end_in_one_line(name: str, tmp_path: Path) -> None:
     specimen, outcome = Specimen(name, READERS[name], tmp_path), Outcome()
     specimen.check()
-    for task in (Task(name, corpus=True), Task(name, end=QUICK)):
+    kept = Task(name, corpus=True)
+    assert {kept.damage(specimen)(number)[0] for number in kept.numbers()} <= set(specimen.files)
+    for task in (kept, Task(name, end=QUICK)):
         for number, ended in trials(specimen, task.damage(specimen), task.numbers()):
             outcome.add(number, ended)
     assert not outcome.faults and outcome.tries == QUICK + len(corpus_of(name)), outcome.faults
+    assert outcome.parsed, "all of its damage ends at a checksum"
 
 
 def test_damaged_files_end_in_one_line_where_a_native_library_reads() -> None:
@@ -36,7 +39,7 @@ def test_damaged_files_end_in_one_line_where_a_native_library_reads() -> None:
     names = [name for name in READERS if name not in SAFE]
     found = hunt([task for name in names for task in (Task(name, corpus=True), Task(name, end=QUICK))])
     assert {name: outcome.faults for name, outcome in found.items() if outcome.faults} == {}
-    assert all(found[name].tries == QUICK + len(corpus_of(name)) for name in names)
+    assert all(found[name].tries == QUICK + len(corpus_of(name)) and found[name].parsed for name in names)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from starflow_jax.config import UserError
+from starflow_jax.io.checksums import CHECKSUMS
 from tests.robustness.mutate import mutated
 
 LONGEST = 20.0  # CPU seconds that a file of some kB may take
@@ -43,23 +44,28 @@ def slug(name: str) -> str:
 
 
 VALUE, REFUSED = "value", "refused"
+# In the line of what is refused before it is parsed: by our checksums, or by a format's own.
+OF_CHECKSUMS = re.compile("checksum|checkpoints are damaged|is damaged;|hash mismatch")
 
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
     """How a try ended: with a VALUE, REFUSED in one line, or with a fault, named by what it was and where. said: its
-    traceback, or the line."""
+    traceback, or the line. parsed: whether the damage came as far as a parser, and did not end at a checksum."""
 
     how: str
     said: str = ""
+    parsed: bool = True
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What a number of tries came to. faults: {how: {"times", "first": number of the first try, "said"}}."""
+    """What a number of tries came to. parsed: of how many the damage came as far as a parser. faults: {how: {"times",
+    "first": number of the first try, "said"}}."""
 
     values: int = 0
     refused: int = 0
+    parsed: int = 0
     faults: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -71,6 +77,7 @@ class Outcome:
         return sum(fault["times"] for fault in self.faults.values())
 
     def add(self, number: int, ended: Ended) -> None:
+        self.parsed += ended.parsed
         if ended.how == VALUE:
             self.values += 1
         elif ended.how == REFUSED:
@@ -130,17 +137,19 @@ class Specimen:
 def attempt(specimen: Specimen, file: str, content: bytes) -> Ended:
     """How reading ends with these bytes as the file."""
     path = specimen.put(file, content)
+    of_checksums = path.name == CHECKSUMS
     try:
         with at_most(LONGEST):
             specimen.reader.read(specimen.folder, path)
     except UserError as error:
         line = str(error)
-        return Ended(REFUSED if len(line.splitlines()) == 1 else "UserError of several lines", line)
+        early = of_checksums or OF_CHECKSUMS.search(line.replace(str(specimen.folder), ""))
+        return Ended(REFUSED if len(line.splitlines()) == 1 else "UserError of several lines", line, not early)
     except (Exception, SystemExit, TooLong) as error:
         return Ended(_where(error), "".join(traceback.format_exception(error)))
     finally:
         specimen.mend(file)
-    return Ended(VALUE)
+    return Ended(VALUE, parsed=not of_checksums)
 
 
 def _where(error: BaseException) -> str:
@@ -173,6 +182,12 @@ def at_most(seconds: float) -> Iterator[None]:
         running = False
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+def without_checksums(_: Path, path: Path) -> None:
+    """A `seal`: without the checksums beside a file, it is read as it is."""
+    if path.name != CHECKSUMS:
+        path.with_name(CHECKSUMS).unlink(missing_ok=True)
 
 
 def limit_memory() -> None:
