@@ -38,6 +38,9 @@ def _function(hook: str, module: str, name: str) -> Callable[[str], str]:
     except (ImportError, AttributeError, SyntaxError) as error:
         raise UserError(f"sample.rewrite={hook!r}: there is no such function ({error}); its module must be "
                         "importable: set PYTHONPATH to its folder") from error
+    except (Exception, SystemExit) as error:  # a module is a program: whatever it raises
+        raise UserError(f"sample.rewrite={hook!r}: its module can't be imported ({type(error).__name__}: {error})"
+                        ) from error
 
     def call(prompt: str) -> str:
         try:
