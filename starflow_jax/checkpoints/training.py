@@ -175,7 +175,7 @@ def check_fingerprint(path: Path, fingerprint: dict[str, Any]) -> None:
         raise UserError(f"{path} is damaged; delete it if this workdir holds this model")
     try:
         held = traverse_util.flatten_dict(read_json(path), sep=".")
-    except (ValueError, AssertionError, AttributeError) as error:
+    except (IsADirectoryError, ValueError, AssertionError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it if this workdir holds this model") from error
     asked = traverse_util.flatten_dict(json.loads(json.dumps(fingerprint)), sep=".")
     for name in (*asked, *held):

@@ -1,5 +1,6 @@
 """A pytree of arrays as one safetensors file."""
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def export_arrays(path: Path, params: Mapping[str, Any], dtype: Any = None,
 def import_arrays(path: Path) -> dict[str, Any]:
     """Read what `export_arrays` wrote; floats of less than 32 bits come back as float32.
 
-    Raises UserError for a missing or damaged file.
+    Raises UserError for a missing or damaged file, and where an array has the name of a group of others.
     """
     return import_with_metadata(path)[0]
 
@@ -44,6 +45,10 @@ def import_with_metadata(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             flat, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: can't be read as safetensors ({error})") from error
+    groups = {parent for name in flat for parent in itertools.accumulate(name.split("/")[:-1], "{}/{}".format)}
+    if both := sorted(groups & set(flat)):
+        raise UserError(f"{path}: can't be read as a tree of arrays: of these names others are a part: "
+                        f"{', '.join(both)}")
     small = (np.float16, jnp.bfloat16)
     wide = {name: v.astype(np.float32) if v.dtype in small else v for name, v in flat.items()}
     return traverse_util.unflatten_dict(wide, sep="/"), metadata

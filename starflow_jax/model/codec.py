@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from starflow_jax.codec import kl_vae, patch, wan_weights
 from starflow_jax.codec.interface import LatentCodec
@@ -95,7 +96,8 @@ def read_codec(config: Config, folder: Path) -> LatentCodec:
     if config.codec.kind != "patch":
         return _load_vae(config)
     shape = patch_shape(config)
-    arrays = {name: jnp.asarray(value) for name, value in import_arrays(folder / FITTED_CODEC).items()}
+    stored = traverse_util.flatten_dict(import_arrays(folder / FITTED_CODEC), sep="/")
+    arrays = {name: jnp.asarray(value) for name, value in stored.items()}
     pixels, channels = shape.pixels, config.model.channels
     check_shapes(str(folder / FITTED_CODEC), arrays, {"mean_P": (pixels,), "basis_PC": (pixels, channels), "scale": ()})
     return patch.PatchCodec(arrays["mean_P"], arrays["basis_PC"], arrays["scale"], shape)

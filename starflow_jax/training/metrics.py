@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from starflow_jax.config import UserError
 from starflow_jax.io.files import naming, parse_json, write_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -67,9 +68,14 @@ class MetricWriter:
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of `workdir/metrics.jsonl`, in order; a line that was cut or damaged is left out."""
+    """The lines of `workdir/metrics.jsonl`, in order; a line that was cut or damaged is left out.
+
+    Raises UserError where it is a folder.
+    """
     lines = []
     path = Path(workdir) / METRICS_FILE
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, where training writes a file; remove it, or name another --workdir")
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             line = parse_json(text)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from starflow_jax.config import UserError
 from starflow_jax.io.arrays import export_arrays, import_arrays
+from starflow_jax.io.tensor_files import write_safetensors
 
 
 @pytest.mark.parametrize(("dtype", "stored", "tolerance"),
@@ -28,6 +29,12 @@ def test_exported_arrays_come_back_as_float32(tmp_path: Path, dtype, stored: str
         assert file.metadata() == {"made_by": "a test"}
         assert file.get_slice("block/kernel").get_dtype() == stored
         assert file.get_slice("table").get_dtype() == "I32"
+
+
+def test_a_name_is_an_array_or_a_group(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "a.safetensors", {"a": np.ones(2), "a/b": np.ones(2), "c/d": np.ones(2)})
+    with pytest.raises(UserError, match=r"others are a part: a$"):
+        import_arrays(tmp_path / "a.safetensors")
 
 
 def test_bad_array_files_are_one_clear_line(tmp_path: Path) -> None:

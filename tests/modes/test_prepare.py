@@ -125,6 +125,7 @@ def test_latents_of_another_codec_are_refused(config, tmp_path):
     (dict(validation_share=0.5, test_share=0.5), "leaves nothing to train on"),
     (dict(aspect_ratios="1:1,,"), "comma-separated ratios"), (dict(max_upscale=0.0), "prepare.max_upscale=0.0"),
     (dict(resolution=0), "prepare.resolution=0"),
+    (dict(aspect_ratios=f"1:1,{'9' * 5_000}:1"), r"prepare.aspect_ratios='1:1,9{190,}\.\.\.: .* W:H"),
     (dict(media=False), "prepare.media=False: leaves nothing to train on without prepare.latents=true"),
     (dict(media=False, latents=True, beam="--runner=x"), "goes without prepare.beam: its workers have no codec")])
 def test_settings_are_checked(changes, message):
