@@ -5,7 +5,9 @@ In short:  starflow MODE [PROMPT] [--config=configs/t2v.py[:VARIANT]] [--workdir
 
 import errno
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from logging import LogRecord
@@ -29,6 +31,7 @@ OF_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, e
 # together and then end.
 LOST_AFTER, LOST_TOGETHER_AFTER = 20, 40
 LEAVES_AFTER = 2.0  # seconds from an error to the end of one of several processes
+AGAIN_AFTER = 0.05  # seconds from a Ctrl-C that a callback lost to another one
 CONFIG = config_flags.DEFINE_config_file("config", None, "A config (configs/t2v.py) and, after a colon, its variant.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of checkpoints and results; default: runs/NAME.")
 DISTRIBUTED = flags.DEFINE_string(
@@ -162,8 +165,13 @@ def is_ours(record: LogRecord) -> bool:
 
 
 def _unless_too_late(unraisable: Any) -> None:
-    """Says what nothing could catch, but for tensorstore's writes that end once orbax has given a checkpoint up."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """Says what nothing could catch, but for tensorstore's writes that end once orbax has given a checkpoint up. A
+    Ctrl-C that came while a callback ran, of the garbage collector for instance, comes again: there it was lost."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        again = threading.Timer(AGAIN_AFTER, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
+    elif str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 

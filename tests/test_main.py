@@ -3,6 +3,8 @@
 import errno
 import importlib
 import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +167,14 @@ def test_the_console_script_runs_the_module_and_says_its_errors(short) -> None:
     ran, code, err = short("sample", "--framse=49")
     assert (ran, code) == ([], 2)
     assert err == "starflow_jax: sample.framse: no such setting; did you mean sample.frames?\n"
+
+
+def test_ctrl_c_in_a_callback_which_cannot_pass_it_on_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "unraisablehook", main._unless_too_late)
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted()
+        time.sleep(10)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -209,6 +210,31 @@ def test_ctrl_c_ends_what_is_written_and_says_what_is_there(model: Path, tmp_pat
     path = next((tmp_path / "videos").glob("a_red_seven_moves_right_seed0_*_stream.mp4"))
     assert code == 130 and f"{path}: cut short after 5 frames" in out.splitlines(), out + error
     assert len(read_video(path)[0]) == 5
+
+
+@pytest.mark.slow  # its quick sibling is above
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_process_that_is_interrupted_leaves_what_it_says(model: Path, tmp_path: Path, streams: bool) -> None:
+    """A real SIGINT while the second video is made: whole videos are whole, a stream plays up to there."""
+    more = ["--config.sample.stream=true", "--config.sample.frames=801"] if streams else ["--config.sample.count=400"]
+    process = subprocess.Popen([sys.executable, "-m", "starflow_jax.main", *asked(model, tmp_path, *more)], cwd=ROOT,
+                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (made(tmp_path) if streams else details(tmp_path)):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error.strip().splitlines()[-1] == "starflow_jax: interrupted", out + error
+    assert "Traceback" not in error and not list((tmp_path / "videos").glob(".*"))
+    said = re.fullmatch(r"interrupted: (\d+) of (\d+) videos are in .*; the same command makes the rest",
+                        out.splitlines()[-1])
+    assert said, out
+    cut = {Path(path): int(frames) for path, frames in re.findall(r"^(.*): cut short after (\d+) frames$", out, re.M)}
+    frames = {path: len(read_video(path)[0]) for path in (tmp_path / "videos").glob("*.mp4")}
+    whole = len(frames) - len(cut)  # the last one may have been written, but not yet been counted
+    assert int(said[1]) in (whole - 1, whole) and int(said[2]) == (3 if streams else 1200)
+    assert {path: frames[path] for path in cut} == cut
+    assert len(cut) <= (1 if streams else 0) and {frames[path] for path in set(frames) - set(cut)} <= {9, 801}
 
 
 @pytest.mark.parametrize("streams", [False, True])
