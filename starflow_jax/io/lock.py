@@ -36,16 +36,17 @@ POLLED = 0.5  # seconds between two looks at a lease of another
 
 
 @contextlib.contextmanager
-def held(folder: str | os.PathLike[str]) -> Iterator[None]:
+def held(folder: str | os.PathLike[str], named: str = "--workdir") -> Iterator[None]:
     """Have a folder, which is made where it is missing, for this run alone.
 
-    Raises UserError where another run has it. Waits up to EXPIRES seconds for a lease that a killed run left, and ends
-    the process where its own was taken over, since this process was stopped for longer than that.
+    named: the setting that names the folder. Raises UserError where another run has it. Waits up to EXPIRES seconds for
+    a lease that a killed run left, and ends the process where its own was taken over, since this process was stopped
+    for longer than that.
     """
     where = os.fspath(folder)
     if "://" not in where:
         Path(where).mkdir(parents=True, exist_ok=True)
-    with (_lock if file_system(where) in LOCAL else _lease)(where):
+    with (_lock if file_system(where) in LOCAL else _lease)(where, named):
         yield
 
 
@@ -64,7 +65,7 @@ def file_system(folder: str) -> str:
 
 
 @contextlib.contextmanager
-def _lock(folder: str) -> Iterator[None]:
+def _lock(folder: str, named: str) -> Iterator[None]:
     # Never deleted: whoever waits for a deleted file would get a lock that nobody else sees. Not inherited by programs
     # that this process starts, which would hold it beyond its end.
     with open(Path(folder) / IN_USE, "a+", errors="replace") as file:
@@ -72,7 +73,7 @@ def _lock(folder: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise _refused(folder, _parsed(file.read())) from None
+            raise _refused(folder, named, _parsed(file.read())) from None
         file.truncate(0)
         file.write(json.dumps(_myself()))
         file.flush()
@@ -83,15 +84,15 @@ def _lock(folder: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lease(folder: str) -> Iterator[None]:
+def _lease(folder: str, named: str) -> Iterator[None]:
     path = f"{folder.rstrip('/')}/{IN_USE}"
-    _wait_until_free(folder, path)
+    _wait_until_free(folder, named, path)
     mine = _myself()
     write_text(path, json.dumps(mine))
     time.sleep(SETTLED)
     there = _read(path)
     if _token(there) != mine["token"]:
-        raise _refused(folder, there)
+        raise _refused(folder, named, there)
     released = threading.Event()
     renewal = threading.Thread(target=_renew, args=(path, mine, released, _end), daemon=True)
     renewal.start()
@@ -104,7 +105,7 @@ def _lease(folder: str) -> Iterator[None]:
             epath.Path(path).unlink()
 
 
-def _wait_until_free(folder: str, path: str) -> None:
+def _wait_until_free(folder: str, named: str, path: str) -> None:
     """Until there is no lease, or one that has expired. Raises UserError where one is renewed."""
     first, began = _read(path), time.monotonic()
     if first is None:
@@ -117,7 +118,7 @@ def _wait_until_free(folder: str, path: str) -> None:
         if there is None:  # its run has ended
             return
         if there != first:
-            raise _refused(folder, there)
+            raise _refused(folder, named, there)
 
 
 def _renew(path: str, mine: dict[str, Any], released: threading.Event, end: Callable[[str], None]) -> None:
@@ -180,5 +181,5 @@ def _who(there: dict[str, Any] | None) -> str:
             f"{there.get('since', 'unknown')})")
 
 
-def _refused(folder: str, there: dict[str, Any] | None) -> UserError:
-    return UserError(f"{folder}: {_who(there)} is using it; wait for its end, stop it, or name another --workdir")
+def _refused(folder: str, named: str, there: dict[str, Any] | None) -> UserError:
+    return UserError(f"{folder}: {_who(there)} is using it; wait for its end, stop it, or name another {named}")

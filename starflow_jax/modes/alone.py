@@ -1,8 +1,8 @@
-"""Modes that change a workdir's model have it for themselves."""
+"""Modes that change a workdir's model, or prepare data, have the folder for themselves."""
 
 import contextlib
+import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 
@@ -12,16 +12,16 @@ from starflow_jax.io.lock import held
 
 
 @contextlib.contextmanager
-def alone_in(workdir: Path) -> Iterator[None]:
-    """Have a workdir for this run alone: its first process holds it for all, which are refused together.
+def alone_in(folder: str | os.PathLike[str], named: str = "--workdir") -> Iterator[None]:
+    """Have a folder for this run alone: its first process holds it for all, which are refused together.
 
-    Raises UserError where another run has it.
+    named: the setting that names the folder. Raises UserError where another run has it.
     """
     with contextlib.ExitStack() as stack:
         refused = ""
         if jax.process_index() == 0:
             try:
-                stack.enter_context(held(workdir))
+                stack.enter_context(held(folder, named))
             except UserError as error:
                 refused = str(error)
         refused = sharding.as_first_process_has_it(refused)

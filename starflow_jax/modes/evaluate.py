@@ -17,6 +17,7 @@ from starflow_jax.data.digits.captions import ATTRIBUTES
 from starflow_jax.evaluation import camera, classify, horizon, likelihood, quality
 from starflow_jax.evaluation.denoising import denoised_real_clips
 from starflow_jax.evaluation.measures import psnr
+from starflow_jax.evaluation.memory import check_evaluation, check_given
 from starflow_jax.evaluation.split import (
     SHOWN,
     denoise_choices,
@@ -42,7 +43,6 @@ from starflow_jax.modes.experiments import (
 )
 from starflow_jax.sampling import vbench
 from starflow_jax.sampling.given import read_given
-from starflow_jax.sampling.memory import check_evaluation
 from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
 
 SHOWN_PIXELS = 96  # small models' frames are enlarged to about this height
@@ -184,6 +184,7 @@ def evaluate_video(config: Config, workdir: Path) -> None:
     other_THWC = read_given(config, settings.other)[0] if settings.other else None
     if other_THWC is not None:
         likelihood.check_pair(config, frames_THWC, other_THWC)
+    check_given(config, sampling_mesh(config, min(settings.draws, settings.batch_size)), len(frames_THWC))
     system, params, source, _ = load_model(config, workdir)
     print(f"model: {source}")
     with ProgressBar("inspect", 3 if settings.other else 2, unit="part", compiles=True) as progress:

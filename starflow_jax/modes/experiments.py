@@ -16,6 +16,7 @@ from starflow_jax.config import Config, UserError
 from starflow_jax.evaluation import ablations, denoisers, guidance, students
 from starflow_jax.evaluation.ablations import in_words
 from starflow_jax.evaluation.causality import dependence
+from starflow_jax.evaluation.memory import check_students
 from starflow_jax.evaluation.split import prompts_to_read, real_clips
 from starflow_jax.io.charts import draw_charts
 from starflow_jax.io.files import write_text
@@ -25,6 +26,7 @@ from starflow_jax.model.own_settings import settings_of
 from starflow_jax.model.sources import fixed_captions
 from starflow_jax.model.store import backbone_weights, load_model, load_teacher
 from starflow_jax.sampling.conditions import noised
+from starflow_jax.sampling.mesh import sampling_mesh
 
 SHEET_SEED, SHEET_SCALE = 0, 4
 CAUSALITY_RUNS = ("base-0", "global_shallow-0")
@@ -98,6 +100,7 @@ def evaluate_students(config: Config, workdir: Path) -> None:
     if not runs:
         raise UserError(f"{workdir} holds no workdir of train.target=student; train some, such as "
                         f"--config.train.target=student --config.model.deep_layers=2 --workdir={workdir / 'half'}")
+    check_students(list(runs.values()), sampling_mesh(config, config.sample.batch_size))
     checksums = {name: backbone_weights(own) for name, own in runs.items()}
     if len(set(checksums.values())) > 1:
         raise UserError(f"{workdir} holds students of several teachers ({checksums}); measure those of one in a folder "

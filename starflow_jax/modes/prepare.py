@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from starflow_jax import sharding
 from starflow_jax.codec.colours import rgb_of_planes
@@ -20,11 +19,13 @@ from starflow_jax.config import Config, Mesh, UserError
 from starflow_jax.data import examples
 from starflow_jax.data.raw import latents
 from starflow_jax.data.raw.building import PREPARED, REJECTED, prepare_clips
+from starflow_jax.data.raw.clips import SLOWEST
 from starflow_jax.data.raw.encoder import Encoder, served
 from starflow_jax.data.raw.job import Bucket, Job
 from starflow_jax.data.raw.planes import Pixels
 from starflow_jax.data.raw.shards import SPLITS
 from starflow_jax.io.files import check_reachable, check_writable
+from starflow_jax.io.memory import check_fits, host_bytes
 from starflow_jax.io.progress import table
 from starflow_jax.model.codec import FITTED_CODEC, codec_fingerprint, digest, make_codec, pixel_frames, read_codec
 from starflow_jax.model.store import load_model
@@ -36,6 +37,8 @@ from starflow_jax.model.text import (
     text_encoder,
     text_fingerprint,
 )
+from starflow_jax.modes.alone import alone_in
+from starflow_jax.sampling.memory import check_devices
 from starflow_jax.text.prompt import frame_size
 from starflow_jax.text.tokenizer import Tokenizer
 
@@ -47,13 +50,24 @@ def prepare(config: Config, workdir: Path) -> None:
     """
     settings = config.prepare
     folder = settings.output or str(workdir / "prepared")
-    check_reachable(folder, "prepare.output" if settings.output else "--workdir")
-    check_writable(folder, "prepare.output" if settings.output else "--workdir")
+    named = "prepare.output" if settings.output else "--workdir"
+    check_reachable(folder, named)
+    check_writable(folder, named)
+    job = job_of(config, folder)
+    check_memory(config, job)
+    with alone_in(folder, named):
+        done = _prepare(config, workdir, job)
+    if jax.process_index() == 0:
+        _print(done, folder, settings.latents or settings.text_features)
+
+
+def _prepare(config: Config, workdir: Path, job: Job) -> dict[str, Any]:
+    """What prepared.json holds in the end."""
+    settings, folder = config.prepare, job.folder
     beam = None if settings.beam == "none" else settings.beam
-    if jax.process_index() == 0 and (epath.Path(folder) / PREPARED).exists():
+    if jax.process_index() == 0 and (job.path / PREPARED).exists():
         print(f"{folder}: its clips are complete and are kept; files added to the input since then need another "
               "prepare.output")
-    job = job_of(config, folder)
     if settings.media:
         done = sharding.on_every_process(partial(prepare_clips, processes=settings.processes, beam=beam), job)
         if settings.latents:
@@ -64,8 +78,28 @@ def prepare(config: Config, workdir: Path) -> None:
                                  share=_share(), meet=partial(sharding.meet, "prepare"))
     if settings.text_features:
         write_text_features(config, workdir, folder)
-    if jax.process_index() == 0:
-        _print(done, folder, settings.latents or settings.text_features)
+    return done
+
+
+def check_memory(config: Config, job: Job) -> None:
+    """Raises UserError where a clip does not fit into the memory of this machine, in the process that cuts it, or what
+    is encoded at once into that of the devices."""
+    settings = job.settings
+    pixels, size = min((bucket.height * bucket.width, bucket.name) for bucket in job.buckets)
+    clip = f"a clip of {job.frames} frames of {size} pixels"
+    mend = "take a lower prepare.resolution or fewer prepare.frames (1 where there are pictures alone)"
+    if settings.beam == "none":  # its workers are elsewhere
+        # With 4:2:0 colours. Of a video that is slower than prepare.fps, some frames are taken twice and held once.
+        check_fits(clip, SLOWEST * job.frames * pixels * 3 / 2, host_bytes(), "machine", mend)
+    mesh, batch_size = _over_devices(settings.batch_size)
+    if settings.latents:  # batches are filled up to their size, as RGB
+        what, batch = f"prepare.batch_size={settings.batch_size}, each {clip}", batch_size * job.frames * pixels * 3
+        check_devices(what, batch, mesh, f"encode fewer at once, or {mend}")
+        if settings.media:  # else those that cut clips send planes, piece by piece
+            check_fits(what, batch, host_bytes(), "machine", f"encode fewer at once, or {mend}")
+    if settings.text_features:
+        check_devices(f"prepare.batch_size={settings.batch_size} prompts",
+                      2 * batch_size * config.model.text_length * config.model.text_dim, mesh, "encode fewer at once")
 
 
 def job_of(config: Config, folder: str) -> Job:

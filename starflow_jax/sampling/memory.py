@@ -62,12 +62,12 @@ def check_videos(config: Config, mesh: Mesh, together: int, kept: int = 0) -> No
     if not stream:
         pixels, scale = pixel_bytes(config, frames), shown_scale(frame_size(config)[0])
         held = max(together * pixels, kept * (pixels + latent_bytes(config, frames)))
-        check_fits(_videos(config, together, frames) + (f", {kept} kept to compare" if kept else ""),
+        check_fits(videos_of(config, together, frames) + (f", {kept} kept to compare" if kept else ""),
                    held + scale**2 * pixels, host_bytes(), "machine", FEWER)
 
 
-def check_making(config: Config, mesh: Mesh, together: int, frames: int, stream: bool) -> None:
-    """The same of the devices alone. frames: latent frames of a video."""
+def check_making(config: Config, mesh: Mesh, together: int, frames: int, stream: bool, others: int = 0) -> None:
+    """The same of the devices alone. frames: latent frames of a video. others: bytes of other models there."""
     settings = config.sample
     held = min(frames, config.model.frames) if stream else frames  # a stream holds no more than a window
     flow, latents = flow_bytes(config), together * latent_bytes(config, held)
@@ -77,7 +77,7 @@ def check_making(config: Config, mesh: Mesh, together: int, frames: int, stream:
     if not stream:  # u and the sample lie there beside the frames
         needed = max(needed, flow + 2 * latents + together * pixel_bytes(config, frames))
     stages = settings.devices if stream else 1  # a stream's parts lie on devices of their own
-    check_devices(_videos(config, together, frames), needed / stages, mesh, FEWER)
+    check_devices(videos_of(config, together, frames), others + needed / stages, mesh, FEWER)
 
 
 def check_sessions(config: Config, mesh: Mesh, sessions: int, as_batches: bool) -> None:
@@ -88,23 +88,10 @@ def check_sessions(config: Config, mesh: Mesh, sessions: int, as_batches: bool) 
                   "serve fewer sessions, or take a larger machine")
 
 
-def _videos(config: Config, together: int, frames: int) -> str:
+def videos_of(config: Config, together: int, frames: int) -> str:
+    """In words. frames: latent ones."""
     of = f"of {1 + (frames - 1) * config.codec.time_stride} frames"
     return f"a video {of}" if together == 1 else f"{together} videos {of} together"
-
-
-def check_evaluation(config: Config, mesh: Mesh) -> None:
-    """The same of what evaluate.task makes and measures at once."""
-    settings, frames, at_once = config.evaluate, config.model.frames, config.sample.batch_size
-    if settings.task in ("test_set", "denoisers", "guidance"):
-        check_making(config, mesh, at_once, frames, stream=False)
-    if settings.task == "horizon":
-        check_making(config, mesh, min(at_once, settings.prompts),
-                     settings.latent_frames // frames * frames, stream=True)
-    if settings.task == "test_set":
-        check_devices(f"evaluate.batch_size={settings.batch_size}",
-                      flow_bytes(config) + settings.batch_size * latent_bytes(config, frames), mesh,
-                      "take smaller batches, more devices (mesh) or a larger machine")
 
 
 def check_training(config: Config, mesh: Mesh) -> None:

@@ -17,9 +17,11 @@ import pytest
 
 from starflow_jax.config import Data, Prepare, UserError
 from starflow_jax.data.raw import clips
+from starflow_jax.io import lock
 from starflow_jax.io.pictures import resize_crop
 from starflow_jax.io.video import read_video
 from starflow_jax.model.system import make_system, save_system, training_source
+from starflow_jax.modes import prepare as prepare_mode
 from starflow_jax.modes.prepare import buckets_of, job_of, prepare
 from starflow_jax.modes.train import train
 from starflow_jax.sharding import make_mesh
@@ -81,6 +83,36 @@ def test_from_raw_files_to_training_batches(config, tmp_path, capsys):
     assert kinds == {1, 9}
     pixels.close()
     latents.close()
+
+
+@pytest.mark.parametrize("storage", ["ext4", "nfs4"])
+def test_a_folder_has_one_preparation_at_a_time(config, tmp_path, monkeypatch, storage):
+    """From its begin to its end, on a disk of this machine and on one that machines share; the workdir is left alone.
+    """
+    monkeypatch.setattr(lock, "file_system", lambda folder: storage)
+    for name, seconds in (("RENEWED", 0.05), ("SETTLED", 0.01), ("EXPIRES", 60.0), ("POLLED", 0.01)):
+        monkeypatch.setattr(lock, name, seconds)
+    held, made = [], []
+
+    def second(*_, **__):
+        held.append(json.loads((tmp_path / "run" / "prepared" / lock.IN_USE).read_text())["pid"])
+        if len(held) == 1:
+            with pytest.raises(UserError, match="run.prepared: .*is using it; .* or name another --workdir$"):
+                prepare(config, tmp_path / "run")
+            named = dataclasses.replace(config.prepare, output=str(tmp_path / "run" / "prepared"))
+            with pytest.raises(UserError, match="or name another prepare.output$"):
+                prepare(dataclasses.replace(config, prepare=named), tmp_path / "elsewhere")
+            prepare(config, tmp_path / "other")
+        made.append(held[-1])
+        return {"buckets": {}, "rejected": {}, "items": 0, "clips": 0}
+
+    (tmp_path / "other" / "prepared").mkdir(parents=True)
+    (tmp_path / "other" / "prepared" / lock.IN_USE).touch()
+    monkeypatch.setattr(prepare_mode, "prepare_clips", second)
+    prepare(config, tmp_path / "run")
+    assert held == made == [os.getpid()] * 2
+    left = tmp_path / "run" / "prepared" / lock.IN_USE
+    assert left.read_text() == "" if storage == "ext4" else not left.exists()
 
 
 def test_without_media_training_takes_the_same_latents(config, tmp_path, capsys):

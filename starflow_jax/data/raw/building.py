@@ -52,13 +52,13 @@ def prepare_clips(job: Job, *, processes: int = 0, beam: str | None = None, shar
     """Make the clips, or resume making them, and return what prepared.json holds.
 
     share: this process's number, and of how many, which all call this; meet: returns once all of them have called it.
-    Raises UserError where the input is missing, the folder holds something prepared with other settings, another
-    run works in it, the disk is full, or not one clip comes out.
+    The folder is theirs alone. Raises UserError where the input is missing, the folder holds something prepared with
+    other settings, the disk is full, or not one clip comes out.
     """
     if beam is None:
         tasks.check_processes("prepare.processes", processes)
     first = share[0] == 0
-    with shards.work_in(job.path, alone=share[1] == 1):
+    with shards.work_in(job.path):
         if (job.path / PREPARED).exists():
             _check_done(job)
             if first:
@@ -262,7 +262,7 @@ def _open_parts(job: Job) -> None:
                             "bytes; end it with that one, or give another prepare.output")
         for leftover in itertools.chain.from_iterable(job.path.glob(f"{where}{ARRIVING}*") for where in (
                 "", f"{_PARTS}/", *(f"{kind}/*/*/" for kind in (shards.CLIPS, shards.CAMERAS, shards.LATENTS)))):
-            leftover.rmtree()  # of processes that were killed
+            leftover.rmtree(missing_ok=True)  # of processes that were killed; or of the lease, which comes and goes
     else:
         lines = [json.dumps(dataclasses.asdict(unit), default=str)
                  for unit in list_units(job.settings.input, job.settings.items_per_part)]

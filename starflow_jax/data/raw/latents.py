@@ -108,7 +108,7 @@ def _without_padding(features_SD: np.ndarray) -> np.ndarray:
 
 
 def _derive(folder: epath.Path, kind: _Kind, batch_size: int, made_by: Any, share: tuple[int, int]) -> None:
-    with shards.work_in(folder, alone=share[1] == 1):
+    with shards.work_in(folder):
         _derive_in(folder, kind, batch_size, made_by, share)
 
 

@@ -138,37 +138,13 @@ def parse_clip(record: bytes, media: bool = True) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def work_in(folder: epath.Path, alone: bool = True) -> Iterator[None]:
-    """Raises UserError where the disk fails or fills up, and, with `alone`, where another run works in the folder.
-
-    That one is seen if it is on this machine, and not on an object store.
-    """
+def work_in(folder: epath.Path) -> Iterator[None]:
+    """Raises UserError where the disk fails or fills up."""
     try:
-        with _locked(folder) if alone and "://" not in str(folder) else contextlib.nullcontext():
-            yield
+        yield
     except OSError as error:
         raise UserError(f"{error.filename or folder}: {error.strerror or error}; what is done is kept: "
                         "once that is solved, the same command resumes") from error
-
-
-@contextlib.contextmanager
-def _locked(folder: epath.Path) -> Iterator[None]:
-    import fcntl  # not on Windows
-
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            os.close(handle)
-            raise UserError(f"{folder}: another run is preparing it; wait for its end, stop it, or give another "
-                            "prepare.output") from error
-        # Some network file systems have no locks.
-    try:
-        yield
-    finally:
-        os.close(handle)  # the system does, too, where this process is killed
 
 
 class RecordWriter:
