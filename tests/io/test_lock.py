@@ -50,6 +50,11 @@ def test_the_second_is_refused_and_hears_who_is_there(tmp_path: Path) -> None:
     assert (tmp_path / "run" / lock.IN_USE).read_text() == ""
 
 
+def test_a_lease_ends_a_minute_after_its_last_renewal() -> None:
+    assert lock.EXPIRES == 60
+    assert 3 * lock.RENEWED < lock.EXPIRES, "two renewals in a row may come to nothing"
+
+
 def test_what_a_lock_left_is_no_lease(tmp_path: Path, shared, monkeypatch) -> None:
     (tmp_path / lock.IN_USE).touch()
     monkeypatch.setattr(lock, "EXPIRES", 300.0)

@@ -82,6 +82,10 @@ ERRORS = {
     "worker: octal": ("worker.sh", ["stop", "09"], "stop: SECONDS=09"),
     "worker: no lines": ("worker.sh", ["follow", "x[$(touch X)]"], "follow: LINES"),
     "too many restarts": ("tpu_vm.sh", ["launch", *RUN, f"--max-restarts={10**20}", *FLAGS], "--max-restarts"),
+    "gke: bad restarts": ("gke.sh", ["start", "--cluster=c", "--project=lab", "--zone=z",
+                                     "--max-restarts=a[$(touch X)]"], "--max-restarts=a[$(touch X)]: must be a number"),
+    "gke: too many restarts": ("gke.sh", ["start", "--cluster=c", "--project=lab", "--zone=z",
+                                          f"--max-restarts={10**20}"], "--max-restarts"),
     "gke: no slices": ("gke.sh", ["launch", "--cluster=c", "--project=lab", "--zone=z", "--slices=a[$(touch X)]"],
                        "--slices"),
     "worker: unknown command": ("worker.sh", ["fly"], "fly"),
@@ -93,6 +97,7 @@ def test_bad_command_lines_get_one_line(name: str, stand_ins) -> None:
     script, words, told = ERRORS[name]
     one_line(stand_ins.run(script, *words), 2, told)
     assert all(call[:3] == ["gcloud", "config", "get-value"] for call in stand_ins.calls())
+    assert not (ROOT / "X").exists(), "a command within a number was run"
 
 
 @pytest.mark.parametrize("script, words, missing", [

@@ -106,9 +106,15 @@ def test_killed_then_stopped_equals_uninterrupted(uninterrupted: Path, data: Pat
         np.testing.assert_array_equal(ours, expected)
 
 
-def test_a_finished_run_started_again_needs_no_metrics(uninterrupted: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("metrics", ['{}\n[3\n{"step": 8, "validation_bits_per_dim": null}\n', None],
+                         ids=["damaged", "gone"])
+def test_a_finished_run_started_again_needs_no_metrics(uninterrupted: Path, data: Path, tmp_path: Path,
+                                                       metrics: str | None) -> None:
     shutil.copytree(uninterrupted, tmp_path / "run")
-    (tmp_path / "run" / "metrics.jsonl").write_text('{}\n[3\n{"step": 8, "validation_bits_per_dim": null}\n')
+    if metrics is None:
+        (tmp_path / "run" / "metrics.jsonl").unlink()
+    else:
+        (tmp_path / "run" / "metrics.jsonl").write_text(metrics)
     assert "trained 8 steps: validation ? bits per dimension" in succeeds(tmp_path / "run", data)
 
 
