@@ -28,6 +28,7 @@ CORPUS = Path(__file__).parent / "corpus"
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where the files lie
 SILENT = 30 * LONGEST  # seconds without a new try: a reader waits for something
 MOST_CRASHES = 20  # of one reader, after which it is given up
+OF_A_DAY = 10**6  # numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,12 @@ class Task:
         kept = corpus_of(self.reader)
         return lambda number: ("/".join(kept[number].relative_to(CORPUS / slug(self.reader)).parts[1:]),
                                kept[number].read_bytes())
+
+
+def tasks_of_day(name: str, tries: int, day: int) -> list[Task]:
+    """Half of them the same ones always, and half other ones each day. day: as YYYYMMDD."""
+    half, first = tries // 2, day * OF_A_DAY
+    return [Task(name, end=half), Task(name, first, first + tries - half)]
 
 
 def corpus_of(name: str) -> list[Path]:
@@ -153,7 +160,7 @@ def main() -> None:
     for name in arguments.readers or READERS:
         began = time.perf_counter()
         outcome = hunt([Task(name, arguments.first, arguments.first + arguments.tries)])[name]
-        results.write_reader(name, outcome, time.perf_counter() - began)
+        results.write_reader(name, outcome, arguments.first, time.perf_counter() - began)
         keep_faults(name, outcome, results.FOLDER / "faults")
         for how, fault in outcome.faults.items():
             print(f"{name}: {how}, {fault['times']} times, first number {fault['first']}\n{fault['said']}", flush=True)

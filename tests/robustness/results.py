@@ -9,6 +9,7 @@ docs/pages/reliability.md has them.
 import collections
 import dataclasses
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,22 @@ from tests.small_run import ROOT
 
 FOLDER = ROOT / "runs" / "robustness"
 HEADERS = {  # {folder of results: {field: header}}
-    "readers": {"reader": "reader", "tries": "tries", "values": "read", "refused": "refused in one line",
-                "faulty": "faults", "seconds": "seconds", "date": "date"},
+    "readers": {"reader": "reader", "tries": "tries", "parsed": "came to a parser", "values": "read",
+                "refused": "refused in one line", "faulty": "faults", "first": "from number", "seconds": "seconds",
+                "date": "date"},
     "settings": {"what": "command lines", "tries": "tries", "work": "work", "done": "done", "refused": "one line",
                  "faulty": "faults", "seed": "seed", "seconds": "seconds", "date": "date"},
 }
 
 
-def write_reader(name: str, outcome: Outcome, seconds: float) -> None:
-    """The outcome of a reader's tries."""
-    _write("readers", name, seconds, {"reader": name, "tries": outcome.tries, "faulty": outcome.faulty,
+def today() -> int:
+    """YYYYMMDD, a seed of what is another each day."""
+    return int(time.strftime("%Y%m%d"))
+
+
+def write_reader(name: str, outcome: Outcome, first: int, seconds: float) -> None:
+    """The outcome of a reader's tries. first: the number that they, or those of the day, begin with."""
+    _write("readers", name, seconds, {"reader": name, "tries": outcome.tries, "faulty": outcome.faulty, "first": first,
                                       **dataclasses.asdict(outcome)})
 
 
@@ -54,7 +61,8 @@ def shown(folder: Path = FOLDER) -> str:
     for kind, headers in HEADERS.items():
         found = _reports(folder / kind)
         if found:
-            tables.append(table([[facts[name] for name in headers] for facts in found], tuple(headers.values())))
+            rows = [[facts.get(name, "?") for name in headers] for facts in found]
+            tables.append(table(rows, tuple(headers.values())))
     return "\n\n".join([*tables, table(summary(folder), ("what", "tries", "lost or faulty", ""))])
 
 

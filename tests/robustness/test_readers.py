@@ -13,7 +13,7 @@ from starflow_jax.config import UserError
 from starflow_jax.evaluation.networks import read_arrays
 from starflow_jax.model.release import released_config
 from tests.robustness import results
-from tests.robustness.hunt import Task, corpus_of, hunt, keep_faults
+from tests.robustness.hunt import Task, corpus_of, hunt, keep_faults, tasks_of_day
 from tests.robustness.readers import READERS
 from tests.robustness.trial import Outcome, Specimen, trials
 
@@ -45,12 +45,28 @@ def test_damaged_files_end_in_one_line_where_a_native_library_reads() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_thousands_of_damaged_files_end_in_one_line(name: str) -> None:
-    """Results go to runs/robustness, with a damaged file for each fault."""
-    began = time.perf_counter()
-    outcome = hunt([Task(name, end=SLOW)])[name]
-    results.write_reader(name, outcome, time.perf_counter() - began)
+    """Results go to runs/robustness, with the number that those of the day begin with (hunt.py's --first), and with a
+    damaged file for each fault."""
+    began, tasks = time.perf_counter(), tasks_of_day(name, SLOW, results.today())
+    outcome = hunt(tasks)[name]
+    results.write_reader(name, outcome, tasks[-1].first, time.perf_counter() - began)
     keep_faults(name, outcome, results.FOLDER / "faults")
-    assert not outcome.faults and outcome.tries == SLOW, outcome.faults
+    assert not outcome.faults and outcome.tries == SLOW and outcome.parsed, outcome.faults
+
+
+def test_half_of_the_thousands_are_other_ones_each_day(tmp_path: Path) -> None:
+    specimen = Specimen("settings", READERS["settings"], tmp_path)
+    days = [[specimen.damage(number) for task in tasks_of_day("settings", 10, day) for number in task.numbers()]
+            for day in (20261129, 20261130, 20261130)]
+    assert len(days[0]) == 10 and days[1] == days[2]
+    assert days[0][:5] == days[1][:5] == [specimen.damage(number) for number in range(5)]
+    assert not set(days[0][5:]) & set(days[1][5:])
+
+
+def test_a_report_says_where_its_day_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    results.write_reader("settings", Outcome(refused=10, parsed=9), 20261130 * 10**6, 1.0)
+    assert "20261130000000" in results.shown(tmp_path)
 
 
 def test_a_fault_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.robustness import commands
 from tests.robustness.commands import Result, result_in_process, result_of
-from tests.robustness.results import write_settings
+from tests.robustness.results import today, write_settings
 
 QUICK, SLOW, PROCESSES = 40, 5_000, 60  # command lines
 HOW: dict[str, Any] = dict(database=None, deadline=None, suppress_health_check=list(HealthCheck))
@@ -52,7 +52,7 @@ def test_any_settings_end_in_progress_or_one_line_as_processes(folder: Path) -> 
 def tried(what: str, count: int, run: Callable[[list[str]], Result], **of: Any) -> list[tuple[list[str], Result]]:
     """Try command lines, write what they came to, and return the faults."""
     results: list[tuple[list[str], Result]] = []
-    began, number = time.perf_counter(), int(time.strftime("%Y%m%d"))
+    began, number = time.perf_counter(), today()
 
     @seed(number)
     @settings(max_examples=count, phases=[Phase.generate], **HOW)
