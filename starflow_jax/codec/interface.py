@@ -5,7 +5,7 @@ compiled into every program that decodes.
 """
 
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,13 @@ class LatentCodec(Protocol):
         """The codec that encodes as this one does, and decodes with such parameters."""
 
 
+class Decoded(NamedTuple):
+    """What latents became; an array of the host or of devices each."""
+
+    frames_BTHWC: Any  # uint8
+    finite_B: Any  # bool: whether all of a video's pixels were finite: as uint8, NaN is a shade like any other
+
+
 def check_frame_size(pixels_BTHWC: jax.Array, multiple: int) -> None:
     """Raises UserError for frames whose sides are not multiples of so many pixels."""
     height, width = pixels_BTHWC.shape[2:4]
@@ -59,6 +66,10 @@ def to_uint8(pixels: jax.Array, cut: bool = False) -> jax.Array:
     if cut:
         return ((jnp.clip(pixels, -1, 1) + 1.0) * 0.5 * 255).astype(jnp.uint8)
     return jnp.clip(jnp.round((pixels + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def _decoded(pixels_BTHWC: jax.Array, cut: bool) -> Decoded:
+    return Decoded(to_uint8(pixels_BTHWC, cut), jnp.isfinite(pixels_BTHWC).all(axis=(1, 2, 3, 4)))
 
 
 @jax.jit
@@ -85,20 +96,20 @@ def decode_pixels(codec: LatentCodec, latents_BNhwC: jax.Array, later_scale: flo
 @partial(jax.jit, static_argnames="cut")
 def decode_latents(
     codec: LatentCodec, latents_BNhwC: jax.Array, later_scale: float | jax.Array, cut: bool = False
-) -> jax.Array:
+) -> Decoded:
     """The same as uint8; see `to_uint8`."""
-    return to_uint8(decode_pixels(codec, latents_BNhwC, later_scale), cut)
+    return _decoded(decode_pixels(codec, latents_BNhwC, later_scale), cut)
 
 
 @partial(jax.jit, donate_argnames="cache", static_argnames="cut")
 def decode_next(
     codec: LatentCodec, latents_BNhwC: jax.Array, cache: Any, later_scale: float | jax.Array, cut: bool = False
-) -> tuple[jax.Array, Any]:
+) -> tuple[Decoded, Any]:
     """The uint8 frames of a video's next latent frames, and the cache for the next call; None where it begins."""
     count = latents_BNhwC.shape[1]
     scale = _frame_scale(count, later_scale) if cache is None else later_scale
     pixels, cache = codec.decode_next(latents_BNhwC / scale, cache)
-    return to_uint8(pixels, cut), cache
+    return _decoded(pixels, cut), cache
 
 
 def _frame_scale(frames: int, later_scale: float | jax.Array) -> jax.Array:

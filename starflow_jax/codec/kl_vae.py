@@ -21,7 +21,7 @@ from jax import lax
 from starflow_jax.codec.interface import check_frame_size, deviation
 from starflow_jax.config import Codec, UserError
 from starflow_jax.io.files import read_json
-from starflow_jax.io.tensor_files import Array, check_shapes, open_safetensors
+from starflow_jax.io.tensor_files import Array, check_shapes, only_finite, open_safetensors
 
 SCALING = 0.18215  # latents as flows take them are the VAE's times this, where its config.json says nothing else
 EPSILON = 1e-6
@@ -333,7 +333,7 @@ def load_kl(settings: Codec, channels: int) -> KLCodec:
         raise UserError("codec.kind=kl needs the VAE's weights: name them with --config.codec.weights=FILE.safetensors"
                         ", such as diffusion_pytorch_model.safetensors of stabilityai/sd-vae-ft-ema")
     path = Path(settings.weights)
-    tensors = open_safetensors(path)
+    tensors = only_finite(settings.weights, open_safetensors(path))
     weights, said = with_present_names(tensors), read_settings(path)
     config = config_of(weights, said.get("norm_groups", settings.norm_groups), settings.weights)
     for field, own, asked in (("model.channels", config.channels, channels), ("codec.stride", config.stride,

@@ -22,7 +22,7 @@ from starflow_jax.codec.wan_vae import Cache, Past, WanConfig, WanVAE
 from starflow_jax.codec.wan_weights import STATISTICS, from_released
 from starflow_jax.config import Codec, UserError
 from starflow_jax.io.files import read_json
-from starflow_jax.io.tensor_files import open_safetensors
+from starflow_jax.io.tensor_files import only_finite, open_safetensors
 
 Step = Callable[[jax.Array, Past], tuple[Any, Past]]
 DECODER = ("decoder", "post_quant")  # the parts of the VAE's parameters that decoding needs
@@ -183,7 +183,7 @@ def load_codec(settings: Codec, channels: int) -> WanCodec:
     if not settings.weights.endswith(".safetensors"):
         raise UserError(f"codec.weights={settings.weights!r}: must be a .safetensors file; --mode=convert "
                         "--config.convert.codec=FILE.pth makes one of the released .pth")
-    tensors = open_safetensors(Path(settings.weights))
+    tensors = only_finite(settings.weights, open_safetensors(Path(settings.weights)))
     config = wan_config(settings, channels)
     params = from_released(tensors, config, jnp.dtype(settings.dtype), settings.weights)
     statistics = channel_statistics(settings, channels, tensors)

@@ -52,7 +52,8 @@ def shown_moves(system: System, params: Params, caption: str) -> np.ndarray:
     """Videos of one caption and seed along SHOWN, (moves, T, H, W, 3) uint8."""
     settings = dataclasses.replace(system.config.sample, frames=0)
     return np.concatenate([generate_clips(
-        system, params, [caption], [0], dataclasses.replace(settings, camera=move)).frames_BTHWC for move in SHOWN])
+        system, params, [caption], [0], dataclasses.replace(settings, camera=move)).checked([caption], [0]).frames_BTHWC
+        for move in SHOWN])
 
 
 def _followed(system: System, params: Params, captions: list[str], labels_B3: np.ndarray, length: int
@@ -77,7 +78,8 @@ def _sampled(system: System, params: Params, captions: list[str], path: cameras.
     for begin, batch in zip(itertools.count(step=size), in_batches(captions, size)):
         seen = None if path is None else _latent_cameras(
             system, cameras.Path(*(_filled(part[begin:begin + len(batch)], size) for part in path)))
-        clips = generate_clips(system, params, filled(batch, size), range(begin, begin + size), settings, cameras=seen)
+        seeds = range(begin, begin + size)
+        clips = generate_clips(system, params, filled(batch, size), seeds, settings, cameras=seen).checked(batch, seeds)
         made.append(clips.frames_BTHWC[:len(batch)])
     return np.concatenate(made)
 

@@ -16,6 +16,7 @@ from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import filled, in_batches
 from starflow_jax.sampling.conditions import noised
 from starflow_jax.sampling.denoise import denoise
+from starflow_jax.sampling.finite import finite_frames, names_of
 from starflow_jax.sampling.generate import generate_clips
 from starflow_jax.sharding import fetch
 
@@ -45,7 +46,8 @@ def of_real_clips(system: System, params: Params, captions: list[str], frames_BT
             text = system.caption_features(params, filled(batch, size), is_image=noisy.shape[1] == 1)
             targets = {"psnr_to_the_clip": clips, "psnr_to_the_codecs": fetch(system.decode(system.encode(clips)))}
             for how in ways:
-                made = fetch(system.decode(denoise(system, params, noisy, text, how), how))
+                names = [f"{name}, real, denoise={how}" for name in names_of(batch, range(first, first + size))]
+                made = finite_frames(system.decoded(denoise(system, params, noisy, text, how), how), names)
                 for name, target in targets.items():
                     squares = (made.astype(np.float64) - target)[:len(batch)] ** 2
                     sets = errors.setdefault((how, name), [[] for _ in range(SEEDS)])
@@ -60,10 +62,10 @@ def of_real_clips(system: System, params: Params, captions: list[str], frames_BT
 def side_by_side(system: System, params: Params, caption: str, seed: int) -> dict[str, np.ndarray]:
     """{way: one sample's frames (T, H, W, 3) uint8}."""
     settings = dataclasses.replace(system.config.sample, denoise="none", frames=0, renoise=False)
-    clips = generate_clips(system, params, [caption], [seed], settings)
+    clips = generate_clips(system, params, [caption], [seed], settings).checked([caption], [seed])
     noisy = jnp.asarray(clips.noisy_BNhwC)
-    return {how: fetch(system.decode(denoise(system, params, noisy, clips.text, how), how))[0]
-            for how in denoise_choices(system)}
+    return {how: finite_frames(system.decoded(denoise(system, params, noisy, clips.text, how), how),
+                               [f"{caption!r}, seed {seed}, denoise={how}"])[0] for how in denoise_choices(system)}
 
 
 def measure(system: System, params: Params, captions: list[str], labels_B3: np.ndarray | None,

@@ -14,6 +14,7 @@ from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import filled, in_batches
 from starflow_jax.sampling.conditions import noised
 from starflow_jax.sampling.denoise import denoise
+from starflow_jax.sampling.finite import finite_frames, names_of
 from starflow_jax.sharding import fetch
 
 PSNR_CLIPS = 256  # clips that are denoised in every way
@@ -38,7 +39,9 @@ def denoised_real_clips(
             kept = slice(min(len(batch), max(0, PSNR_CLIPS - begin)))
             coded = fetch(system.decode(system.encode(clips)))[kept].astype(np.float64)
             for how in ways if len(coded) else (own,):
-                made = fetch(system.decode(denoise(system, params, noisy, text, how), how))[:len(batch)]
+                names = [f"{name}, real, denoise={how}" for name in names_of(batch, range(begin, begin + size))]
+                decoded = system.decoded(denoise(system, params, noisy, text, how), how)
+                made = finite_frames(decoded, names)[:len(batch)]
                 errors[how].append(((made[kept] - coded) ** 2).mean(axis=(1, 2, 3, 4)))
                 if how == own:
                     statistics.append(clip_statistics(made))

@@ -25,7 +25,8 @@ def sampled(system: System, params: Params, captions: list[str], guidance: float
     size, frames = settings.batch_size, []
     for begin, batch in zip(itertools.count(step=size), in_batches(captions, size)):
         first = seed + begin
-        clips = generate_clips(system, params, filled(batch, size), range(first, first + size), settings)
+        seeds = range(first, first + size)
+        clips = generate_clips(system, params, filled(batch, size), seeds, settings).checked(batch, seeds)
         frames.append(clips.frames_BTHWC[:len(batch)])
     return np.concatenate(frames)
 

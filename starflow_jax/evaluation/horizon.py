@@ -27,6 +27,7 @@ from starflow_jax.model.sources import long_clips
 from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import filled
 from starflow_jax.sampling.conditions import Conditions, Text, caption_text, make_conditions, noised
+from starflow_jax.sampling.finite import finite_frames, names_of
 from starflow_jax.sampling.generate import deep_frames
 from starflow_jax.sampling.likelihood import frame_nll
 from starflow_jax.sampling.shallow import joined
@@ -136,7 +137,8 @@ def measure_samples(
             given = make_conditions(system, params, batch.captions, range(begin, begin + size), settings,
                                     changes=batch.changes)
             noisy: list[jax.Array] = []
-            frames = _frames(system, params, given, settings, noisy)
+            names = names_of(prompts.captions[begin:begin + kept], range(begin, begin + kept))
+            frames = _frames(system, params, given, settings, noisy, names)
             for stretch, frames_BTHWC in enumerate(in_stretches(frames, system.pixel_frames, length * stride)):
                 found.add(stretch, frames_BTHWC[:kept], batch.labels_of(stretch))
                 shown.add(stretch, frames_BTHWC[:kept])
@@ -145,13 +147,15 @@ def measure_samples(
     return found, shown
 
 
-def _frames(system: System, params: Params, given: Conditions, settings: Sample, noisy: list[jax.Array]
-            ) -> Iterator[np.ndarray]:
-    """The pixels of each latent frame as it is made; its latents with their noise are put into `noisy`."""
+def _frames(system: System, params: Params, given: Conditions, settings: Sample, noisy: list[jax.Array],
+            names: Sequence[str]) -> Iterator[np.ndarray]:
+    """The pixels of each latent frame as it is made; its latents with their noise are put into `noisy`. names: as for
+    `finite_frames`."""
     finish = Finisher(system, params, given, settings)
     for u_BGSK, _ in deep_frames(system, params, given, settings):
         noisy.append(finish.latents(u_BGSK)[0])
-        yield from map(fetch, finish.pixels(noisy[-1], given))
+        for part in finish.pixels(noisy[-1], given):
+            yield finite_frames(part, names)
 
 
 def measure_real(

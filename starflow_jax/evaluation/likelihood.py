@@ -21,11 +21,12 @@ from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import noised_draws
 from starflow_jax.sampling.conditions import caption_text, noised
 from starflow_jax.sampling.denoise import denoise
+from starflow_jax.sampling.finite import finite_frames
 from starflow_jax.sampling.generate import encode_z
 from starflow_jax.sampling.likelihood import window_nll_per_token
 from starflow_jax.sampling.shallow import invert_all, joined
 from starflow_jax.sampling.solver import calibrated_solver, complete, deep_solver, shallow_solver
-from starflow_jax.sampling.windows import windowed
+from starflow_jax.sampling.windows import Latents, windowed
 from starflow_jax.sharding import fetch
 
 
@@ -104,7 +105,7 @@ def round_trip(system: System, params: Params, frames_THWC: np.ndarray, caption:
     clean = denoise(system, params, back, text, system.config.sample.denoise)
     return RoundTrip(float(jnp.linalg.norm(back - noisy) / jnp.linalg.norm(noisy)), float(jnp.mean(z**2)),
                      np.asarray(system.decode(system.encode(frames_THWC[None])))[0],
-                     np.asarray(system.decode(clean, system.config.sample.denoise))[0])
+                     _shown(system, clean)[0])
 
 
 def interpolate(
@@ -118,7 +119,12 @@ def interpolate(
     shares = jnp.linspace(0, 1, steps)[:, None, None]
     texts = (1 - shares) * text[0] + shares * text[1]
     clean = denoise(system, params, decode_z(system, params, between, texts), texts, system.config.sample.denoise)
-    return np.asarray(system.decode(clean, system.config.sample.denoise))
+    return _shown(system, clean)
+
+
+def _shown(system: System, clean: Latents) -> np.ndarray:
+    names = [f"video {number} of {len(clean)}, decoded from z" for number in range(1, len(clean) + 1)]
+    return finite_frames(system.decoded(clean, system.config.sample.denoise), names)
 
 
 def slerp(start: jax.Array, end: jax.Array, shares: np.ndarray) -> jax.Array:

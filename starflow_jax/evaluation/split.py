@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.config import Config
+from starflow_jax.config import Config, UserError
 from starflow_jax.data.digits import reader
 from starflow_jax.data.digits.captions import ATTRIBUTES
 from starflow_jax.evaluation.measures import temporal_flickering
@@ -18,6 +18,7 @@ from starflow_jax.model.sources import data_source, fixed_captions
 from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import filled, in_batches
 from starflow_jax.sampling.denoise import denoise
+from starflow_jax.sampling.finite import finite_frames, names_of
 from starflow_jax.sampling.generate import generate_clips
 from starflow_jax.sampling.likelihood import bits_per_frame, likelihood_batches, noised_latents
 from starflow_jax.sharding import fetch
@@ -45,7 +46,8 @@ def generate_and_read(
     clips}; and of those that are denoised as the config says the first clips' frames (SHOWN, T, H, W, 3) uint8, and all
     clips' `clip_statistics`.
 
-    One batch after another, of which only the figures and those first frames are kept.
+    One batch after another, of which only the figures and those first frames are kept. Raises UserError for a clip that
+    is not finite.
     """
     settings = dataclasses.replace(system.config.sample, denoise="none", frames=0, renoise=False)
     size, shown, statistics, choices = settings.batch_size, [], [], denoise_choices(system)
@@ -53,10 +55,12 @@ def generate_and_read(
     with ProgressBar("samples", len(captions), unit="clip", compiles=True) as progress:
         for begin, batch in zip(itertools.count(step=size), in_batches(captions, size)):
             first = seed + begin
-            clips = generate_clips(system, params, filled(batch, size), range(first, first + size), settings)
+            seeds = range(first, first + size)
+            clips = generate_clips(system, params, filled(batch, size), seeds, settings).checked(batch, seeds)
             for how in choices:
                 clean = denoise(system, params, jnp.asarray(clips.noisy_BNhwC), clips.text, how)
-                frames = np.asarray(system.decode(clean, how))[:len(batch)]
+                names = [f"{name}, denoise={how}" for name in names_of(batch, seeds)]
+                frames = finite_frames(system.decoded(clean, how), names)[:len(batch)]
                 of_batch = read(None if labels_B3 is None else labels_B3[begin:begin + size], frames)
                 for name, value in of_batch.items():  # each a mean over clips
                     scores[how][name] = scores[how].get(name, 0.0) + value * len(batch) / len(captions)
@@ -86,9 +90,13 @@ def real_clips(system: System, count: int) -> tuple[np.ndarray | None, np.ndarra
 
 
 def split_likelihood(system: System, params: Params) -> dict[str, Any]:
-    """Bits per dimension of the sigma-noised test latents, constants included, and those of two baselines."""
+    """Bits per dimension of the sigma-noised test latents, constants included, and those of two baselines. Raises
+    UserError where they are not finite."""
     clips = system.config.evaluate.clips
     bits = bits_per_frame(system, params, likelihood_batches(system, "test", clips))
+    if not np.isfinite(bits).all():
+        raise UserError(f"the likelihood of {np.sum(~np.isfinite(bits).all(axis=1))} of {len(bits)} test clips is not "
+                        "finite; the model's weights are damaged (use another checkpoint), or need model.dtype=float32")
     train = _noisy_latents(system, "train", BASELINE_CLIPS)
     same_size = [latents for latents in _noisy_latents(system, "test", clips) if latents.shape == train[0].shape]
     train = [latents for latents in train if latents.shape == train[0].shape]

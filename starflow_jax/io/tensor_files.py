@@ -126,6 +126,23 @@ def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str
             file.write(np.ascontiguousarray(np.asarray(tensors[name])).reshape(-1).view(np.uint8).data)
 
 
+def check_finite(source: str, arrays: Mapping[str, Any]) -> None:
+    """Raises UserError naming the first array whose values are not all finite."""
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{source}: {name} holds values that are not finite; it is damaged: make or copy it again")
+
+
+def only_finite(source: str, tensors: Mapping[str, StoredArray]) -> dict[str, StoredArray]:
+    """The tensors; reading one raises UserError as `check_finite` does."""
+    def read(name: str) -> np.ndarray:
+        value = np.asarray(tensors[name])
+        check_finite(source, {name: value})
+        return value
+
+    return {name: StoredArray(tensor.shape, tensor.dtype, partial(read, name)) for name, tensor in tensors.items()}
+
+
 def check_shapes(source: str, found: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Raises UserError listing every array that is missing, unexpected or of another shape."""
     report_misfits(source, missing=sorted(set(wanted) - set(found)), unexpected=sorted(set(found) - set(wanted)),

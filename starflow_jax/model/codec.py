@@ -23,7 +23,7 @@ from starflow_jax.codec.wan_stream import (
 from starflow_jax.config import Config
 from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.io.checksums import checksums_of
-from starflow_jax.io.tensor_files import check_shapes
+from starflow_jax.io.tensor_files import check_finite, check_shapes
 from starflow_jax.model.sources import data_source
 
 FITTED_CLIPS = 1_000  # training clips that the patch codec is fitted to
@@ -96,11 +96,12 @@ def read_codec(config: Config, folder: Path) -> LatentCodec:
     if config.codec.kind != "patch":
         return _load_vae(config)
     shape = patch_shape(config)
-    stored = traverse_util.flatten_dict(import_arrays(folder / FITTED_CODEC), sep="/")
-    arrays = {name: jnp.asarray(value) for name, value in stored.items()}
+    arrays = traverse_util.flatten_dict(import_arrays(folder / FITTED_CODEC), sep="/")
     pixels, channels = shape.pixels, config.model.channels
     check_shapes(str(folder / FITTED_CODEC), arrays, {"mean_P": (pixels,), "basis_PC": (pixels, channels), "scale": ()})
-    return patch.PatchCodec(arrays["mean_P"], arrays["basis_PC"], arrays["scale"], shape)
+    check_finite(str(folder / FITTED_CODEC), arrays)
+    mean_P, basis_PC, scale = (jnp.asarray(arrays[name]) for name in ("mean_P", "basis_PC", "scale"))
+    return patch.PatchCodec(mean_P, basis_PC, scale, shape)
 
 
 def codec_fingerprint(config: Config, codec: LatentCodec) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epy
 
 from starflow_jax import sharding
-from starflow_jax.codec.interface import LatentCodec, decode_latents, encode_frames
+from starflow_jax.codec.interface import Decoded, LatentCodec, decode_latents, encode_frames
 from starflow_jax.config import Config, UserError
 from starflow_jax.data.batch import Batch
 from starflow_jax.flow.starflow import STARFlow
@@ -129,6 +129,10 @@ class System:
 
     def decode(self, latents_BNhwC: jax.Array | np.ndarray, denoise: str = "none") -> jax.Array:
         """Latents -> frames (B, T, H, W, 3) uint8. denoise: as for `codec_behind`."""
+        return self.decoded(latents_BNhwC, denoise).frames_BTHWC
+
+    def decoded(self, latents_BNhwC: jax.Array | np.ndarray, denoise: str = "none") -> Decoded:
+        """The same, and whether they are finite."""
         codec = to_devices(self.codec_behind(denoise), after=latents_BNhwC)
         return decode_latents(codec, latents_BNhwC, self.config.codec.later_frames_scale, self.as_released)
 

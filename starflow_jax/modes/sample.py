@@ -150,8 +150,10 @@ def _report(videos: Videos) -> None:
         print(table(videos.rows, videos.headers))
     if len(videos.rows) > 1:
         print(f"all in {videos.folder}")
-    lines = [f"{request.prompt!r}, seed {request.seed}: {str(error).splitlines()[0]}"
-             for request, error in videos.failed]
+    lines = []
+    for request, error in videos.failed:
+        name, line = f"{request.prompt!r}, seed {request.seed}: ", str(error).splitlines()[0]
+        lines.append(line if line.startswith(name) else name + line)
     for line in lines[1:]:
         print(f"failed: {line}")
     if lines:

@@ -28,8 +28,8 @@ class Made:
     seconds: float  # its share of the batch's
 
     def check(self) -> None:
-        """Raises UserError where the solution is not finite: what it decodes to shows nothing."""
-        self.clips.solved.check(self.index, f"{self.request.prompt!r}, seed {self.request.seed}")
+        """Raises UserError where the video, or the solution behind it, is not finite: it shows nothing."""
+        self.clips.check(self.index, f"{self.request.prompt!r}, seed {self.request.seed}")
 
     @property
     def frames_THWC(self) -> np.ndarray:

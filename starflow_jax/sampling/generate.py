@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.codec.interface import decode_next
+from starflow_jax.codec.interface import Decoded, decode_next
 from starflow_jax.config import Model, Sample, UserError
 from starflow_jax.flow import generation
 from starflow_jax.flow.control import LatentCameras, Steering, control_of
@@ -20,6 +20,7 @@ from starflow_jax.model.student import flow_of
 from starflow_jax.model.system import System
 from starflow_jax.sampling.conditions import Conditions, Draws, VideoText, make_conditions, steering
 from starflow_jax.sampling.denoise import denoise, on_devices
+from starflow_jax.sampling.finite import check_finite, names_of
 from starflow_jax.sampling.likelihood import frame_nll
 from starflow_jax.sampling.renoise import refresher
 from starflow_jax.sampling.shallow import invert_videos
@@ -37,7 +38,20 @@ class Clips:
     noisy_BNhwC: np.ndarray  # the flow's own sample, before denoising
     text: VideoText  # the prompts' features (B, S, D)
     solved: Solved
+    finite_B: np.ndarray  # bool: whether all of a clip's pixels are
     certificate_B: np.ndarray | None = None  # with sample.certify: see `certificate`
+
+    def check(self, index: int, what: str) -> None:
+        """Raises UserError, which begins with `what`, where a clip or the solution behind it is not finite."""
+        self.solved.check(index, what)
+        check_finite(self.finite_B[index], what)
+
+    def checked(self, captions: Sequence[str], seeds: Sequence[int]) -> "Clips":
+        """Themselves. captions: of the first clips, those that were asked for; raises UserError where one of them is
+        not finite."""
+        for index, name in enumerate(names_of(captions, seeds)):
+            self.check(index, name)
+        return self
 
 
 def generate_clips(
@@ -64,25 +78,28 @@ def generate_clips(
     if given.known_BThwC is not None:
         noisy = np.concatenate([fetch(given.known_BThwC), noisy], axis=1)
     clean = denoise(system, params, noisy, given.text, settings.denoise)
-    clips = Clips(pixels(system, clean, settings.denoise), noisy, given.text, solved(reports, shallow))
+    decoded = pixels(system, clean, settings.denoise)
+    clips = Clips(decoded.frames_BTHWC, noisy, given.text, solved(reports, shallow), decoded.finite_B)
     if not settings.certify:
         return clips
     return dataclasses.replace(clips, certificate_B=certificate(system, params, clips, given))
 
 
-def pixels(system: System, latents: Latents, denoised: str) -> np.ndarray:
-    """uint8 (B, T, H, W, 3) of latents (B, N, h, w, C) that went through a way of denoising: one frame after the other,
-    so that two programs serve any length. With tiles, all of whose caches that would keep, a codec decodes all at once.
+def pixels(system: System, latents: Latents, denoised: str) -> Decoded:
+    """The frames, in the host's memory, of latents (B, N, h, w, C) that went through a way of denoising: one frame
+    after the other, so that two programs serve any length. With tiles, all of whose caches that would keep, a codec
+    decodes all at once.
     """
     codec, settings = to_devices(system.codec_behind(denoised), after=latents), system.config.codec
     if settings.tile:
-        return fetch(system.decode(on_devices(latents), denoised))
+        return Decoded(*map(fetch, system.decoded(on_devices(latents), denoised)))
     whole, cache, parts = fetch(latents), None, []
     for frame in range(whole.shape[1]):
         part, cache = decode_next(codec, on_devices(whole[:, frame:frame + 1]), cache, settings.later_frames_scale,
                                   system.as_released)
         parts.append(part)
-    return np.concatenate(list(map(fetch, parts)), axis=1)
+    frames_BTHWC, finite_B = zip(*((fetch(part.frames_BTHWC), fetch(part.finite_B)) for part in parts))
+    return Decoded(np.concatenate(frames_BTHWC, axis=1), np.all(finite_B, axis=0))
 
 
 class Live(Protocol):

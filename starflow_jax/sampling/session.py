@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from starflow_jax.codec.interface import Decoded
 from starflow_jax.config import Config, UserError, changed
 from starflow_jax.flow.generation import Ask, answer
 from starflow_jax.io.live_camera import as_json
@@ -19,6 +19,7 @@ from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import for_each
 from starflow_jax.sampling.conditions import ENDLESS, latent_frames, make_conditions
 from starflow_jax.sampling.files import file_rate, shown_scale
+from starflow_jax.sampling.finite import finite_frames
 from starflow_jax.sampling.given import latents_of
 from starflow_jax.sampling.mesh import on_mesh
 from starflow_jax.sampling.record import Record, write_record
@@ -35,7 +36,7 @@ class Session:
 
     `prompt`, `guidance` and `camera` may be set at any time and from any thread. They hold from the next latent frame
     on that is not yet begun: `next_frame` says which that is. As a context manager it lets go of the device at the
-    block's end. Each next() raises UserError where a solution is not finite.
+    block's end. Each next() raises UserError where a solution, or what is made of it, is not finite.
     """
 
     def __init__(self, system: System, params: Params, mesh: Mesh, record: Record, *, recording: bool = True,
@@ -54,7 +55,7 @@ class Session:
         self._recording = Recording(file_rate(system.config), shown_scale(self._pixels[0])) if recording else None
         self.answer: Callable[[Ask], None] = answer  # makes a step of the deep block
         self._steps: Iterator[Ask | Step] | None = None  # from the first frame on
-        self._ready: collections.deque[jax.Array] = collections.deque()
+        self._ready: collections.deque[Decoded] = collections.deque()
         self._ahead, self._surprising, self._surprises = ahead, surprise, collections.deque[Surprise]()
         self._surprise: tuple[np.ndarray, np.ndarray | None] | None = None  # (S,) of the last frame that was shown
         self._begun, self._shown = latents_of(record.known_THWC, system.config.codec.time_stride), 0
@@ -102,6 +103,7 @@ class Session:
         if self._closed or self._shown == self._record.frames:
             self.close()
             return None
+        name = f"{self.prompt!r}, seed {self._record.seed}"
         with on_mesh(self._mesh):
             if self._steps is None:
                 self._steps = self._begin()
@@ -113,10 +115,11 @@ class Session:
                 if isinstance(step, Ask):
                     return step
                 self._begun = step.begun
-                solved([step.deep], [step.shallow]).check(0, f"{self.prompt!r}, seed {self._record.seed}")
+                solved([step.deep], [step.shallow]).check(0, name)
                 self._ready.extend(step.pixels)
                 self._surprises.extend(step.surprises)
-            frames_THWC = fetch(self._ready.popleft())[0]
+            frames_THWC = finite_frames(self._ready[0], [name])[0]  # one that is not stays, for the next call too
+            self._ready.popleft()
             if self._surprises:
                 own_BS, other_BS = self._surprises.popleft()
                 self._surprise = fetch(own_BS)[0], None if other_BS is None else fetch(other_BS)[0]

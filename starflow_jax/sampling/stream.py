@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.codec.interface import decode_next
+from starflow_jax.codec.interface import Decoded, decode_next
 from starflow_jax.config import Config, Sample, UserError
 from starflow_jax.flow import decode, generation
 from starflow_jax.flow.control import Steering
@@ -67,11 +67,15 @@ def stream_clips(
     timeline: Timeline | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield the clips' next frames, uint8 (B, T, H, W, 3), T = 1 for the first latent frame and the codec's time
-    stride for each after it; the given ones come first. timeline: what is to watch it; its owner closes it. Raises
-    UserError as `make_conditions` does, and where sample.denoise or sample.devices rules a stream out."""
+    stride for each after it; the given ones come first. timeline: what is to watch it, and is told which are finite;
+    its owner closes it. Raises UserError as `make_conditions` does, and where sample.denoise or sample.devices rules a
+    stream out."""
     given = make_conditions(system, params, captions, seeds, settings, known_BTHWC)
     for step in generation.answered(stream_steps(system, params, given, settings, timeline=timeline)):
-        yield from map(fetch, step.pixels)
+        for part in step.pixels:
+            if timeline:
+                timeline.finite.append(part.finite_B)
+            yield fetch(part.frames_BTHWC)
 
 
 class Surprise(NamedTuple):
@@ -85,7 +89,7 @@ class Surprise(NamedTuple):
 class Step(NamedTuple):
     """What a step of the deep block has led to."""
 
-    pixels: list[jax.Array]  # of the latent frames that it completes, uint8 (B, T, H, W, 3) each
+    pixels: list[Decoded]  # of the latent frames that it completes, each one's
     begun: int  # latent frames that the deep block has begun by now, given ones included
     deep: Report
     shallow: tuple[Report, ...]
@@ -154,7 +158,7 @@ class Finisher:
         self._noisy: Any = None  # of the window; frames that are not made yet are 0: nothing that is taken sees them
         self._clean: list[jax.Array] = []  # as released: the last frames that were emitted, which the denoiser sees
 
-    def __call__(self, u_BGSK: jax.Array, given: Conditions) -> tuple[list[jax.Array], tuple[Report, ...]]:
+    def __call__(self, u_BGSK: jax.Array, given: Conditions) -> tuple[list[Decoded], tuple[Report, ...]]:
         """Take the next frames of u; returns the pixels that they complete, and the shallow blocks' reports. given:
         what was given first, whose texts may have changed since."""
         noisy, reports = self.latents(u_BGSK)
@@ -166,9 +170,9 @@ class Finisher:
             self._system.flow, shallow_variables(self._params), u_BGSK, solver=self._shallow_solver,
             token_grid=self._system.token_grid)
 
-    def pixels(self, noisy_BGhwC: jax.Array, given: Conditions) -> list[jax.Array]:
+    def pixels(self, noisy_BGhwC: jax.Array, given: Conditions) -> list[Decoded]:
         """The pixels that the next frames' latents complete; those of the given frames come with the first ones."""
-        out: list[jax.Array] = []
+        out: list[Decoded] = []
         parts, self._given = [noisy_BGhwC] if self._given is None else [self._given, noisy_BGhwC], None
         for part in parts:
             for index in range(part.shape[1]):
@@ -211,7 +215,7 @@ class Finisher:
         self._noisy = place(self._noisy, latent, self._ready - self._window.start)
         self._ready += 1
 
-    def _next_pixels(self, given: Conditions) -> jax.Array:
+    def _next_pixels(self, given: Conditions) -> Decoded:
         frame = self._emitted
         latent = self._denoised(frame, given)
         self._emitted += 1
@@ -221,11 +225,11 @@ class Finisher:
             before, self._window = self._window, next(self._windows)
             self._noisy = moved_on(self._noisy, self._window.start - before.start)
             self._next, self._state = self._window.start, None
-        frames, cache = decode_next(
+        decoded, cache = decode_next(
             to_devices(self._codec, after=latent), latent, to_devices(self._cache),
             self._system.config.codec.later_frames_scale, self._system.as_released)
         self._cache = self._kept(cache)
-        return frames
+        return decoded
 
     def _kept(self, state: Any) -> Any:
         """A stage's state until its next turn, and the stage done with this one."""

@@ -36,6 +36,7 @@ class Timeline:
         self.asked: dict[str, int] = {}  # results dispatched so far, by stage
         self.deep_reports: list[Report] = []  # of each step of the deep block
         self.shallow_reports: list[Sequence[Report]] = []  # of the shallow blocks, for each of those
+        self.finite: list[jax.Array] = []  # (B,) bool, of each part that was handed out: whether a video's pixels are
         self._queues: dict[str, queue.SimpleQueue] = {}
         self._threads: list[threading.Thread] = []
         self._ends = weakref.finalize(self, _end, self._queues)

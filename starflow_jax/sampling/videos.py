@@ -41,6 +41,7 @@ from starflow_jax.sampling.files import (
     video_row,
     write_video,
 )
+from starflow_jax.sampling.finite import check_finite
 from starflow_jax.sampling.identity import Recipe, facts_of
 from starflow_jax.sampling.origin import Origin
 from starflow_jax.sampling.requests import Request, rewritten, unknown_word_lines
@@ -48,7 +49,7 @@ from starflow_jax.sampling.sizes import videos_together
 from starflow_jax.sampling.solved import solved
 from starflow_jax.sampling.stream import stream_clips
 from starflow_jax.sampling.timeline import Timeline, draw_timeline
-from starflow_jax.sharding import as_first_process_has_it
+from starflow_jax.sharding import as_first_process_has_it, fetch
 
 WHOLE = ("video", "bits/dim", "solver steps", "outcome", "seconds")
 STREAMED = ("video", "outcome", "seconds to the first frame", "frames per second")
@@ -214,9 +215,11 @@ class Videos:
                 raise
         seconds = time.perf_counter() - began
         events, ended = timeline.close(), solved(timeline.deep_reports, timeline.shallow_reports)
+        finite_B = np.all([fetch(part_B) for part_B in timeline.finite], axis=0)
         for index, (one, request) in enumerate(zip(files, batch)):
             try:
                 ended.check(index, f"{request.prompt!r}, seed {request.seed}")
+                check_finite(finite_B[index], f"{request.prompt!r}, seed {request.seed}")
             except UserError as error:
                 one.video.unlink()
                 one.details.unlink()

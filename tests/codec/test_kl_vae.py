@@ -92,12 +92,12 @@ def test_every_frame_is_a_picture_of_its_own(codec) -> None:
     latents = encode(codec, x)
     assert latents.shape == (1, 2, 3, 5, 4)
     np.testing.assert_allclose(encode(codec, x[:, 1:]), latents[:, 1:], atol=1e-5)
-    whole = decode_latents(codec, latents, 1.0)
+    whole = decode_latents(codec, latents, 1.0).frames_BTHWC
     assert whole.dtype == jnp.uint8 and whole.shape == (1, 2, 6, 10, 3)
     parts, cache = [], None
     for index in range(2):
         part, cache = decode_next(codec, latents[:, index:index + 1], cache, 1.0)
-        parts.append(part)
+        parts.append(part.frames_BTHWC)
     assert np.abs(np.concatenate(parts, axis=1).astype(int) - np.asarray(whole)).max() <= 1
 
 
@@ -138,6 +138,10 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, codec) -> None:
                                       ({**SETTINGS, "latent_std": (1.0,)}, 4, "codec.latent_std: 4 numbers")):
         with pytest.raises(UserError, match=words):
             load_kl(Codec(weights=str(tmp_path / "a.safetensors"), **settings), channels)
+    damaged = {**tensors, "decoder.conv_in.bias": np.full_like(tensors["decoder.conv_in.bias"], np.inf)}
+    save_file(damaged, tmp_path / "damaged.safetensors")
+    with pytest.raises(UserError, match="/damaged.safetensors: decoder.conv_in.bias holds values that are not finite"):
+        load_kl(Codec(weights=str(tmp_path / "damaged.safetensors"), **SETTINGS), 4)
     (tmp_path / "config.json").write_text(json.dumps([1]))
     del tensors["decoder.conv_in.bias"]
     with pytest.raises(UserError, match="missing 1: decoder.conv_in.bias"):

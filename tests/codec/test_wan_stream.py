@@ -119,13 +119,13 @@ def test_later_latents_are_scaled_and_unscaled() -> None:
     plain, scaled = (encode_frames(codec, frames, scale) for scale in (1.0, 0.6))
     np.testing.assert_allclose(scaled[:, :1], plain[:, :1], atol=1e-5)
     np.testing.assert_allclose(scaled[:, 1:], 0.6 * plain[:, 1:], atol=1e-5)
-    whole = decode_latents(codec, scaled, 0.6)
+    whole = decode_latents(codec, scaled, 0.6).frames_BTHWC
     assert whole.dtype == jnp.uint8 and np.std(whole) > 1
-    assert np.abs(np.int32(whole) - np.int32(decode_latents(codec, plain, 1.0))).max() <= 1  # rounding
+    assert np.abs(np.int32(whole) - np.int32(decode_latents(codec, plain, 1.0).frames_BTHWC)).max() <= 1  # rounding
     cache, parts = None, []
     for index in range(3):
         part, cache = decode_next(codec, scaled[:, index:index + 1], cache, 0.6)
-        parts.append(part)
+        parts.append(part.frames_BTHWC)
     assert np.abs(np.int32(np.concatenate(parts, axis=1)) - np.int32(whole)).max() <= 1
 
 
@@ -189,6 +189,11 @@ def test_what_cannot_be_loaded_is_told(tmp_path: Path, weights: dict[str, np.nda
 
     with pytest.raises(UserError, match="wan.safetensors: can't be read"):
         load()
+    save_file(weights, path)
+    name = "decoder.conv1.bias"
+    save_file({**weights, name: np.full_like(weights[name], np.nan)}, path)
+    with pytest.raises(UserError, match="wan.safetensors: decoder.conv1.bias holds values that are not finite"):
+        load(latent_mean=(0.0, 0.0, 0.0), latent_std=(1.0, 1.0, 1.0))
     save_file(weights, path)
     with pytest.raises(UserError, match="codec.latent_mean: 3 numbers are needed"):
         load()

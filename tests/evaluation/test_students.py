@@ -42,7 +42,7 @@ def test_passes_are_counted_of_the_teacher_and_of_its_draft() -> None:
     """Two videos of three frames; behind each but the last the draft is shown what became of the frame."""
     none = np.zeros((2, 3))
     solved = Solved(np.array([[4, 2, 2], [2, 2, 2]]), none, none, none, np.array([[5, 3, 1], [5, 4, 2]]))
-    clips = Clips(none, none, None, solved)  # type: ignore[arg-type]
+    clips = Clips(none, none, None, solved, none)  # type: ignore[arg-type]
     assert students._passes(clips) == {"passes": 7.0, "draft_passes": 10.0 + 2}
 
 

@@ -66,7 +66,7 @@ def test_given_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 def test_the_most_likely_of_each_prompt_are_kept() -> None:
     empty = np.zeros((5, 1))
-    clips = Clips(empty, empty, {}, Solved(empty, empty, empty, empty))
+    clips = Clips(empty, empty, {}, Solved(empty, empty, empty, empty), np.ones(5, bool))
     made = [Made(Request("a" if i < 3 else "b", i), clips, i, 0.0) for i in range(5)]
     assert most_likely(made, [-3.0, -1.0, -2.0, -9.0, -8.0], keep=2) == [1, 2, 4, 3]
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from starflow_jax.checkpoints.parameters import save_params, stored_params
 from starflow_jax.config import UserError
 from starflow_jax.flow.jacobi import Outcome
+from starflow_jax.io.arrays import export_arrays, import_arrays
+from starflow_jax.io.checksums import checksums_of
 from starflow_jax.io.video import read_video
-from starflow_jax.sampling import generate, videos
+from starflow_jax.sampling import generate, stream, videos
 from starflow_jax.sampling.identity import facts_of
 from tests.modes.test_processes import free_port
 from tests.sharded_sampling import write_workdir
@@ -240,7 +244,14 @@ def test_a_process_that_is_interrupted_leaves_what_it_says(model: Path, tmp_path
 @pytest.mark.parametrize("streams", [False, True])
 def test_what_is_not_finite_is_no_video(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                         streams: bool) -> None:
+    """Of three videos, the second's solution and the third's pixels."""
     solved, of_streams = generate.solved, videos.solved
+    decoding = stream if streams else generate
+    decode_next = decoding.decode_next
+
+    def third(*args: Any) -> Any:
+        decoded, cache = decode_next(*args)
+        return decoded._replace(finite_B=np.asarray(decoded.finite_B) & [True, True, False]), cache
 
     def second(deep: Any, shallow: Any) -> Any:
         found = (of_streams if streams else solved)(deep, shallow)
@@ -248,11 +259,50 @@ def test_what_is_not_finite_is_no_video(model: Path, tmp_path: Path, monkeypatch
         return dataclasses.replace(found, outcome_B=outcome_B)
 
     monkeypatch.setattr(videos if streams else generate, "solved", second)
+    monkeypatch.setattr(decoding, "decode_next", third)
     code, out, error = run_here(asked(model, tmp_path, "--config.sample.batch_size=3",
                                       f"--config.sample.stream={streams}"))
     assert code == 2 and "'a blue three drifts left', seed 0: the solver's result is not finite" in error, out + error
-    assert without_hashes(made(tmp_path)) == {"a_red_seven_moves_right_seed0", "a_green_one_floats_up_seed0"}
-    assert len(list((tmp_path / "videos").glob("*.json"))) == 2
+    assert "failed: 'a green one floats up', seed 0: what the denoiser or the codec made is not finite; " in out, out
+    assert without_hashes(made(tmp_path)) == {"a_red_seven_moves_right_seed0"}
+    assert len(list((tmp_path / "videos").glob("*.json"))) == 1
+
+
+def of_the_damaged(model: Path, tmp_path: Path, *arguments: str) -> str:
+    """The line that sampling one video ends with; it leaves no file behind."""
+    code, _, error = run_here(["--config=configs/t2v.py", "--mode=sample", f"--workdir={model}", *arguments,
+                               "--config.sample.batch_size=1", f"--config.sample.prompt={PROMPTS[0]}",
+                               "--config.sample.guidance=0", f"--config.sample.output={tmp_path / 'videos'}"])
+    assert code == 2 and not [path for path in (tmp_path / "videos").glob("*") if path.is_file()], error
+    line = error.strip().splitlines()[-1]
+    assert line.startswith("starflow_jax: ") and "Traceback" not in error
+    return line.removeprefix("starflow_jax: ")
+
+
+def test_a_codec_that_is_not_finite_is_named_before_anything_is_made(model: Path, tmp_path: Path) -> None:
+    """Its checksum is right: it was written so."""
+    shutil.copytree(model, tmp_path / "model")
+    path = tmp_path / "model" / "system" / "codec.safetensors"
+    arrays = import_arrays(path)
+    arrays["basis_PC"][1, 2] = np.nan
+    with checksums_of(path.parent, [path.name]):
+        export_arrays(path, arrays)
+    for streams in (False, True):
+        assert of_the_damaged(tmp_path / "model", tmp_path, f"--config.sample.stream={streams}") == (
+            f"{path}: basis_PC holds values that are not finite; it is damaged: make or copy it again")
+
+
+@pytest.mark.slow  # quick: tests/sampling/test_finite.py, of the API; above, of the command
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_denoiser_that_is_not_finite_makes_no_video(model: Path, tmp_path: Path, streams: bool) -> None:
+    """Among the parameters of a checkpoint that is whole."""
+    shutil.copytree(model / "system", tmp_path / "model" / "system")
+    arrays = {name: np.array(array) for name, array in stored_params(model / "checkpoints" / "0").items()}
+    name = min(name for name in arrays if name.startswith("denoiser/"))
+    arrays[name].flat[0] = np.nan
+    save_params(tmp_path / "model" / "checkpoints", arrays, {})
+    assert of_the_damaged(tmp_path / "model", tmp_path, f"--config.sample.stream={streams}").startswith(
+        "'a red seven moves right', seed 0: what the denoiser or the codec made is not finite; ")
 
 
 @pytest.mark.slow
