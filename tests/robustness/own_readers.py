@@ -306,7 +306,9 @@ def _read_checkpoints(folder: Path, _: Path) -> None:
 def _checksums_anew(folder: Path, path: Path) -> None:
     from starflow_jax.checkpoints.checksums import CHECKSUMS, write_checksums
 
-    if path.name != CHECKSUMS and (folder / "checkpoints" / "7").is_dir():
+    if path.name == "model.json":
+        without_checksums(folder, path)
+    elif path.name != CHECKSUMS and (folder / "checkpoints" / "7").is_dir():
         write_checksums(folder / "checkpoints" / "7")
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from starflow_jax.checkpoints.checksums import damage_of
 from starflow_jax.checkpoints.torch_files import open_weights
 from starflow_jax.config import UserError
 from starflow_jax.evaluation.networks import read_arrays
+from starflow_jax.io.checksums import CHECKSUMS, is_damaged
 from starflow_jax.model.release import released_config
 from tests.robustness import results
 from tests.robustness.hunt import Task, corpus_of, hunt, keep_faults, tasks_of_day
@@ -18,6 +20,7 @@ from tests.robustness.readers import READERS
 from tests.robustness.trial import Outcome, Specimen, trials
 
 QUICK, SLOW = 12, 10_000  # damaged files of each reader
+NO_CHECKSUMS = f"{CHECKSUMS} is missing, or empty"
 SAFE = [name for name, reader in READERS.items() if not reader.crashes]
 
 
@@ -52,6 +55,18 @@ def test_thousands_of_damaged_files_end_in_one_line(name: str) -> None:
     results.write_reader(name, outcome, tasks[-1].first, time.perf_counter() - began)
     keep_faults(name, outcome, results.FOLDER / "faults")
     assert not outcome.faults and outcome.tries == SLOW and outcome.parsed, outcome.faults
+
+
+@pytest.mark.parametrize("name", [name for name, reader in READERS.items() if reader.seal])
+def test_sealed_damage_passes_its_checksum(name: str, tmp_path: Path) -> None:
+    """Of each file but the checksums themselves."""
+    specimen = Specimen(name, READERS[name], tmp_path)
+    for file in specimen.files:
+        path = specimen.put(file, specimen.contents[file] + b" ")
+        if path.name != CHECKSUMS:
+            assert not is_damaged(path), file
+            assert damage_of(specimen.folder / "checkpoints" / "7") in (None, NO_CHECKSUMS), file
+        specimen.mend(file)
 
 
 def test_half_of_the_thousands_are_other_ones_each_day(tmp_path: Path) -> None:
