@@ -111,7 +111,7 @@ def _read_lock(folder: Path, path: Path) -> None:
     with open(path) as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
         try:
-            with lock._lock(str(folder)):
+            with lock._lock(str(folder), "--workdir"):
                 raise AssertionError("held twice")
         except UserError:
             pass
