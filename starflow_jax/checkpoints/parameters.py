@@ -4,7 +4,8 @@ A converted model is a checkpoint of step 0 whose state is {"ema": parameters}; 
 averaged parameters under the same name, so that both are read in the same way.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from starflow_jax.config import UserError
 from starflow_jax.io.files import atomic_path, first_line, make_folder
 from starflow_jax.io.tensor_files import StoredArray, check_shapes
 
+MOST_WORDS = 300  # characters of what a library says of a fault
 CHUNK_BYTES = 64 << 20  # of an array on disk: what reading and compressing hold in memory at a time
 
 
@@ -36,6 +38,19 @@ class _OneByOne(ocp.type_handlers.NumpyHandler):
         return []
 
 
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Whatever orbax and tensorstore raise becomes a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        words = first_line(error).partition(" [")[0]  # tensorstore adds where in its source it happened
+        raise UserError(f"{directory}: a checkpoint can't be written ({words[-MOST_WORDS:]}); once that is solved, the "
+                        "same command goes on") from error
+
+
 def save_params(directory: Path, arrays: Mapping[str, Any], data: dict[str, Any]) -> None:
     """Write {"a/b": array} as the checkpoint of step 0 of a folder that has none; it appears once all is on disk.
 
@@ -49,7 +64,7 @@ def save_params(directory: Path, arrays: Mapping[str, Any], data: dict[str, Any]
     state = ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(
         (StoredArray, _OneByOne()), (np.ndarray, _OneByOne())))
     how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-    with atomic_path(directory / "0") as made:
+    with atomic_path(directory / "0") as made, _writing(directory):
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(
                 state=state, data=ocp.JsonCheckpointHandler())) as checkpointer:
             checkpointer.save(made, args=ocp.args.Composite(

@@ -137,11 +137,13 @@ def write_gif(
     pictures = [
         Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in grid_THWC
     ]
+    file = io.BytesIO()  # straight to a disk, Pillow would lose what a write did not take
+    pictures[0].save(
+        file, format="GIF", save_all=True, append_images=pictures[1:], loop=0,
+        duration=round(100 / fps) * 10, optimize=True,
+    )  # fmt: skip
     with atomic_path(path) as temporary:
-        pictures[0].save(
-            temporary, format="GIF", save_all=True, append_images=pictures[1:], loop=0,
-            duration=round(100 / fps) * 10, optimize=True,
-        )  # fmt: skip
+        temporary.write_bytes(file.getvalue())
 
 
 def webp_bytes(frames_THWC: np.ndarray, fps: float, scale: int = 1) -> bytes:

@@ -19,14 +19,14 @@ import numpy as np
 from starflow_jax.checkpoints import peft
 from starflow_jax.checkpoints.growth import Change
 from starflow_jax.checkpoints.licences import KEPT, beside, keep_licence, licence_text
-from starflow_jax.checkpoints.parameters import save_params, stored_params
+from starflow_jax.checkpoints.parameters import newest_first, save_params, stored_params
 from starflow_jax.checkpoints.released import flow_shapes, stack_released, unstack_to_released
 from starflow_jax.checkpoints.torch_files import open_weights
 from starflow_jax.checkpoints.training import Checkpoints
 from starflow_jax.codec.wan_weights import STATISTICS
 from starflow_jax.config import Config, Convert, UserError, changed
 from starflow_jax.io.checksums import CHECKSUMS, checksums_of
-from starflow_jax.io.files import atomic_path, check_writable, size_in_words
+from starflow_jax.io.files import atomic_path, check_writable, size_in_words, write_text
 from starflow_jax.io.hub import on_disk
 from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.io.tensor_files import StoredArray, check_shapes, write_safetensors
@@ -43,6 +43,7 @@ from starflow_jax.modes.alone import alone_in
 from starflow_jax.text.pretrained import encoder_channels
 
 PACKAGED = "pretrained"  # convert.source: the model in the package
+UNFINISHED = ".converting"  # in a workdir until all of it is there
 VAE, TEXT_ENCODER = "vae.safetensors", "text_encoder"  # in WORKDIR/system
 
 
@@ -72,15 +73,26 @@ def convert(config: Config, workdir: Path) -> None:
     vae = read_vae(config, workdir) if settings.codec else None
     with alone_in(workdir) if source else contextlib.nullcontext():
         if source:
+            _begin(workdir)
             write_checkpoint(config, workdir, source)
         if vae:
             config = write_vae(config, workdir, *vae)
         if source:
             write_system(config, workdir, source.system)
             keep_licences(config, workdir, source.licence)
+            (workdir / UNFINISHED).unlink(missing_ok=True)
     if settings.target:
         config = own_settings(config, workdir)[0]
         (write_adapter if config.train.target == "lora" else write_released)(config, workdir)
+
+
+def _begin(workdir: Path) -> None:
+    """Mark the workdir as unfinished; where it is already, what a conversion left that failed or was killed goes."""
+    made = newest_first(workdir / "checkpoints")
+    if (workdir / UNFINISHED).exists() and made == [0]:
+        shutil.rmtree(workdir / "checkpoints" / "0")
+    elif not made:
+        write_text(workdir / UNFINISHED, "")
 
 
 def with_hub_files(config: Config) -> Config:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import traverse_util
 from safetensors import safe_open
@@ -30,6 +31,7 @@ from starflow_jax.io.tensor_files import StoredArray, open_safetensors, write_sa
 from starflow_jax.model.initialise import initial_params
 from starflow_jax.model.own_settings import PRETRAINED, PRETRAINED_WEIGHTS, settings_of
 from starflow_jax.model.parameters import flow_variables, init_params
+from starflow_jax.modes import convert as convert_mode
 from starflow_jax.modes.convert import convert
 from tests.helpers import tiny_model
 
@@ -205,6 +207,30 @@ def test_what_cannot_be_converted_is_one_clear_line(weights: dict, tmp_path: Pat
         assert not (tmp_path / "new").exists()
 
 
+def test_what_fails_half_way_goes_on_by_the_same_command(
+    weights: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the library of checkpoints raises is one line; what is left of a conversion is made anew."""
+    save_file(weights, tmp_path / "released.safetensors")
+    config, work = config_of(MODEL, source=str(tmp_path / "released.safetensors")), tmp_path / "work"
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("RESOURCE_EXHAUSTED: no room [source locations='a.cc:1']")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError) as said:
+        patch.setattr(ocp.Checkpointer, "save", fail)
+        convert(config, work)
+    assert "checkpoint can't be written (RESOURCE_EXHAUSTED: no room); once that is solved" in str(said.value)
+    with monkeypatch.context() as patch, pytest.raises(ValueError):
+        patch.setattr(convert_mode, "write_system", fail)
+        convert(config, work)
+    assert (work / "checkpoints" / "0").exists()
+    convert(config, work)
+    assert settings_of(work).model == MODEL and not (work / convert_mode.UNFINISHED).exists()
+    with pytest.raises(UserError, match="holds checkpoints"):
+        convert(config, work)
+
+
 def test_pth(weights: dict, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     tensors = {name: torch.from_numpy(value.copy()).to(torch.bfloat16) for name, value in weights.items()}
@@ -293,6 +319,7 @@ def test_the_sharded_form_of_two_processes(weights: dict, tmp_path: Path) -> Non
 CONVERT_AND_TELL = """
 import resource, sys
 from pathlib import Path
+from starflow_jax.modes import convert as convert_mode
 from starflow_jax.modes.convert import convert
 from tests.modes.test_convert import blocks_of, config_of
 count, source, target, workdir = sys.argv[1:]

@@ -15,7 +15,7 @@ def import_everything() -> None:
     """What the modes import on their way."""
     import jax  # noqa: F401
 
-    from starflow_jax.modes import prepare, sample, train  # noqa: F401
+    from starflow_jax.modes import convert, evaluate, prepare, sample, train  # noqa: F401
 
     assert threading.active_count() == 1, threading.enumerate()
 

@@ -1,9 +1,9 @@
 """Storage that fails under the command line: python -m tests.robustness.storage --tries=8
 
-Training, preparation and a list of prompts run on a folder whose storage is full, read-only, faulty or gone from a
-random operation on (faulty_storage.c), or whose power is lost there, so that what was not synced is gone. A fault is
-one line and exit code 2; the same command then goes on once the storage works, and ends with the files that an
-undisturbed run leaves, bit for bit.
+Training, preparation, a list of prompts, an evaluation and a conversion run on a folder whose storage is full,
+read-only, faulty or gone from a random operation on (faulty_storage.c), or whose power is lost there, so that what was
+not synced is gone. A fault is one line and exit code 2; the same command then goes on once the storage works, and ends
+with the files that an undisturbed run leaves, bit for bit.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Part:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run commands on storage that fails.")
-    parser.add_argument("--parts", default="train,prepare,sample,stream")
+    parser.add_argument("--parts", default="train,prepare,sample,stream,evaluate,convert")
     parser.add_argument("--tries", type=int, default=8, help="of each kind of fault, for each part")
     parser.add_argument("--kinds", default=",".join(kind.name for kind in FAULTS))
     parser.add_argument("--seed", type=int, default=0)
@@ -68,7 +68,7 @@ def main() -> None:
 
 def fail_parts(folder: Path, parts: list[str], tries: int, seed: int, kinds: list[Kind]) -> dict[str, Any]:
     """The report: how often each kind of fault was tried, and what was lost."""
-    if set(parts) & {"train", "prepare", "sample", "stream"}:
+    if set(parts) & {"train", "prepare", "sample", "stream", "evaluate", "convert"}:
         import_everything()
     storage, chance, tried, lost = Storage(folder), random.Random(seed), Counter[str](), list[str]()
     for name in parts:
@@ -118,6 +118,8 @@ class Trial:
             problem = problem or ("" if lies else self.part.after_loss(storage.root))
         if problem:
             return f"{what}: {problem}"
+        if kind == Kind.SHORT_WRITE and not code and (differing := self._differing()):
+            return f"{what}: exit code 0, and others are {differing}"
         code, said = self._command()
         if code == 2 and kind == Kind.VANISH:  # nothing can make again what is gone: it is to be put back
             if problem_with(code, said):
@@ -126,9 +128,13 @@ class Trial:
             code, said = self._command()
         if code:
             return f"{what}: the command does not go on: {said[-1500:]}"
-        found = self._result()
-        differing = [name for name in {**self.expected, **found} if self.expected.get(name) != found.get(name)]
+        differing = self._differing()
         return f"{what}: in the end others are {differing}" if differing else ""
+
+    def _differing(self) -> list[str]:
+        """Names of what is not as it is to be in the end."""
+        found = self._result()
+        return [name for name in {**self.expected, **found} if self.expected.get(name) != found.get(name)]
 
     def _command(self) -> tuple[int, str]:
         def run() -> int:
@@ -202,6 +208,27 @@ def of_sampling(root: Path) -> dict[str, str]:
             for path in files}
 
 
+def of_workdir(root: Path) -> dict[str, str]:
+    """All files but what a process that could not even delete it has left behind, and orbax's own, which say when they
+    were written; of JSON what does not depend on the clock, and the checkpoint's arrays."""
+    from starflow_jax.checkpoints.parameters import stored_params
+
+    files = sorted(path for path in root.rglob("*") if path.is_file()
+                   and ARRIVING not in str(path.relative_to(root)) and "checkpoints" not in path.parts)
+    found = {str(path.relative_to(root)): without_times(json.loads(path.read_text())) if path.suffix == ".json"
+             and path.stat().st_size else digest(path) for path in files}
+    checkpoint = next(root.rglob("checkpoints")) / "0"
+    return {**found, **{f"array {name}": hash_of(array) for name, array in stored_params(checkpoint).items()}}
+
+
+def hash_of(array: Any) -> str:
+    import hashlib
+
+    import numpy as np
+
+    return hashlib.sha256(np.asarray(array).tobytes()).hexdigest()
+
+
 def training(folder: Path) -> Part:
     before, data, workdir = folder / "before", folder / "data", folder / "root"
     before.mkdir(exist_ok=True)
@@ -248,6 +275,44 @@ def streaming(folder: Path) -> Part:
     return sampling(folder, "--config.sample.stream=true")
 
 
+def small_model(folder: Path) -> Path:
+    """The workdir of a small model of moving digits, whose data are in the folder too."""
+    from tests.modes.small_backbone import config_with_data, write_model
+
+    def make() -> int:
+        write_model(config_with_data(folder / "digits"), folder / "measured", seed=1)
+        return 0
+
+    if not (folder / "measured").exists():
+        code, said = run_forked(make, folder / "log")
+        assert code == 0, said
+    return folder / "measured"
+
+
+def evaluation(folder: Path) -> Part:
+    """In the model's own workdir: figures, a sheet and a moving picture."""
+    arguments = ["--mode=evaluate", f"--workdir={folder / 'root'}"]
+    return Part("evaluate", small_model(folder), partial(run_here, arguments), of_workdir)
+
+
+def conversion(folder: Path) -> Part:
+    """A workdir's model into another workdir, and from there into a file under the release's names."""
+    from starflow_jax.modes.convert import UNFINISHED
+
+    before, source, workdir = folder / "nothing", small_model(folder), folder / "root" / "made"
+    before.mkdir(exist_ok=True)
+    there = ["--mode=convert", f"--config=configs/workdir.py:{source}", f"--workdir={workdir}",
+             f"--config.convert.source={source}"]
+    back = ["--mode=convert", f"--workdir={workdir}", f"--config.convert.target={folder / 'root' / 'out.safetensors'}"]
+
+    def run() -> tuple[int, str, str]:
+        finished = (workdir / "converted.json").exists() and not (workdir / UNFINISHED).exists()
+        done = (0, "", "") if finished else run_here(there)
+        return done if done[0] else run_here(back)
+
+    return Part("convert", before, run, of_workdir)
+
+
 OLD, NEW = "old" * 100, "new" * 100
 
 
@@ -262,6 +327,23 @@ def files(folder: Path) -> Part:
         write_text(root / "facts", NEW)
 
     return Part("files", _with_old_facts(folder), partial(_ends, write, folder / "root"), _texts, _torn)
+
+
+def pictures(folder: Path) -> Part:
+    """A moving picture and a sheet."""
+    import numpy as np
+
+    from starflow_jax.io.pictures import contact_sheet, write_gif
+
+    (folder / "before").mkdir(exist_ok=True)
+    clips = np.random.default_rng(0).integers(0, 256, (2, 3, 24, 24, 3), np.uint8)
+
+    def write(root: Path) -> None:
+        write_gif(root / "moving.gif", clips, ["a", "b"], 8, scale=4)
+        contact_sheet(root / "sheet.png", clips, ["a", "b"], scale=4)
+
+    return Part("pictures", folder / "before", partial(_ends, write, folder / "root"),
+                lambda root: {path.name: digest(path) for path in root.iterdir() if path.is_file()})
 
 
 def careless(folder: Path) -> Part:
@@ -302,7 +384,8 @@ def _torn(root: Path) -> str:
 
 
 PARTS: dict[str, Callable[[Path], Part]] = {"train": training, "prepare": preparation, "sample": sampling,
-                                            "stream": streaming, "files": files, "careless": careless}
+                                            "stream": streaming, "evaluate": evaluation, "convert": conversion,
+                                            "files": files, "pictures": pictures, "careless": careless}
 
 if __name__ == "__main__":
     main()
