@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -175,6 +176,10 @@ def test_ctrl_c_in_a_callback_which_cannot_pass_it_on_comes_again(monkeypatch: p
             raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "unraisablehook", main._unless_too_late)
-    with pytest.raises(KeyboardInterrupt):
-        Interrupted()
-        time.sleep(10)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Interrupted()
+            time.sleep(10)
+    finally:
+        signal.signal(signal.SIGINT, before)
