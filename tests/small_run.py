@@ -5,8 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,17 @@ def environment(**more: str) -> dict[str, str]:
 def run(workdir: Path, data: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(workdir, data, *arguments), cwd=ROOT, env=environment(),
                           capture_output=True, text=True, timeout=600)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in the foreground, here and in processes that are started meanwhile: in the background of a shell it is
+    ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run_here(arguments: Sequence[str], folder: Path = ROOT) -> tuple[int, str, str]:

@@ -3,7 +3,6 @@
 import errno
 import importlib
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from starflow_jax import main
 from starflow_jax.config import Config, UserError
 from starflow_jax.settings.listing import describe, sections
-from tests.small_run import run, run_here
+from tests.small_run import interruptible, run, run_here
 
 T2V = "--config=configs/t2v.py"
 SAMPLE = [T2V, "--mode=sample"]
@@ -176,10 +175,6 @@ def test_ctrl_c_in_a_callback_which_cannot_pass_it_on_comes_again(monkeypatch: p
             raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "unraisablehook", main._unless_too_late)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            Interrupted()
-            time.sleep(10)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with interruptible(), pytest.raises(KeyboardInterrupt):
+        Interrupted()
+        time.sleep(10)

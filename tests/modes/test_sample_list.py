@@ -26,7 +26,7 @@ from starflow_jax.sampling import generate, stream, videos
 from starflow_jax.sampling.identity import facts_of
 from tests.modes.test_processes import free_port
 from tests.sharded_sampling import write_workdir
-from tests.small_run import ROOT, environment, run_here
+from tests.small_run import ROOT, environment, interruptible, run_here
 from tests.test_sharding import xla_flags
 
 PROMPTS = ["a red seven moves right", "a blue three drifts left", "a green one floats up"]
@@ -221,8 +221,10 @@ def test_ctrl_c_ends_what_is_written_and_says_what_is_there(model: Path, tmp_pat
 def test_a_process_that_is_interrupted_leaves_what_it_says(model: Path, tmp_path: Path, streams: bool) -> None:
     """A real SIGINT while the second video is made: whole videos are whole, a stream plays up to there."""
     more = ["--config.sample.stream=true", "--config.sample.frames=801"] if streams else ["--config.sample.count=400"]
-    process = subprocess.Popen([sys.executable, "-m", "starflow_jax.main", *asked(model, tmp_path, *more)], cwd=ROOT,
-                               env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with interruptible():
+        process = subprocess.Popen([sys.executable, "-m", "starflow_jax.main", *asked(model, tmp_path, *more)],
+                                   cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   text=True)
     while process.poll() is None and not (made(tmp_path) if streams else details(tmp_path)):
         time.sleep(0.01)
     time.sleep(0.3)
