@@ -21,7 +21,7 @@ from typing import Any
 from configs.t2v import tiny
 from starflow_jax.config import Config, Evaluate, Model, UserError, choose_variant, to_config_dict, whole_number
 
-STEPS = 2_000  # a quarter of an hour on two idle CPU cores
+STEPS = 500  # five minutes on one CPU core
 # Standard deviation of rounding pixels in [-1, 1] to 256 levels, 2 / 255 / sqrt(12), in units of the package's codec.
 ROUNDING = 0.001
 SHALLOW = {128: 64, 256: 192, 384: 256}  # width of the shallow blocks and the denoiser, by that of the deep block

@@ -24,7 +24,7 @@ def check_evaluation(config: Config, mesh: Mesh) -> None:
     """Raises UserError where what evaluate.task makes or measures at once does not fit into the memory of the devices
     or of the host. What depends on files is checked once they are read: `check_given`, `check_students`."""
     settings, frames, at_once = config.evaluate, config.model.frames, config.sample.batch_size
-    if settings.task in ("test_set", "denoisers", "guidance"):
+    if settings.task in ("test_set", "ti2v", "denoisers", "guidance"):
         check_making(config, mesh, at_once, frames, stream=False)
     if settings.task == "horizon":
         check_making(config, mesh, min(at_once, settings.prompts),

@@ -14,7 +14,7 @@ import numpy as np
 
 from starflow_jax.config import Config, Evaluate, UserError
 from starflow_jax.data.digits.captions import ATTRIBUTES
-from starflow_jax.evaluation import camera, classify, horizon, likelihood, quality
+from starflow_jax.evaluation import camera, classify, horizon, likelihood, quality, ti2v
 from starflow_jax.evaluation.denoising import denoised_real_clips
 from starflow_jax.evaluation.measures import psnr
 from starflow_jax.evaluation.memory import check_evaluation, check_given
@@ -53,6 +53,7 @@ def evaluate(config: Config, workdir: Path) -> None:
     tasks: dict[str, tuple[Callable[[Config, Path], None], int]] = {
         "test_set": (evaluate_test_set, config.evaluate.batch_size),
         "horizon": (evaluate_horizon, config.sample.batch_size),
+        "ti2v": (evaluate_ti2v, config.sample.batch_size),
         "camera": (evaluate_camera, config.sample.batch_size),
         "video": (evaluate_video, min(config.evaluate.draws, config.evaluate.batch_size)),
         "classify": (classify_by_likelihood, config.evaluate.batch_size),
@@ -146,6 +147,26 @@ def _print_horizon(results: dict[str, Any]) -> None:
               + ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shares.items()))
     for line in results["missing"]:
         print(line)
+
+
+def evaluate_ti2v(config: Config, workdir: Path) -> None:
+    """Videos from the first frames of test clips: WORKDIR/ti2v.json and a sheet, each given picture before its video.
+    """
+    began = time.perf_counter()
+    system, params, source, _ = load_model(config, workdir)
+    print(f"model: {source}")
+    found, shown = ti2v.measure(system, params, config.evaluate.prompts)
+    contact_sheet(workdir / "ti2v.png", shown.frames_BTHWC, [f"given, then made: {one}" for one in shown.captions],
+                  scale=max(1, SHOWN_PIXELS // 2 // shown.frames_BTHWC.shape[2]))
+    results = {"model": source, **found, "sample_settings": dataclasses.asdict(config.sample),
+               "seconds": round(time.perf_counter() - began, 1)}
+    write_text(workdir / "ti2v.json", json.dumps(results, indent=1))
+    names = tuple(found["real_clips"])
+    print(table([("samples", *(f"{found['samples'][name]:.3f}" for name in names),
+                  f"{found['psnr_of_the_first_frame']:.1f}"),
+                 ("real clips", *(f"{found['real_clips'][name]:.3f}" for name in names), "")],
+                (f"{found['clips']} given first frames; after them", *names, "the first frame, PSNR in dB")))
+    print(f"\nwritten to {workdir}: ti2v.json, ti2v.png")
 
 
 def evaluate_camera(config: Config, workdir: Path) -> None:

@@ -181,8 +181,8 @@ class Sample(Settings):
                             "or a file of them, one per line, with --config.sample.prompts_file=FILE")
 
 
-EVALUATIONS = ("test_set", "horizon", "camera", "video", "classify", "quality", "denoisers", "guidance", "ablations",
-               "students")
+EVALUATIONS = ("test_set", "horizon", "ti2v", "camera", "video", "classify", "quality", "denoisers", "guidance",
+               "ablations", "students")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Evaluate(Settings):
     clips: int = setting(1_000, "test clips whose likelihood is measured, or whose caption is chosen by it (classify)",
                          positive(10_000_000))
     batch_size: int = setting(64, "clips at once, and draws of one video", positive(10_000))
-    prompts: int = setting(500, "test prompts whose samples are measured (test_set, horizon, camera, students)",
+    prompts: int = setting(500, "test prompts whose samples are measured (test_set, horizon, ti2v, camera, students)",
                            positive(1_000_000))
     latent_frames: int = setting(128, "latent frames of each of them (horizon)", positive(100_000))
     video: str = setting("", "a video file: its exact likelihood given `caption`, and its way to z and back (video)")

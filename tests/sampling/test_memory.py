@@ -172,7 +172,7 @@ def test_what_runs_is_not_refused() -> None:
         memory.check_videos(changed(CONFIG, "sample", settings), one_device(), together=32, kept=100)
     for config in (CONFIG, load_config("configs/t2v.py")):
         memory.check_training(config, one_device())
-        for task in ("test_set", "horizon", "camera", "classify"):
+        for task in ("test_set", "horizon", "ti2v", "camera", "classify"):
             evaluation.check_evaluation(changed(config, "evaluate", {"task": task}), one_device())
         evaluation.check_students([config] * 3, one_device())
         for settings in ({}, {"latents": True}, {"latents": True, "media": False, "text_features": True}):
