@@ -1,13 +1,16 @@
 """The paper's ablations on small models: python -m starflow_jax.main --config=configs/ablations.py:VARIANT[-SEED]
 
-base                what the others are compared with: configs/t2v.py:tiny, trained for STEPS steps
+The package's model, which runs/ablations/start holds (docs: experiments), trained on with one thing changed:
+base                what the others are compared with
 global_shallow      shallow blocks see all frames
 noise_0 noise_0.05 noise_0.3   another standard deviation of the training noise (base: 0.15); 0 stands for what rounding
                     to 256 levels does to latents: without any noise the density of 8-bit pixels has no bound
 no_images           clips alone
 no_drop             every clip has its first frame
-width_128 width_256 width_384   another width of the deep block (base: 192), the others narrower or wider with it, for
-                    as many multiply-adds in all as the base
+
+From random parameters, for as many multiply-adds in all as width_192 in STEPS_FROM_SCRATCH steps:
+width_128 width_192 width_256 width_384   width of the deep block, the others narrower or wider with it
+
 decoder             beside the model in the package: a decoder for noised latents (train.target=decoder)
 
 SEED is train.seed, 0 where none is given; the workdir is runs/ablations/VARIANT-SEED by default, which
@@ -18,20 +21,25 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from configs.t2v import tiny
+from configs.t2v import tiny_long
 from starflow_jax.config import Config, Evaluate, Model, UserError, choose_variant, to_config_dict, whole_number
 
-STEPS = 500  # five minutes on one CPU core
+START = "runs/ablations/start"
+STEPS, STEPS_FROM_SCRATCH = 300, 500  # three and five minutes on one CPU core
 # Standard deviation of rounding pixels in [-1, 1] to 256 levels, 2 / 255 / sqrt(12), in units of the package's codec.
 ROUNDING = 0.001
-SHALLOW = {128: 64, 256: 192, 384: 256}  # width of the shallow blocks and the denoiser, by that of the deep block
+SHALLOW = {128: 64, 192: 128, 256: 192, 384: 256}  # width of the shallow blocks and the denoiser, by the deep block's
+
+
+def trained_for(steps: int, learning_rate: float, ema: float, init_from: str = "") -> Config:
+    return dataclasses.replace(tiny_long(
+        "base", init_from=init_from, steps=steps, learning_rate=learning_rate, denoiser_learning_rate=learning_rate,
+        final_learning_rate=1e-5, ema=ema, evaluate_every=steps, checkpoint_every=200, keep_checkpoints=1,
+        sheet_clips=4), evaluate=Evaluate(clips=500, prompts=100))
 
 
 def base() -> Config:
-    config = tiny("base")
-    steps = dict(steps=STEPS, evaluate_every=STEPS, checkpoint_every=200, keep_checkpoints=1, sheet_clips=4)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **steps),
-                               evaluate=Evaluate(clips=500, prompts=100))
+    return trained_for(STEPS, 5e-4, 0.98, START)
 
 
 def with_model(**changes: Any) -> Config:
@@ -50,11 +58,11 @@ def with_noise(noise_std: float) -> Config:
 
 
 def with_width(deep_width: int) -> Config:
-    config = base()
-    model = dataclasses.replace(config.model, deep_width=deep_width, shallow_width=SHALLOW[deep_width])
-    steps = round(STEPS * multiply_adds(config.model) / multiply_adds(model))
-    return dataclasses.replace(config, model=model, train=dataclasses.replace(
-        config.train, steps=steps, evaluate_every=steps))
+    usual = trained_for(STEPS_FROM_SCRATCH, 1.5e-3, 0.99)
+    model = dataclasses.replace(usual.model, deep_width=deep_width, shallow_width=SHALLOW[deep_width])
+    steps = round(STEPS_FROM_SCRATCH * multiply_adds(usual.model) / multiply_adds(model))
+    return dataclasses.replace(usual, model=model, train=dataclasses.replace(
+        usual.train, steps=steps, evaluate_every=steps))
 
 
 def multiply_adds(model: Model) -> int:
@@ -64,7 +72,7 @@ def multiply_adds(model: Model) -> int:
 
 
 def decoder() -> Config:
-    config = base()
+    config = trained_for(STEPS_FROM_SCRATCH, 1.5e-3, 0.99)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, target="decoder"))
 
 
@@ -77,6 +85,7 @@ VARIANTS: dict[str, Callable[[], Config]] = {
     "no_images": lambda: with_data(image_probability=0.0),
     "no_drop": lambda: with_data(first_frame_drop=0.0),
     "width_128": lambda: with_width(128),
+    "width_192": lambda: with_width(192),
     "width_256": lambda: with_width(256),
     "width_384": lambda: with_width(384),
     "decoder": decoder,

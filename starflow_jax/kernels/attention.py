@@ -18,7 +18,7 @@ from jax.custom_batching import custom_vmap
 
 from starflow_jax.kernels import reference
 from starflow_jax.kernels.int8 import Int8Slots
-from starflow_jax.kernels.mask import Full, Mask, seen
+from starflow_jax.kernels.mask import Causal, Full, Mask, seen
 from starflow_jax.kernels.stacked import Cached, Stacked, first_slots, taken
 from starflow_jax.kernels.unsupported import Unsupported
 
@@ -36,7 +36,8 @@ IMPLEMENTATIONS = {"reference": reference} | {name: kernel for kernels in KERNEL
 ATTENTION_RESULTS = ("attention_out", "attention_lse")  # by these names jax.checkpoint can keep them
 Masks: TypeAlias = tuple[Mask | None, ...]  # None: nothing is seen
 Past: TypeAlias = tuple[Cached, Cached, jax.Array]  # keys and values of earlier slots, and how many of them there are
-SHORT = 1024  # keys: up to here one product is as fast as a kernel, and autodiff does the rest
+SHORT = 1024  # keys: up to here products of all pairs are as fast as a kernel, and autodiff does the rest
+LEAST_IN_PARTS = 128  # queries: for fewer, parts save a CPU little, and all programs take longer to compile
 
 
 def attention(
@@ -76,7 +77,11 @@ def attention(
         sees = sees if count is None else sees & (jnp.arange(k_BKGD.shape[1]) < count)
         if past is not None:
             return lax.platform_dependent(q_BSHD, k_BKGD, v_BKGD, sees, past, cpu=_filled_part, default=_whole)
-        return checkpoint_name(reference.attention(q_BSHD, k_BKGD, v_BKGD, sees), ATTENTION_RESULTS[0])
+        at_once = functools.partial(reference.attention, mask=sees)
+        in_parts = count is None and masks == (Causal(),) and q_BSHD.shape[1] >= LEAST_IN_PARTS
+        cpu = reference.causal if in_parts else at_once
+        out = lax.platform_dependent(q_BSHD, k_BKGD, v_BKGD, cpu=cpu, default=at_once)
+        return checkpoint_name(out, ATTENTION_RESULTS[0])
     q_BSHD = q_BSHD * q_BSHD.shape[-1] ** -0.5
     count_B = None if count is None else jnp.broadcast_to(jnp.asarray(count, jnp.int32), q_BSHD.shape[:1])
     out, lse_BHS = _flash(masks, implementation, q_BSHD, k_BKGD, v_BKGD, count_B, which)

@@ -31,6 +31,7 @@ def folder(tmp_path: Path) -> Path:
         write_run(tmp_path, f"global_shallow-{seed}", other, 0.5)
     write_run(tmp_path, "noise_0.3-0", 0.4, 0.3)
     write_run(tmp_path, "width_128-1", 1.4, 0.3)
+    write_run(tmp_path, "width_192-1", 1.3, 0.4)
     write_run(tmp_path, "something_else-0", 9.0, 0.9)
     return tmp_path
 
@@ -48,14 +49,15 @@ def test_interval() -> None:
 
 def test_means_differences_and_what_lies_past_the_window(folder: Path) -> None:
     rows = ablations.summary(found_in(folder))
-    assert set(rows) == {"base", "global_shallow", "noise_0.3", "width_128"}
+    assert set(rows) == {"base", "global_shallow", "noise_0.3", "width_128", "width_192"}
     np.testing.assert_allclose(rows["base"]["bits_per_dim"], (1.1, T_OF_2 * 0.1 / np.sqrt(3)), rtol=1e-5)
-    np.testing.assert_allclose(rows["global_shallow"]["bits_above_base"], interval([0.2, 0.1, 0.3]), rtol=1e-5)
-    np.testing.assert_allclose(rows["width_128"]["bits_above_base"][0], 0.3)  # of seed 1
+    np.testing.assert_allclose(rows["global_shallow"]["bits_above"], interval([0.2, 0.1, 0.3]), rtol=1e-5)
+    np.testing.assert_allclose(rows["width_128"]["bits_above"][0], 0.1)  # of seed 1
     # Bits of latents with other noise are of something else, and so are not compared.
-    assert "bits_above_base" not in rows["noise_0.3"] and rows["noise_0.3"]["bits_below_gaussian"][0] == 1.6
+    assert "bits_above" not in rows["noise_0.3"] and rows["noise_0.3"]["bits_below_gaussian"][0] == 1.6
     np.testing.assert_allclose(rows["base"]["last_training_length"]["digit"], interval([0.0, 0.2, 0.4]))
-    assert ablations.cells("width_128", rows["width_128"])[:5] == ["width_128", "1", "1,000", "1.400", "0.300"]
+    assert "bits_above" not in rows["width_192"] and "bits_above" not in rows["base"]
+    assert ablations.cells("width_128", rows["width_128"])[:5] == ["width_128", "1", "1,000", "1.400", "0.100"]
     assert ablations.in_words((1.0, 0.25)) == "1.000 ± 0.250" and ablations.in_words(None) == ""
 
 
@@ -63,12 +65,12 @@ def test_what_is_missing_is_named(folder: Path) -> None:
     missing = found_in(folder).missing
     assert {"width_128-0", "width_128-2", "no_images-0", "noise_0.3-1"} <= set(missing)
     assert not {"base-0", "global_shallow-2", "noise_0.3-0", "width_128-1"} & set(missing)
-    assert len(missing) == 3 * len(ablations.VARIANTS) - 8
+    assert len(missing) == 3 * len(ablations.VARIANTS) - 9
 
 
 def test_charts_show_what_is_there(folder: Path) -> None:
     charts = {chart.title: chart for chart in ablations.charts(ablations.summary(found_in(folder)))}
     above = charts["bits per dimension above the base of the same seed"]
-    assert list(above.x) == ["global_shallow", "width_128"] and above.level == 0
+    assert list(above.x) == ["global_shallow"] and above.level == 0
     assert list(charts["bits per dimension below a Gaussian's"].x) == [0.15, 0.3]
     assert list(charts["bits per dimension"].x) == [1000, 1000] and charts["bits per dimension"].log
