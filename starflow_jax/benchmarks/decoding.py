@@ -89,7 +89,7 @@ def random_model(model: Model, guidance: float = 2.0) -> list[dict[str, Any]]:
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (1, model.frames, model.height, model.width, model.channels))
     texts = jax.random.normal(keys[1], (2, 1, model.text_length, model.text_dim))
-    params = {"params": _random_weights(jax.jit(flow.init)(keys[2], x, texts[0])["params"], keys[3])}
+    params = {"params": random_weights(jax.jit(flow.init)(keys[2], x, texts[0])["params"], keys[3])}
     grid, tokens = (model.height, model.width), model.tokens_per_frame
     z = jax.random.normal(keys[3], (1, model.frames, tokens, model.channels))
 
@@ -143,7 +143,7 @@ def _schemes(tokens: int, frames: int, guess: NoiseGuess) -> dict[str, tuple[Sol
                                              guess)}
 
 
-def _random_weights(params: Any, key: jax.Array) -> Any:
+def random_weights(params: Any, key: jax.Array) -> Any:
     """Matrices N(0, 0.9^2 / fan-in), output projections 0.35^2 / fan-in, SOS N(0, 1); the rest as initialised."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     keys = jax.random.split(key, len(leaves))

@@ -1,5 +1,5 @@
-"""--mode=benchmark: times of starting, data, attention, decoding, cameras, VAE and training; benchmark.json and tables.
-"""
+"""--mode=benchmark: times of starting, data, attention, decoding, cameras, VAE, flow and training; benchmark.json and
+tables."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ from starflow_jax.benchmarks import attention as benchmark_attention
 from starflow_jax.benchmarks import camera as benchmark_camera
 from starflow_jax.benchmarks import data as benchmark_data
 from starflow_jax.benchmarks import decoding as benchmark_decode
+from starflow_jax.benchmarks import flow as benchmark_flow
 from starflow_jax.benchmarks import start as benchmark_start
 from starflow_jax.benchmarks import vae as benchmark_vae
 from starflow_jax.benchmarks.training import BENCHMARK_MODEL, train_step_ratio
@@ -21,8 +22,8 @@ from starflow_jax.io.progress import table
 
 
 def benchmark(config: Config, workdir: Path) -> None:
-    """Time what config.benchmark.parts names (attention only on a GPU, the VAE only on a CPU); write
-    WORKDIR/benchmark.json and, for decoding, benchmark_decoding.png."""
+    """Time what config.benchmark.parts names (attention only on a GPU, VAE and flow beside PyTorch only on a CPU);
+    write WORKDIR/benchmark.json and, for decoding, benchmark_decoding.png."""
     parts = config.benchmark.named
     results: dict[str, Any] = {}
     if "start" in parts:  # before this process takes the accelerator
@@ -49,6 +50,9 @@ def benchmark(config: Config, workdir: Path) -> None:
     if "vae" in parts and (rows := benchmark_vae.beside_torch()):
         results["vae"] = {"beside PyTorch": rows}
         _print("vae", results["vae"])
+    if "flow" in parts and (rows := benchmark_flow.beside_torch()):
+        results["flow"] = {"beside PyTorch": rows}
+        _print("flow", results["flow"])
     if "training" in parts:
         results |= train_step_ratio(dataclasses.replace(config, model=BENCHMARK_MODEL))
         _print_training(results)

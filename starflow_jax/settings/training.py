@@ -172,7 +172,7 @@ class Plan(Settings):
     search: bool = setting(False, "try meshes and rematerialisations, and rank what fits")
 
 
-BENCHMARKS = ("start", "data", "attention", "decoding", "camera", "vae", "training")
+BENCHMARKS = ("start", "data", "attention", "decoding", "camera", "vae", "flow", "training")
 
 
 @dataclasses.dataclass(frozen=True)

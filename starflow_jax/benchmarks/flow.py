@@ -1,0 +1,189 @@
+"""How fast the flow is beside PyTorch, in turns within one run, on the same random weights: a layer, a forward pass, a
+training step, and a guided video."""
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from starflow_jax.benchmarks.decoding import random_weights
+from starflow_jax.benchmarks.flow_torch import TorchFlow, TorchTraining
+from starflow_jax.benchmarks.training import BENCHMARK_MODEL, CLIPS
+from starflow_jax.benchmarks.vae_torch import to_tensor
+from starflow_jax.config import Model, Solver, Train
+from starflow_jax.flow import decode, generation
+from starflow_jax.flow.first_guess import fit_noise
+from starflow_jax.flow.starflow import STARFlow, apply_flow
+from starflow_jax.io.timing import timed
+from starflow_jax.kernels.mask import Causal
+from starflow_jax.nn.rope import rope_table, text_positions
+from starflow_jax.nn.transformer import Layer, unstacked
+from starflow_jax.sampling.calibration import loosest
+from starflow_jax.sampling.solver import TOLERANCE, deep_solver, shallow_solver
+from starflow_jax.training.losses import gradients_from_features
+from starflow_jax.training.state import create_state
+from starflow_jax.training.step import apply_gradients
+
+ROUNDS = 3
+ROWS_OF_TOKENS = (1_024, 4_096, 16_384)
+GUIDANCE = 2.0
+Run = Callable[[], Any]
+
+
+def beside_torch(model: Model = BENCHMARK_MODEL, tokens: tuple[int, ...] = ROWS_OF_TOKENS, rounds: int = ROUNDS
+                 ) -> list[dict[str, Any]]:
+    """A row each: median seconds, how many times as fast as PyTorch, and how far the two results are apart.
+
+    Both work on the processor: elsewhere, and without PyTorch, there is a line that says so, and no row.
+    """
+    if jax.default_backend() != "cpu" or find_spec("torch") is None:
+        print("the flow beside PyTorch is not timed: it needs PyTorch (pip install 'starflow_jax[convert]') and "
+              "JAX_PLATFORMS=cpu\n")
+        return []
+    cases = {**_layers(model, tokens), **_whole(model), **Videos(model).cases()}
+    rows = []
+    for what, (theirs, ours) in cases.items():
+        found = timed(what, {"PyTorch": theirs, "ours": ours}, rounds)
+        (expected, torch_seconds), (result, seconds) = found["PyTorch"], found["ours"]
+        rows.append({"what": what, "PyTorch, s": torch_seconds, "ours, s": seconds,
+                     "times as fast": torch_seconds / seconds, "squared difference": _apart(result, expected)})
+    return rows
+
+
+def _apart(ours: Any, theirs: Any) -> float:
+    """The largest ||a - b||^2 / ||b||^2 of two results' arrays."""
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    return max(float(np.sum((np.asarray(a) - np.asarray(b))**2) / np.sum(np.asarray(b)**2)) for a, b in pairs)
+
+
+def _layers(model: Model, lengths: tuple[int, ...]) -> dict[str, tuple[Run, Run]]:
+    """One causal layer of the deep block's width over rows of tokens, forward."""
+    layer = Layer(model.head_dim, jnp.float32, Causal(), None, "ulysses", parent=None)
+    x_1SD = jax.random.normal(jax.random.key(0), (1, max(lengths), model.deep_width))
+    rope_2SE = rope_table(text_positions(max(lengths), model.extent), model.head_dim)
+    params = random_weights(jax.jit(partial(layer.init, past=None, is_first=False))(
+        jax.random.key(1), x_1SD[:, :8], rope_2SE=rope_2SE[:, :8])["params"], jax.random.key(2))
+    stack = {"deep": {"transformer": {"layers": {"layer": jax.tree.map(lambda leaf: leaf[None], params)}}}}
+    torch_flow = TorchFlow(model, stack)
+
+    def theirs(x: Any, rope: Any) -> np.ndarray:
+        with torch_flow.torch.inference_mode():
+            return torch_flow.layer("deep", 0, x, rope).numpy()
+
+    @jax.jit
+    def ours(x: jax.Array, rope: jax.Array) -> jax.Array:
+        return layer.apply({"params": params}, x, None, False, rope)[0]
+
+    cases: dict[str, tuple[Run, Run]] = {}
+    for length in lengths:
+        x, rope = x_1SD[:, :length], rope_2SE[:, :length]
+        cases[f"a layer, {length:,} tokens"] = (partial(theirs, to_tensor(x), to_tensor(rope)),
+                                                partial(_on_host, ours, x, rope))
+    return cases
+
+
+def _on_host(function: Callable, *args: Any) -> Any:
+    return jax.tree.map(np.asarray, function(*args))
+
+
+def _whole(model: Model) -> dict[str, tuple[Run, Run]]:
+    """The flow's forward pass, and training steps on one batch; their results are z, and a step's losses."""
+    flow, params, (x, text) = _random_model(model)
+    settings = Train(steps=1_000, warmup_steps=0, skip_over_clip=False)
+    torch_x, torch_text = to_tensor(x), to_tensor(text)
+    torch_flow, trained = TorchFlow(model, params), TorchTraining(TorchFlow(model, params), settings)
+
+    def forward() -> np.ndarray:
+        with torch_flow.torch.inference_mode():
+            return torch_flow.forward(torch_x, torch_text)[0].numpy()
+
+    @jax.jit
+    def own_forward(params: Any) -> jax.Array:
+        return apply_flow(flow, {"params": params}, STARFlow.forward, x, text).z_BTSK
+
+    def step(state: Any) -> tuple[Any, dict[str, jax.Array]]:
+        grads, losses = gradients_from_features(flow, state.params, x, lambda _: text)
+        return apply_gradients(state, grads, settings)[0], losses
+
+    own_step, held = jax.jit(step, donate_argnums=0), [_state(params, settings)]
+
+    def next_step() -> tuple[float, float]:
+        held[0], losses = own_step(held[0])
+        jax.block_until_ready(held[0])
+        return float(losses["loss"]), float(losses["denoiser_loss"])
+
+    return {"forward pass": (forward, partial(_on_host, own_forward, params)),
+            "training step": (partial(trained.step, torch_x, torch_text), next_step)}
+
+
+def _state(params: Any, settings: Train) -> Any:
+    flow = {name: part for name, part in params.items() if name != "denoiser"}
+    return jax.jit(lambda p: create_state(p, settings))({"denoiser": params["denoiser"], "flow": flow})
+
+
+def _random_model(model: Model) -> tuple[STARFlow, Any, tuple[jax.Array, jax.Array]]:
+    """(the flow, weights of its parts, latents and text of CLIPS clips)."""
+    flow, keys = STARFlow(model), jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (CLIPS, model.frames, model.height, model.width, model.channels))
+    text = jax.random.normal(keys[1], (CLIPS, model.text_length, model.text_dim))
+    return flow, random_weights(jax.jit(flow.init)(keys[2], x, text)["params"], keys[3]), (x, text)
+
+
+class Videos:
+    """One guided video from the same noise: both stacks inverted, without the denoiser."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.flow, params, _ = _random_model(model)
+        self.torch_flow = TorchFlow(model, params)
+        self.layers = jax.jit(unstacked)({"params": params})
+        keys = jax.random.split(jax.random.key(1), 3)
+        self.z, other = (jax.random.normal(key, (1, model.frames, model.tokens_per_frame, model.token_channels))
+                         for key in keys[:2])
+        self.texts = jax.random.normal(keys[2], (2, 1, model.text_length, model.text_dim))
+        tokens = model.tokens_per_frame
+        made = self._deep(other, Solver("jacobi", tokens, 1, tolerance=TOLERANCE), other)
+        self.start = fit_noise(np.asarray(other), np.concatenate(made, axis=1))(self.z)
+
+    def cases(self) -> dict[str, tuple[Run, Run]]:
+        """Like for like: the same blocks, starts and tolerance. At equal error: frame by frame from what linear guesses
+        from the noise, beside PyTorch's from the frame before, each with the loosest tolerance within it."""
+        tokens = self.model.tokens_per_frame
+        found: dict[str, tuple[Run, Run]] = {
+            "a video, one token after another": (partial(self.theirs, 1, 0.0),
+                                                 partial(self.ours, Solver("sequential", 1, 1)))}
+        for block in (tokens // 4, tokens):
+            solver = Solver("jacobi", block, 1, tolerance=TOLERANCE)
+            found[f"a video, blocks of {block} tokens"] = (partial(self.theirs, block, TOLERANCE),
+                                                           partial(self.ours, solver))
+        exact = self.ours(Solver("sequential", 1, 1))
+        plain, guessed = (loosest(partial(self._decoder, start), Solver("jacobi", tokens, 1), exact)
+                          for start in (None, self.start))
+        found["a video, at equal error"] = (partial(self.theirs, tokens, plain.tolerance),
+                                            partial(self.ours, guessed, self.start))
+        return found
+
+    def theirs(self, block: int, tolerance: float) -> np.ndarray:
+        latents, _ = self.torch_flow.sample(to_tensor(self.z), to_tensor(self.texts), GUIDANCE, block, tolerance)
+        return latents.numpy()
+
+    def ours(self, solver: Solver, start: jax.Array | None = None) -> np.ndarray:
+        u = jnp.concatenate(self._deep(self.z, solver, start), axis=1)
+        x, _ = decode.invert_shallow(self.flow, self.layers, u, solver=shallow_solver(solver), token_grid=self._grid)
+        return np.asarray(x)
+
+    def _decoder(self, start: jax.Array | None, solver: Solver) -> Callable[[], tuple[np.ndarray, float]]:
+        return lambda: (self.ours(solver, start), 0.0)
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        return self.model.height, self.model.width
+
+    def _deep(self, z: jax.Array, solver: Solver, start: jax.Array | None = None) -> list[jax.Array]:
+        return [u for u, _ in generation.generate(
+            self.flow, self.layers, z, self.texts, guidance=GUIDANCE, solver=deep_solver(solver),
+            token_grid=self._grid, start_BTSK=start)]
