@@ -30,6 +30,7 @@ TABLE: dict[str | None, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),  # clips
     "tokens": ("sequence",),
     "heads": ("tensor", "sequence"),  # of activations within attention
+    "rows": ("tensor", "sequence"),  # of a VAE's frames: whole where they do not divide
     "hidden": ("tensor",),  # channels that one layer's products make and the next ones sum
     "width": ("fsdp",),  # the model width, of parameters
     "features": ("fsdp",),  # of a control module, of which there may be any number: whole where they do not divide
@@ -188,9 +189,9 @@ def over_tokens(attend: Callable, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: 
 
 def _dividing(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
               ) -> tuple[str | None, ...]:
-    """`axes` without those of batches and features that do not divide over the mesh (a single video is whole
+    """`axes` without those of batches, rows and features that do not divide over the mesh (a single video is whole
     everywhere), and with "hidden" for heads that do not."""
-    instead = {"batch": None, "heads": "hidden", "features": None}
+    instead = {"batch": None, "heads": "hidden", "rows": None, "features": None}
     return tuple(instead[axis] if axis in instead and size % math.prod(mesh.shape[part] for part in TABLE[axis])
                  else axis for axis, size in zip(axes, shape))
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from starflow_jax.codec.interface import check_frame_size, deviation
-from starflow_jax.codec.wan_vae import Cache, Past, WanConfig, WanVAE
+from starflow_jax.codec.wan_vae import Cache, Past, WanConfig, WanVAE, over_rows
 from starflow_jax.codec.wan_weights import STATISTICS, from_released
 from starflow_jax.config import Codec, UserError
 from starflow_jax.io.files import read_json
@@ -120,7 +120,13 @@ class WanCodec(flax.struct.PyTreeNode):
     def _part(self, method: Callable) -> Step:
         """A step of the VAE on a video's next frames."""
         vae = WanVAE(self.config, jnp.dtype(self.dtype))
-        return lambda x, past: vae.apply({"params": self.params}, x, past, method=method)
+
+        def step(x: jax.Array, past: Past) -> tuple[Any, Past]:
+            out, after = vae.apply({"params": self.params}, x, past, method=method)
+            # Laid out in one way, whoever calls, so that a stream's second step is the program of all later ones.
+            return out, jax.tree.map(over_rows, after)
+
+        return step
 
     def _whole(self, method: Callable, length: int) -> Step:
         """The same on a whole video, in parts of `length` frames; it neither takes nor leaves a past."""

@@ -5,7 +5,8 @@ the next call. Without a past, x begins with the video's first frame. So a video
 the first frame, then `time_stride` pixel frames, or one latent frame, at a time. Layout (B, T, H, W, C).
 
 `high` names the parts at the resolutions above the latents', whose memory is large and which see only what is near;
-`low` the parts at the latents' resolution, among them the attention over whole frames.
+`low` the parts at the latents' resolution, among them the attention over whole frames. On a mesh that is not all taken
+up by clips, `high` has each device work on some rows of the frames where they divide: XLA exchanges those at the edges.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from jax import lax
 
 from starflow_jax.codec.convolution import convolution, doubled
 from starflow_jax.config import UserError
+from starflow_jax.sharding import constrain
 
 Past = Any  # a tuple (of tuples) of the last input frames of convolutions; None where the video begins
 
@@ -73,6 +75,11 @@ class Cache(flax.struct.PyTreeNode):
 
     low: Past
     high: Past  # where frames are tiled: with a leading axis of tiles
+
+
+def over_rows(x_BTHWC: jax.Array) -> jax.Array:
+    """Clips, and rows of frames, over the current mesh as far as they divide."""
+    return constrain(x_BTHWC, "batch", None, "rows", None, None)
 
 
 def to_patches(pixels_BTHWC: jax.Array, size: int) -> jax.Array:
@@ -311,10 +318,11 @@ class Encoder(nn.Module):
 
     def high(self, x_BTHWC: jax.Array, past: Past) -> tuple[jax.Array, Past]:
         before, before_stages = past or (None, (None,) * len(self.stages))
-        x, after = self.stem(x_BTHWC.astype(self.dtype), before)
+        x, after = self.stem(over_rows(x_BTHWC.astype(self.dtype)), before)
         kept = []
         for stage, before_stage in zip(self.stages, before_stages):
             x, after_stage = stage(x, before_stage)
+            x = over_rows(x)
             kept.append(after_stage)
         return x, (after, tuple(kept))
 
@@ -352,6 +360,7 @@ class Decoder(nn.Module):
         x, kept = x_BTHWC, []
         for stage, before_stage in zip(self.stages, before_stages):
             x, after_stage = stage(x, before_stage)
+            x = over_rows(x)
             kept.append(after_stage)
         x, after = self.head(x, before)
         return x.astype(jnp.float32), (tuple(kept), after)

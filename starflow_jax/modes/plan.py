@@ -99,7 +99,8 @@ def _table(plan: StepPlan) -> str:
         for part in plan.cost.memory:
             sizes = [f"{name} {size / GIB:.2f}" for name, size in vars(part).items() if name != "program"]
             rows.append((f"memory, GiB a chip: {part.program}", ", ".join(sizes)))
-        rows += [(f"bound, seconds: {part.program}", f"{part.bound_seconds:.3g}, runs {part.runs:g}")
+        rows += [(f"bound, seconds: {part.program}", f"{part.bound_seconds:.3g}, runs {part.runs:g}"
+                  + (f", {part.updates:.3g} updates of a block assumed" if part.updates else ""))
                  for part in plan.cost.programs]
     return table(rows, ("plan", ""))
 

@@ -17,12 +17,12 @@ class Chain:
         self.resident = resident  # what stays on the devices while they run, in shapes
         self.weights = weights  # the model's, those too that are on the devices as an argument alone
 
-    def run(self, name: str, function: Any, *args: Any, times: float = 1, unknown_trips: float = 1,
+    def run(self, name: str, function: Any, *args: Any, times: float = 1, updates: float | None = None,
             filled: float = 1, options: dict[str, Any] | None = None, **keywords: Any) -> Any:
-        """What the function, a jitted one, returns, in shapes. times, unknown_trips, filled: as a Program has them."""
+        """What the function, a jitted one, returns, in shapes. times, updates, filled: as a Program has them."""
         lowered = function.lower(*args, **keywords)
         compiled = lowered.compile(compiler_options=options)
-        self.programs.append(Program(name, compiled, times, unknown_trips, filled,
+        self.programs.append(Program(name, compiled, times, updates, filled,
                                      self._held_with((args, keywords)), lowered,
                                      contents_of(function, args, keywords, lowered.out_info, self.weights)))
         return jax.tree.map(lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),

@@ -46,6 +46,7 @@ class ProgramBound:
 
     program: str
     runs: float
+    updates: float | None  # of each block of tokens, assumed; None: there is no solver in it
     bound_seconds: float
     hbm_bytes: dict[str, float]
     link_bytes: float
@@ -188,11 +189,13 @@ def _cost(programs: list[Program], chip: roofline.Chip, model_flops: float | Non
         return StepCost(memory), model_flops
     total, raw, bounds = program_cost.Cost(), 0.0, list[ProgramBound]()
     for program in programs:
-        cost = program_cost.count(program.compiled, program.unknown_trips, program.filled, program.contents)
+        trips = 1.0 if program.updates is None else program.updates - 1
+        cost = program_cost.count(program.compiled, trips, program.filled, program.contents)
         total += cost.times(program.times)
         raw += program.times * float((program.compiled.cost_analysis() or {}).get("flops", 0))
-        bounds.append(ProgramBound(program.name, program.times, roofline.bound(cost, chip, 0.0).seconds,
-                                   cost.hbm_parts, sum(cost.collective_bytes.values()), cost.collectives))
+        least = roofline.bound(cost, chip, 0.0).seconds
+        bounds.append(ProgramBound(program.name, program.times, program.updates, least, cost.hbm_parts,
+                                   sum(cost.collective_bytes.values()), cost.collectives))
     flops = total.flops * devices if model_flops is None else model_flops
     limit = roofline.bound(total, chip, flops / devices)
     dispatches = sum(part.runs for part in bounds)

@@ -13,7 +13,7 @@ class Program:
     name: str
     compiled: Any
     times: float = 1
-    unknown_trips: float = 1  # of the solver's loops
+    updates: float | None = None  # of a solver's block of tokens, the first of which stands before its loop
     filled: float = 1  # of the cache that its attention reads, the share that holds anything, on the average
     held: int = 0  # bytes a device of its arguments and of all that stays there meanwhile, where that is known
     lowered: Any = None

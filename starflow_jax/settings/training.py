@@ -167,8 +167,9 @@ class Plan(Settings):
                         "those that measure a given one (evaluate.task=video); or the Wan VAE's on one chip",
                         one_of("train", "sample", "likelihood", "codec"))
     videos: int = setting(1, "videos sampled, or coded, together", positive(1_000_000_000))
-    updates: int = setting(8, "updates of the solver per block of tokens, assumed in the bound on sampling",
-                           positive(1_000_000))
+    updates: int = setting(0, "updates of the solver per block of tokens, assumed in the bound on sampling; 0: 8 of "
+                           "up to 128 tokens, of larger blocks more, as calibration found on the package's model",
+                           at_least(0, "8, and more of large blocks", most=1_000_000))
     search: bool = setting(False, "try meshes and rematerialisations, and rank what fits")
 
 

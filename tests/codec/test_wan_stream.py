@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,23 @@ from tests.codec.test_wan_vae import decode_next as decode_at_once
 from tests.codec.test_wan_vae import encode_at_once, latents, moments, pixels, random_params, small_codec
 from tests.helpers import changed, tiny_model
 from tests.small_model import CAPTIONS, SETTINGS
+from tests.small_run import ROOT, environment
+from tests.test_sharding import xla_flags
 
 RELEASED = WanConfig(dim=2, dec_dim=2, z_dim=3)  # the released structure, narrow
 SETTINGS_OF = dict(kind="wan", stride=16, encoder_width=2, decoder_width=2)
 
 decode = jax.jit(WanCodec.decode)
+
+
+def test_on_a_mesh_each_device_has_rows_of_its_own(tmp_path: Path) -> None:
+    """Eight devices on one video; of its stages one has rows that divide over them, and two more have twice those."""
+    subprocess.run([sys.executable, "-m", "tests.sharded_vae", tmp_path / "found.json"], cwd=ROOT, check=True,
+                   timeout=300, env=environment(XLA_FLAGS=xla_flags(8)))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["decoded"] < 1e-5 and found["encoded"] < 1e-5 and found["streamed_shades"] <= 1, found
+    assert found["stream_programs"] == 2  # the first frame's and all others'
+    assert found["share_of_the_work"] < 0.3 and found["rows_of_the_last_cache"] == 6
 
 
 def test_whole_videos_in_parts() -> None:

@@ -23,6 +23,7 @@ from starflow_jax.planning.array_kinds import PARTS
 from starflow_jax.planning.plan import StepPlan, advice, bytes_needed, plan_of
 from starflow_jax.planning.programs import compile_step
 from starflow_jax.planning.roofline import GIB, Chip
+from starflow_jax.planning.sampling import UPDATES
 from starflow_jax.planning.topology import topology
 from tests.codec.test_wan_vae import SMALL
 from tests.helpers import HEAD_DIM, tiny_model
@@ -106,7 +107,7 @@ def test_a_plan_of_sampling_has_the_text_encoder_the_codec_and_the_score_in_all_
     assert parts["deep block, the text"].hbm_bytes["cache_written"] > 0
     step = parts["deep block, a step"].hbm_bytes
     assert step["cache_read"] > 0 and step["cache_written"] > 0
-    assert step["weights"] > config.plan.updates * 4 * 12 * config.model.deep_layers * config.model.deep_width**2
+    assert step["weights"] > UPDATES * 4 * 12 * config.model.deep_layers * config.model.deep_width**2
     for name, total in cost.hbm_parts_per_chip.items():
         assert math.isclose(total, sum(part.runs * part.hbm_bytes[name] for part in cost.programs))
     assert cost.dispatches == sum(part.runs for part in cost.programs)
@@ -217,7 +218,7 @@ def test_its_json_is_one_flat_table(planned: StepPlan) -> None:
     assert set(row) == ALWAYS_KNOWN | COST
     assert row["memory"][0]["peak"] == row["peak_bytes_per_chip"] and row["fits"] is True
     assert row["programs"][0] == {
-        "program": "train", "runs": 1, "bound_seconds": row["bound_seconds_per_step"],
+        "program": "train", "runs": 1, "updates": None, "bound_seconds": row["bound_seconds_per_step"],
         "hbm_bytes": row["hbm_parts_per_chip"], "link_bytes": sum(row["collective_bytes_per_chip"].values()),
         "collectives": row["collectives"]}
     refused = dataclasses.replace(planned, cost=None, fits=False, advice="smaller").to_json()

@@ -19,7 +19,7 @@ from starflow_jax.model import system
 from starflow_jax.model.beside import fingerprint_of, open_checkpoints
 from starflow_jax.model.system import save_system
 from starflow_jax.planning.program_cost import count
-from starflow_jax.planning.sampling import filled_share, sampling_programs
+from starflow_jax.planning.sampling import UPDATES, assumed_updates, filled_share, sampling_programs
 from starflow_jax.sampling import conditions, denoise, generate, likelihood, renoise, shallow, stream
 from tests.helpers import random_params
 from tests.sharded_sampling import CONFIG_OF_TEST, PROMPTS, write_module, write_workdir
@@ -123,10 +123,18 @@ def test_the_plans_programs_are_those_that_sampling_runs(
     assert set(planned) >= {"start_window", "decode_frames", "invert_shallow"}
     assert streams or "joined" in planned
     step = next(program for program in programs if program.name == "deep block, a step")
-    none, one, all_updates = (count(step.compiled, trips).flops for trips in (0, 1, step.unknown_trips))
-    assert all_updates == pytest.approx(config.plan.updates * (one - none), rel=0.02)
+    none, one, all_updates = (count(step.compiled, trips).flops for trips in (0, 1, step.updates - 1))
+    assert all_updates == pytest.approx(UPDATES * (one - none), rel=0.02)
     solved = [program for program in programs if "module @jit_invert_shallow" in program.lowered.as_text()] + [step]
-    assert {program.unknown_trips for program in solved} == {config.plan.updates - 1}
+    assert {program.updates for program in solved} == {UPDATES}
+
+
+def test_larger_blocks_take_more_updates() -> None:
+    """As calibration found: from a frame's 36 tokens to two frames' and four's."""
+    assert assumed_updates(0, 1) == assumed_updates(0, 64) == assumed_updates(0, 128) == UPDATES
+    for times, updates in ((2, 10.1), (4, 15.8)):
+        assert assumed_updates(0, 128 * times) / UPDATES == pytest.approx(updates / 6.8, rel=0.04)
+    assert assumed_updates(5, 512) == 5
 
 
 def test_the_filled_share_of_a_cache() -> None:
