@@ -1,5 +1,6 @@
 """Draws the manual's diagrams from the code itself, in a minute or two on a CPU: python -m docs.figures"""
 
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -102,6 +103,22 @@ def jacobi(updates: int = 16) -> plt.Figure:
     return figure
 
 
+def training() -> plt.Figure:
+    """Validations while the model in the package was trained, against hours of two CPU cores."""
+    stages = json.loads((Path(__file__).parent / "training_of_the_model.json").read_text())
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.4), layout="constrained")
+    for stage in stages:
+        hours = [row["hours"] for row in stage["validations"]]
+        for one, name in zip(axes, ("digit", "validation_bits_per_dim")):
+            one.plot(hours, [row[name] for row in stage["validations"]], marker="o", markersize=4, label=stage["stage"])
+    for one, label in zip(axes, ("digit read as asked, 100 prompts", "validation bits per dimension")):
+        one.set(xlabel="hours since the first stage", ylabel=label)
+        one.grid(alpha=0.3)
+    axes[0].axhline(0.97, color="black", linestyle=":", linewidth=1)
+    axes[1].legend(fontsize=7)
+    return figure
+
+
 def save(name: str, figure: plt.Figure) -> None:
     figure.savefig(PICTURES / name, metadata={"Date": None})
     print(PICTURES / name)
@@ -112,3 +129,4 @@ if __name__ == "__main__":
     save("orders.svg", orders())
     save("denoiser_mask.svg", denoiser_mask())
     save("jacobi.svg", jacobi())
+    save("training.svg", training())
