@@ -1,5 +1,6 @@
 """How fast the flow is beside PyTorch, in turns within one run, on the same random weights: a layer, a forward pass, a
-training step, and a guided video."""
+training step, and a guided video; and first a bare product of matrices, which says how the two do on this processor.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,6 +30,7 @@ from starflow_jax.training.state import create_state
 from starflow_jax.training.step import apply_gradients
 
 ROUNDS = 3
+SIDE = 2_048
 ROWS_OF_TOKENS = (1_024, 4_096, 16_384)
 GUIDANCE = 2.0
 Run = Callable[[], Any]
@@ -44,7 +46,7 @@ def beside_torch(model: Model = BENCHMARK_MODEL, tokens: tuple[int, ...] = ROWS_
         print("the flow beside PyTorch is not timed: it needs PyTorch (pip install 'starflow_jax[convert]') and "
               "JAX_PLATFORMS=cpu\n")
         return []
-    cases = {**_layers(model, tokens), **_whole(model), **Videos(model).cases()}
+    cases = {**_product(), **_layers(model, tokens), **_whole(model), **Videos(model).cases()}
     rows = []
     for what, (theirs, ours) in cases.items():
         found = timed(what, {"PyTorch": theirs, "ours": ours}, rounds)
@@ -58,6 +60,13 @@ def _apart(ours: Any, theirs: Any) -> float:
     """The largest ||a - b||^2 / ||b||^2 of two results' arrays."""
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
     return max(float(np.sum((np.asarray(a) - np.asarray(b))**2) / np.sum(np.asarray(b)**2)) for a, b in pairs)
+
+
+def _product(side: int = SIDE) -> dict[str, tuple[Run, Run]]:
+    matrix = jax.random.normal(jax.random.key(0), (side, side))
+    tensor = to_tensor(matrix)
+    return {f"a product of matrices, {side:,} x {side:,}": (
+        lambda: (tensor @ tensor).numpy(), partial(_on_host, jax.jit(lambda a: a @ a), matrix))}
 
 
 def _layers(model: Model, lengths: tuple[int, ...]) -> dict[str, tuple[Run, Run]]:
