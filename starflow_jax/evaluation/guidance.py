@@ -57,14 +57,14 @@ def measure(system: System, params: Params, captions: list[str], labels_B3: np.n
     return rows
 
 
-def charts(rows: list[dict[str, Any]]) -> list[Chart]:
-    """Adherence, diversity and brightness against the weight."""
+def charts(rows: list[dict[str, Any]], real_brightness: float | None = None) -> list[Chart]:
+    """Adherence, diversity and brightness against the weight. real_brightness: of real clips, a line to compare with."""
     weights = [row["guidance"] for row in rows]
 
-    def chart(title: str, *names: str) -> Chart:
+    def chart(title: str, *names: str, level: float | None = None) -> Chart:
         return Chart(title, weights, {name: series([row[name] for row in rows]) for name in names},
-                     "weight of guidance")
+                     "weight of guidance", level=level)
 
     read = [chart("read as asked", *ATTRIBUTES)] if ATTRIBUTES[0] in rows[0] else []
     return [*read, chart("difference of two videos of one prompt (RMS of 255)", "diversity"),
-            chart("mean pixel", "brightness")]
+            chart("mean pixel", "brightness", level=real_brightness)]

@@ -58,12 +58,16 @@ def evaluate_guidance(config: Config, workdir: Path) -> None:
     print(f"model: {source}")
     captions, labels = prompts_to_read(config)
     rows = guidance.measure(system, params, captions, labels, config.evaluate.guidance)
-    draw_charts(workdir / "guidance.png", guidance.charts(rows),
+    # Of data that nothing can be read of there may be no pixels.
+    real = None if labels is None else float(real_clips(system, len(captions))[1].mean())
+    draw_charts(workdir / "guidance.png", guidance.charts(rows, real),
                 f"{len(captions)} test prompts, {guidance.SEEDS} videos of each")
     _write(workdir, "guidance", {"model": source, "prompts": len(captions), "videos_of_each": guidance.SEEDS,
-                                 "weights": rows}, began)
+                                 "weights": rows, "brightness_of_real_clips": real}, began)
     names = [name for name in rows[0] if name != "guidance"]
     print(table([(row["guidance"], *(in_words(row[name]) for name in names)) for row in rows], ("guidance", *names)))
+    if real is not None:
+        print(f"\nbrightness of real clips: {real:.3f}")
     print(f"\nwritten to {workdir}: guidance.json, guidance.png")
 
 

@@ -57,4 +57,5 @@ def test_denoisers_and_guidance(config: Config, tmp_path: Path, task: str, capsy
         assert {"temporal_flickering", "digit", "psnr_to_the_clip"} <= set(held["ways"]["score"])
     else:
         assert [row["guidance"] for row in held["weights"]] == [0.0, 2.0] and "direction" in held["weights"][0]
+        assert 5 < held["brightness_of_real_clips"] < 12
     assert read_image(tmp_path / f"{task}.png").size and "±" in capsys.readouterr().out
