@@ -58,7 +58,7 @@ def measure(system: System, params: Params, captions: list[str], labels_B3: np.n
 
 
 def charts(rows: list[dict[str, Any]], real_brightness: float | None = None) -> list[Chart]:
-    """Adherence, diversity and brightness against the weight. real_brightness: of real clips, a line to compare with."""
+    """Adherence, diversity and brightness against the weight. real_brightness: real clips', a line to compare with."""
     weights = [row["guidance"] for row in rows]
 
     def chart(title: str, *names: str, level: float | None = None) -> Chart:

@@ -1,7 +1,8 @@
 """Do videos hold on, far beyond the training length? (--mode=evaluate --config.evaluate.task=horizon)
 
-Test prompts with fixed seeds are sampled frame by frame and measured stretch by stretch; real clips beside them. Where
-prompts name a digit, a colour and a direction, they are sampled once more with prompts that change.
+Prompts with fixed seeds are sampled frame by frame and measured stretch by stretch, beside the real clips whose
+captions they are. Where prompts name a digit, a colour and a direction, they are sampled once more with prompts that
+change.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from starflow_jax.config import Config, Sample, UserError
+from starflow_jax.data.digits import reader
 from starflow_jax.data.digits.captions import ATTRIBUTES, COLOUR_NAMES, DIRECTION_NAMES, caption
 from starflow_jax.data.examples import decoded
 from starflow_jax.evaluation.frechet import frechet_distance
@@ -160,11 +162,12 @@ def _frames(system: System, params: Params, given: Conditions, settings: Sample,
 
 def measure_real(
     system: System, params: Params, clips: Iterator[RealClips], stretches: int, measures: Measures
-) -> Stretches:
-    """The same figures of real clips, of as many stretches as they have."""
+) -> tuple[Stretches, list[str]]:
+    """The same figures of real clips, of as many stretches as they have; and the clips' captions."""
     length, stride, found = system.config.model.frames, system.config.codec.time_stride, Stretches(measures)
-    size = system.config.sample.batch_size
+    size, described = system.config.sample.batch_size, list[str]()
     for begin, (captions, frames_BTHWC, labels_B3) in zip(itertools.count(step=size), clips):
+        described += captions
         parts = list(itertools.islice(in_stretches([frames_BTHWC], system.pixel_frames, length * stride), stretches))
         for stretch, frames in enumerate(parts):
             found.add(stretch, frames, labels_B3)
@@ -172,7 +175,7 @@ def measure_real(
         noisy = noised(system, whole, range(begin, begin + size))
         text = caption_text(system, params, filled(captions, size), noisy.shape[1])
         found.add_bits(bits_of(system, params, noisy, text)[:len(captions)], length)
-    return found
+    return found, described
 
 
 def bits_of(system: System, params: Params, noisy_BNhwC: jax.Array, text: Text) -> np.ndarray:
@@ -223,22 +226,26 @@ def add_frechet(rows: list[dict[str, float]], found: Stretches, real: Stretches)
 
 def measure(system: System, params: Params, captions: Sequence[str], labels_B3: np.ndarray | None
             ) -> tuple[dict[str, Any], Shown]:
-    """(what horizon.json holds, the frames of the sheet). labels: of moving digits; None: nothing is read of the
-    clips. Raises UserError where videos of evaluate.latent_frames can't be made one after the other."""
+    """(what horizon.json holds, the frames of the sheet). captions: what is sampled where there are fewer real clips;
+    else those clips' own, so that both show the same. labels: of moving digits; None: nothing is read of the clips.
+    Raises UserError where videos of evaluate.latent_frames can't be made one after the other."""
     config, stretches = system.config, stretches_in(system.config)
     length, shortest = config.model.frames, min(system.pixel_frames, config.evaluate.frames)
     missing: list[str] = []
     i3d = if_installed(I3D, missing) if labels_B3 is None and shortest >= LEAST_FRAMES else None
     measures = Measures(labels_B3 is not None, i3d, shortest)
     real_frames = 1 + (stretches * length - 1) * config.codec.time_stride
-    real = measure_real(system, params, real_clips(system, len(captions), real_frames), stretches, measures)
+    real, described = measure_real(system, params, real_clips(system, len(captions), real_frames), stretches, measures)
+    if len(described) == len(captions):
+        captions, labels_B3 = described, None if labels_B3 is None else reader.labels_of(described)
     made, shown = measure_samples(system, params, plain_prompts(captions, labels_B3, stretches), stretches, measures,
                                   "samples")
     rows = made.means()
     if i3d is not None and len(real):
         add_frechet(rows, made, real)
     results: dict[str, Any] = {
-        "videos": len(captions), "latent_frames": stretches * length, "latent_frames_of_a_stretch": length,
+        "videos": len(captions), "captions": list(captions), "latent_frames": stretches * length,
+        "latent_frames_of_a_stretch": length,
         "stretches": rows, "standard_errors": made.standard_errors(),
         "real_stretches": real.means(), "real_standard_errors": real.standard_errors(), "missing": missing}
     if labels_B3 is not None:

@@ -128,8 +128,8 @@ def evaluate_horizon(config: Config, workdir: Path) -> None:
                "seconds": round(time.perf_counter() - began, 1)}
     write_text(workdir / "horizon.json", json.dumps(results, indent=1))
     draw_diagrams(workdir / "horizon.png", horizon.diagrams(results), shown.frames,
-                  [f"training length {stretch}" for stretch in shown.stretches], captions[:horizon.SHOWN],
-                  f"{len(captions)} videos of {found['latent_frames']} latent frames; real clips in grey",
+                  [f"training length {stretch}" for stretch in shown.stretches], found["captions"][:horizon.SHOWN],
+                  f"{found['videos']} videos of {found['latent_frames']} latent frames; real clips in grey",
                   "training lengths from the start")
     _print_horizon(results)
     print(f"\nwritten to {workdir}: horizon.json, horizon.png")

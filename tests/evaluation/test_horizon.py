@@ -47,14 +47,15 @@ def test_figures_of_stretches_are_those_of_whole_clips(system: System, params) -
 def test_real_clips_are_measured_as_far_as_they_go(system: System, params) -> None:
     """Two training lengths and a bit, of which the second is likely or not under its own caption."""
     frames = np.random.default_rng(0).integers(0, 256, (2, 25, 8, 8, 3), np.uint8)
-    found = horizon.measure_real(of(system), params, iter([(CAPTIONS[:2], frames, None)]), 3, Measures())
+    found, described = horizon.measure_real(of(system), params, iter([(CAPTIONS[:2], frames, None)]), 3, Measures())
+    assert described == CAPTIONS[:2]
     noisy = noised(system, frames[:, :21], range(2))
     first, later = (system.caption_features(params, [f"{begin}{caption}" for caption in CAPTIONS[:2]])
                     for begin in ("", "(extend) "))
     bits = np.asarray(frame_nll(system, params, noisy, VideoText(first, {0: later}))) / 16 / np.log(2)
     assert [row["bits_per_dim"] for row in found.means()] == pytest.approx([bits[:, :3].mean(), bits[:, 3:].mean()])
     assert found.means()[1]["mean_pixel"] == pytest.approx(frames[:, 9:21].mean(), rel=1e-5)
-    short = horizon.measure_real(of(system), params, iter([(CAPTIONS[:2], frames, None)]), 1, Measures())
+    short, _ = horizon.measure_real(of(system), params, iter([(CAPTIONS[:2], frames, None)]), 1, Measures())
     assert len(short) == 1
 
 
@@ -81,8 +82,10 @@ def test_files_of_moving_digits(tmp_path: Path, stand_ins: None, capsys: pytest.
             return tuple(np.full(len(frames_BTHWC), label) for label in (7, 0, 0))
 
     monkeypatch.setattr(reader, "default_reader", Reader)
+    monkeypatch.setattr("starflow_jax.evaluation.split.fixed_captions", lambda config, split, count: CAPTIONS[::-1])
     evaluate(CONFIG_OF_TEST, tmp_path)
     found = json.loads((tmp_path / "horizon.json").read_text())
+    assert found["captions"] == CAPTIONS  # the real clips', in place of the split's
     measured = {"digit", "colour", "direction", "mean_pixel", "pixel_variance", "flickering", "bits_per_dim"}
     assert [set(row) for row in found["stretches"]] == [measured] * 3
     assert [set(row) for row in found["real_stretches"]] == [measured] * 2  # as long as they are
