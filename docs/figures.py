@@ -1,4 +1,5 @@
-"""Draws the manual's diagrams from the code itself, in a minute or two on a CPU: python -m docs.figures"""
+"""Draws the manual's diagrams from the code itself, and one from the record of a training, in a minute or two on a CPU:
+python -m docs.figures"""
 
 import json
 from pathlib import Path

@@ -2,8 +2,8 @@
 
     data       copies of the model, each on its own clips
     fsdp       clips too; parameters and optimizer state are sharded, and gathered layer by layer where they are used
-    tensor     heads and hidden channels of each layer; the weights stay where they are
-    sequence   tokens; within attention heads, or tokens too (nn/sequence_parallel.py)
+    tensor     heads and hidden channels of each layer; the weights stay where they are; a VAE's rows
+    sequence   tokens; within attention heads, or tokens too (nn/sequence_parallel.py); a VAE's rows
 
 Code below names axes by what they mean; without a mesh, or on a mesh of one device, nothing happens. XLA does the
 rest (jax.set_mesh), but for the attention kernels, which it cannot shard: those run in a shard_map over clips and
@@ -127,8 +127,8 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """x, laid out over the current mesh as TABLE says; a batch that does not divide stays whole, heads that do not are
-    sharded over mesh.tensor alone."""
+    """x, laid out over the current mesh as TABLE says; a batch or rows that do not divide stay whole, heads that do not
+    are sharded over mesh.tensor alone."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x

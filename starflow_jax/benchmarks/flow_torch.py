@@ -274,4 +274,3 @@ class TorchTraining:
         with self.torch.no_grad():
             self.torch._foreach_lerp_(list(self.ema.values()), list(self.flow.weights.values()), 1 - self.settings.ema)
         return losses
-

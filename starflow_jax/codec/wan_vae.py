@@ -5,8 +5,9 @@ the next call. Without a past, x begins with the video's first frame. So a video
 the first frame, then `time_stride` pixel frames, or one latent frame, at a time. Layout (B, T, H, W, C).
 
 `high` names the parts at the resolutions above the latents', whose memory is large and which see only what is near;
-`low` the parts at the latents' resolution, among them the attention over whole frames. On a mesh that is not all taken
-up by clips, `high` has each device work on some rows of the frames where they divide: XLA exchanges those at the edges.
+`low` the parts at the latents' resolution, among them the attention over whole frames. On a mesh, `high` has each
+device of mesh.tensor and mesh.sequence work on rows of its own where they divide (XLA exchanges those at the edges);
+all caches are kept by rows.
 """
 
 import dataclasses

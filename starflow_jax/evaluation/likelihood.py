@@ -104,7 +104,7 @@ def round_trip(system: System, params: Params, frames_THWC: np.ndarray, caption:
     back = decode_z(system, params, z, text)
     clean = denoise(system, params, back, text, system.config.sample.denoise)
     return RoundTrip(float(jnp.linalg.norm(back - noisy) / jnp.linalg.norm(noisy)), float(jnp.mean(z**2)),
-                     np.asarray(system.decode(system.encode(frames_THWC[None])))[0],
+                     fetch(system.decode(system.encode(frames_THWC[None])))[0],
                      _shown(system, clean)[0])
 
 

@@ -24,6 +24,7 @@ from starflow_jax.io.progress import ProgressBar
 from starflow_jax.model.system import System
 from starflow_jax.sampling import vbench
 from starflow_jax.sampling.given import read_given
+from starflow_jax.sharding import fetch
 
 Network = TypeVar("Network", I3D, LPIPS)
 SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # the Gaussian window of 11 pixels of Wang et al. 2004
@@ -45,7 +46,7 @@ def codec_pair(system: System, source: str, reference: Videos) -> tuple[Videos, 
         return read_given(system.config, str(reference.files[name]))[0]
 
     def coded(name: str) -> np.ndarray:
-        return np.asarray(system.decode(system.encode(given(name)[None])))[0]
+        return fetch(system.decode(system.encode(given(name)[None])))[0]
 
     return (dataclasses.replace(reference, read=given),
             dataclasses.replace(reference, name=f"codec of {source}", read=coded))

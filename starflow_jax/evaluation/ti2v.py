@@ -20,6 +20,8 @@ from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import filled
 from starflow_jax.sampling.generate import generate_clips
 
+MOST_DECIBELS = 100.0  # of a frame that comes back as it was
+
 
 class Clip(NamedTuple):
     """A real clip of the model's length and size."""
@@ -58,7 +60,8 @@ def measure(system: System, params: Params, count: int) -> tuple[dict[str, Any],
     size = config.sample.batch_size
     figures: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
     sizes, decibels, captions, shown = list[int](), list[float](), list[str](), list[np.ndarray]()
-    with ProgressBar("samples", count, unit="clip", compiles=True) as progress:
+    there = min(count, len(data_source(config, "test")))
+    with ProgressBar("samples", there, unit="clip", compiles=True) as progress:
         while batch := list(itertools.islice(clips, size)):
             asked, begin = [clip.caption for clip in batch], sum(sizes)
             real_BTHWC = np.stack([clip.frames_THWC for clip in batch])
@@ -66,7 +69,7 @@ def measure(system: System, params: Params, count: int) -> tuple[dict[str, Any],
             labels_B3 = np.array([clip.labels_3 for clip in batch]) if batch[0].labels_3 else None
             figures["samples"].append(read(labels_B3, made_BTHWC[:, 1:]))
             figures["real_clips"].append(read(labels_B3, real_BTHWC[:, 1:]))
-            decibels += [psnr(*pair) for pair in zip(real_BTHWC[:, 0], made_BTHWC[:, 0])]
+            decibels += [min(psnr(*pair), MOST_DECIBELS) for pair in zip(real_BTHWC[:, 0], made_BTHWC[:, 0])]
             sizes.append(len(batch))
             captions += asked[:max(0, SHOWN - begin)]
             shown.append(np.concatenate([real_BTHWC[:, :1], made_BTHWC], axis=1)[:max(0, SHOWN - begin)])

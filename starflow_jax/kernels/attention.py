@@ -78,9 +78,9 @@ def attention(
         if past is not None:
             return lax.platform_dependent(q_BSHD, k_BKGD, v_BKGD, sees, past, cpu=_filled_part, default=_whole)
         at_once = functools.partial(reference.attention, mask=sees)
-        in_parts = count is None and masks == (Causal(),) and q_BSHD.shape[1] >= LEAST_IN_PARTS
-        cpu = reference.causal if in_parts else at_once
-        out = lax.platform_dependent(q_BSHD, k_BKGD, v_BKGD, cpu=cpu, default=at_once)
+        in_parts = count is None and masks == (Causal(),) and LEAST_IN_PARTS <= q_BSHD.shape[1] == k_BKGD.shape[1]
+        out = (lax.platform_dependent(q_BSHD, k_BKGD, v_BKGD, cpu=reference.causal, default=at_once) if in_parts
+               else at_once(q_BSHD, k_BKGD, v_BKGD))
         return checkpoint_name(out, ATTENTION_RESULTS[0])
     q_BSHD = q_BSHD * q_BSHD.shape[-1] ** -0.5
     count_B = None if count is None else jnp.broadcast_to(jnp.asarray(count, jnp.int32), q_BSHD.shape[:1])

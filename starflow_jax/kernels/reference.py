@@ -1,6 +1,7 @@
 """The attention core in plain jax.numpy: the definition that every kernel must match.
 
-Short sequences are one product (`attention`), whose derivative by autodiff is as fast as any on a CPU.
+Short sequences are one product (`attention`), on a CPU causal ones of 128 slots or more a few (`causal`); gradients by
+autodiff are as fast as any there.
 Long ones go block by block (`forward`, `backward`): memory grows with the length, not with its square.
 """
 

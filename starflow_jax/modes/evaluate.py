@@ -1,5 +1,5 @@
-"""--mode=evaluate: a model on its test split or far beyond its training length, one video, captions by likelihood,
-folders of any system's videos, or one of the paper's experiments (experiments.py)."""
+"""--mode=evaluate: a model on its test split, from the first frames of that, or far beyond its training length; one
+video, captions by likelihood, folders of any system's videos, or one of the paper's experiments (experiments.py)."""
 
 import dataclasses
 import json

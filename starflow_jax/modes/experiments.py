@@ -77,7 +77,9 @@ def evaluate_ablations(config: Config, workdir: Path, measure: Callable[[Config,
     began, runs = time.perf_counter(), ablations.trained(workdir)
     if not runs:
         raise UserError(f"{workdir} holds no run of configs/ablations.py; train some, such as "
-                        f"--config=configs/ablations.py:base-0 --workdir={workdir / 'base-0'}")
+                        f"--config=configs/ablations.py:base-0 --workdir={workdir / 'base-0'}, once "
+                        "runs/ablations/start holds the model that they go on from (--mode=convert "
+                        "--config.convert.source=pretrained)")
     parameters = {run: _measured(config, run, measure) for run in runs}
     found = ablations.collect(workdir, parameters)
     rows = ablations.summary(found)

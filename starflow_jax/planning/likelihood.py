@@ -36,8 +36,9 @@ class GivenClip(Sampling):
             guidance=0.0, later_guidance=-1.0, solver=vars(Solver("jacobi", tolerance=0.0)), frames=0, stream=False,
             offload=False, renoise=False, draft="")), mesh)
 
-    def _deep_updates(self, solver: inversion.Solver) -> float:
-        """As if tolerance 0 took no more than a usual one does: a block takes as many as it needs."""
+    def _deep_updates(self, solver: inversion.Solver) -> float | None:
+        """As many as of a small block, or plan.updates: too few for a frame at once, but how many tolerance 0 takes is
+        the clip's matter."""
         return self._shallow_updates
 
     def given(self) -> list[Program]:

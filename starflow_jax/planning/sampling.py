@@ -44,9 +44,13 @@ UPDATES, UP_TO = 8, 128  # of a block of up to so many tokens
 GROWTH = 0.61
 
 
-def assumed_updates(asked: int, block: int) -> float:
-    """Updates of a block of so many tokens until it has converged: plan.updates, or what is likely."""
-    return asked or UPDATES * max(1.0, block / UP_TO)**GROWTH
+def assumed_updates(asked: int, solver: inversion.Solver, tokens: int) -> float | None:
+    """Updates of each block of so many tokens until it has converged: plan.updates, or what is likely, and no more than
+    the solver makes. None: a wavefront, which has no loop until something has converged."""
+    if solver.updates:
+        return None
+    block = min(solver.block_size, tokens)
+    return min(asked or UPDATES * max(1.0, block / UP_TO)**GROWTH, solver.max_steps or block)
 
 
 class Sampling:
@@ -77,12 +81,14 @@ class Sampling:
         return complete(self.config.sample.solver, Solver(), self.config.model, stream=self.config.sample.stream)
 
     @property
-    def _shallow_updates(self) -> float:
-        """Of a frame at once, few of whose tokens have much to say of others."""
-        return self.config.plan.updates or UPDATES
+    def _shallow_updates(self) -> float | None:
+        """Of a frame at once, whose tokens depend little on one another."""
+        solver, model = self.shallow["solver"], self.config.model
+        tokens = model.tokens_per_frame * (1 if model.local_shallow else self.total)
+        return assumed_updates(self.config.plan.updates or UPDATES, solver, tokens)
 
-    def _deep_updates(self, solver: inversion.Solver) -> float:
-        return assumed_updates(self.config.plan.updates, solver.block_size)
+    def _deep_updates(self, solver: inversion.Solver) -> float | None:
+        return assumed_updates(self.config.plan.updates, solver, solver.frames * self.config.model.tokens_per_frame)
 
     @property
     def window(self) -> int:

@@ -28,7 +28,7 @@ def test_random_weights_have_the_stated_scales(system: System) -> None:
     flow = STARFlow(model)
     x = jnp.zeros((1, 2, model.height, model.width, model.channels))
     plain = flow.init(jax.random.key(0), x, jnp.zeros((1, model.text_length, model.text_dim)))["params"]
-    drawn = benchmark_decode._random_weights(plain, jax.random.key(1))
+    drawn = benchmark_decode.random_weights(plain, jax.random.key(1))
     deep = drawn["deep"]
     kernel = np.asarray(deep["transformer"]["layers"]["layer"]["mlp_out"]["kernel"])
     assert np.isclose(kernel.std(), 0.9 / kernel.shape[-2] ** 0.5, rtol=0.05)

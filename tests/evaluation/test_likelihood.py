@@ -118,7 +118,7 @@ def test_pairs_that_have_nothing_between_them_are_refused() -> None:
     (dict(video="a.mp4", caption="x"), "evaluate.task=video"), (dict(caption="x"), "evaluate.task=video"),
     (dict(task="classify", other="b.mp4"), "evaluate.task=video"), (dict(every_caption=True), "evaluate.task=classify"),
     (dict(task="video", video="a.mp4", caption="x", other_caption="y"), "other_caption"),
-    (dict(task="watch"), "test_set, horizon, camera, video, classify, quality"),
+    (dict(task="watch"), "test_set, horizon, ti2v, camera, video, classify, quality"),
     (dict(steps=1), "steps"), (dict(draws=0), "draws")])
 def test_settings_that_cannot_be(settings: dict, named: str) -> None:
     with pytest.raises(UserError, match=named):

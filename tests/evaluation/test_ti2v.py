@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from starflow_jax.config import UserError
+from starflow_jax.data.digits import reader
+from starflow_jax.data.digits.captions import ATTRIBUTES
 from starflow_jax.evaluation import ti2v
 from starflow_jax.evaluation.measures import psnr
 from starflow_jax.evaluation.split import read
@@ -25,9 +27,18 @@ def test_figures_are_those_of_the_frames_after_the_given_one(
 ) -> None:
     """Batches of two, the last one filled up; the sheet has the given frames and then all that was made."""
     random, shape = np.random.default_rng(0), (system.pixel_frames, 8, 8, 3)
-    source = [{"caption_long": caption.encode(), "frames": random.integers(0, 256, shape, np.uint8)}
-              for caption in CAPTIONS]
+    source = [{"caption_long": caption.encode(), "frames": random.integers(0, 256, shape, np.uint8),
+               **dict(zip(ATTRIBUTES, (7, 0, index)))} for index, caption in enumerate(CAPTIONS)]
     monkeypatch.setattr(ti2v, "data_source", lambda config, split: source)
+
+    class Reader:  # reads every third digit as a seven, all colours as the first, and the right directions
+        adherence = reader.Reader.adherence
+
+        def read(self, frames_BTHWC: np.ndarray) -> tuple[np.ndarray, ...]:
+            pixels = frames_BTHWC.astype(int).sum(axis=(1, 2, 3, 4))
+            return pixels % 3 + 5, pixels * 0, pixels % 2
+
+    monkeypatch.setattr(reader, "default_reader", Reader)
     sample = dataclasses.replace(CONFIG.sample, batch_size=TOGETHER, guidance=0.0)
     of = dataclasses.replace(system, config=dataclasses.replace(CONFIG, sample=sample))
     found, shown = ti2v.measure(of, params, VIDEOS)
@@ -39,9 +50,10 @@ def test_figures_are_those_of_the_frames_after_the_given_one(
     assert found["psnr_of_the_first_frame"] == pytest.approx(np.mean(decibels))
     assert found["worst_psnr"] == min(decibels)
     real = np.stack([clip.frames_THWC[1:] for clip in clips])
+    labels = np.array([clip.labels_3 for clip in clips])
     for name, frames in (("samples", made[:, 1:]), ("real_clips", real)):
-        flickering = read(None, frames)["temporal_flickering"]
-        assert found[name]["temporal_flickering"] == pytest.approx(flickering, abs=1e-6)
+        assert found[name] == pytest.approx(read(labels, frames), abs=1e-6)
+    assert found["half_of_95_percent_interval"].keys() == set(ATTRIBUTES)
 
 
 def test_clips_of_another_size_or_too_short_are_left_out(monkeypatch: pytest.MonkeyPatch, system: System) -> None:

@@ -338,7 +338,7 @@ def test_dispatch_can_be_forced() -> None:
         lowered("cpu", "float32", implementation="abacus")
 
 
-def test_short_sequences_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_sequences_take_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lowered("tpu", "float32", slots=64) == {"tpu"}
     monkeypatch.setattr(core, "SHORT", 64)
     assert lowered("tpu", "float32", slots=64) == set()
@@ -357,15 +357,30 @@ def test_short_causal_sequences_in_parts(monkeypatch: pytest.MonkeyPatch, slots:
         assert_near(ours, expected, "float64")
 
 
-def test_parts_leave_out_most_of_what_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 1,024 slots: 8 parts, 36 of 64 blocks of the scores."""
+@pytest.mark.parametrize("slots, share", [(127, 1), (128, 3 / 4), (172, 2 / 3), (1024, 36 / 64)])
+def test_parts_leave_out_most_of_what_is_hidden(monkeypatch: pytest.MonkeyPatch, slots: int, share: float) -> None:
+    """None, two, three and eight parts: the blocks of the scores on and below the diagonal."""
     monkeypatch.setattr(core, "SHORT", 1024)
-    x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, slots, 2, 64), jnp.float32)
 
-    def operations(mask: Mask) -> float:
-        return jax.jit(functools.partial(core.attention, mask=mask)).lower(x, x, x).compile().cost_analysis()["flops"]
+    def operations(mask: Mask, **options: jax.Array) -> float:
+        attend = functools.partial(core.attention, mask=mask, **options)
+        return jax.jit(attend).lower(x, x, x).compile().cost_analysis()["flops"]
 
-    assert 0.55 < operations(Causal()) / operations(Full()) < 0.58
+    assert operations(Causal()) / operations(Full()) == pytest.approx(share, abs=0.02)
+    assert operations(Causal(), count=jnp.int32(9)) >= operations(Full())
+
+
+def test_parts_of_bfloat16_and_of_counted_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "SHORT", 1024)
+    q, k, v, dout = arrays("bfloat16", *4 * [(2, 200, 2, 20)])
+    attend = functools.partial(core.attention, mask=Causal())
+    sees, wide = allowed(Causal(), 200, 200), [np.asarray(x, np.float64) for x in (q, k, v, dout)]
+    ours = jax.jit(functools.partial(with_gradients, attend))(dout, q, k, v)
+    assert_near(ours, dense(*wide[:3], sees[None], wide[3]), "bfloat16")
+    counted = jax.jit(functools.partial(with_gradients, functools.partial(attend, count=jnp.int32(150))))(dout, q, k, v)
+    assert_near(counted, dense(*wide[:3], (sees & (np.arange(200) < 150))[None], wide[3]), "bfloat16")
+    assert jax.jit(attend)(q, k[:, :150], v[:, :150]).shape == q.shape  # fewer keys than queries
 
 
 @pytest.mark.parametrize("kernel, dtype, dim, reason", [

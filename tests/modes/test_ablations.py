@@ -1,13 +1,17 @@
 """configs/ablations.py: what each variant changes, and nothing else."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from configs.ablations import VARIANTS, get_config, multiply_adds
-from starflow_jax.config import Config, UserError, from_config_dict
+from configs.ablations import START, VARIANTS, get_config, multiply_adds
+from starflow_jax.checkpoints.growth import RESHAPING, changes
+from starflow_jax.config import Config, Model, UserError, from_config_dict
 from starflow_jax.evaluation import ablations
+from starflow_jax.model.own_settings import PRETRAINED
 
 
 def variant(name: str) -> Config:
@@ -37,6 +41,11 @@ def test_each_variant_changes_one_thing() -> None:
         "noise_0.3": {"model.noise_std": 0.3, "model.reference_noise": 0.0},
         "no_images": {"data.image_probability": 0.0}, "no_drop": {"data.first_frame_drop": 0.0}}
     assert set(differences(variant("decoder"), variant("width_192"))) == {"train.target"}
+    packaged = Model(**{**json.loads((PRETRAINED / "settings.json").read_text())["model"], "shallow_layers": (1, 1)})
+    for name in trained_on:  # the model in the package becomes it
+        assert variant(name).train.init_from == START
+        assert all(name not in RESHAPING for name, *_ in changes(packaged, variant(name).model))
+    assert f"--workdir={START}\n" in Path("docs/pages/experiments.md").read_text()
     assert set(ablations.VARIANTS) | {"decoder"} == set(VARIANTS)
     assert dict(zip(ablations.NOISE, ablations.LEVELS)) == {
         name: variant(name).model.noise_std for name in ablations.NOISE}

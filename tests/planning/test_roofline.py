@@ -15,7 +15,7 @@ from tests.planning.test_program_cost import lowered
 
 
 def hidden_flops(model: Model, batch: int) -> float:
-    """Operations of attention's two products over pairs that the masks hide: up to 1,024 keys a CPU multiplies all."""
+    """Operations of attention's two products over pairs that the masks hide: up to 128 keys a CPU multiplies all."""
     tokens, text = model.frames * model.tokens_per_frame, model.text_length
     ahead = FrameWindow(text, model.tokens_per_frame, model.denoiser_window, model.denoiser_lookahead)
     behind = FrameWindow(text, model.tokens_per_frame, model.denoiser_window, 0)
