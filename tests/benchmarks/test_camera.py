@@ -9,6 +9,7 @@ from configs.t2v import tiny
 from starflow_jax.benchmarks import camera
 
 
+@pytest.mark.slow  # tests/modes/test_sample.py and others have videos with a camera and without
 def test_the_figures_are_of_the_same_videos_with_a_camera_and_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
