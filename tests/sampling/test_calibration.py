@@ -57,6 +57,13 @@ def test_candidates_are_single_tokens_parts_of_a_frame_whole_frames_and_wavefron
         *(Solver("wavefront", size, 3, updates, "noise") for size in (3, 4, 6) for updates in (3, 6))]
 
 
+def test_parts_of_a_large_frame_leave_no_small_rest(system: System) -> None:
+    large = dataclasses.replace(system, config=dataclasses.replace(
+        system.config, model=dataclasses.replace(system.config.model, height=30, width=53)))
+    parts = [solver.block_size for solver in candidates(large) if solver.kind == "jacobi" and solver.block_size < 1590]
+    assert parts == [265, 398, 530, 795]
+
+
 def test_relative_error_is_the_squared_distance_to_the_norm() -> None:
     exact = np.ones((2, 3, 4))
     assert np.isclose(relative_error(exact * 1.1, exact), 0.01)
