@@ -8,7 +8,7 @@ noise_0 noise_0.05 noise_0.3   another standard deviation of the training noise 
 no_images           clips alone
 no_drop             every clip has its first frame
 
-From random parameters, for as many multiply-adds in all as width_192 in STEPS_FROM_SCRATCH steps:
+From random parameters, for as many multiply-adds in all as width_192 in STEPS steps; compared by likelihood alone:
 width_128 width_192 width_256 width_384   width of the deep block, the others narrower or wider with it
 
 decoder             beside the model in the package: a decoder for noised latents (train.target=decoder)
@@ -25,17 +25,17 @@ from configs.t2v import tiny_long
 from starflow_jax.config import Config, Evaluate, Model, UserError, choose_variant, to_config_dict, whole_number
 
 START = "runs/ablations/start"
-STEPS, STEPS_FROM_SCRATCH = 300, 500  # three and five minutes on one CPU core
+STEPS, DECODER_STEPS = 300, 500  # a few minutes on one CPU core
 # Standard deviation of rounding pixels in [-1, 1] to 256 levels, 2 / 255 / sqrt(12), in units of the package's codec.
 ROUNDING = 0.001
 SHALLOW = {128: 64, 192: 128, 256: 192, 384: 256}  # width of the shallow blocks and the denoiser, by the deep block's
 
 
-def trained_for(steps: int, learning_rate: float, ema: float, init_from: str = "") -> Config:
+def trained_for(steps: int, learning_rate: float, ema: float, init_from: str = "", prompts: int = 100) -> Config:
     return dataclasses.replace(tiny_long(
         "base", init_from=init_from, steps=steps, learning_rate=learning_rate, denoiser_learning_rate=learning_rate,
         final_learning_rate=1e-5, ema=ema, evaluate_every=steps, checkpoint_every=200, keep_checkpoints=1,
-        sheet_clips=4), evaluate=Evaluate(clips=500, prompts=100))
+        sheet_clips=4), evaluate=Evaluate(clips=500, prompts=prompts))
 
 
 def base() -> Config:
@@ -58,9 +58,9 @@ def with_noise(noise_std: float) -> Config:
 
 
 def with_width(deep_width: int) -> Config:
-    usual = trained_for(STEPS_FROM_SCRATCH, 1.5e-3, 0.99)
+    usual = trained_for(STEPS, 1.5e-3, 0.99, prompts=12)
     model = dataclasses.replace(usual.model, deep_width=deep_width, shallow_width=SHALLOW[deep_width])
-    steps = round(STEPS_FROM_SCRATCH * multiply_adds(usual.model) / multiply_adds(model))
+    steps = round(STEPS * multiply_adds(usual.model) / multiply_adds(model))
     return dataclasses.replace(usual, model=model, train=dataclasses.replace(
         usual.train, steps=steps, evaluate_every=steps))
 
@@ -72,7 +72,7 @@ def multiply_adds(model: Model) -> int:
 
 
 def decoder() -> Config:
-    config = trained_for(STEPS_FROM_SCRATCH, 1.5e-3, 0.99)
+    config = trained_for(DECODER_STEPS, 1.5e-3, 0.99)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, target="decoder"))
 
 
