@@ -113,15 +113,15 @@ def charts(rows: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
         found.append(Chart("bits per dimension above the base of the same seed", plain,
                            {"": series([rows[name]["bits_above"] for name in plain])}, level=0.0))
     # The widths' models, from random parameters, draw nothing yet that could be read.
-    there = [name for name in VARIANTS if name in rows and name not in WIDTHS]
-    found.append(Chart("read as asked", there, {name: series([rows[one][name] for one in there])
-                                                for name in ATTRIBUTES}))
+    if there := [name for name in VARIANTS if name in rows and name not in WIDTHS]:
+        found.append(Chart("read as asked", there, {name: series([rows[one][name] for one in there])
+                                                    for name in ATTRIBUTES}))
     if len(noises := [name for name in NOISE if name in rows]) > 1:
         levels = [LEVELS[NOISE.index(name)] for name in noises]
         found += [_over("bits per dimension below a Gaussian's", rows, noises, levels, ("bits_below_gaussian",),
                         "noise"),
                   _over("read as asked", rows, noises, levels, ATTRIBUTES, "noise")]
-    if len(widths := [name for name in WIDTHS if name in rows]) > 1:
+    if widths := [name for name in WIDTHS if name in rows]:
         counts = [rows[name]["parameters"][0] for name in widths]
         label = "parameters, at equal compute"
         found.append(_over("bits per dimension", rows, widths, counts, ("bits_per_dim",), label, log=True))

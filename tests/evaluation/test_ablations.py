@@ -69,8 +69,13 @@ def test_what_is_missing_is_named(folder: Path) -> None:
 
 
 def test_charts_show_what_is_there(folder: Path) -> None:
-    charts = {chart.title: chart for chart in ablations.charts(ablations.summary(found_in(folder)))}
+    drawn = ablations.charts(ablations.summary(found_in(folder)))
+    charts = {chart.title: chart for chart in drawn}
     above = charts["bits per dimension above the base of the same seed"]
     assert list(above.x) == ["global_shallow"] and above.level == 0
     assert list(charts["bits per dimension below a Gaussian's"].x) == [0.15, 0.3]
     assert list(charts["bits per dimension"].x) == [1000, 1000] and charts["bits per dimension"].log
+    read, over_noise = (list(chart.x) for chart in drawn if chart.title == "read as asked")
+    assert read == ["base", "global_shallow", "noise_0.3"] and over_noise == [0.15, 0.3]  # of the widths nothing is read
+    alone = ablations.summary(found_in(folder))["width_128"]
+    assert [chart.title for chart in ablations.charts({"width_128": alone})] == ["bits per dimension"]
