@@ -76,6 +76,6 @@ def test_charts_show_what_is_there(folder: Path) -> None:
     assert list(charts["bits per dimension below a Gaussian's"].x) == [0.15, 0.3]
     assert list(charts["bits per dimension"].x) == [1000, 1000] and charts["bits per dimension"].log
     read, over_noise = (list(chart.x) for chart in drawn if chart.title == "read as asked")
-    assert read == ["base", "global_shallow", "noise_0.3"] and over_noise == [0.15, 0.3]  # of the widths nothing is read
+    assert read == ["base", "global_shallow", "noise_0.3"] and over_noise == [0.15, 0.3]  # not of the widths
     alone = ablations.summary(found_in(folder))["width_128"]
     assert [chart.title for chart in ablations.charts({"width_128": alone})] == ["bits per dimension"]
