@@ -25,7 +25,7 @@ from configs.t2v import tiny_long
 from starflow_jax.config import Config, Evaluate, Model, UserError, choose_variant, to_config_dict, whole_number
 
 START = "runs/ablations/start"
-STEPS, DECODER_STEPS = 300, 500  # a few minutes on one CPU core
+STEPS, DECODER_STEPS = 300, 6_000  # five minutes and a quarter of an hour on one CPU core
 # Standard deviation of rounding pixels in [-1, 1] to 256 levels, 2 / 255 / sqrt(12), in units of the package's codec.
 ROUNDING = 0.001
 SHALLOW = {128: 64, 192: 128, 256: 192, 384: 256}  # width of the shallow blocks and the denoiser, by the deep block's
