@@ -137,16 +137,17 @@ def cells(name: str, row: Mapping[str, Any]) -> list[str]:
     """A row of the table."""
     pairs = [row.get(measure) for measure in ("bits_per_dim", "bits_above", "bits_below_gaussian", *ATTRIBUTES,
                                               "temporal_flickering")]
-    return [name, ",".join(map(str, row["seeds"])), f"{row['parameters'][0]:,.0f}", *map(in_words, pairs)]
+    digits = (4, 4, 4, 3, 3, 3, 4)
+    return [name, ",".join(map(str, row["seeds"])), f"{row['parameters'][0]:,.0f}", *map(in_words, pairs, digits)]
 
 
 HEADERS = ("variant", "seeds", "parameters", "bits/dim", "above the base or width_192", "below a Gaussian", *ATTRIBUTES,
            "flickering")
 
 
-def in_words(pair: Sequence[float] | None) -> str:
+def in_words(pair: Sequence[float] | None, digits: int = 3) -> str:
     """A mean with its interval."""
     if pair is None:
         return ""
     mean, half = pair
-    return f"{mean:.3f}" if math.isnan(half) else f"{mean:.3f} ± {half:.3f}"
+    return f"{mean:.{digits}f}" if math.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"

@@ -65,3 +65,23 @@ def _draw(axes: Any, chart: Chart) -> None:
     axes.grid(alpha=0.3)
     if len(chart.series) > 1:
         axes.legend(fontsize=7)
+
+
+def draw_matrices(path: str | os.PathLike[str], matrices: dict[str, np.ndarray], axes_labels: tuple[str, str],
+                  headline: str, least: float = 1e-6) -> None:
+    """Write a PNG of square matrices side by side, by their titles, with one logarithmic scale of colours: what is not
+    above `least` is left white. axes_labels: of rows and of columns."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(matrices) + 1, 3.6), layout="constrained")
+    highest = max(float(matrix.max()) for matrix in matrices.values())
+    every = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axes, (title, matrix) in zip(every, matrices.items()):
+        drawn = axes.imshow(np.ma.masked_less_equal(matrix, least), norm=LogNorm(least, max(highest, 2 * least)))
+        axes.set(title=title, xlabel=axes_labels[1], ylabel=axes_labels[0], xticks=range(len(matrix)),
+                 yticks=range(len(matrix)))
+    figure.colorbar(drawn, ax=list(every), shrink=0.8)
+    figure.suptitle(headline, fontsize=9)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)

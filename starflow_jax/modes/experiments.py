@@ -18,9 +18,9 @@ from starflow_jax.evaluation.ablations import in_words
 from starflow_jax.evaluation.causality import dependence
 from starflow_jax.evaluation.memory import check_students
 from starflow_jax.evaluation.split import prompts_to_read, real_clips
-from starflow_jax.io.charts import draw_charts
+from starflow_jax.io.charts import draw_charts, draw_matrices
 from starflow_jax.io.files import write_text
-from starflow_jax.io.pictures import HeatMap, contact_sheet, draw_heat_maps
+from starflow_jax.io.pictures import contact_sheet
 from starflow_jax.io.progress import table
 from starflow_jax.model.own_settings import settings_of
 from starflow_jax.model.sources import fixed_captions
@@ -169,19 +169,16 @@ def _causality(folder: Path) -> dict[str, list[list[float]]]:
     runs = [folder / name for name in CAUSALITY_RUNS]
     if not all((run / "checkpoints").is_dir() for run in runs):
         return {}
-    found, maps = {}, []
+    found = {}
     for run in runs:
         own = settings_of(run)
         system, params, *_ = load_model(own, run)
         frames, caption = real_clips(system, 1)[1], fixed_captions(own, "test", 1)
         matrix = dependence(system, params, noised(system, frames, [0]), system.caption_features(params, caption))
-        found[run.name] = matrix.tolist()
-        maps.append(np.log10(np.maximum(matrix, 1e-6)))
-    picture = np.full((2, *maps[0].shape, 3), 255, np.uint8)
-    draw_heat_maps(folder / "ablations_causality.png", picture, list(CAUSALITY_RUNS),
-                   [HeatMap(np.stack(maps), "viridis", -6, 1, "log10")],
-                   "how far z of frame i (row) moves with the latents of frame j (column); darkest: not at all")
-    return found
+        found[run.name] = matrix
+    draw_matrices(folder / "ablations_causality.png", found, ("noise of frame", "latents of frame"),
+                  "how far noise moves with latents; white: not at all")
+    return {name: matrix.tolist() for name, matrix in found.items()}
 
 
 def _write(workdir: Path, name: str, results: dict[str, Any], began: float) -> None:

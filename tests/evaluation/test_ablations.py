@@ -57,8 +57,8 @@ def test_means_differences_and_what_lies_past_the_window(folder: Path) -> None:
     assert "bits_above" not in rows["noise_0.3"] and rows["noise_0.3"]["bits_below_gaussian"][0] == 1.6
     np.testing.assert_allclose(rows["base"]["last_training_length"]["digit"], interval([0.0, 0.2, 0.4]))
     assert "bits_above" not in rows["width_192"] and "bits_above" not in rows["base"]
-    assert ablations.cells("width_128", rows["width_128"])[:5] == ["width_128", "1", "1,000", "1.400", "0.100"]
-    assert ablations.in_words((1.0, 0.25)) == "1.000 ± 0.250" and ablations.in_words(None) == ""
+    assert ablations.cells("width_128", rows["width_128"])[:5] == ["width_128", "1", "1,000", "1.4000", "0.1000"]
+    assert ablations.in_words((1.0, 0.25), 2) == "1.00 ± 0.25" and ablations.in_words(None) == ""
 
 
 def test_what_is_missing_is_named(folder: Path) -> None:
