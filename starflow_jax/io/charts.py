@@ -55,7 +55,11 @@ def _draw(axes: Any, chart: Chart) -> None:
         axes.errorbar(places[there], np.asarray(means)[there], np.nan_to_num(np.asarray(halves, float))[there],
                       marker="o", markersize=4, capsize=3, linestyle="" if named else "-", label=label)
     if chart.log:
+        from matplotlib.ticker import EngFormatter
+
         axes.set_xscale("log")
+        axes.set_xticks(places, [EngFormatter(places=1)(place) for place in places])
+        axes.set_xticks([], minor=True)
     if named:
         axes.set_xticks(places, chart.x, fontsize=7, rotation=25, ha="right")
         axes.set_xlim(-0.5, len(places) - 0.5)

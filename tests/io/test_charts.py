@@ -11,8 +11,9 @@ from starflow_jax.io.pictures import read_image
 
 def test_charts_are_drawn_side_by_side(tmp_path: Path) -> None:
     one = Chart("a", [0.0, 1.0], {"x": ([1.0, 2.0], [0.1, math.nan]), "y": ([2.0, 1.0], [0.2, 0.2])}, "weight")
+    sizes = Chart("c", [1e6, 3e6], {"": ([1.0, 2.0], [0.1, 0.1])}, log=True)
     named = Chart("b", ["first", "second"], {"": ([1.0, 2.0], [0.1, 0.1])}, level=0.0)
-    for name, charts in {"one": [one], "five": [one, named, one, named, one]}.items():
+    for name, charts in {"one": [one], "five": [one, named, sizes, named, one]}.items():
         draw_charts(tmp_path / f"{name}.png", charts, "headline")
     small, large = (read_image(tmp_path / f"{name}.png") for name in ("one", "five"))
     assert large.shape[0] > 1.5 * small.shape[0] and large.shape[1] > 2.5 * small.shape[1]
