@@ -4,7 +4,6 @@ training step, and a guided video; and first a bare product of matrices, which s
 
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 from starflow_jax.benchmarks.decoding import random_weights
 from starflow_jax.benchmarks.flow_torch import TorchFlow, TorchTraining
 from starflow_jax.benchmarks.training import BENCHMARK_MODEL, CLIPS
-from starflow_jax.benchmarks.vae_torch import to_tensor
+from starflow_jax.benchmarks.vae_torch import can_be_timed, to_tensor
 from starflow_jax.config import Model, Solver, Train
 from starflow_jax.flow import decode, generation
 from starflow_jax.flow.first_guess import fit_noise
@@ -42,9 +41,7 @@ def beside_torch(model: Model = BENCHMARK_MODEL, tokens: tuple[int, ...] = ROWS_
 
     Both work on the processor: elsewhere, and without PyTorch, there is a line that says so, and no row.
     """
-    if jax.default_backend() != "cpu" or find_spec("torch") is None:
-        print("the flow beside PyTorch is not timed: it needs PyTorch (pip install 'starflow_jax[convert]') and "
-              "JAX_PLATFORMS=cpu\n")
+    if not can_be_timed("the flow"):
         return []
     cases = {**_product(), **_layers(model, tokens), **_whole(model), **Videos(model).cases()}
     rows = []

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.benchmarks.vae_torch import TorchVAE, to_tensor
+from starflow_jax.benchmarks.vae_torch import TorchVAE, can_be_timed, to_tensor
 from starflow_jax.codec.wan_stream import WanCodec
 from starflow_jax.codec.wan_vae import WanConfig
 from starflow_jax.codec.wan_weights import abstract_params
@@ -29,9 +28,7 @@ def beside_torch(config: WanConfig = HALF, frames: int = FRAMES, side: int = SID
 
     Both work on the processor: elsewhere, and without PyTorch, there is a line that says so, and no row.
     """
-    if jax.default_backend() != "cpu" or find_spec("torch") is None:
-        print("the VAE beside PyTorch is not timed: it needs PyTorch (pip install 'starflow_jax[convert]') and "
-              "JAX_PLATFORMS=cpu\n")
+    if not can_be_timed("the VAE"):
         return []
     codec = random_codec(config)
     theirs = TorchVAE(codec)

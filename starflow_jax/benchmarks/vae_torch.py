@@ -6,14 +6,25 @@ Plain layers on tensors (B, C, T, H, W). A video goes through in the same parts 
 
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
 
 from starflow_jax.codec.wan_stream import WanCodec
 
 Tensor = Any
+
+
+def can_be_timed(what: str) -> bool:
+    """Whether something can be timed beside PyTorch, which works on the processor; where not, a line says so."""
+    if jax.default_backend() == "cpu" and find_spec("torch") is not None:
+        return True
+    print(f"{what} beside PyTorch is not timed: it needs PyTorch (pip install 'starflow_jax[convert]') and "
+          "JAX_PLATFORMS=cpu\n")
+    return False
 
 
 def to_tensor(array: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""The flow beside PyTorch: both compute the same, the figures belong together, and without PyTorch a line says so."""
+"""The flow beside PyTorch: both compute the same, and the figures belong together (without PyTorch: test_vae.py)."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def test_the_figures_are_of_both_results_and_times(monkeypatch: pytest.MonkeyPat
         assert rounds == 2 and list(cases) == ["PyTorch", "ours"]
         return {name: (run(), seconds) for (name, run), seconds in zip(cases.items(), (3.0, 2.0))}
 
-    monkeypatch.setattr(flow, "find_spec", lambda _: True)
+    monkeypatch.setattr(flow, "can_be_timed", lambda _: True)
     monkeypatch.setattr(flow, "_product", lambda: {})
     monkeypatch.setattr(flow, "_layers", lambda model, tokens: {})
     monkeypatch.setattr(flow, "_whole", lambda model: {"step": (lambda: (1.0, 2.0), lambda: (1.0, 1.0))})
@@ -38,17 +38,6 @@ def test_the_figures_are_of_both_results_and_times(monkeypatch: pytest.MonkeyPat
     step, video = flow.beside_torch(SMALL, rounds=2)
     assert step == {"what": "step", "PyTorch, s": 3.0, "ours, s": 2.0, "times as fast": 1.5, "squared difference": 0.25}
     assert video["what"] == "a video" and video["squared difference"] == 0.25
-
-
-def test_without_pytorch_a_line_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(flow, "find_spec", lambda _: None)
-    benchmark.benchmark(dataclasses.replace(tiny(), benchmark=Benchmark(parts="flow")), tmp_path)
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == ("the flow beside PyTorch is not timed: it needs PyTorch (pip install "
-                          "'starflow_jax[convert]') and JAX_PLATFORMS=cpu")
-    assert set(json.loads((tmp_path / "benchmark.json").read_text())) == {"device"}
 
 
 @pytest.mark.slow

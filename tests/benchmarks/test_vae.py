@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs.t2v import tiny
-from starflow_jax.benchmarks import vae
+from starflow_jax.benchmarks import vae, vae_torch
 from starflow_jax.codec.wan_stream import WanCodec
 from starflow_jax.codec.wan_vae import WanConfig
 from starflow_jax.config import Benchmark
@@ -45,7 +45,7 @@ def test_the_figures_are_of_both_results_and_times(monkeypatch: pytest.MonkeyPat
         results.append({name: run() for name, run in cases.items()})
         return {name: (result, seconds) for (name, result), seconds in zip(results[-1].items(), (3.0, 2.0))}
 
-    monkeypatch.setattr(vae, "find_spec", lambda _: True)
+    monkeypatch.setattr(vae, "can_be_timed", lambda _: True)
     monkeypatch.setattr(vae, "TorchVAE", OursMoved)
     monkeypatch.setattr(vae, "to_tensor", lambda array: array.astype(np.float32))
     monkeypatch.setattr(vae, "timed", timed)
@@ -58,13 +58,14 @@ def test_the_figures_are_of_both_results_and_times(monkeypatch: pytest.MonkeyPat
         assert row["largest difference, deviations"] == pytest.approx(moved, rel=1e-3) and 0.01 < moved < 10
 
 
+@pytest.mark.parametrize("part, what", [("vae", "the VAE"), ("flow", "the flow")])
 def test_without_pytorch_a_line_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], part: str, what: str
 ) -> None:
-    monkeypatch.setattr(vae, "find_spec", lambda _: None)
-    benchmark.benchmark(dataclasses.replace(tiny(), benchmark=Benchmark(parts="vae")), tmp_path)
+    monkeypatch.setattr(vae_torch, "find_spec", lambda _: None)
+    benchmark.benchmark(dataclasses.replace(tiny(), benchmark=Benchmark(parts=part)), tmp_path)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == ("the VAE beside PyTorch is not timed: it needs PyTorch (pip install 'starflow_jax[convert]') "
+    assert printed[0] == (f"{what} beside PyTorch is not timed: it needs PyTorch (pip install 'starflow_jax[convert]') "
                           "and JAX_PLATFORMS=cpu")
     assert set(json.loads((tmp_path / "benchmark.json").read_text())) == {"device"}
 
