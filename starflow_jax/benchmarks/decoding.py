@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from starflow_jax.benchmarks.random_flow import RandomFlow, RandomVideo
 from starflow_jax.config import Config, Model, Solver
-from starflow_jax.flow import decode, generation
-from starflow_jax.flow.first_guess import NoiseGuess, fit_noise
+from starflow_jax.flow import decode
+from starflow_jax.flow.first_guess import NoiseGuess
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.io.timing import timed
 from starflow_jax.model.calibration import Calibration
@@ -22,11 +22,10 @@ from starflow_jax.model.parameters import Params, inference_params
 from starflow_jax.model.sources import fixed_captions
 from starflow_jax.model.store import load_pretrained
 from starflow_jax.model.system import System
-from starflow_jax.nn.transformer import unstacked
-from starflow_jax.sampling.calibration import Decoder, deep_decoder, deep_passes, loosest, relative_error
+from starflow_jax.sampling.calibration import Decoder, deep_decoder, loosest, relative_error
 from starflow_jax.sampling.conditions import make_conditions
 from starflow_jax.sampling.generate import deep_frames
-from starflow_jax.sampling.solver import TOLERANCE, deep_solver, shallow_solver
+from starflow_jax.sampling.solver import TOLERANCE
 
 PROMPTS = 8
 ROUNDS = 3
@@ -85,44 +84,23 @@ def pretrained(config: Config, workdir: Path) -> tuple[System, Params]:
 def random_model(model: Model, guidance: float = 2.0) -> list[dict[str, Any]]:
     """A whole guided video (both stacks inverted, without the denoiser) in guided forward passes (shallow and deep
     on both branches), with random weights: how little the solver costs where nothing can be guessed."""
-    flow = STARFlow(model)
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (1, model.frames, model.height, model.width, model.channels))
-    texts = jax.random.normal(keys[1], (2, 1, model.text_length, model.text_dim))
-    params = {"params": random_weights(jax.jit(flow.init)(keys[2], x, texts[0])["params"], keys[3])}
-    grid, tokens = (model.height, model.width), model.tokens_per_frame
-    z = jax.random.normal(keys[3], (1, model.frames, tokens, model.channels))
+    of = RandomFlow(model, clips=1)
+    video = RandomVideo(of, guidance)
 
     @jax.jit
     def forward(params: Any) -> tuple[jax.Array, ...]:
-        return tuple(apply_flow(flow, params, STARFlow.forward, x, text).z_BTSK for text in texts)
-
-    layers = jax.jit(unstacked)(params)
-
-    def deep(z: jax.Array, solver: Solver, start: jax.Array | None):
-        return zip(*generation.generate(flow, layers, z, texts, guidance=guidance, solver=deep_solver(solver),
-                                        token_grid=grid, start_BTSK=start))
-
-    def video(solver: Solver, guess: Guess | None) -> tuple[np.ndarray, float]:
-        made, reports = deep(z, solver, None if guess is None else guess(z))
-        out, _ = decode.invert_shallow(flow, layers, jnp.concatenate(made, axis=1), solver=shallow_solver(solver),
-                                       token_grid=grid)
-        return np.asarray(out), sum(deep_passes(report, deep_solver(solver)) for report in reports)
-
-    def fitted() -> NoiseGuess:
-        other = jax.random.normal(keys[0], z.shape)  # another video's noise than the one that is timed
-        made = np.concatenate(list(deep(other, Solver("jacobi", tokens, 1, tolerance=TOLERANCE), other))[0], axis=1)
-        return fit_noise(np.asarray(other), made)
+        return tuple(apply_flow(of.flow, {"params": params}, STARFlow.forward, of.x, text).z_BTSK
+                     for text in video.texts_GBTD)
 
     def started_at(guess: Guess | None) -> Callable[[Solver], Decoder]:
-        return lambda solver: partial(video, solver, guess)
+        return lambda solver: partial(video.decoded, solver, None if guess is None else guess(video.z_BTSK))
 
-    schemes = _schemes(tokens, model.frames, fitted())
-    exact, _ = video(*schemes["sequential"])
+    schemes = _schemes(video.tokens, model.frames, video.fitted())
+    exact, _ = video.decoded(schemes["sequential"][0])
     for name, (solver, guess) in schemes.items():
         schemes[name] = loosest(started_at(guess), solver, exact), guess
-    runs: dict[str, Callable[[], Any]] = {"forward": lambda: jax.block_until_ready(forward(params))}
-    runs |= {name: partial(video, *scheme) for name, scheme in schemes.items()}
+    runs: dict[str, Callable[[], Any]] = {"forward": lambda: jax.block_until_ready(forward(of.params))}
+    runs |= {name: started_at(guess)(solver) for name, (solver, guess) in schemes.items()}
     found: dict[str, tuple[Any, float]] = timed("random weights", runs, ROUNDS)
     _, pass_seconds = found.pop("forward")
     return [{"scheme": name, "tolerance": _tolerance(schemes[name][0]), "passes": passes,
@@ -141,24 +119,6 @@ def _schemes(tokens: int, frames: int, guess: NoiseGuess) -> dict[str, tuple[Sol
         "the same, all frames": (Solver("jacobi", tokens * frames, frames), guess),
         "the same, wavefront of 3 updates": (Solver("wavefront", 3 * tokens, frames, updates=3, tolerance=TOLERANCE),
                                              guess)}
-
-
-def random_weights(params: Any, key: jax.Array) -> Any:
-    """Matrices N(0, 0.9^2 / fan-in), output projections 0.35^2 / fan-in, SOS N(0, 1); the rest as initialised."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    keys = jax.random.split(key, len(leaves))
-
-    def weight(path: Any, leaf: jax.Array, key: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path)
-        if "sos" in name:
-            return jax.random.normal(key, leaf.shape)
-        if "kernel" not in name:
-            return leaf
-        scale = 0.35 if "proj_out" in name else 0.9
-        fan_in = leaf.shape[-3 if "qkv" in name else -2]
-        return scale * fan_in**-0.5 * jax.random.normal(key, leaf.shape)
-
-    return jax.tree_util.tree_unflatten(tree, [weight(path, leaf, k) for (path, leaf), k in zip(leaves, keys)])
 
 
 def lengths(config: Config, workdir: Path) -> list[dict[str, Any]]:

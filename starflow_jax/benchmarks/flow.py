@@ -10,23 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from starflow_jax.benchmarks.decoding import random_weights
 from starflow_jax.benchmarks.flow_torch import TorchFlow, TorchTraining
-from starflow_jax.benchmarks.training import BENCHMARK_MODEL, CLIPS
+from starflow_jax.benchmarks.random_flow import BENCHMARK_MODEL, RandomFlow, RandomVideo, random_weights
 from starflow_jax.benchmarks.vae_torch import can_be_timed, to_tensor
 from starflow_jax.config import Model, Solver, Train
-from starflow_jax.flow import decode, generation
-from starflow_jax.flow.first_guess import fit_noise
 from starflow_jax.flow.starflow import STARFlow, apply_flow
 from starflow_jax.io.timing import timed
 from starflow_jax.kernels.mask import Causal
 from starflow_jax.nn.rope import rope_table, text_positions
-from starflow_jax.nn.transformer import Layer, unstacked
+from starflow_jax.nn.transformer import Layer
 from starflow_jax.sampling.calibration import loosest
-from starflow_jax.sampling.solver import TOLERANCE, deep_solver, shallow_solver
-from starflow_jax.training.losses import gradients_from_features
-from starflow_jax.training.state import create_state
-from starflow_jax.training.step import apply_gradients
+from starflow_jax.sampling.solver import TOLERANCE
 
 ROUNDS = 3
 SIDE = 2_048
@@ -98,10 +92,11 @@ def _on_host(function: Callable, *args: Any) -> Any:
 
 def _whole(model: Model) -> dict[str, tuple[Run, Run]]:
     """The flow's forward pass, and training steps on one batch; their results are z, and a step's losses."""
-    flow, params, (x, text) = _random_model(model)
+    of = RandomFlow(model)
     settings = Train(steps=1_000, warmup_steps=0, skip_over_clip=False)
-    torch_x, torch_text = to_tensor(x), to_tensor(text)
-    torch_flow, trained = TorchFlow(model, params), TorchTraining(TorchFlow(model, params), settings)
+    torch_x, torch_text = to_tensor(of.x), to_tensor(of.text)
+    torch_flow, trained = TorchFlow(model, of.params), TorchTraining(TorchFlow(model, of.params), settings)
+    next_step = of.next_step(settings)
 
     def forward() -> np.ndarray:
         with torch_flow.torch.inference_mode():
@@ -109,56 +104,28 @@ def _whole(model: Model) -> dict[str, tuple[Run, Run]]:
 
     @jax.jit
     def own_forward(params: Any) -> jax.Array:
-        return apply_flow(flow, {"params": params}, STARFlow.forward, x, text).z_BTSK
+        return apply_flow(of.flow, {"params": params}, STARFlow.forward, of.x, of.text).z_BTSK
 
-    def step(state: Any) -> tuple[Any, dict[str, jax.Array]]:
-        grads, losses = gradients_from_features(flow, state.params, x, lambda _: text)
-        return apply_gradients(state, grads, settings)[0], losses
-
-    own_step, held = jax.jit(step, donate_argnums=0), [_state(params, settings)]
-
-    def next_step() -> tuple[float, float]:
-        held[0], losses = own_step(held[0])
-        jax.block_until_ready(held[0])
+    def own_step() -> tuple[float, float]:
+        losses = next_step()
         return float(losses["loss"]), float(losses["denoiser_loss"])
 
-    return {"forward pass": (forward, partial(_on_host, own_forward, params)),
-            "training step": (partial(trained.step, torch_x, torch_text), next_step)}
-
-
-def _state(params: Any, settings: Train) -> Any:
-    flow = {name: part for name, part in params.items() if name != "denoiser"}
-    return jax.jit(lambda p: create_state(p, settings))({"denoiser": params["denoiser"], "flow": flow})
-
-
-def _random_model(model: Model) -> tuple[STARFlow, Any, tuple[jax.Array, jax.Array]]:
-    """(the flow, weights of its parts, latents and text of CLIPS clips)."""
-    flow, keys = STARFlow(model), jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (CLIPS, model.frames, model.height, model.width, model.channels))
-    text = jax.random.normal(keys[1], (CLIPS, model.text_length, model.text_dim))
-    return flow, random_weights(jax.jit(flow.init)(keys[2], x, text)["params"], keys[3]), (x, text)
+    return {"forward pass": (forward, partial(_on_host, own_forward, of.params)),
+            "training step": (partial(trained.step, torch_x, torch_text), own_step)}
 
 
 class Videos:
-    """One guided video from the same noise: both stacks inverted, without the denoiser."""
+    """One guided video from the same noise."""
 
     def __init__(self, model: Model) -> None:
-        self.model = model
-        self.flow, params, _ = _random_model(model)
-        self.torch_flow = TorchFlow(model, params)
-        self.layers = jax.jit(unstacked)({"params": params})
-        keys = jax.random.split(jax.random.key(1), 3)
-        self.z, other = (jax.random.normal(key, (1, model.frames, model.tokens_per_frame, model.token_channels))
-                         for key in keys[:2])
-        self.texts = jax.random.normal(keys[2], (2, 1, model.text_length, model.text_dim))
-        tokens = model.tokens_per_frame
-        made = self._deep(other, Solver("jacobi", tokens, 1, tolerance=TOLERANCE), other)
-        self.start = fit_noise(np.asarray(other), np.concatenate(made, axis=1))(self.z)
+        of = RandomFlow(model)
+        self.torch_flow, self.video = TorchFlow(model, of.params), RandomVideo(of, GUIDANCE)
+        self.start = self.video.fitted()(self.video.z_BTSK)
 
     def cases(self) -> dict[str, tuple[Run, Run]]:
         """Like for like: the same blocks, starts and tolerance. At equal error: frame by frame from what linear guesses
         from the noise, beside PyTorch's from the frame before, each with the loosest tolerance within it."""
-        tokens = self.model.tokens_per_frame
+        tokens = self.video.tokens
         found: dict[str, tuple[Run, Run]] = {
             "a video, one token after another": (partial(self.theirs, 1, 0.0),
                                                  partial(self.ours, Solver("sequential", 1, 1)))}
@@ -174,22 +141,12 @@ class Videos:
         return found
 
     def theirs(self, block: int, tolerance: float) -> np.ndarray:
-        latents, _ = self.torch_flow.sample(to_tensor(self.z), to_tensor(self.texts), GUIDANCE, block, tolerance)
+        z, texts = to_tensor(self.video.z_BTSK), to_tensor(self.video.texts_GBTD)
+        latents, _ = self.torch_flow.sample(z, texts, GUIDANCE, block, tolerance)
         return latents.numpy()
 
     def ours(self, solver: Solver, start: jax.Array | None = None) -> np.ndarray:
-        u = jnp.concatenate(self._deep(self.z, solver, start), axis=1)
-        x, _ = decode.invert_shallow(self.flow, self.layers, u, solver=shallow_solver(solver), token_grid=self._grid)
-        return np.asarray(x)
+        return self.video.decoded(solver, start)[0]
 
     def _decoder(self, start: jax.Array | None, solver: Solver) -> Callable[[], tuple[np.ndarray, float]]:
-        return lambda: (self.ours(solver, start), 0.0)
-
-    @property
-    def _grid(self) -> tuple[int, int]:
-        return self.model.height, self.model.width
-
-    def _deep(self, z: jax.Array, solver: Solver, start: jax.Array | None = None) -> list[jax.Array]:
-        return [u for u, _ in generation.generate(
-            self.flow, self.layers, z, self.texts, guidance=GUIDANCE, solver=deep_solver(solver),
-            token_grid=self._grid, start_BTSK=start)]
+        return partial(self.video.decoded, solver, start)

@@ -15,7 +15,8 @@ from starflow_jax.benchmarks import decoding as benchmark_decode
 from starflow_jax.benchmarks import flow as benchmark_flow
 from starflow_jax.benchmarks import start as benchmark_start
 from starflow_jax.benchmarks import vae as benchmark_vae
-from starflow_jax.benchmarks.training import BENCHMARK_MODEL, train_step_ratio
+from starflow_jax.benchmarks.random_flow import BENCHMARK_MODEL
+from starflow_jax.benchmarks.training import train_step_ratio
 from starflow_jax.config import Config
 from starflow_jax.io.files import write_text
 from starflow_jax.io.progress import table

@@ -9,6 +9,7 @@ import pytest
 
 from configs.t2v import tiny
 from starflow_jax.benchmarks import flow
+from starflow_jax.benchmarks.random_flow import RandomFlow
 from starflow_jax.config import Benchmark, Model
 from starflow_jax.modes import benchmark
 
@@ -70,10 +71,11 @@ def test_pytorchs_gradients_are_ours() -> None:
     from starflow_jax.config import Train
     from starflow_jax.training.losses import gradients_from_features
 
-    model, params, (x, text) = flow._random_model(SMALL)
+    of = RandomFlow(SMALL)
+    params, x, text = of.params, of.x, of.text
     parts = {name: part for name, part in params.items() if name != "denoiser"}
     nested = {"denoiser": params["denoiser"], "flow": parts}
-    grads, losses = gradients_from_features(model, nested, x, lambda _: text)
+    grads, losses = gradients_from_features(of.flow, nested, x, lambda _: text)
     theirs = TorchTraining(TorchFlow(SMALL, params), Train())
     found = theirs.gradients(to_tensor(x), to_tensor(text))
     np.testing.assert_allclose(found, (losses["loss"], losses["denoiser_loss"]), rtol=1e-4)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from starflow_jax.benchmarks import decoding as benchmark_decode
+from starflow_jax.benchmarks.random_flow import random_weights
 from starflow_jax.flow.decode import start_window
 from starflow_jax.flow.starflow import STARFlow
 from starflow_jax.io.pictures import read_image
@@ -28,7 +29,7 @@ def test_random_weights_have_the_stated_scales(system: System) -> None:
     flow = STARFlow(model)
     x = jnp.zeros((1, 2, model.height, model.width, model.channels))
     plain = flow.init(jax.random.key(0), x, jnp.zeros((1, model.text_length, model.text_dim)))["params"]
-    drawn = benchmark_decode.random_weights(plain, jax.random.key(1))
+    drawn = random_weights(plain, jax.random.key(1))
     deep = drawn["deep"]
     kernel = np.asarray(deep["transformer"]["layers"]["layer"]["mlp_out"]["kernel"])
     assert np.isclose(kernel.std(), 0.9 / kernel.shape[-2] ** 0.5, rtol=0.05)
