@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from starflow_jax.benchmarks.random_flow import RandomFlow, RandomVideo
 from starflow_jax.config import Config, Model, Solver
@@ -92,8 +93,11 @@ def random_model(model: Model, guidance: float = 2.0) -> list[dict[str, Any]]:
         return tuple(apply_flow(of.flow, {"params": params}, STARFlow.forward, of.x, text).z_BTSK
                      for text in video.texts_GBTD)
 
+    def made(solver: Solver, guess: Guess | None) -> tuple[np.ndarray, float]:
+        return video.decoded(solver, None if guess is None else guess(video.z_BTSK))
+
     def started_at(guess: Guess | None) -> Callable[[Solver], Decoder]:
-        return lambda solver: partial(video.decoded, solver, None if guess is None else guess(video.z_BTSK))
+        return lambda solver: partial(made, solver, guess)
 
     schemes = _schemes(video.tokens, model.frames, video.fitted())
     exact, _ = video.decoded(schemes["sequential"][0])

@@ -1,12 +1,14 @@
 """Does a model follow the camera? (--mode=evaluate --config.evaluate.task=camera)
 
 Test prompts are sampled along random smooth paths, which no caption tells, and the paths are read back from the
-frames, for videos of several lengths; the reader's own error is that on real clips, whose poses are exact. Of real
-clips the model also says whether the right camera makes them likelier than another clip's.
+frames, for videos of several lengths; and along paths that turn in the middle. The reader's own error is that on real
+clips, whose poses are exact. Of real clips the model also says whether the right camera makes them likelier than
+another clip's.
 """
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,26 +28,28 @@ from starflow_jax.sampling.likelihood import frame_nll
 from starflow_jax.sharding import fetch
 
 LENGTHS = (1, 4)  # of videos, in training lengths
+DRAWS = 500  # of clips anew, for an interval
 PATHS_SEED = 0xCA3E7A  # of the paths that prompts are sampled along
 SHOWN = ("pan_left", "tilt_down", "zoom_in", "roll_left")  # the moves of the picture
 DIRECTION = 2  # of a label
 
 
 def measure(system: System, params: Params, captions: list[str], labels_B3: np.ndarray) -> dict[str, Any]:
-    """All figures; those of the training length at the top. params: with a control module."""
-    with ProgressBar("camera", len(LENGTHS) + 2, unit="set", compiles=True) as progress:
+    """All figures, those of the training length at the top. params: with a control module."""
+    with ProgressBar("camera", len(LENGTHS) + 3, unit="set", compiles=True) as progress:
         of_lengths = {}
         for length in LENGTHS:
             of_lengths[length] = _followed(system, params, captions, labels_B3, length)
             progress.update()
-        backbone = reader.default_reader().adherence(labels_B3, _sampled(system, params, captions, None, 1))
+        turning = _followed(system, params, captions, labels_B3, 1, cameras.turning_path)
         progress.update()
-        real = _real_clips(system, params, len(captions))
+        backbone = _backbone_alone(system, params, captions, labels_B3)
         progress.update()
-    preferred = real.pop("right_camera_preferred")
+        real, preferred = _real_clips(system, params, len(captions))
+        progress.update()
     return {**of_lengths[1], "right_camera_preferred": preferred,
             "training_lengths": {str(length): figures for length, figures in of_lengths.items()},
-            "real_clips": real, "backbone_alone": {name: backbone[name] for name in ("digit", "colour")}}
+            "turning_in_the_middle": turning, "real_clips": real, "backbone_alone": backbone}
 
 
 def shown_moves(system: System, params: Params, caption: str) -> np.ndarray:
@@ -56,14 +60,41 @@ def shown_moves(system: System, params: Params, caption: str) -> np.ndarray:
         for move in SHOWN])
 
 
-def _followed(system: System, params: Params, captions: list[str], labels_B3: np.ndarray, length: int
-              ) -> dict[str, float]:
+def _followed(system: System, params: Params, captions: list[str], labels_B3: np.ndarray, length: int,
+              draw_path: Callable[..., cameras.Path] = cameras.random_path) -> dict[str, Any]:
     frames = _frames(system, length)
-    asked = cameras.random_path(np.random.default_rng([PATHS_SEED, length]), len(captions), frames)
-    read = camera_reader.read_cameras(_sampled(system, params, captions, asked, length), labels_B3[:, DIRECTION])
+    asked = draw_path(np.random.default_rng([PATHS_SEED, length]), len(captions), frames)
+    return _figures(_sampled(system, params, captions, asked, length), asked, labels_B3)
+
+
+def _figures(frames_BTHWC: np.ndarray, asked: cameras.Path, labels_B3: np.ndarray) -> dict[str, Any]:
+    """What is read from clips against what was asked for; "intervals": half of the 95 % ones over clips, by drawing as
+    many clips from them again and again."""
+    read = camera_reader.read_cameras(frames_BTHWC, labels_B3[:, DIRECTION])
     digits_B, colours_B, _ = reader.default_reader().read(read.tiles_BSSC[:, None])
-    return {**camera_reader.camera_figures(read.path, asked), "digit": float((digits_B == labels_B3[:, 0]).mean()),
-            "colour": float((colours_B == labels_B3[:, 1]).mean())}
+
+    def of_clips(which: Any) -> dict[str, float]:
+        return {**camera_reader.camera_figures(read.path.part(which), asked.part(which)),
+                "digit": float((digits_B == labels_B3[:, 0])[which].mean()),
+                "colour": float((colours_B == labels_B3[:, 1])[which].mean())}
+
+    rng, clips = np.random.default_rng(0), len(frames_BTHWC)
+    drawn = [of_clips(rng.integers(clips, size=clips)) for _ in range(DRAWS)]
+    figures = of_clips(np.arange(clips))
+    low_high = {name: np.percentile([one[name] for one in drawn], (2.5, 97.5)) for name in figures}
+    return {**figures, "intervals": {name: float(high - low) / 2 for name, (low, high) in low_high.items()}}
+
+
+def _backbone_alone(system: System, params: Params, captions: list[str], labels_B3: np.ndarray) -> dict[str, float]:
+    """Without a camera: what is asked for, and how steady scale and roll are, which should not change at all. With a
+    camera they can hardly be steadier."""
+    frames_BTHWC = _sampled(system, params, captions, None, 1)
+    found = reader.default_reader().adherence(labels_B3, frames_BTHWC)
+    read = camera_reader.read_cameras(frames_BTHWC, labels_B3[:, DIRECTION]).path
+    still = read._replace(log_scale_BT=np.zeros_like(read.roll_BT), roll_BT=np.zeros_like(read.roll_BT))
+    steady = camera_reader.camera_figures(read, still)
+    return {**{name: found[name] for name in ("digit", "colour")},
+            **{name: steady[name] for name in ("scale_error", "roll_error_degrees")}}
 
 
 def _frames(system: System, length: int) -> int:
@@ -89,19 +120,16 @@ def _latent_cameras(system: System, path: cameras.Path) -> LatentCameras:
     return cameras_of_latents(intrinsics, path.world_to_camera(), system.config.codec.time_stride)
 
 
-def _real_clips(system: System, params: Params, count: int) -> dict[str, float]:
-    """The reader's own error, and how often the right camera is preferred, on test clips."""
+def _real_clips(system: System, params: Params, count: int) -> tuple[dict[str, Any], float]:
+    """(the reader's own error, how often the right camera is preferred), on test clips."""
     source, frames = data_source(system.config, "test"), _frames(system, 1)
     records = [source[index] for index in range(min(count, len(source)))]
     frames_BTHWC = np.stack([record["frames"][:frames] for record in records])
     path = cameras.Path.of(np.stack([record["world_to_camera"][:frames] for record in records]))
     labels_B3 = np.array([[record[name] for name in ("digit", "colour", "direction")] for record in records])
-    read = camera_reader.read_cameras(frames_BTHWC, labels_B3[:, DIRECTION])
-    digits_B, colours_B, _ = reader.default_reader().read(read.tiles_BSSC[:, None])
     captions = [record["caption_long"].decode() for record in records]
     preferred_B = _preferred(system, params, captions, frames_BTHWC, _latent_cameras(system, path))
-    return {**camera_reader.camera_figures(read.path, path), "digit": float((digits_B == labels_B3[:, 0]).mean()),
-            "colour": float((colours_B == labels_B3[:, 1]).mean()), "right_camera_preferred": float(preferred_B.mean())}
+    return _figures(frames_BTHWC, path, labels_B3), float(preferred_B.mean())
 
 
 def _preferred(system: System, params: Params, captions: list[str], frames_BTHWC: np.ndarray, seen: LatentCameras

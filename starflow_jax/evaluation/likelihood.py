@@ -19,7 +19,7 @@ from starflow_jax.model.codec import pixel_frames
 from starflow_jax.model.parameters import Params, decoding_variables
 from starflow_jax.model.system import System
 from starflow_jax.sampling.batches import noised_draws
-from starflow_jax.sampling.conditions import caption_text, noised
+from starflow_jax.sampling.conditions import caption_text, noised, steering
 from starflow_jax.sampling.denoise import denoise
 from starflow_jax.sampling.finite import finite_frames
 from starflow_jax.sampling.generate import encode_z
@@ -70,14 +70,16 @@ def check_pair(config: Config, frames_THWC: np.ndarray, other_THWC: np.ndarray) 
 
 
 def likelihood(system: System, params: Params, frames_THWC: np.ndarray, caption: str, draws: int) -> Likelihood:
-    """Exact likelihood with and without the caption, token by token; later windows are given the frames before them.
+    """Exact likelihood with and without the caption, token by token, along sample.camera where there is one; later
+    windows are given the frames before them.
 
     frames: uint8. draws: of the training noise, evaluate.batch_size of them at once.
     """
     def nll_BNS(noisy: jax.Array, caption: str) -> np.ndarray:
-        text = caption_text(system, params, [caption] * len(noisy), noisy.shape[1])
+        text = caption_text(system, params, [caption] * len(noisy), noisy.shape[1], system.config.sample.camera)
         return fetch(windowed(system, noisy, lambda part, window: window_nll_per_token(
-            system.flow, params, part, text.at(window.begin, window.start))))
+            system.flow, params, part, text.at(window.begin, window.start),
+            steering(params, system.config.model, text, window.start, window.start, part.shape[1]))))
 
     parts = [(nll_BNS(noisy, caption), nll_BNS(noisy, "")) for noisy in noised_draws(system, frames_THWC, draws)]
     nll_DNS, null_nll_DNS = map(np.concatenate, zip(*parts))

@@ -10,13 +10,14 @@ from flax import traverse_util
 
 from starflow_jax import sharding
 from starflow_jax.config import Config, UserError
-from starflow_jax.flow.control import fresh_control
+from starflow_jax.flow.control import fresh_control, ray_channels
 from starflow_jax.io.arrays import export_arrays, import_with_metadata
 from starflow_jax.io.checksums import checksums_of
 from starflow_jax.model.beside import checksum_of, read_checkpoint
 from starflow_jax.model.parameters import Params
 
-PACKAGED, OF_PACKAGE = "control.safetensors", "the package's control module"
+SUFFIX = ".safetensors"
+PACKAGED, OF_PACKAGE = f"control{SUFFIX}", "the package's control module"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +41,19 @@ def with_module(config: Config, frozen: Params, trained: Params) -> Params:
 
 
 def read_module(config: Config, workdir: Path, place: bool = True) -> ControlModule | None:
-    """The averaged parameters of sample.control, or of a workdir of train.target=control; None where there is neither.
-    place: over the mesh in force; else in host memory.
+    """What sample.control names, or the averaged parameters of a workdir of train.target=control; None where there is
+    neither. place: over the mesh in force; else in host memory.
 
-    Raises UserError where there are none there, where all checkpoints are damaged, and where they do not fit the model.
+    Raises UserError where there are none there, where a file or all checkpoints are damaged, and where they do not fit
+    the model.
     """
     own = config.train.target == "control"
     if not (own or config.sample.control):
         return None
-    found = read_checkpoint(Path(config.sample.control) if config.sample.control else workdir,
-                            config.sample.checkpoint == "best", "control")
+    path = Path(config.sample.control) if config.sample.control else workdir
+    if path.suffix == SUFFIX:
+        return _module_in(config, path, f"control module {path}", place)
+    found = read_checkpoint(path, config.sample.checkpoint == "best", "control")
     params = traverse_util.unflatten_dict(
         {tuple(name.split("/"))[1:]: array for name, array in found.arrays.items() if name.startswith("control/")})
     _check_shapes(config, params, found.source)
@@ -60,20 +64,29 @@ def packaged_module(config: Config, package: Path, place: bool = True) -> Contro
     """What lies in the package beside its model; None where nothing does. place: over the mesh in force; else in host
     memory. Raises UserError where it is damaged, and where it does not fit the model."""
     path = package / PACKAGED
-    if not path.exists():
-        return None
-    params, metadata = import_with_metadata(path)
-    _check_shapes(config, params, str(path))
-    return _module(params, metadata.get("backbone", ""), OF_PACKAGE, place)
+    return _module_in(config, path, OF_PACKAGE, place) if path.exists() else None
 
 
 def save_packaged(config: Config, workdir: Path, package: Path) -> str:
     """Write a workdir's control module into the package, in float16; returns what it was."""
+    with checksums_of(package, [PACKAGED]):
+        return save_module(config, workdir, package / PACKAGED, np.float16)
+
+
+def save_module(config: Config, workdir: Path, path: Path, dtype: Any = None) -> str:
+    """Write a workdir's control module, and what it was trained beside, as one safetensors file; returns what it was.
+    dtype: None: as it is kept."""
     found = read_module(config, workdir, place=False)
     assert found is not None, config.train.target
-    with checksums_of(package, [PACKAGED]):
-        export_arrays(package / PACKAGED, found.params, np.float16, {"backbone": found.backbone})
+    export_arrays(path, found.params, dtype, {"backbone": found.backbone})
     return found.source
+
+
+def _module_in(config: Config, path: Path, source: str, place: bool) -> ControlModule:
+    """What `save_module` wrote."""
+    params, metadata = import_with_metadata(path)
+    _check_shapes(config, params, str(path))
+    return _module(params, metadata.get("backbone", ""), source, place)
 
 
 def _module(params: Params, backbone: str, source: str, place: bool) -> ControlModule:
@@ -94,7 +107,12 @@ def _check_shapes(config: Config, params: Params, source: str) -> None:
     if set(params.get("layers", {})) == {"kernel"}:
         raise UserError(f"{source}: its control module has the form of another version of this program; train it again")
     try:
-        width = len(params["proj_out"]["bias"])
+        width, rows = len(params["proj_out"]["bias"]), len(params["proj_in"]["kernel"])
+        expected = ray_channels(config.model, config.codec.time_stride)
+        if rows != expected:
+            raise UserError(f"{source}: its control module takes {rows} numbers of a token's rays where this model's "
+                            f"have {expected}: it is of another model, another codec or another version of this "
+                            "program")
         fits = shapes(params) == shapes(jax.eval_shape(lambda: fresh_control(
             config.model, width, config.codec.time_stride, jax.random.key(0))))
     except (KeyError, TypeError):

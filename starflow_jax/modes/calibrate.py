@@ -21,7 +21,9 @@ def calibrate(config: Config, workdir: Path) -> None:
 
     Raises UserError for a model whose values are not finite, and where another run has the workdir.
     """
-    config.sample.require("draft", not config.sample.draft, "a calibration is of the model alone; leave it out")
+    for name in ("draft", "lora"):
+        config.sample.require(name, not getattr(config.sample, name),
+                              "a calibration is of the workdir's own model; leave it out")
     own = (workdir / "system").exists()
     with alone_in(workdir) if own else contextlib.nullcontext(), on_mesh(sampling_mesh(config, PROMPTS)):
         _calibrate(config, workdir, workdir / "system" if own else PRETRAINED)

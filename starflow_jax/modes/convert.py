@@ -32,6 +32,7 @@ from starflow_jax.io.progress import ProgressBar, table
 from starflow_jax.io.tensor_files import StoredArray, check_shapes, write_safetensors
 from starflow_jax.model.calibration import CALIBRATED
 from starflow_jax.model.codec import FITTED_CODEC, released_codec, sizes_of_codec
+from starflow_jax.model.control import save_module
 from starflow_jax.model.initialise import inherited_arrays, is_ours, whole_checkpoint
 from starflow_jax.model.lora import read_workdir
 from starflow_jax.model.own_settings import PRETRAINED, check_pretrained, own_settings, settings_of
@@ -83,7 +84,8 @@ def convert(config: Config, workdir: Path) -> None:
             (workdir / UNFINISHED).unlink(missing_ok=True)
     if settings.target:
         config = own_settings(config, workdir)[0]
-        (write_adapter if config.train.target == "lora" else write_released)(config, workdir)
+        write = {"lora": write_adapter, "control": write_module}.get(config.train.target, write_released)
+        write(config, workdir)
 
 
 def _begin(workdir: Path) -> None:
@@ -288,6 +290,16 @@ def write_adapter(config: Config, workdir: Path) -> None:
     if (workdir / KEPT).exists():
         keep_licence((workdir / KEPT).read_text(encoding="utf-8", errors="replace"), beside(target))
     print(f"{lora.source} -> {target}: {_size(tensors)}; it is added to its model with --config.sample.lora={target}")
+
+
+def write_module(config: Config, workdir: Path) -> None:
+    """The workdir's newest averaged control module, with the checksum of what it was trained beside."""
+    target, dtype = Path(config.convert.target), config.convert.dtype
+    source = save_module(config, workdir, target, None if dtype == "stored" else jnp.dtype(dtype))
+    if (workdir / KEPT).exists():
+        keep_licence((workdir / KEPT).read_text(encoding="utf-8", errors="replace"), beside(target))
+    print(f"{source} -> {target}: {size_in_words(target.stat().st_size)}; its model follows a camera with it by "
+          f"--config.sample.control={target}")
 
 
 def _write(target: Path, tensors: Mapping[str, Any]) -> None:

@@ -189,11 +189,16 @@ def evaluate_camera(config: Config, workdir: Path) -> None:
     write_text(workdir / "camera.json", json.dumps(results, indent=1))
     contact_sheet(workdir / "camera.png", camera.shown_moves(system, params, captions[0]), camera.SHOWN, scale=3)
     rows = [(f"samples, {length} x the training length", figures)
-            for length, figures in results["training_lengths"].items()] + [("real clips", results["real_clips"])]
-    names = tuple(results["real_clips"])
-    print(table([(what, *(f"{figures[name]:.4f}" for name in names)) for what, figures in rows],
-                (f"{len(captions)} test prompts", *names)))
-    print(f"\nreal clips are likelier with their own camera than with another one's: "
+            for length, figures in results["training_lengths"].items()]
+    rows += [("samples, turning in the middle", results["turning_in_the_middle"]),
+             ("real clips", results["real_clips"])]
+    names = tuple(results["real_clips"]["intervals"])
+    print(table([(what, *(f"{figures[name]:.4f} ± {figures['intervals'][name]:.4f}" for name in names))
+                 for what, figures in rows], (f"{len(captions)} test prompts", *names)))
+    alone = results["backbone_alone"]
+    print("\nwithout a camera, where nothing should change: " + ", ".join(
+        f"{name} {alone[name]:.4f}" for name in ("scale_error", "roll_error_degrees")))
+    print(f"real clips are likelier with their own camera than with another one's: "
           f"{results['right_camera_preferred']:.3f}\nwritten to {workdir}: camera.json, camera.png")
 
 

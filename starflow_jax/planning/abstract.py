@@ -13,7 +13,7 @@ from starflow_jax import sharding
 from starflow_jax.codec.patch import PatchCodec
 from starflow_jax.config import Config
 from starflow_jax.model.codec import patch_shape
-from starflow_jax.model.control import fresh_module, packaged_module
+from starflow_jax.model.control import SUFFIX, fresh_module, packaged_module, read_module
 from starflow_jax.model.own_settings import PRETRAINED, settings_of
 from starflow_jax.model.quantize import quantize_params
 from starflow_jax.model.store import abstract_params, has_packaged_module
@@ -55,8 +55,12 @@ def abstract_model(config: Config, mesh: Mesh) -> tuple[dict[str, Any], Any]:
 def _abstract_control(config: Config) -> dict[str, Any]:
     """The control module that `load_model` adds to the parameters, in shapes; of the package's only where there is a
     camera, without which it has no part in what runs."""
+    named = Path(config.sample.control)
+    if named.suffix == SUFFIX:
+        module = read_module(config, named, place=False)
+        return {"control": jax.eval_shape(lambda: module.params)} if module else {}
     if config.sample.control:
-        config = dataclasses.replace(config, control=settings_of(Path(config.sample.control)).control)
+        config = dataclasses.replace(config, control=settings_of(named).control)
     elif config.train.target != "control":
         asked = config.sample.camera and has_packaged_module(config)
         packaged = packaged_module(config, PRETRAINED, place=False) if asked else None

@@ -20,7 +20,7 @@ from starflow_jax.planning import codec as plan_codec
 from starflow_jax.planning import program_cost, roofline
 from starflow_jax.planning.meshes import USES
 from starflow_jax.planning.program import Program
-from starflow_jax.planning.programs import abstract_params_of, compile_step
+from starflow_jax.planning.programs import abstract_params_of, compile_step, training_bytes
 from starflow_jax.planning.roofline import GIB
 from starflow_jax.planning.topology import gpu_memory
 
@@ -106,6 +106,8 @@ class StepPlan:
     compile_seconds: float
     cost: StepCost | None  # None: the compiler refused the step for want of memory
     codec: CodecChoice | None = None
+    trained_bytes: int | None = None  # of a training: what is trained, with its moments and averages, over all chips
+    frozen_bytes: int | None = None  # and the model beside it that stays as it is
     advice: str = ""  # for a step that does not fit
 
     def to_json(self) -> dict[str, Any]:
@@ -145,6 +147,7 @@ def plan_of(config: Config, devices: list[Any]) -> StepPlan:
         peak = max(part.peak for part in cost.memory)
     abstract_params = plan_codec.abstract_codec(config).params if codec else abstract_params_of(config)
     fits = cost is not None and peak <= chip.hbm_bytes
+    trained, frozen = training_bytes(config, mesh) if train else (None, None)
     return StepPlan(
         name=config.name, step=config.plan.step, topology=config.plan.topology, chips=len(devices),
         device_kind=devices[0].device_kind, mesh=dict(mesh.shape), remat=model.remat,
@@ -153,6 +156,7 @@ def plan_of(config: Config, devices: list[Any]) -> StepPlan:
         tokens_per_step=videos * model.frames * model.tokens_per_frame, model_flops_per_step=flops,
         hbm_bytes_per_chip=int(chip.hbm_bytes), peak_bytes_per_chip=peak, fits=fits,
         compile_seconds=time.perf_counter() - began, cost=cost,
+        trained_bytes=trained, frozen_bytes=frozen,
         codec=CodecChoice(config.codec.dtype, config.codec.tile, config.codec.tile_overlap) if codec else None,
         advice="" if fits else advice(config, dict(mesh.shape), peak - chip.hbm_bytes))
 

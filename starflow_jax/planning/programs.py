@@ -1,5 +1,6 @@
 """The programs of a training or sampling step, compiled from shapes alone."""
 
+import math
 from typing import Any
 
 import jax
@@ -34,6 +35,19 @@ def compile_step(config: Config, mesh: Mesh) -> list[Program]:
     if config.plan.step == "likelihood":
         return likelihood_programs(config, mesh)
     return plan_codec.compile_codec(config, sharding.replicated(mesh))
+
+
+def training_bytes(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """(bytes of what is trained with its moments and averages, of the model beside it that stays as it is), whole."""
+    if config.train.target in PARTS:
+        trained, frozen = abstract_beside(config, mesh)
+        return _size(trained), _size(frozen)
+    return _size(abstract_state(config)), 0
+
+
+def _size(tree: Any) -> int:
+    """Bytes of arrays in shapes."""
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _train_programs(config: Config, mesh: Mesh) -> list[Program]:

@@ -217,19 +217,21 @@ class Model:
         return Session(dataclasses.replace(system, config=config), self._stream_params, self.mesh, record,
                        recording=recording, surprise=surprise, ahead=ahead)
 
-    def log_likelihood(self, video: "Video | str | Path | ArrayLike", prompt: str, *, draws: int = 0) -> float:
+    def log_likelihood(self, video: "Video | str | Path | ArrayLike", prompt: str, *, camera: str = "", draws: int = 0
+                       ) -> float:
         """Exact log p of a video given a prompt, in nats: of its latents with the training noise, averaged over draws
         of that noise.
 
-        video: as for `extend`, but read from its start. draws: how many; 0: evaluate.draws. Raises UserError for a
-        video that can't be read or is too short.
+        video: as for `extend`, but read from its start. camera: that it is seen by, as sample.camera. draws: how many;
+        0: evaluate.draws. Raises UserError for a video that can't be read or is too short, for a camera that can't be
+        read, and for one where the model follows none.
         """
         config, frames_THWC = self.config, _frames(self.config, video, keep="start")
         draws = changed(config, "evaluate", {"draws": draws}).evaluate.draws if draws else config.evaluate.draws
         with on_mesh(self.mesh):
             nll = 0.0
             for noisy in noised_draws(self.system, frames_THWC, draws):
-                text = caption_text(self.system, self.params, [prompt] * len(noisy), noisy.shape[1])
+                text = caption_text(self.system, self.params, [prompt] * len(noisy), noisy.shape[1], camera)
                 nll += float(frame_nll(self.system, self.params, noisy, text).sum(axis=1).mean()) * len(noisy) / draws
             return -nll
 

@@ -1,5 +1,6 @@
 """What a batch of videos depends on: text features, noise, given frames."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -246,13 +247,15 @@ def extended(config: Config, captions: Sequence[str], settings: Sample) -> list[
     return [EXTEND + caption if caption else "" for caption in captions]
 
 
-def caption_text(system: System, params: Params, captions: Sequence[str], frames: int) -> VideoText:
-    """Features of captions, with the metadata of training, for given videos of so many latent frames."""
-    first = system.caption_features(params, captions, is_image=frames == 1)
-    if frames <= system.config.model.frames:
-        return VideoText(first, {0: first})
-    again = extended(system.config, captions, system.config.sample)
-    return VideoText(first, {0: system.caption_features(params, again)})
+def caption_text(system: System, params: Params, captions: Sequence[str], frames: int, camera: str = "") -> VideoText:
+    """Features of captions, with the metadata of training, for given videos of so many latent frames. camera: that all
+    of them are seen by, as sample.camera. Raises UserError as `_cameras` does."""
+    first = later = system.caption_features(params, captions, is_image=frames == 1)
+    if frames > system.config.model.frames:
+        later = system.caption_features(params, extended(system.config, captions, system.config.sample))
+    pixel_frames = 1 + (frames - 1) * system.config.codec.time_stride
+    seen = dataclasses.replace(system.config.sample, camera=camera, frames=pixel_frames)
+    return VideoText(first, {0: later}, _cameras(system, params, seen, len(captions)))
 
 
 def guidance_texts(

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from starflow_jax.config import Config, Model
 from starflow_jax.io.memory import check_fits, host_bytes
 from starflow_jax.model.codec import frame_size
+from starflow_jax.model.own_settings import backbone_config
 from starflow_jax.model.quantize import BYTES
 from starflow_jax.sampling.conditions import latent_frames
 from starflow_jax.sampling.files import shown_scale
@@ -95,11 +96,11 @@ def videos_of(config: Config, together: int, frames: int) -> str:
 
 
 def check_training(config: Config, mesh: Mesh) -> None:
-    """The same of training: parameters with two moments and gradients, float32, or a frozen model that LoRA factors are
-    trained beside; and a batch on the host."""
-    frozen = BYTES.get(config.lora.weights, jnp.dtype(config.model.dtype).itemsize)
-    itemsize = {"all": 4 * 4, "lora": frozen}.get(config.train.target, 0)
-    check_devices("training this model", layer_parameters(config.model) * itemsize, mesh, SMALLER)
+    """The same of training: parameters with two moments and gradients, float32, or the frozen model that something is
+    trained beside (a decoder is trained without the flow); and a batch on the host."""
+    target, kept = config.train.target, jnp.dtype(config.model.dtype).itemsize
+    itemsize = {"all": 4 * 4, "lora": BYTES.get(config.lora.weights, kept), "decoder": 0}.get(target, kept)
+    check_devices("training this model", layer_parameters(backbone_config(config).model) * itemsize, mesh, SMALLER)
     if config.data.image_probability < 1:
         frames = config.model.frames
         clip = latent_bytes(config, frames) // 4 if config.data.latents else pixel_bytes(config, frames)

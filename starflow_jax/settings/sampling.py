@@ -74,8 +74,8 @@ class Sample(Settings):
     video: str = setting("", "a video file to extend")
     camera: str = setting("", "from where each frame is seen: a file (RealEstate10K's text, or JSON), or moves such as "
                           '"pan_right:12; zoom_in:13"')
-    control: str = setting("", "a workdir of train.target=control, whose module follows sample.camera; empty: the "
-                         "one beside the package's model")
+    control: str = setting("", "a workdir of train.target=control, or a .safetensors file of one, whose module "
+                         "follows sample.camera; empty: the one beside the package's model")
     count: int = setting(1, "videos per prompt", positive(1_000_000))
     keep: int = setting(0, "how many of these to keep, the most likely ones; 0: all",
                         at_least(0, "all", most=1_000_000))

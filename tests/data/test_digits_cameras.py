@@ -112,6 +112,16 @@ def test_paths_begin_at_the_origin_stay_in_their_bounds_and_are_smooth():
     assert np.abs(np.diff(path.log_scale_BT)).max() < 0.12 and np.abs(np.diff(roll)).max() < 11
 
 
+def test_turning_paths_go_back_the_way_they_came():
+    path = cameras.turning_path(np.random.default_rng(0), 50, 13)
+    for place in (path.x_BT, path.y_BT):
+        np.testing.assert_allclose(place, place[:, ::-1])
+        speed = np.diff(place)
+        np.testing.assert_allclose(speed[:, :6], speed[:, :1].repeat(6, 1), atol=1e-12)
+        assert 0.03 < np.abs(speed).max() <= 0.04 and (place[:, 0] == 0).all()
+    assert not path.log_scale_BT.any() and not path.roll_BT.any()
+
+
 def test_clips_are_those_that_wrap_with_their_poses_beside_them():
     wraps = list(md.generate_clips(dataclasses.replace(CONFIG, camera=False, wraps=True), "train"))
     for example, plain in zip(md.generate_clips(CONFIG, "train"), wraps, strict=True):

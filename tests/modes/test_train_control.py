@@ -5,13 +5,16 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import starflow_jax as sf
 from starflow_jax.checkpoints.parameters import stored_params
-from starflow_jax.config import Config, Train, UserError
+from starflow_jax.config import Config, Train, UserError, changed
+from starflow_jax.io.arrays import import_arrays
 from starflow_jax.io.video import read_video
+from starflow_jax.model.store import load_model
 from starflow_jax.modes.train import train
 from starflow_jax.training.metrics import read_metrics
 from tests.modes.small_backbone import config_with_data, same_states, stop_and_resume, write_model
@@ -91,6 +94,44 @@ def test_a_file_gives_the_video_of_its_poses_and_streams_and_the_api_agree(workd
     assert np.isfinite(whole.log_likelihood) and whole.log_likelihood != other.log_likelihood
 
 
+def test_a_file_of_the_module_alone_follows_as_its_workdir_does(
+    config: Config, model: Path, workdir: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "module.safetensors"
+    code, out, err = run_here(["--mode=convert", f"--workdir={workdir}", f"--config.convert.target={file}"])
+    assert code == 0 and f"--config.sample.control={file}" in out, err
+    module = beside(config, model).control.width * config.model.deep_layers
+    assert set(import_arrays(file)) == {"proj_in", "proj_out", "layers"} and file.stat().st_size > 4 * module
+    made = [load_model(changed(config, "sample", {"control": str(named)}), model).params["control"]
+            for named in (file, workdir)]
+    jax.tree.map(np.testing.assert_array_equal, *made)
+    other = write_model(config, tmp_path / "other", seed=2)
+    code, _, err = run_here(["--mode=sample", f"--workdir={other}", f"--config.sample.control={file}",
+                             "--config.sample.camera=orbit", f"--config.sample.prompt={PROMPT}"])
+    assert code == 2 and "was trained beside other weights" in err.splitlines()[-1] and "Traceback" not in err
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="module.safetensors: can't be read as safetensors"):
+        load_model(changed(config, "sample", {"control": str(file)}), model)
+
+
+def test_the_likelihood_of_a_given_video_is_that_along_its_camera(workdir: Path, tmp_path: Path) -> None:
+    """By the API and by evaluate.task=video, which sums up tokens."""
+    loaded = sf.load(workdir)
+    made = loaded.generate(PROMPT, camera=MOVES, seed=1)
+    made.save(tmp_path / "made.mp4")
+    given = read_video(tmp_path / "made.mp4")[0]
+    right, other, none = (loaded.log_likelihood(given, PROMPT, camera=camera, draws=2)
+                          for camera in (MOVES, "pan_left", ""))
+    assert len({right, other, none}) == 3
+    code, out, err = run_here([
+        "--mode=evaluate", f"--workdir={workdir}", "--config.evaluate.task=video", "--config.evaluate.draws=2",
+        f"--config.evaluate.video={tmp_path / 'made.mp4'}", f"--config.evaluate.caption={PROMPT}",
+        f"--config.sample.camera={MOVES}"])
+    assert code == 0, err
+    facts, = (json.loads(path.read_text()) for path in (workdir / "inspected").glob("*.json"))
+    assert facts["log_likelihood_nats"] == pytest.approx(right, rel=1e-5)
+
+
 @pytest.mark.slow  # quick: tests/flow/test_steering_computed.py
 def test_a_base_in_bfloat16_or_int8_is_steered_alike(model: Path, workdir: Path, tmp_path: Path) -> None:
     """Its videos are those of the float32 model along the same camera, but for a tenth of what the camera changes."""
@@ -129,4 +170,7 @@ def test_the_evaluation_reads_paths_back(workdir: Path, tmp_path: Path) -> None:
     names = ("correlation_x", "correlation_y", "scale_error", "roll_error_degrees", "right_camera_preferred", "digit",
              "colour")
     assert all(np.isfinite(found[name]) for name in names)
-    assert found["real_clips"]["correlation_x"] > 0.9 and (workdir / "camera.png").exists() and "real clips" in out
+    assert found["backbone_alone"]["scale_error"] > 0 < found["intervals"]["roll_error_degrees"]
+    real = found["real_clips"]
+    assert set(real["intervals"]) == set(real) - {"intervals"} and 0 < real["intervals"]["correlation_x"] < 0.1
+    assert real["correlation_x"] > 0.9 and (workdir / "camera.png").exists() and "real clips" in out

@@ -16,7 +16,9 @@ from starflow_jax.checkpoints.parameters import stored_params
 from starflow_jax.config import Config, Lora, Train, UserError, changed
 from starflow_jax.data.batch import Batch
 from starflow_jax.io.video import read_video
+from starflow_jax.model.own_settings import settings_of
 from starflow_jax.model.store import LoadedModel, load_model
+from starflow_jax.modes.calibrate import calibrate
 from starflow_jax.modes.convert import convert
 from starflow_jax.modes.train import train
 from starflow_jax.sampling.likelihood import bits_per_frame
@@ -97,6 +99,25 @@ def test_several_are_added_each_with_its_scale(config: Config, model: Path, work
     kernel = apart["flow"]["deep"]["transformer"]["layers"]["layer"]["proj"]["kernel"]
     assert kernel.lora_a.shape == (1, config.model.deep_width, 4)
     np.testing.assert_allclose(2 * kernel.lora_b[:, :2], kernel.lora_b[:, 2:])
+
+
+def test_factors_of_other_ranks_and_matrices_add_up(config: Config, model: Path, workdir: Path, tmp_path: Path) -> None:
+    """Beside one in int8 that it was trained on, which keeps them apart by itself."""
+    base = beside(config, model)
+    other = dataclasses.replace(base, lora=Lora(rank=3, targets="qkv,mlp_in", blocks="deep,shallow", weights="int8"))
+    train(other, tmp_path)
+    with pytest.raises(UserError, match="sample.lora=.*a calibration is of the workdir"):
+        calibrate(changed(config, "sample", {"lora": str(workdir)}), model)
+    both, plain = f"{workdir},{tmp_path}:0.5", bits(with_sample(config, model))
+    merged = bits(with_sample(config, model, lora=both))
+    np.testing.assert_allclose(bits(with_sample(config, model, lora=both, merge_lora=False)), merged, rtol=1e-5)
+    change = merged - plain
+    alone = [bits(with_sample(config, model, lora=one)) - plain for one in both.split(",")]
+    assert all(np.abs(change - one).max() > 0.1 * np.abs(change).max() for one in alone)
+    own = load_model(settings_of(tmp_path), tmp_path)
+    kernel = own.params["flow"]["deep"]["transformer"]["layers"]["layer"]["qkv"]["kernel"]
+    assert kernel.lora_a.shape[-1] == 3 and own.system.config.sample.weights == "int8"
+    assert np.abs(bits(own) - plain).max() > 1e-3
 
 
 @pytest.mark.slow  # quick: tests/nn/test_lora.py and tests/model/test_lora.py

@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_one_line(config: Config, model: Path, workdir: Pat
     assert "is no workdir of train.target=student" in line(f"--workdir={model}", f"--config.sample.draft={other}")
     assert "sample.solver.kind=sequential has none" in line(
         f"--workdir={model}", f"--config.sample.draft={workdir}", "--config.sample.solver.kind=sequential")
-    with pytest.raises(UserError, match="sample.draft=.*a calibration is of the model alone"):
+    with pytest.raises(UserError, match="sample.draft=.*a calibration is of the workdir"):
         calibrate(changed(config, "sample", {"draft": str(workdir)}), model)
     with pytest.raises(UserError, match="its smaller deep block was trained beside other weights"):
         train(beside(config, other), workdir)

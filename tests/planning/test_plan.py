@@ -14,6 +14,8 @@ from starflow_jax import config as settings_of
 from starflow_jax import sharding
 from starflow_jax.codec.wan_weights import abstract_params
 from starflow_jax.config import Config, UserError
+from starflow_jax.flow.control import ray_channels
+from starflow_jax.model.control import fresh_module
 from starflow_jax.model.parameters import init_params
 from starflow_jax.modes.plan import _bytes, plan
 from starflow_jax.planning import codec as plan_codec
@@ -134,6 +136,8 @@ def test_a_plan_of_lora_has_one_copy_of_the_backbone_and_a_state_of_factors_alon
     assert memory.arguments < backbone
     assert 0 <= memory.arguments + memory.resident - backbone - 4 * factors - clips < 64
     assert memory.output < 4 * factors + 512  # and scalars
+    row = planned.to_json()
+    assert row["frozen_bytes"] == backbone and 0 <= row["trained_bytes"] - 4 * factors < 64
     assert "--config.lora.weights=int8" in advice(config, dict.fromkeys(("data", "fsdp"), 1), GIB)
 
 
@@ -158,6 +162,26 @@ def test_a_plan_of_a_student_has_its_whole_teacher_and_a_state_of_its_own_block(
     clips = 2 * 4 * (2 * 2 * 3 * 2 + 3 * 4)
     assert 0 <= memory.arguments + memory.resident - backbone - 4 * block - clips < 64
     assert memory.output < 4 * block + 1024  # and scalars
+    assert planned.frozen_bytes == backbone and 0 <= planned.trained_bytes - 4 * block < 64
+
+
+def test_a_plan_of_a_control_module_has_its_whole_backbone_and_a_state_of_its_own(monkeypatch: pytest.MonkeyPatch
+                                                                                    ) -> None:
+    monkeypatch.setattr(roofline, "chip_of", lambda device, memory=0: CHIP)
+    config = dataclasses.replace(with_plan(small(), step="train"), mesh=settings_of.Mesh(data=1))
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, target="control"),
+        data=dataclasses.replace(config.data, camera=True, image_probability=0.0))
+    planned = plan_of(config, jax.devices()[:1])
+    memory, = planned.cost.memory
+    module = sum(4 * leaf.size for leaf in jax.tree.leaves(jax.eval_shape(
+        lambda: fresh_module(config, jax.random.key(0)))))
+    assert planned.frozen_bytes == 4 * planned.parameters and 0 <= planned.trained_bytes - 4 * module < 64
+    clip = config.model.frames * config.model.tokens_per_frame
+    clips = 2 * config.train.batch_size * (clip * (config.model.channels + ray_channels(
+        config.model, config.codec.time_stride)) + config.model.text_length * config.model.text_dim)
+    assert 0 <= memory.arguments + memory.resident - 4 * planned.parameters - 4 * module - clips < 64
+    assert memory.output < 4 * module + 1024  # and scalars
 
 
 @pytest.mark.slow  # quick: tests/flow/test_int8_cache.py and tests/nn/test_quantized.py, of single programs

@@ -67,6 +67,11 @@ def one_device() -> Any:
     (["--mode=prepare", "--config.prepare.text_features=true", "--config.prepare.batch_size=10000",
       "--config.model.text_dim=4096", "--config.model.text_length=512"], "prepare.batch_size=10000 prompts"),
     (["--mode=train", "--config.model.deep_width=30720", "--config.model.deep_layers=100"], "training this model"),
+    (["--mode=train", "--config.train.target=control", "--config.data.camera=true",
+      "--config.data.image_probability=0", "--config.model.deep_width=30720", "--config.model.deep_layers=100"],
+     "training this model"),
+    (["--mode=train", "--config.train.target=student", "--config.student.teacher_width=30720",
+      "--config.student.teacher_layers=100"], "training this model"),
     (["--mode=train", "--config.train.batch_size=1000000"], "train.batch_size=1000000")])
 def test_it_is_one_line_before_anything_is_loaded(
     arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

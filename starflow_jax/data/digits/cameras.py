@@ -78,6 +78,14 @@ def random_path(rng: np.random.Generator, clips: int, frames: int) -> Path:
     return Path(*(np.concatenate([place_2BT, smooth[2:]]) * moving_4B1))
 
 
+def turning_path(rng: np.random.Generator, clips: int, frames: int) -> Path:
+    """Paths of a random steady speed in x and in y, which go back the way they came from the middle on."""
+    pan_2B1 = rng.uniform(-_MAX_PAN, _MAX_PAN, (2, clips, 1))
+    steps_T = np.arange(frames)
+    place_2BT = pan_2B1 * np.minimum(steps_T, frames - 1 - steps_T)
+    return Path(*place_2BT, *np.zeros((2, clips, frames)))
+
+
 def see(tiles_BSS: np.ndarray, position_BT2: np.ndarray, path: Path) -> np.ndarray:
     """What cameras see of the plane: float32 (B, T, S, S).
 
