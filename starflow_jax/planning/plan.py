@@ -115,6 +115,8 @@ class StepPlan:
         row = dataclasses.asdict(self)
         cost, codec, advice = row.pop("cost"), row.pop("codec"), row.pop("advice")
         row |= cost or dict.fromkeys(field.name for field in dataclasses.fields(StepCost))
+        training = {name: row.pop(name) for name in ("trained_bytes", "frozen_bytes")}
+        row |= training if self.trained_bytes is not None else {}
         return row | (codec or {}) | ({"advice": advice} if advice else {})
 
 
