@@ -171,6 +171,7 @@ def test_the_evaluation_reads_paths_back(workdir: Path, tmp_path: Path) -> None:
              "colour")
     assert all(np.isfinite(found[name]) for name in names)
     assert found["backbone_alone"]["scale_error"] > 0 < found["intervals"]["roll_error_degrees"]
-    real = found["real_clips"]
+    real, turning = found["real_clips"], found["turning_in_the_middle"]
+    assert set(turning) == set(real) and turning["correlation_x"] != found["correlation_x"]
     assert set(real["intervals"]) == set(real) - {"intervals"} and 0 < real["intervals"]["correlation_x"] < 0.1
     assert real["correlation_x"] > 0.9 and (workdir / "camera.png").exists() and "real clips" in out
