@@ -1,8 +1,8 @@
 """The Wan VAE's convolutions, each in the form that is fastest on the platform that the program is lowered for.
 
 TPUs and GPUs have good 3-D convolutions. On CPUs XLA's 2-D convolution does up to three times as much a second as its
-3-D one, so there a convolution in time is a sum of 2-D ones, one for each tap. Each reads a copy of its tap's weights,
-which costs more than is won where there are few pixels.
+3-D one, so there a convolution in time is a sum of 2-D ones: one for each tap or, for pairs of frames, four where the
+taps are six. Each reads a copy of its weights, which costs more than is won where there are few pixels.
 
 Both functions are called as `lax.conv_general_dilated` is, so that a flax.linen.Conv takes them for it.
 """
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-MANY = 1024  # pixels of all frames together, from which on copies of the weights are cheap beside the convolution
+MANY = 512  # pixels of all frames together, from which on copies of the weights are cheap beside the convolution
 ROWS = ("NHWC", "HWIO", "NHWC")
 Padding = str | Sequence[tuple[int, int]]
 
@@ -46,6 +46,8 @@ def _sum_of_taps(at_once: Callable, stride: int, padding: Sequence[tuple[int, in
             seen.append((tap, first, last))
     if len(seen) > 1 and x.shape[0] * outputs * x.shape[2] * x.shape[3] < MANY:
         return at_once(x, kernel)
+    if (taps, stride, front, back, outputs % 2) == (3, 1, 0, 0, 0):
+        return _pairs_of_frames(x, kernel, padding[1:])
     total: Any = 0
     for tap, first, last in seen:
         begin = first * stride + tap - front
@@ -54,6 +56,21 @@ def _sum_of_taps(at_once: Callable, stride: int, padding: Sequence[tuple[int, in
         out = out.reshape(x.shape[0], last - first, *out.shape[1:])
         total = total + jnp.pad(out, ((0, 0), (first, outputs - last), (0, 0), (0, 0), (0, 0)))
     return total.astype(x.dtype)
+
+
+def _pairs_of_frames(x: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, int]]) -> jax.Array:
+    """Three taps in time over frames a, b, c, d give the next two of a - c, b + c, c - b and b - d, each convolved
+    once: F(2, 3) of Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (2016), section 4.1."""
+    frames, dtype = x.shape[1] - 2, _sums(x)
+    first, middle, last = kernel.astype(dtype)
+    a, b, c, d = (x[:, start:start + frames - 1:2].reshape(-1, *x.shape[2:]).astype(dtype) for start in range(4))
+    outer, inner = (first + last) / 2, middle / 2
+    alone = _in_space(a - c, first, padding)
+    plus = _in_space(b + c, outer + inner, padding)
+    minus = _in_space(c - b, outer - inner, padding)
+    other = _in_space(b - d, last, padding)
+    out = jnp.stack([alone + plus + minus, plus - minus - other], axis=1)
+    return out.reshape(x.shape[0], frames, *out.shape[2:]).astype(x.dtype)
 
 
 def doubled(x_NHWC: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Padding, **options: Any

@@ -10,12 +10,14 @@ fx, fy, cx, cy, divided by the frame's width (fx, cx) or height (fy, cy). A came
     moves by name          "orbit", or "pan_right:12; zoom_in:13": moves with their frames, each going on where the one
                            before it ended; "pan_right*0.5" is half as fast
 
-Timestamps that count up by one are numbers of frames, as where a JSON has none: pose n is that of frame n.
+A text file may hold moves in place of poses. Timestamps that count up by one are numbers of frames, as where a JSON has
+none: pose n is that of frame n.
 """
 
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,7 +101,10 @@ def read_cameras(given: str, frames: int, height: int, width: int) -> Cameras:
     """
     if not names_a_file(given):
         return named_cameras(given, frames, height, width)
-    return parse_cameras(camera_file(given), given.strip()).resampled(frames)
+    content = camera_file(given)
+    if moves := moves_in(content):
+        return named_cameras(moves, frames, height, width)
+    return parse_cameras(content, given.strip()).resampled(frames)
 
 
 def names_a_file(given: str) -> bool:
@@ -115,6 +120,13 @@ def camera_file(given: str) -> bytes:
     except OSError as error:
         raise UserError(f"{path}: the camera can't be read ({error.strerror or error}); name a file, or moves such as "
                         '"pan_right:12; zoom_in:13"') from error
+
+
+def moves_in(content: bytes) -> str:
+    """The moves by name that a file holds; "" where it does not begin with one."""
+    text = content.decode("utf-8-sig", errors="replace").strip()
+    first = re.match("[a-z_]+", text)
+    return text if first and first[0] in _MOVES else ""
 
 
 def parse_cameras(content: bytes, name: str) -> Cameras:
@@ -244,7 +256,7 @@ _MOVES: dict[str, _Step] = {
 MOVES = tuple(_MOVES)
 
 
-def named_cameras(moves: str, frames: int, height: int, width: int) -> Cameras:
+def named_cameras(moves: str, frames: int, height: float, width: float) -> Cameras:
     """A path of `frames` poses by moves, such as "orbit" or "pan_right:12; zoom_in*0.5:13".
 
     The first frame is seen from where the path begins, and then each move brings the camera on from frame to frame.
@@ -265,7 +277,7 @@ def named_cameras(moves: str, frames: int, height: int, width: int) -> Cameras:
     return Cameras(intrinsics_T4, np.array(poses, np.float32))
 
 
-def square_intrinsics(height: int, width: int) -> np.ndarray:
+def square_intrinsics(height: float, width: float) -> np.ndarray:
     """fx, fy, cx, cy, float32, of a camera with square pixels that sees the longer side at 53 degrees."""
     focal = max(height, width)
     return np.array([focal / width, focal / height, 0.5, 0.5], np.float32)

@@ -23,6 +23,7 @@ from starflow_jax.io.cameras import (
     View,
     camera_file,
     moved,
+    moves_in,
     moves_in_turn,
     named_cameras,
     names_a_file,
@@ -47,7 +48,11 @@ def as_json(camera: Any) -> Any:
     """
     if isinstance(camera, str):
         if names_a_file(camera):
-            return _json_of(parse_cameras(camera_file(camera), camera.strip()))
+            content = camera_file(camera)
+            moves = moves_in(content)
+            if not moves:
+                return _json_of(parse_cameras(content, camera.strip()))
+            camera = moves
         moves_in_turn(camera)
         return camera.strip()
     if isinstance(camera, dict):

@@ -44,7 +44,7 @@ def convolutions_of(function: Callable[..., jax.Array], platform: str, *arrays: 
 
 
 @pytest.mark.parametrize("frames,time,front,stride", [
-    (3, 3, 0, 1), (1, 3, 2, 1), (2, 3, 2, 1), (5, 3, 2, 1), (5, 3, 0, 2), (2, 1, 0, 1)])
+    (3, 3, 0, 1), (1, 3, 2, 1), (2, 3, 2, 1), (5, 3, 2, 1), (5, 3, 0, 2), (2, 1, 0, 1), (4, 3, 0, 1), (6, 3, 0, 1)])
 def test_a_sum_of_taps_is_the_3d_convolution(
     frames: int, time: int, front: int, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,19 +69,24 @@ def test_a_doubled_picture_is_convolved_as_if_it_were_written_out(monkeypatch: p
 
 def test_bfloat16_is_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forms, "MANY", 0)
-    x, kernel = (value.astype(jnp.bfloat16) for value in (drawn(1, 3, 4, 4, 64), drawn(3, 3, 3, 64, 8, seed=1) / 40))
+    x, kernel = (value.astype(jnp.bfloat16) for value in (drawn(1, 4, 4, 4, 64), drawn(3, 3, 3, 64, 8, seed=1) / 40))
     exact = plain(x.astype(jnp.float32), kernel.astype(jnp.float32), (1, 1, 1), ((2, 0), *SAME))
     ours = convolution(x, kernel, (1, 1, 1), ((2, 0), *SAME), **LAYOUT_3D)
+    np.testing.assert_array_equal(ours, exact.astype(jnp.bfloat16))
+    exact = plain(x.astype(jnp.float32), kernel.astype(jnp.float32), (1, 1, 1), ((0, 0), *SAME))
+    ours = convolution(x, kernel, (1, 1, 1), ((0, 0), *SAME), **LAYOUT_3D)
     np.testing.assert_array_equal(ours, exact.astype(jnp.bfloat16))
 
 
 def test_the_platform_of_the_program_decides() -> None:
-    """Many pixels: by taps and in four phases on a CPU. Few, or another platform: as it is written."""
+    """Many pixels on a CPU: by taps, by pairs of frames, in four phases. Few, or another platform: as it is written."""
     causal = partial(convolution, strides=(1, 1, 1), padding=((2, 0), *SAME), **LAYOUT_3D)
+    going_on = partial(convolution, strides=(1, 1, 1), padding=((0, 0), *SAME), **LAYOUT_3D)
     twice = partial(doubled, strides=(1, 1), padding=SAME, **LAYOUT_2D)
     kernel, many, few = drawn(3, 3, 3, 3, 2), drawn(1, 2, 32, 16, 3), drawn(1, 2, 8, 8, 3)
     whole = ["tensor<1x2x32x16x2xf32>"]
     assert convolutions_of(causal, "cpu", many, kernel) == ["tensor<1x32x16x2xf32>", "tensor<2x32x16x2xf32>"]
+    assert convolutions_of(going_on, "cpu", drawn(1, 6, 32, 16, 3), kernel) == ["tensor<2x32x16x2xf32>"] * 4
     assert convolutions_of(causal, "cpu", few, kernel) == ["tensor<1x2x8x8x2xf32>"]
     assert convolutions_of(causal, "tpu", many, kernel) == convolutions_of(causal, "cuda", many, kernel) == whole
     picture, kernel, small = drawn(1, 32, 32, 3), drawn(3, 3, 3, 2), drawn(1, 8, 8, 3)

@@ -16,7 +16,7 @@ from starflow_jax.data.raw.items import Item, Rejected, Unusable
 from starflow_jax.data.raw.job import Bucket, Job, by_setting
 from starflow_jax.data.raw.poses import Poses
 from starflow_jax.data.raw.sources import list_units, read_unit
-from starflow_jax.io.cameras import Cameras
+from starflow_jax.io.cameras import Cameras, named_cameras
 from starflow_jax.io.video import write_mp4
 from tests.data.test_pipeline import take
 from tests.data.test_pipeline import train as train_of
@@ -104,6 +104,27 @@ def test_a_list_names_cameras(folder, tmp_path):
     named, missing, none = items(tmp_path / "a.csv")
     assert len(named.camera.intrinsics_T4) == 20
     assert (missing.reason, none.reason) == ("camera file not found", "no camera")
+
+
+def test_moves_by_name_lie_beside_videos_and_in_lists(folder, tmp_path):
+    """Over the whole video, of which each clip has its part; in the shape that was cut out of it."""
+    (tmp_path / "long.mp4").write_bytes((folder / "long.mp4").read_bytes())
+    (tmp_path / "long.txt").write_text("a block")
+    (tmp_path / "long.camera.txt").write_text("pan_right:10; zoom_in\n")
+    (tmp_path / "a.csv").write_text(f'path,caption,camera\n{folder}/bare.mp4,a block,"pan_right:10; zoom_in"\n')
+    (beside,), (listed,) = items(tmp_path), items(tmp_path / "a.csv")
+    assert beside.camera == listed.camera == "pan_right:10; zoom_in"
+    first, second = cut(folder, "long", beside.camera)
+    height, width = scene(1).shape[1:3]
+    moves = named_cameras("pan_right:10; zoom_in", 20, height, width)
+    for clip, begin in ((first, 0), (second, 9)):
+        np.testing.assert_allclose(clip.camera.world_to_camera_T34, moves.world_to_camera_T34[begin:begin + 9],
+                                   atol=1e-4)
+    fx, fy = first.camera.intrinsics_T4[0, :2]
+    np.testing.assert_allclose(fx * first.bucket.width, fy * first.bucket.height, rtol=1e-6)  # square pixels
+    (tmp_path / "long.camera.txt").write_text("pan_right:ten")
+    (faulty,) = items(tmp_path)
+    assert faulty.reason.startswith('unreadable camera: camera "pan_right:ten": "ten" is not a number of frames')
 
 
 def test_unless_they_are_asked_for_cameras_are_not_read(folder):

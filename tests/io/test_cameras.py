@@ -197,6 +197,16 @@ def test_named_moves_see_square_pixels():
         np.testing.assert_array_equal(cameras.intrinsics_T4, [[*expected, 0.5, 0.5]] * 2)
 
 
+def test_a_file_may_hold_moves(tmp_path):
+    (tmp_path / "moves.txt").write_text("\ufeffpan_right:12; zoom_in\n", encoding="utf-8")
+    found, expected = (read_cameras(given, 25, 24, 48) for given in (f"{tmp_path}/moves.txt", "pan_right:12; zoom_in"))
+    np.testing.assert_array_equal(found.world_to_camera_T34, expected.world_to_camera_T34)
+    np.testing.assert_array_equal(found.intrinsics_T4, expected.intrinsics_T4)
+    (tmp_path / "moves.txt").write_text("pan_right:many")
+    with pytest.raises(UserError, match='"many" is not a number of frames'):
+        read_cameras(f"{tmp_path}/moves.txt", 13, 24, 24)
+
+
 @pytest.mark.parametrize("given,message", [
     ("pan_rihgt", "no such move; there are still, pan_left, pan_right"),
     ("pan_right:many", '"many" is not a number of frames'),

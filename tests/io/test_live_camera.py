@@ -91,6 +91,11 @@ def test_a_files_path_begins_where_the_camera_is(tmp_path: Path) -> None:
     np.testing.assert_allclose(live.now.intrinsics_4, [0.9, 1.6, 0.5, 0.5])
 
 
+def test_a_file_of_moves_is_those_moves(tmp_path: Path) -> None:
+    (tmp_path / "moves.txt").write_text("pan_left:4; zoom_in\n")
+    assert as_json(str(tmp_path / "moves.txt")) == "pan_left:4; zoom_in"
+
+
 def test_a_file_is_spread_over_a_video_that_has_an_end(tmp_path: Path) -> None:
     line = "0.9 1.6 0.5 0.5 0 0 1 0 0 {} 0 1 0 0 0 0 1 0"
     (tmp_path / "path.txt").write_text("".join(f"{n} {line.format(0.1 * n)}\n" for n in range(3)))

@@ -26,7 +26,7 @@ from starflow_jax.data.raw.job import Bucket, Job
 from starflow_jax.data.raw.planes import Fitter, matrix_of, thumbnail, to_rgb
 from starflow_jax.data.raw.poses import Poses
 from starflow_jax.data.raw.shards import damaged
-from starflow_jax.io.cameras import Cameras
+from starflow_jax.io.cameras import Cameras, named_cameras
 from starflow_jax.io.pictures import NotAPicture, open_picture
 from starflow_jax.io.video import Mp4Writer, NotAVideo, open_video
 
@@ -135,7 +135,13 @@ def _poses(item: Item, container: av.container.InputContainer, stream: av.VideoS
         return None
     time_base = float(stream.time_base or 0)
     duration = stream.duration * time_base if stream.duration else (container.duration or 0) / 1e6
-    return Poses(item.camera, rate, (stream.start_time or 0) * time_base, duration)
+    camera = item.camera
+    if isinstance(camera, str):
+        frames = stream.frames or round(duration * rate)
+        if frames <= 0:
+            raise Unusable("camera: the video's length, over which moves go, is not known")
+        camera = named_cameras(camera, frames, stream.height, stream.width * float(stream.sample_aspect_ratio or 1))
+    return Poses(camera, rate, (stream.start_time or 0) * time_base, duration)
 
 
 def _decode(container: av.container.InputContainer, stream: av.VideoStream, start: float, end: float

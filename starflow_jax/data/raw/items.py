@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starflow_jax.config import Prepare, UserError
-from starflow_jax.io.cameras import Cameras, parse_cameras
+from starflow_jax.io.cameras import Cameras, moves_in, named_cameras, parse_cameras
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -28,7 +28,7 @@ class Item:
     caption_short: str
     start: float = 0.0
     end: float = math.inf
-    camera: Cameras | None = None
+    camera: Cameras | str | None = None  # a path, or moves by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +98,17 @@ def text_suffixes(settings: Prepare) -> tuple[str, ...]:
     return (TXT, JSON, *CAMERAS) if settings.camera else (TXT, JSON)
 
 
-def camera_of(files: Mapping[str, bytes], settings: Prepare, name: str) -> Cameras | None:
+def camera_of(files: Mapping[str, bytes], settings: Prepare, name: str) -> Cameras | str | None:
     """The camera among an item's files, None where none is asked for, or of a picture; raises Unusable."""
     if not settings.camera or is_image(name):
         return None
     for suffix in CAMERAS:
         if suffix in files:
             try:
-                return parse_cameras(files[suffix], suffix)
+                moves = moves_in(files[suffix])
+                if moves:
+                    named_cameras(moves, 1, 1, 1)
+                return moves or parse_cameras(files[suffix], suffix)
             except UserError as error:
                 raise Unusable(f"unreadable camera: {error}") from error
     raise Unusable("no camera")

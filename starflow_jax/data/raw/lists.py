@@ -25,6 +25,7 @@ from starflow_jax.data.raw.items import (
     printable,
     reason_of,
 )
+from starflow_jax.io.cameras import SUFFIXES, moves_in
 
 LISTS = (".csv", ".jsonl", ".parquet")
 
@@ -70,8 +71,11 @@ def item_of_row(folder: epath.Path, number: int, row: Any, settings: Prepare) ->
 
 
 def _camera_files(folder: epath.Path, row: Mapping[str, Any], settings: Prepare) -> dict[str, bytes]:
-    """The file that a row names, or the one beside its video, by the suffix that says how it is written."""
+    """The file or the moves that a row names, or the file beside its video, by the suffix that says how it is
+    written."""
     named = row.get("camera")
+    if isinstance(named, str) and not named.endswith(SUFFIXES) and moves_in(named.encode(errors="replace")):
+        return {CAMERAS[0]: named.encode()}
     beside = {suffix: (folder / row["path"]).with_suffix(f".{suffix}") for suffix in CAMERAS}
     if isinstance(named, str) and named:
         beside = {CAMERAS[named.lower().endswith(".json")]: folder / named}
