@@ -93,16 +93,18 @@ def read_all(config: Config, workdir: Path) -> list[Lora]:
 
     Raises UserError where one is missing or damaged, or its matrices are not this model's.
     """
-    best = config.sample.checkpoint == "best"
-    found = [read_workdir(workdir, best)] if config.train.target == "lora" else []
+    own = [read_workdir(workdir, config.sample.checkpoint == "best")] if config.train.target == "lora" else []
+    return _fitting(config, own) + read_named(config)
+
+
+def read_named(config: Config) -> list[Lora]:
+    """Those of sample.lora. Raises UserError as `read_all` does."""
+    found = []
     for name, scale in config.sample.adapters:
-        one = read_lora(config, Path(name), best)
+        one = read_lora(config, Path(name), config.sample.checkpoint == "best")
         found.append(dataclasses.replace(one, factors={
             kernel: Factors(a, scale * b) for kernel, (a, b) in one.factors.items()}))
-    shapes = kernel_shapes(config.model) if found else {}
-    for lora in found:
-        _check_shapes(lora, shapes)
-    return found
+    return _fitting(config, found)
 
 
 def read_lora(config: Config, path: Path, best: bool) -> Lora:
@@ -128,12 +130,17 @@ def read_workdir(path: Path, best: bool) -> Lora:
     return Lora(factors, found.backbone, f"LoRA {found.source}")
 
 
-def _check_shapes(lora: Lora, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    wrong = [name for name, (a, b) in lora.factors.items()
-             if name not in shapes or (*a.shape[:2], *b.shape[2:]) != shapes[name]
-             or (a.shape[0], a.shape[2]) != b.shape[:2]]
-    if wrong:
-        raise UserError(f"{lora.source}: belongs to another model: factors of {', '.join(wrong)} do not fit this one's")
+def _fitting(config: Config, loras: list[Lora]) -> list[Lora]:
+    """They as they are. Raises UserError for matrices that are not this model's."""
+    shapes = kernel_shapes(config.model) if loras else {}
+    for lora in loras:
+        wrong = [name for name, (a, b) in lora.factors.items()
+                 if name not in shapes or (*a.shape[:2], *b.shape[2:]) != shapes[name]
+                 or (a.shape[0], a.shape[2]) != b.shape[:2]]
+        if wrong:
+            raise UserError(f"{lora.source}: belongs to another model: factors of {', '.join(wrong)} do not fit this "
+                            "one's")
+    return loras
 
 
 def combined(loras: Sequence[Lora]) -> dict[str, Factors]:

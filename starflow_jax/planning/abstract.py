@@ -1,5 +1,6 @@
 """A model as `load_model` places it on a mesh, in shapes."""
 
+import collections
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from starflow_jax import sharding
@@ -14,10 +16,12 @@ from starflow_jax.codec.patch import PatchCodec
 from starflow_jax.config import Config
 from starflow_jax.model.codec import patch_shape
 from starflow_jax.model.control import SUFFIX, fresh_module, packaged_module, read_module
+from starflow_jax.model.lora import Factors, adapted_kernels, kernel_shapes, read_named
 from starflow_jax.model.own_settings import PRETRAINED, settings_of
 from starflow_jax.model.quantize import quantize_params
 from starflow_jax.model.store import abstract_params, has_packaged_module
 from starflow_jax.model.text import text_encoder
+from starflow_jax.nn.lora import Adapted
 from starflow_jax.planning import codec as plan_codec
 from starflow_jax.text.pretrained import FLAN_T5_XL
 from starflow_jax.text.t5 import T5Encoder
@@ -33,7 +37,7 @@ def abstract_text_encoder(config: Config) -> T5Encoder:
 
 def abstract_model(config: Config, mesh: Mesh) -> tuple[dict[str, Any], Any]:
     """(parameters as `load_model` places them on the mesh, the codec), in shapes."""
-    params = abstract_params(config, mesh, config.sample.weights)
+    params = _with_factors(config, abstract_params(config, mesh, config.sample.weights), mesh)
     if config.sample.draft:
         own = dataclasses.replace(config, model=settings_of(Path(config.sample.draft)).model)
         params["draft"] = {"deep": abstract_params(own, mesh, config.sample.weights)["flow"]["deep"]}
@@ -50,6 +54,24 @@ def abstract_model(config: Config, mesh: Mesh) -> tuple[dict[str, Any], Any]:
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
                                                   sharding=sharding.spread_sharding(leaf.shape, mesh)), shapes)
     return params, replicated(abstract_codec(config), mesh)
+
+
+def _with_factors(config: Config, params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """The parameters with the LoRA factors that `load_model` keeps apart, in shapes. Merged ones change none."""
+    if config.sample.merge_lora:
+        return params
+    ranks = collections.Counter(dict.fromkeys(adapted_kernels(config), config.lora.rank)
+                                if config.train.target == "lora" else {})
+    for lora in read_named(config):
+        ranks.update({name: factors.lora_a.shape[-1] for name, factors in lora.factors.items()})
+    shapes, flat = kernel_shapes(config.model), traverse_util.flatten_dict(params, sep="/")
+    for name, rank in ranks.items():
+        layers, inputs, *features = shapes[name]
+        factors = sharding.abstract({name: Factors(
+            jax.ShapeDtypeStruct((layers, inputs, rank), jnp.float32),
+            jax.ShapeDtypeStruct((layers, rank, *features), jnp.float32))}, mesh)
+        flat[name] = Adapted(flat[name], *factors[name])
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _abstract_control(config: Config) -> dict[str, Any]:

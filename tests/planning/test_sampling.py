@@ -17,11 +17,12 @@ from starflow_jax.config import Config
 from starflow_jax.flow import decode, inversion
 from starflow_jax.model import system
 from starflow_jax.model.beside import fingerprint_of, open_checkpoints
+from starflow_jax.model.lora import fresh_factors
 from starflow_jax.model.system import save_system
 from starflow_jax.planning.program_cost import count
 from starflow_jax.planning.sampling import UPDATES, assumed_updates, filled_share, sampling_programs
 from starflow_jax.sampling import conditions, denoise, generate, likelihood, renoise, shallow, stream
-from tests.helpers import random_params
+from tests.helpers import random_params, random_variables
 from tests.sharded_sampling import CONFIG_OF_TEST, PROMPTS, write_module, write_workdir
 from tests.small_model import small_system
 from tests.small_run import run_here
@@ -73,15 +74,28 @@ def write_student(workdir: Path, teacher: Config) -> str:
     return str(workdir)
 
 
+def write_lora(workdir: Path, backbone: Config) -> str:
+    """The workdir of random LoRA factors of rank 2 beside the model that `write_workdir` writes."""
+    config = dataclasses.replace(backbone, train=settings_of.Train(target="lora"), lora=settings_of.Lora(rank=2))
+    save_system(dataclasses.replace(small_system(config), config=config), workdir / "system")
+    factors = random_variables(jax.eval_shape(lambda: fresh_factors(config, jax.random.key(0))), scale=0.1)
+    save_params(workdir / "checkpoints", {name: np.asarray(value) for name, value in traverse_util.flatten_dict(
+        factors, sep="/").items()}, {})
+    whole = traverse_util.flatten_dict(random_params(backbone, scale=0.3), sep="/")
+    open_checkpoints(config, workdir, fingerprint_of(whole)).close()
+    return str(workdir)
+
+
 @pytest.mark.parametrize(("streams", "offload", "frames", "beside"), [
     (False, False, 0, ""), (True, False, 0, ""), (False, True, 25, ""),
     pytest.param(True, False, 25, "", marks=pytest.mark.slow),
     pytest.param(True, True, 25, "", marks=pytest.mark.slow),
     pytest.param(False, False, 25, "draft", marks=pytest.mark.slow),
-    pytest.param(False, False, 25, "control", marks=pytest.mark.slow)],
+    pytest.param(False, False, 25, "control", marks=pytest.mark.slow),
+    pytest.param(False, False, 0, "lora", marks=pytest.mark.slow)],
     ids=["whole videos", "a stream", "past the window, one part after the other", "a stream past the window",
          "a stream past the window, one part after the other", "drafted, past the window",
-         "cameras and the score, past the window"])
+         "cameras and the score, past the window", "LoRA factors apart"])
 def test_the_plans_programs_are_those_that_sampling_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streams: bool, offload: bool, frames: int, beside: str
 ) -> None:
@@ -91,10 +105,12 @@ def test_the_plans_programs_are_those_that_sampling_runs(
     write_workdir(tmp_path / "model")
     added: dict[str, Any] = {}
     if beside:
-        write = {"draft": write_student, "control": write_module}[beside]
+        write = {"draft": write_student, "control": write_module, "lora": write_lora}[beside]
         added = {beside: write(tmp_path / beside, CONFIG_OF_TEST)}
     if beside == "control":
         added |= {"camera": "orbit", "denoise": "score"}
+    if beside == "lora":
+        added = {"lora": f"{added['lora']},{added['lora']}:0.5", "merge_lora": False, "weights": "int8"}
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
     tokens = 2 * 2 * CONFIG_OF_TEST.model.tokens_per_frame
     monkeypatch.setattr(shallow, "TOKENS", tokens)
