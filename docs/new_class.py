@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import starflow_jax as sf
+from starflow_jax.config import UserError
 from starflow_jax.data.digits import scene
 from starflow_jax.data.digits.captions import COLOURS, DIRECTIONS, caption
 from starflow_jax.data.digits.reader import Reader
@@ -125,10 +126,13 @@ def main() -> None:
     reading.add_argument("workdir")
     reading.add_argument("--prompts", type=int, default=200)
     given = parser.parse_args()
-    if given.command == "draw":
-        draw(given.folder)
-    else:
-        read(given.workdir, given.prompts)
+    try:
+        if given.command == "draw":
+            draw(given.folder)
+        else:
+            read(given.workdir, given.prompts)
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

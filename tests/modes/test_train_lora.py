@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import starflow_jax as sf
+from docs.new_class import draw
 from starflow_jax.checkpoints.parameters import stored_params
 from starflow_jax.config import Config, Lora, Train, UserError, changed
 from starflow_jax.data.batch import Batch
@@ -143,6 +144,40 @@ def test_samples_differ_from_the_backbones_and_are_those_of_the_merged_model(
     alone = video("alone", f"--workdir={workdir}")
     np.testing.assert_array_equal(alone, video("added", f"--workdir={model}", f"--config.sample.lora={workdir}"))
     assert np.abs(alone - video("backbone", f"--workdir={model}")).max() > 0
+
+
+@pytest.mark.slow
+def test_from_ones_own_clips_to_samples_with_factors(tmp_path: Path) -> None:
+    """The user's four commands on drawn clips, in a world that the package's model knows but for what moves in it."""
+    def run(mode: str, *arguments: str) -> None:
+        code, _, err = run_here(["--config=configs/t2v.py", f"--mode={mode}", *arguments])
+        assert code == 0, err
+
+    draw(tmp_path / "clips", digits=8)
+    run("prepare", f"--config.prepare.input={tmp_path / 'clips'}", f"--config.prepare.output={tmp_path / 'data'}",
+        "--config.prepare.resolution=18", "--config.prepare.aspect_ratios=1:1", "--config.prepare.fps=8",
+        "--config.prepare.min_brightness=1", "--config.prepare.min_motion=0.1", "--config.prepare.cut_threshold=0",
+        "--config.prepare.validation_share=0.1")
+    lora, plain = tmp_path / "lora", tmp_path / "plain"
+    run("train", f"--workdir={lora}", "--config.train.target=lora", "--config.data.source=prepared",
+        f"--config.data.directory={tmp_path / 'data'}", "--config.data.image_probability=0", "--config.train.steps=20",
+        "--config.train.learning_rate=5e-3", "--config.train.warmup_steps=2", "--config.train.evaluate_every=5",
+        "--config.train.validation_clips=16", "--config.train.batch_size=8", "--config.train.ema=0.5",
+        "--config.train.sheet_clips=0")
+    first, *_, last = (row["validation_bits_per_dim"] for row in read_metrics(lora) if "validation_bits_per_dim" in row)
+    assert last < first - 0.003
+
+    def video(workdir: Path, *arguments: str) -> np.ndarray:
+        run("sample", f"--workdir={workdir}", "--config.sample.prompt=a red star moves left", *arguments)
+        path, = workdir.glob("samples/*.mp4")
+        frames, _ = read_video(path)
+        path.unlink()
+        return frames.astype(int)
+
+    added = video(plain, f"--config.sample.lora={lora}")
+    np.testing.assert_array_equal(added, video(lora))
+    apart = video(plain, f"--config.sample.lora={lora}", "--config.sample.merge_lora=false")
+    assert np.abs(added - apart).max() <= 2 < np.abs(added - video(plain)).max()
 
 
 @pytest.mark.slow  # its siblings above are quick
