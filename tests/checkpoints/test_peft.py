@@ -77,6 +77,38 @@ def test_they_adapt_the_releases_modules_as_peft_does(folder: Path) -> None:
         np.testing.assert_allclose(released[name], value, atol=1e-5)
 
 
+@pytest.mark.slow  # starts PyTorch
+def test_peft_itself_reads_and_writes_them(with_checksums: Path, tmp_path: Path) -> None:
+    """It finds every module, merges to our matrices, and what it writes of them is read back."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    ours = flow_arrays()
+    adapted = {name.removeprefix("flow/"): np.asarray(merged(ours[name.removeprefix("flow/")], a, 1.5 * b))
+               for name, (a, b) in factors().items()}
+    base, expected = torch.nn.Module(), unstack_to_released(ours | adapted, MODEL)
+    for name, value in unstack_to_released(ours, MODEL).items():
+        *path, layer = name.removesuffix(".weight").split(".")
+        if value.ndim == 2:
+            inside = base
+            for part in path:
+                inside.add_module(part, getattr(inside, part, torch.nn.Module()))
+                inside = getattr(inside, part)
+            linear = torch.nn.Linear(*value.shape[::-1], bias=False)
+            linear.weight.data = torch.tensor(np.asarray(value))
+            inside.add_module(layer, linear)
+    model = peft.PeftModel.from_pretrained(base, str(with_checksums))
+    model.save_pretrained(str(tmp_path / "again"))
+    again, backbone = read_peft(tmp_path / "again", MODEL)
+    assert backbone == "" and set(again) == set(NAMES)
+    for name, (a, b) in factors().items():
+        np.testing.assert_array_equal(again[name][0], a)
+        np.testing.assert_array_equal(again[name][1], np.float32(1.5) * b)
+    found = model.merge_and_unload().state_dict()
+    changed = [name for name in found if np.abs(found[name] - np.asarray(unstack_to_released(ours, MODEL)[name])).max()]
+    assert len(changed) == len(NAMES)
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-5)
+
+
 def test_what_was_written_is_read_with_its_scale(folder: Path) -> None:
     found, backbone = read_peft(folder, MODEL)
     assert backbone == "1234" and set(found) == set(NAMES)

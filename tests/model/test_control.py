@@ -26,7 +26,7 @@ def test_the_packages_module_lies_over_a_mesh_as_it_is_planned(monkeypatch: pyte
     config, mesh = changed(tiny(), "sample", {"camera": "orbit"}), sharding.make_mesh(MESH, jax.devices())
     with jax.set_mesh(mesh):
         module = packaged_module(config, PRETRAINED)
-        assert module is not None
+        assert module is not None and (PRETRAINED / PACKAGED).stat().st_size <= 3e6
         with monkeypatch.context() as patched:
             patched.setattr(jax, "device_put", lambda *_: pytest.fail("a plan puts nothing on devices"))
             planned = abstract_model(config, mesh)[0]["control"]
