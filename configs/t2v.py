@@ -89,7 +89,7 @@ def paper(name: str, deep_layers: int, deep_width: int) -> Config:
         model=dataclasses.replace(base.model, deep_layers=deep_layers, deep_width=deep_width, denoiser="first_layer"),
         train=dataclasses.replace(base.train, steps=25_000, evaluate_every=2_500, sheet_clips=4, ema=Train.ema,
                                   skip_over_clip=False),
-        sample=dataclasses.replace(base.sample, solver=Solver(block_size=64), context_frames=0, as_released=False),
+        sample=dataclasses.replace(base.sample, solver=Solver(), context_frames=0, as_released=False),
         evaluate=Evaluate(clips=256, prompts=16))
 
 

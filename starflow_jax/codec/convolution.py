@@ -29,13 +29,14 @@ def convolution(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding
     if x.ndim == 4:
         return at_once(x, kernel)
     pairs = ((0, 0),) * 3 if isinstance(padding, str) else padding
-    taps = partial(_sum_of_taps, at_once, strides[0], pairs)
-    return lax.platform_dependent(x, kernel, cpu=taps, default=at_once)
+    by_frames = partial(_by_frames, at_once, strides[0], pairs)
+    return lax.platform_dependent(x, kernel, cpu=by_frames, default=at_once)
 
 
-def _sum_of_taps(at_once: Callable, stride: int, padding: Sequence[tuple[int, int]], x: jax.Array, kernel: jax.Array
-                 ) -> jax.Array:
-    """One 2-D convolution for each tap in time, over the frames that it sees: none of those that are padding."""
+def _by_frames(at_once: Callable, stride: int, padding: Sequence[tuple[int, int]], x: jax.Array, kernel: jax.Array
+               ) -> jax.Array:
+    """Few pixels at once; pairs of frames where none is padding; else one 2-D convolution for each tap in time, over
+    the frames that it sees: none of those that are padding."""
     frames, taps, (front, back) = x.shape[1], kernel.shape[0], padding[0]
     outputs = (frames + front + back - taps) // stride + 1
     seen = []  # (tap, its first output, the one after its last)
@@ -46,7 +47,7 @@ def _sum_of_taps(at_once: Callable, stride: int, padding: Sequence[tuple[int, in
             seen.append((tap, first, last))
     if len(seen) > 1 and x.shape[0] * outputs * x.shape[2] * x.shape[3] < MANY:
         return at_once(x, kernel)
-    if (taps, stride, front, back, outputs % 2) == (3, 1, 0, 0, 0):
+    if outputs > 0 and (taps, stride, front, back, outputs % 2) == (3, 1, 0, 0, 0):
         return _pairs_of_frames(x, kernel, padding[1:])
     total: Any = 0
     for tap, first, last in seen:

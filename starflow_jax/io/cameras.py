@@ -10,8 +10,8 @@ fx, fy, cx, cy, divided by the frame's width (fx, cx) or height (fy, cy). A came
     moves by name          "orbit", or "pan_right:12; zoom_in:13": moves with their frames, each going on where the one
                            before it ended; "pan_right*0.5" is half as fast
 
-A text file may hold moves in place of poses. Timestamps that count up by one are numbers of frames, as where a JSON has
-none: pose n is that of frame n.
+A text file may hold moves in place of poses, also one a line. Timestamps that count up by one are numbers of frames, as
+where a JSON has none: pose n is that of frame n.
 """
 
 import dataclasses
@@ -35,6 +35,7 @@ _PIXELS = 50  # a focal length above it is in pixels: divided by the frame's sid
 SLIDE = 0.025  # pan and tilt: of the distance to the scene
 ZOOM = 0.015  # share of the distance, as a logarithm: 15 frames make the scene 1.25 times larger
 ANGLE = 1.0  # degrees of roll, turn and orbit
+_NEAREST = 14.0  # of the logarithm of the scene's distance; a zoom that goes on for ever ends there, a millionth away
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,7 +103,7 @@ def read_cameras(given: str, frames: int, height: int, width: int) -> Cameras:
     if not names_a_file(given):
         return named_cameras(given, frames, height, width)
     content = camera_file(given)
-    if moves := moves_in(content):
+    if moves := moves_in(content, given.strip()):
         return named_cameras(moves, frames, height, width)
     return parse_cameras(content, given.strip()).resampled(frames)
 
@@ -122,11 +123,23 @@ def camera_file(given: str) -> bytes:
                         '"pan_right:12; zoom_in:13"') from error
 
 
-def moves_in(content: bytes) -> str:
-    """The moves by name that a file holds; "" where it does not begin with one."""
+def moves_in(content: bytes, name: str) -> str:
+    """The moves by name that a file holds, "" where it does not begin with a word, as poses don't. Raises UserError,
+    with the file's name, as `named_cameras` does."""
     text = content.decode("utf-8-sig", errors="replace").strip()
-    first = re.match("[a-z_]+", text)
-    return text if first and first[0] in _MOVES else ""
+    if not re.match("[A-Za-z_]", text) or "://" in text.splitlines()[0]:
+        return ""
+    moves = "; ".join(text.splitlines())
+    try:
+        _read_moves(moves)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    return moves
+
+
+def are_moves(text: str) -> bool:
+    """Whether all parts of a text begin with the name of a move."""
+    return all(re.split("[*:]", part)[0].strip() in _MOVES for part in text.split(";"))
 
 
 def parse_cameras(content: bytes, name: str) -> Cameras:
@@ -327,8 +340,8 @@ def _read_moves(moves: str) -> list[tuple[str, float, int | None]]:
         named, colon, count = (piece.strip() for piece in part.partition(":"))
         move, star, factor = (piece.strip() for piece in named.partition("*"))
         if move not in _MOVES:
-            raise UserError(f'camera "{part}": no such move; there are {", ".join(MOVES)}, or name a file that ends '
-                            f"with {' or '.join(SUFFIXES)}")
+            raise UserError(f'camera "{part[:40]}": no such move; there are {", ".join(MOVES)}, or name a file that '
+                            f"ends with {' or '.join(SUFFIXES)}")
         read.append((move, _positive(factor, float, part) if star else 1.0,
                      _positive(count, int, part) if colon else None))
     if not read:
@@ -343,7 +356,7 @@ def _positive(text: str, kind: Callable[[str], Any], part: str) -> Any:
         value = math.nan
     if not 0 < value < 1e6:
         what = "a number of frames, 1 or more" if kind is int else "a factor above 0"
-        raise UserError(f'camera "{part}": "{text}" is not {what}; an example: "pan_right*0.5:12"')
+        raise UserError(f'camera "{part[:40]}": "{text[:40]}" is not {what}; an example: "pan_right*0.5:12"')
     return value
 
 
@@ -355,7 +368,8 @@ def _faster(step: _Step, factor: float) -> _Step:
 
 def _moved(step: _Step, distance: float) -> tuple[np.ndarray, float]:
     """((4, 4) that takes the axes of the camera before to those after a step, the distance of the scene then)."""
-    nearer = distance * math.exp(-step.zoom)
+    nearer = distance * math.exp(min(max(-step.zoom, -_NEAREST), _NEAREST))
+    nearer = min(max(nearer, math.exp(-_NEAREST)), math.exp(_NEAREST))
     slide_44 = _translation((-step.slide[0] * distance, -step.slide[1] * distance, nearer - distance))
     # The camera's turn by an angle turns the world, as it sees it, by the opposite one.
     turn_44 = _rotation(step.axis, -math.radians(step.degrees))

@@ -49,7 +49,7 @@ def as_json(camera: Any) -> Any:
     if isinstance(camera, str):
         if names_a_file(camera):
             content = camera_file(camera)
-            moves = moves_in(content)
+            moves = moves_in(content, camera.strip())
             if not moves:
                 return _json_of(parse_cameras(content, camera.strip()))
             camera = moves

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from starflow_jax.config import Config, UserError
+from starflow_jax.config import Config, Solver, UserError
 from starflow_jax.io.progress import table
 from starflow_jax.model.calibration import Calibration, save_calibration
 from starflow_jax.model.own_settings import PRETRAINED
@@ -14,6 +14,7 @@ from starflow_jax.model.store import load_model
 from starflow_jax.modes.alone import alone_in
 from starflow_jax.sampling.calibration import ERROR, PROMPTS, Measured, fit_guess, fit_noise_guess, measure
 from starflow_jax.sampling.mesh import on_mesh, sampling_mesh
+from starflow_jax.sampling.solver import complete
 
 
 def calibrate(config: Config, workdir: Path) -> None:
@@ -47,6 +48,18 @@ def _calibrate(config: Config, workdir: Path, folder: Path) -> None:
         f"{best.kind}, blocks of {best.block_size}, {best.frames_per_step} frames per step, started from the "
         f"{best.start}, tolerance {best.tolerance}")
     print(f"chosen on {jax.default_backend()}: {how}; written to {folder}")
+    asked = config.sample.solver
+    if _of_interest(complete(asked, best, config.model)) != _of_interest(best):
+        free = [f"--config.sample.solver.{field.name}={field.default}" for field in dataclasses.fields(Solver)
+                if getattr(asked, field.name) != field.default]
+        print(f"this config's settings choose another solver; to sample by what was chosen: {' '.join(free)}")
+
+
+def _of_interest(solver: Solver) -> tuple:
+    """What makes two solvers run the same updates."""
+    if solver.kind == "sequential":
+        return (solver.kind,)
+    return solver.kind, solver.block_size, solver.frames_per_step, solver.start, solver.tolerance, solver.max_steps
 
 
 def _cells(row: Measured) -> tuple:

@@ -97,7 +97,7 @@ def candidates(system: System) -> list[Solver]:
     def jacobi(block_size: int, frames: int, start: str) -> Solver:
         return Solver("jacobi", block_size, frames, start=start)
 
-    parts = [jacobi(size, 1, "previous") for size in sorted({-(-tokens // n) for n in (6, 4, 3, 2)})]
+    parts = [jacobi(size, 1, "previous") for size in sorted({-(-tokens // n) for n in (10, 6, 4, 3, 2)})]
     several = sorted({1, max(1, window // 2), window})
     whole = [jacobi(tokens * frames, frames, start) for frames in several for start in ("previous", "noise")]
     sizes = sorted({max(updates, tokens * share // 4) for updates in (3, 6) for share in (2, 4)})

@@ -11,6 +11,7 @@ from starflow_jax.model.system import System
 TOLERANCE = 1e-3  # where none was calibrated for the blocks in use
 SHALLOW_TOLERANCE = 0.1  # of the deep block's: shallow blocks are cheap and feed one another
 WHOLE_FRAME = 1 << 30  # a block that no frame fills
+LARGEST = 300  # tokens of a block that was neither asked for nor calibrated: larger ones take many updates
 
 
 def chosen_solver(system: System, settings: Sample) -> Solver:
@@ -38,7 +39,7 @@ def complete(asked: Solver, calibrated: Solver, model: Model, stream: bool = Fal
         measured = Solver()
     kind = asked.kind or measured.kind or "jacobi"
     frames = asked.frames_per_step or (0 if stream else calibrated.frames_per_step) or 1
-    block = asked.block_size or calibrated.block_size or frames * model.tokens_per_frame
+    block = asked.block_size or calibrated.block_size or _equal_part(frames * model.tokens_per_frame)
     updates = asked.updates if asked.kind == "wavefront" else measured.updates
     start = asked.start or measured.start or "previous"
     as_measured = (block, frames, start) == (measured.block_size, measured.frames_per_step, measured.start)
@@ -47,6 +48,11 @@ def complete(asked: Solver, calibrated: Solver, model: Model, stream: bool = Fal
         tolerance = 0.0
     return dataclasses.replace(asked, kind=kind, block_size=block, frames_per_step=frames, updates=updates,
                                start=start, tolerance=TOLERANCE if tolerance < 0 else tolerance)
+
+
+def _equal_part(tokens: int) -> int:
+    """Of so many tokens in as few equal parts as are no larger than LARGEST."""
+    return -(-tokens // -(-tokens // LARGEST))
 
 
 def _of_blocks(asked: Solver) -> bool:

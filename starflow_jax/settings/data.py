@@ -112,8 +112,8 @@ class Prepare(Settings):
     processes: int = setting(0, "processes that cut clips, at most 8 for each core; 0: one per core",
                              at_least(0, "one per core", most=10_000))
     beam: str = setting("none", 'flags of an Apache Beam pipeline, such as "--runner=FlinkRunner ..."')
-    camera: bool = setting(False, "with each video its camera, KEY.camera.txt or KEY.camera.json beside it; videos "
-                           "without are left out")
+    camera: bool = setting(False, "with each video its camera, poses or moves in KEY.camera.txt or poses in "
+                           "KEY.camera.json beside it; videos without are left out")
     latents: bool = setting(False, "encode the clips with the workdir's codec")
     text_features: bool = setting(False, "encode their prompts with the workdir's text encoder")
     batch_size: int = setting(8, "clips that are encoded at once", positive(10_000))

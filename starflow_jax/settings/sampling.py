@@ -20,12 +20,14 @@ from starflow_jax.settings.fields import (
 
 @dataclasses.dataclass(frozen=True)
 class Solver(Settings):
-    """How the flow is inverted. What is left unset is as calibrated for the model, or one frame at a time."""
+    """How the flow is inverted. What is left unset is as calibrated for the model, or one frame at a time, a large
+    one in equal parts."""
 
     path: ClassVar[str] = "sample.solver"
 
     kind: str = setting("", "empty: as calibrated, or jacobi", one_of("", "jacobi", "wavefront", "sequential"))
-    block_size: int = setting(0, "tokens solved for at once; 0: as calibrated, or those of a step's frames",
+    block_size: int = setting(0, "tokens solved for at once; 0: as calibrated, or a step's frames in equal parts of "
+                              "at most 300",
                               at_least(0, "as calibrated", most=1_000_000))
     frames_per_step: int = setting(0, "frames solved for at once; 0: as calibrated, or one",
                                    at_least(0, "as calibrated", most=10_000))
@@ -72,8 +74,8 @@ class Sample(Settings):
     changes: str = setting("", 'other prompts from later frames on: "25: a red seven moves left; 49: ..."')
     image: str = setting("", "a picture file: the video's first frame")
     video: str = setting("", "a video file to extend")
-    camera: str = setting("", "from where each frame is seen: a file (RealEstate10K's text, or JSON), or moves such as "
-                          '"pan_right:12; zoom_in:13"')
+    camera: str = setting("", "from where each frame is seen: a file (RealEstate10K's text, JSON, or moves), or moves "
+                          'such as "pan_right:12; zoom_in:13"')
     control: str = setting("", "a workdir of train.target=control, or a .safetensors file of one, whose module "
                          "follows sample.camera; empty: the one beside the package's model")
     count: int = setting(1, "videos per prompt", positive(1_000_000))

@@ -14,7 +14,7 @@ from starflow_jax.data.raw import clips, latents
 from starflow_jax.data.raw.building import prepare_clips
 from starflow_jax.data.raw.items import Item, Rejected, Unusable
 from starflow_jax.data.raw.job import Bucket, Job, by_setting
-from starflow_jax.data.raw.poses import Poses
+from starflow_jax.data.raw.poses import Moves, Poses
 from starflow_jax.data.raw.sources import list_units, read_unit
 from starflow_jax.io.cameras import Cameras, named_cameras
 from starflow_jax.io.video import write_mp4
@@ -103,28 +103,60 @@ def test_a_list_names_cameras(folder, tmp_path):
         f"{folder}/bare.mp4,a block,{camera}\n" for camera in (folder / "long.camera.json", "none.txt", "")))
     named, missing, none = items(tmp_path / "a.csv")
     assert len(named.camera.intrinsics_T4) == 20
-    assert (missing.reason, none.reason) == ("camera file not found", "no camera")
+    assert (missing.reason, none.reason) == (
+        "camera neither a file that is there nor moves", "no camera")
+
+
+def write_moves(folder, moves):
+    write_mp4(folder / "clip.mp4", scene(20), FPS)
+    (folder / "clip.txt").write_text("a block")
+    (folder / "clip.camera.txt").write_text(moves)
+    return folder
+
+
+def check_moves(clip, begin):
+    """The poses of "pan_right:10; zoom_in" from frame `begin` on, as the first of them sees the scene at distance 1."""
+    poses_T44 = named_cameras("pan_right:10; zoom_in", 40, *scene(1).shape[1:3]).homogeneous_T44[begin:begin + FRAMES]
+    expected_T44 = poses_T44 @ np.linalg.inv(poses_T44[0])
+    expected_T44[:, :3, 3] /= np.exp(-0.015 * max(0, begin - 9))
+    np.testing.assert_allclose(clip.camera.homogeneous_T44, expected_T44, atol=1e-5)
 
 
 def test_moves_by_name_lie_beside_videos_and_in_lists(folder, tmp_path):
-    """Over the whole video, of which each clip has its part; in the shape that was cut out of it."""
-    (tmp_path / "long.mp4").write_bytes((folder / "long.mp4").read_bytes())
-    (tmp_path / "long.txt").write_text("a block")
-    (tmp_path / "long.camera.txt").write_text("pan_right:10; zoom_in\n")
-    (tmp_path / "a.csv").write_text(f'path,caption,camera\n{folder}/bare.mp4,a block,"pan_right:10; zoom_in"\n')
-    (beside,), (listed,) = items(tmp_path), items(tmp_path / "a.csv")
-    assert beside.camera == listed.camera == "pan_right:10; zoom_in"
-    first, second = cut(folder, "long", beside.camera)
-    height, width = scene(1).shape[1:3]
-    moves = named_cameras("pan_right:10; zoom_in", 20, height, width)
-    for clip, begin in ((first, 0), (second, 9)):
-        np.testing.assert_allclose(clip.camera.world_to_camera_T34, moves.world_to_camera_T34[begin:begin + 9],
-                                   atol=1e-4)
-    fx, fy = first.camera.intrinsics_T4[0, :2]
-    np.testing.assert_allclose(fx * first.bucket.width, fy * first.bucket.height, rtol=1e-6)  # square pixels
-    (tmp_path / "long.camera.txt").write_text("pan_right:ten")
-    (faulty,) = items(tmp_path)
-    assert faulty.reason.startswith('unreadable camera: camera "pan_right:ten": "ten" is not a number of frames')
+    moves = "pan_right:10; zoom_in"
+    (tmp_path / "a.csv").write_text(
+        f'path,caption,camera,start\n{folder}/bare.mp4,a block,"{moves}",\n{folder}/bare.mp4,a block,"{moves}",0.5\n')
+    (beside,), (listed, stretch) = items(write_moves(tmp_path, moves.replace("; ", "\n"))), items(tmp_path / "a.csv")
+    for item in (beside, listed):
+        first, second = clips.cut(item, JOB)
+        check_moves(first, 0)
+        check_moves(second, 9)
+        fx, fy = first.camera.intrinsics_T4[0, :2]
+        np.testing.assert_allclose(fx * first.bucket.width, fy * first.bucket.height, rtol=1e-6)  # square pixels
+    (only, *_) = clips.cut(stretch, JOB)  # moves begin where the stretch does
+    assert only.start == 0.5
+    check_moves(only, 0)
+    (only,) = clips.cut(beside, changed(JOB, fps=4))  # moves count the video's own frames
+    np.testing.assert_allclose(only.camera.world_to_camera_T34[:5, 0, 3], -0.05 * np.arange(5), atol=1e-6)
+
+
+def test_moves_go_on_as_long_as_a_video_does():
+    """Without its length, and into no number that is not finite."""
+    moves = Moves("zoom_out*5", 24, 0.0)
+    for begin in (0, 10**7):
+        found = moves.of_clip((begin + np.arange(5)) / 24, 32, 48, JOB.buckets[0])
+        np.testing.assert_allclose(found.world_to_camera_T34[:, 2, 3], np.exp(0.075 * np.arange(5)) - 1, rtol=1e-4)
+    still = Moves("pan_left:4", 24, 0.0).of_clip(np.arange(2, 7) / 24, 32, 48, JOB.buckets[0])
+    np.testing.assert_allclose(still.world_to_camera_T34[:, 0, 3], [0, 0.025, 0.025, 0.025, 0.025], atol=1e-6)
+
+
+@pytest.mark.parametrize("moves, words", [
+    ("pan_right:ten", 'camera.txt: camera "pan_right:ten": "ten" is not a number of frames'),
+    ("pan_rihgt", 'camera.txt: camera "pan_rihgt": no such move; there are still, pan_left'),
+    ("pan_left; zoom_in", "only the last move may go on without a number of frames")])
+def test_what_are_no_moves_is_said(tmp_path, moves, words):
+    (faulty,) = items(write_moves(tmp_path, moves))
+    assert faulty.reason.startswith("unreadable camera: ") and words in faulty.reason
 
 
 def test_unless_they_are_asked_for_cameras_are_not_read(folder):

@@ -203,8 +203,13 @@ def test_a_file_may_hold_moves(tmp_path):
     np.testing.assert_array_equal(found.world_to_camera_T34, expected.world_to_camera_T34)
     np.testing.assert_array_equal(found.intrinsics_T4, expected.intrinsics_T4)
     (tmp_path / "moves.txt").write_text("pan_right:many")
-    with pytest.raises(UserError, match='"many" is not a number of frames'):
+    with pytest.raises(UserError, match='moves.txt: camera "pan_right:many": "many" is not a number of frames'):
         read_cameras(f"{tmp_path}/moves.txt", 13, 24, 24)
+
+
+def test_a_zoom_that_goes_on_ends_far_away():
+    for moves in ("zoom_out", "zoom_out*99999", "zoom_in*99999"):
+        assert np.isfinite(read_cameras(moves, 6000, 24, 24).world_to_camera_T34).all()
 
 
 @pytest.mark.parametrize("given,message", [

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from starflow_jax.config import Solver, UserError
+from starflow_jax.config import Solver, UserError, changed
 from starflow_jax.flow.first_guess import FirstGuess
 from starflow_jax.modes import calibrate as mode
 from starflow_jax.sampling.calibration import Measured
@@ -45,6 +45,17 @@ def test_the_fastest_within_the_error_is_kept_with_its_platform(
     measured[1] = dataclasses.replace(ROWS[1], seconds=1.5)
     mode._calibrate(small_system().config, tmp_path, tmp_path)
     assert json.loads((tmp_path / "decoding.json").read_text())["kind"] == "jacobi"
+
+
+def test_settings_that_choose_another_solver_are_named(
+    measured: list[Measured], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = small_system().config
+    for asked, expected in ((Solver(), ""), (Solver(block_size=2, max_steps=32),
+                                             "--config.sample.solver.block_size=0 --config.sample.solver.max_steps=0")):
+        mode._calibrate(changed(config, "sample", {"solver": dataclasses.asdict(asked)}), tmp_path, tmp_path)
+        *_, last = capsys.readouterr().out.splitlines()
+        assert last.endswith(expected) and ("choose another solver" in last) == bool(expected)
 
 
 def test_a_model_that_is_not_finite_has_no_calibration(measured: list[Measured], tmp_path: Path) -> None:

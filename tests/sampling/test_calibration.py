@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from starflow_jax.config import Sample, Solver, UserError
+from configs.t2v import paper, tiny
+from starflow_jax.config import Config, Sample, Solver, UserError
 from starflow_jax.flow import decode
 from starflow_jax.flow.first_guess import FirstGuess, NoiseGuess, fit_noise
 from starflow_jax.io.arrays import export_arrays
@@ -32,7 +33,7 @@ from starflow_jax.sampling.calibration import (
 )
 from starflow_jax.sampling.conditions import make_conditions, noise_for
 from starflow_jax.sampling.generate import generate_clips
-from starflow_jax.sampling.solver import TOLERANCE, chosen_solver, deep_solver, shallow_solver
+from starflow_jax.sampling.solver import TOLERANCE, chosen_solver, complete, deep_solver, shallow_solver
 from tests.helpers import changed
 from tests.small_model import CAPTIONS, CONFIG, SETTINGS
 
@@ -61,7 +62,7 @@ def test_parts_of_a_large_frame_leave_no_small_rest(system: System) -> None:
     large = dataclasses.replace(system, config=dataclasses.replace(
         system.config, model=dataclasses.replace(system.config.model, height=30, width=53)))
     parts = [solver.block_size for solver in candidates(large) if solver.kind == "jacobi" and solver.block_size < 1590]
-    assert parts == [265, 398, 530, 795]
+    assert parts == [159, 265, 398, 530, 795]
 
 
 def test_relative_error_is_the_squared_distance_to_the_norm() -> None:
@@ -75,6 +76,21 @@ def test_calibrated_settings_hold_unless_others_are_asked_for(system: System) ->
     assert deep(calibrated, changed(asked, block_size=2, frames_per_step=1)).block_size == 2
     assert deep(calibrated, changed(asked, stream=True)).frames == 1
     assert deep(system, asked).block_size == CONFIG.model.tokens_per_frame
+
+
+@pytest.mark.parametrize("tokens, block", [(36, 36), (300, 300), (301, 151), (1590, 265), (1591, 266)])
+def test_a_large_frame_is_solved_in_equal_parts_where_nothing_was_calibrated(tokens: int, block: int) -> None:
+    model = dataclasses.replace(CONFIG.model, height=1, width=tokens)
+    assert complete(Solver(), Solver(), model).block_size == block
+    assert complete(Solver(), dataclasses.replace(SOLVER, block_size=159), model).block_size == 159
+
+
+@pytest.mark.parametrize("config", [tiny(), paper("7b", 24, 4096)], ids=lambda config: config.name)
+def test_calibration_is_used_by_every_config_of_ours(config: Config) -> None:
+    for found in (Solver("jacobi", 159, 1, start="noise", tolerance=2e-3), Solver("sequential", tolerance=TOLERANCE)):
+        used = complete(config.sample.solver, found, config.model)
+        assert (used.kind, used.start, used.tolerance) == (found.kind, found.start or "previous", found.tolerance)
+        assert used.kind == "sequential" or (used.block_size, used.frames_per_step) == (159, 1)
 
 
 def test_it_is_kept_beside_the_model_and_the_sample_stays_the_same(system: System, params, tmp_path: Path) -> None:

@@ -24,9 +24,9 @@ from PIL import Image, ImageOps
 from starflow_jax.data.raw.items import Item, Rejected, Unusable
 from starflow_jax.data.raw.job import Bucket, Job
 from starflow_jax.data.raw.planes import Fitter, matrix_of, thumbnail, to_rgb
-from starflow_jax.data.raw.poses import Poses
+from starflow_jax.data.raw.poses import Moves, Poses
 from starflow_jax.data.raw.shards import damaged
-from starflow_jax.io.cameras import Cameras, named_cameras
+from starflow_jax.io.cameras import Cameras
 from starflow_jax.io.pictures import NotAPicture, open_picture
 from starflow_jax.io.video import Mp4Writer, NotAVideo, open_video
 
@@ -130,18 +130,16 @@ def _video_clips(item: Item, job: Job) -> Iterator[Clip | Rejected]:
                             f"a clip has {job.frames}")
 
 
-def _poses(item: Item, container: av.container.InputContainer, stream: av.VideoStream, rate: float) -> Poses | None:
+def _poses(item: Item, container: av.container.InputContainer, stream: av.VideoStream, rate: float
+           ) -> Poses | Moves | None:
     if item.camera is None:
         return None
     time_base = float(stream.time_base or 0)
     duration = stream.duration * time_base if stream.duration else (container.duration or 0) / 1e6
-    camera = item.camera
-    if isinstance(camera, str):
-        frames = stream.frames or round(duration * rate)
-        if frames <= 0:
-            raise Unusable("camera: the video's length, over which moves go, is not known")
-        camera = named_cameras(camera, frames, stream.height, stream.width * float(stream.sample_aspect_ratio or 1))
-    return Poses(camera, rate, (stream.start_time or 0) * time_base, duration)
+    begin = (stream.start_time or 0) * time_base
+    if isinstance(item.camera, str):
+        return Moves(item.camera, rate, begin + item.start)
+    return Poses(item.camera, rate, begin, duration)
 
 
 def _decode(container: av.container.InputContainer, stream: av.VideoStream, start: float, end: float
@@ -188,7 +186,8 @@ def _resample(decoded: Iterator[tuple[float, av.VideoFrame]], fps: int, rate: fl
 class _Cutter:
     """Gathers frames into clips; a change of scene begins a new one."""
 
-    def __init__(self, item: Item, job: Job, fps: int, pixel_aspect: float, poses: Poses | None) -> None:
+    def __init__(self, item: Item, job: Job, fps: int, pixel_aspect: float, poses: Poses | Moves | None
+                 ) -> None:
         self._item, self._job, self._fps, self._pixel_aspect, self._poses = item, job, fps, pixel_aspect, poses
         self.time, self.frames, self.clips, self.made = 0.0, 0, 0, 0  # clips: judged; made: of these, good
         self._size: tuple[int, int] | None = None

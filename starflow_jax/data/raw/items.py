@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starflow_jax.config import Prepare, UserError
-from starflow_jax.io.cameras import Cameras, moves_in, named_cameras, parse_cameras
+from starflow_jax.io.cameras import Cameras, moves_in, moves_in_turn, parse_cameras
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".gif")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -105,9 +105,9 @@ def camera_of(files: Mapping[str, bytes], settings: Prepare, name: str) -> Camer
     for suffix in CAMERAS:
         if suffix in files:
             try:
-                moves = moves_in(files[suffix])
+                moves = moves_in(files[suffix], suffix)
                 if moves:
-                    named_cameras(moves, 1, 1, 1)
+                    moves_in_turn(moves)
                 return moves or parse_cameras(files[suffix], suffix)
             except UserError as error:
                 raise Unusable(f"unreadable camera: {error}") from error

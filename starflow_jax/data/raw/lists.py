@@ -25,7 +25,7 @@ from starflow_jax.data.raw.items import (
     printable,
     reason_of,
 )
-from starflow_jax.io.cameras import SUFFIXES, moves_in
+from starflow_jax.io.cameras import SUFFIXES, are_moves
 
 LISTS = (".csv", ".jsonl", ".parquet")
 
@@ -73,14 +73,15 @@ def item_of_row(folder: epath.Path, number: int, row: Any, settings: Prepare) ->
 def _camera_files(folder: epath.Path, row: Mapping[str, Any], settings: Prepare) -> dict[str, bytes]:
     """The file or the moves that a row names, or the file beside its video, by the suffix that says how it is
     written."""
-    named = row.get("camera")
-    if isinstance(named, str) and not named.endswith(SUFFIXES) and moves_in(named.encode(errors="replace")):
+    named = row.get("camera") if settings.camera else None
+    if isinstance(named, str) and not named.lower().endswith(SUFFIXES) and are_moves(named):
+        check_size("camera", len(named), settings.max_text_mb, "max_text_mb")
         return {CAMERAS[0]: named.encode()}
     beside = {suffix: (folder / row["path"]).with_suffix(f".{suffix}") for suffix in CAMERAS}
     if isinstance(named, str) and named:
         beside = {CAMERAS[named.lower().endswith(".json")]: folder / named}
-        if settings.camera and not (folder / named).exists():
-            raise Unusable("camera file not found")
+        if not (folder / named).exists():
+            raise Unusable("camera neither a file that is there nor moves")
     files = {}
     for suffix, path in beside.items() if settings.camera else ():
         if path.exists():

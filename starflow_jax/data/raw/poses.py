@@ -6,13 +6,14 @@ that of the video's first frame.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from starflow_jax.data.raw.items import Unusable
 from starflow_jax.data.raw.job import Bucket
-from starflow_jax.io.cameras import Cameras
+from starflow_jax.io.cameras import Cameras, View, moved, moves_in_turn, square_intrinsics
 
 
 class Poses:
@@ -44,6 +45,30 @@ class Poses:
         scale = max(bucket.height / height, bucket.width / width)
         return dataclasses.replace(cameras, intrinsics_T4=_cropped(
             cameras.intrinsics_T4, width * scale / bucket.width, height * scale / bucket.height))
+
+
+class Moves:
+    """A camera by moves by name, from the first frame of a video or of its stretch on, in frames of the video's own.
+
+    Moves say how the camera moves and not how far the scene is: each clip sees it at distance 1 of its first camera, as
+    a video that is sampled does.
+    """
+
+    def __init__(self, moves: str, rate: float, begin: float) -> None:
+        """rate: frames per second of the video. begin: of what is read of it, in seconds of its container."""
+        self._moves, self._rate, self._begin = moves, rate, begin
+
+    def of_clip(self, times_T: Sequence[float], height: float, width: float, bucket: Bucket) -> Cameras:
+        """As that of `Poses`."""
+        frames_T = np.maximum(0, np.rint((np.array(times_T) - self._begin) * self._rate)).astype(int)
+        first, last = int(frames_T[0]), int(frames_T[-1])
+        steps = itertools.islice(moves_in_turn(self._moves), first + 1, last + 1)  # a step leads to its frame
+        views = [View(), *moved(steps, View())]
+        views += views[-1:] * (last - first + 1 - len(views))  # after the last move it is still
+        poses_T34 = np.array([views[frame - first].pose_44[:3] for frame in frames_T], np.float32)
+        scale = max(bucket.height / height, bucket.width / width)
+        intrinsics_T4 = np.tile(square_intrinsics(height, width), (len(frames_T), 1))
+        return Cameras(_cropped(intrinsics_T4, width * scale / bucket.width, height * scale / bucket.height), poses_T34)
 
 
 def _cropped(intrinsics_T4: np.ndarray, wider: float, higher: float) -> np.ndarray:
