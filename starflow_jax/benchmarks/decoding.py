@@ -14,9 +14,9 @@ import numpy as np
 
 from starflow_jax.benchmarks.random_flow import RandomFlow, RandomVideo
 from starflow_jax.config import Config, Model, Solver
-from starflow_jax.flow import decode
 from starflow_jax.flow.first_guess import NoiseGuess
 from starflow_jax.flow.starflow import STARFlow, apply_flow
+from starflow_jax.io.compiled import count_programs
 from starflow_jax.io.timing import timed
 from starflow_jax.model.calibration import Calibration
 from starflow_jax.model.parameters import Params, inference_params
@@ -126,28 +126,25 @@ def _schemes(tokens: int, frames: int, guess: NoiseGuess) -> dict[str, tuple[Sol
 
 
 def lengths(config: Config, workdir: Path) -> list[dict[str, Any]]:
-    """Longer and longer videos by the same compiled step: programs, cache and time per latent frame."""
+    """Longer and longer videos by the same compiled step: programs that their noisy frames compile, cache and time per
+    latent frame."""
     system, params = pretrained(config, workdir)
-    captions = fixed_captions(config, "test", 1)
+    captions, programs = fixed_captions(config, "test", 1), count_programs()
     rows = []
     for times in LENGTHS:
         frames = 1 + (config.model.frames * times - 1) * config.codec.time_stride
         settings = dataclasses.replace(config.sample, frames=frames, solver=dataclasses.replace(
             config.sample.solver, frames_per_step=1))
         given = make_conditions(system, params, captions, [0], settings)
-        before, began, made = _programs(), time.perf_counter(), 0
+        before, began, made = programs(), time.perf_counter(), 0
         for u, _ in deep_frames(system, params, given, settings):
             made += jax.block_until_ready(u).shape[1]
         rows.append({"times_training_length": times, "latent_frames": made,
-                     "decoding_programs_added": _programs() - before,
+                     "programs_compiled": programs() - before,
                      "cache_megabytes": cache_bytes(system, settings.guidance > 0) / 1e6,
                      "live_megabytes": sum(a.nbytes for a in jax.live_arrays()) / 1e6,
                      "seconds_per_latent_frame": (time.perf_counter() - began) / made})
     return rows
-
-
-def _programs() -> int:
-    return decode.decode_frames._cache_size()  # type: ignore[attr-defined]
 
 
 def cache_bytes(system: System, guided: bool) -> int:
