@@ -16,6 +16,7 @@ import numpy as np
 
 from starflow_jax.config import Sample
 from starflow_jax.data.digits import camera_reader, cameras, reader
+from starflow_jax.evaluation.measures import share_interval
 from starflow_jax.flow.control import LatentCameras, cameras_of_latents
 from starflow_jax.io.progress import ProgressBar
 from starflow_jax.model.parameters import Params
@@ -45,9 +46,11 @@ def measure(system: System, params: Params, captions: list[str], labels_B3: np.n
         progress.update()
         backbone = _backbone_alone(system, params, captions, labels_B3)
         progress.update()
-        real, preferred = _real_clips(system, params, len(captions))
+        real, preferred_B = _real_clips(system, params, len(captions))
         progress.update()
+    preferred, half = share_interval(float(preferred_B.mean()), len(preferred_B))
     return {**of_lengths[1], "right_camera_preferred": preferred,
+            "intervals": {**of_lengths[1]["intervals"], "right_camera_preferred": half},
             "training_lengths": {str(length): figures for length, figures in of_lengths.items()},
             "turning_in_the_middle": turning, "real_clips": real, "backbone_alone": backbone}
 
@@ -68,8 +71,7 @@ def _followed(system: System, params: Params, captions: list[str], labels_B3: np
 
 
 def _figures(frames_BTHWC: np.ndarray, asked: cameras.Path, labels_B3: np.ndarray) -> dict[str, Any]:
-    """What is read from clips against what was asked for; "intervals": half of the 95 % ones over clips, by drawing as
-    many clips from them again and again."""
+    """What is read from clips against what was asked for."""
     read = camera_reader.read_cameras(frames_BTHWC, labels_B3[:, DIRECTION])
     digits_B, colours_B, _ = reader.default_reader().read(read.tiles_BSSC[:, None])
 
@@ -78,23 +80,34 @@ def _figures(frames_BTHWC: np.ndarray, asked: cameras.Path, labels_B3: np.ndarra
                 "digit": float((digits_B == labels_B3[:, 0])[which].mean()),
                 "colour": float((colours_B == labels_B3[:, 1])[which].mean())}
 
-    rng, clips = np.random.default_rng(0), len(frames_BTHWC)
+    return _with_intervals(of_clips, len(frames_BTHWC))
+
+
+def _with_intervals(of_clips: Callable[[Any], dict[str, float]], clips: int) -> dict[str, Any]:
+    """The figures of all clips; "intervals": half of the 95 % ones over clips, by drawing as many clips from them again
+    and again."""
+    rng = np.random.default_rng(0)
     drawn = [of_clips(rng.integers(clips, size=clips)) for _ in range(DRAWS)]
     figures = of_clips(np.arange(clips))
     low_high = {name: np.percentile([one[name] for one in drawn], (2.5, 97.5)) for name in figures}
     return {**figures, "intervals": {name: float(high - low) / 2 for name, (low, high) in low_high.items()}}
 
 
-def _backbone_alone(system: System, params: Params, captions: list[str], labels_B3: np.ndarray) -> dict[str, float]:
+def _backbone_alone(system: System, params: Params, captions: list[str], labels_B3: np.ndarray) -> dict[str, Any]:
     """Without a camera: what is asked for, and how steady scale and roll are, which should not change at all. With a
     camera they can hardly be steadier."""
     frames_BTHWC = _sampled(system, params, captions, None, 1)
-    found = reader.default_reader().adherence(labels_B3, frames_BTHWC)
+    digits_B, colours_B, _ = reader.default_reader().read(frames_BTHWC)
     read = camera_reader.read_cameras(frames_BTHWC, labels_B3[:, DIRECTION]).path
     still = read._replace(log_scale_BT=np.zeros_like(read.roll_BT), roll_BT=np.zeros_like(read.roll_BT))
-    steady = camera_reader.camera_figures(read, still)
-    return {**{name: found[name] for name in ("digit", "colour")},
-            **{name: steady[name] for name in ("scale_error", "roll_error_degrees")}}
+
+    def of_clips(which: Any) -> dict[str, float]:
+        steady = camera_reader.camera_figures(read.part(which), still.part(which))
+        return {"digit": float((digits_B == labels_B3[:, 0])[which].mean()),
+                "colour": float((colours_B == labels_B3[:, 1])[which].mean()),
+                **{name: steady[name] for name in ("scale_error", "roll_error_degrees")}}
+
+    return _with_intervals(of_clips, len(captions))
 
 
 def _frames(system: System, length: int) -> int:
@@ -120,16 +133,16 @@ def _latent_cameras(system: System, path: cameras.Path) -> LatentCameras:
     return cameras_of_latents(intrinsics, path.world_to_camera(), system.config.codec.time_stride)
 
 
-def _real_clips(system: System, params: Params, count: int) -> tuple[dict[str, Any], float]:
-    """(the reader's own error, how often the right camera is preferred), on test clips."""
+def _real_clips(system: System, params: Params, count: int) -> tuple[dict[str, Any], np.ndarray]:
+    """(the reader's own error, whether the right camera is preferred (B,)), on test clips."""
     source, frames = data_source(system.config, "test"), _frames(system, 1)
     records = [source[index] for index in range(min(count, len(source)))]
     frames_BTHWC = np.stack([record["frames"][:frames] for record in records])
     path = cameras.Path.of(np.stack([record["world_to_camera"][:frames] for record in records]))
     labels_B3 = np.array([[record[name] for name in ("digit", "colour", "direction")] for record in records])
     captions = [record["caption_long"].decode() for record in records]
-    preferred_B = _preferred(system, params, captions, frames_BTHWC, _latent_cameras(system, path))
-    return _figures(frames_BTHWC, path, labels_B3), float(preferred_B.mean())
+    return (_figures(frames_BTHWC, path, labels_B3),
+            _preferred(system, params, captions, frames_BTHWC, _latent_cameras(system, path)))
 
 
 def _preferred(system: System, params: Params, captions: list[str], frames_BTHWC: np.ndarray, seen: LatentCameras

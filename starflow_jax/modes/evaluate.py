@@ -197,9 +197,10 @@ def evaluate_camera(config: Config, workdir: Path) -> None:
                  for what, figures in rows], (f"{len(captions)} test prompts", *names)))
     alone = results["backbone_alone"]
     print("\nwithout a camera, where nothing should change: " + ", ".join(
-        f"{name} {alone[name]:.4f}" for name in ("scale_error", "roll_error_degrees")))
-    print(f"real clips are likelier with their own camera than with another one's: "
-          f"{results['right_camera_preferred']:.3f}\nwritten to {workdir}: camera.json, camera.png")
+        f"{name} {alone[name]:.4f} ± {alone['intervals'][name]:.4f}" for name in alone["intervals"]))
+    print("real clips are likelier with their own camera than with another one's: {:.3f} ± {:.3f}".format(
+        results["right_camera_preferred"], results["intervals"]["right_camera_preferred"]))
+    print(f"written to {workdir}: camera.json, camera.png")
 
 
 def evaluate_video(config: Config, workdir: Path) -> None:

@@ -8,18 +8,23 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import starflow_jax as sf
 from starflow_jax.checkpoints.parameters import stored_params
 from starflow_jax.config import Config, Train, UserError, changed
+from starflow_jax.data.digits.camera_reader import read_cameras
+from starflow_jax.data.digits.captions import DIRECTION_NAMES
 from starflow_jax.io.arrays import import_arrays
-from starflow_jax.io.video import read_video
+from starflow_jax.io.cameras import named_cameras
+from starflow_jax.io.video import read_video, write_mp4
 from starflow_jax.model.store import load_model
 from starflow_jax.modes.train import train
 from starflow_jax.training.metrics import read_metrics
 from tests.modes.small_backbone import config_with_data, same_states, stop_and_resume, write_model
+from tests.prepared_input import scene
 from tests.small_model import CAPTIONS
-from tests.small_run import run_here
+from tests.small_run import ROOT, run_here
 
 PROMPT, MOVES = CAPTIONS[0], "pan_right:4; zoom_in:5"
 
@@ -162,6 +167,51 @@ def test_what_does_not_fit_is_one_line(config: Config, model: Path, workdir: Pat
         dataclasses.replace(beside(config, model), data=dataclasses.replace(config.data, camera=False))
 
 
+@pytest.mark.slow
+def test_from_ones_own_videos_with_moves_beside_them_to_a_camera_that_is_followed(tmp_path: Path) -> None:
+    """The user's commands, beside the package's model. How well a trained one follows: evaluate.task=camera."""
+    inputs, control = tmp_path / "inputs", tmp_path / "control"
+    inputs.mkdir()
+    for index, moves in enumerate(2 * ("pan_right:20; zoom_in", "orbit", "tilt_up*0.5", "roll_left")):
+        write_mp4(inputs / f"{index}.mp4", scene(40, 48, 48, seed=index), 8)
+        (inputs / f"{index}.txt").write_text("a block moves")
+        (inputs / f"{index}.camera.txt").write_text(moves)
+
+    def run(mode: str, *arguments: str) -> None:
+        code, _, err = run_here(["--config=configs/t2v.py", f"--mode={mode}", *arguments])
+        assert code == 0, err
+
+    for latents in ("false", "true"):
+        data = tmp_path / f"data_{latents}"
+        run("prepare", f"--workdir={tmp_path / 'plain'}", f"--config.prepare.input={inputs}",
+            "--config.prepare.camera=true", f"--config.prepare.output={data}", "--config.prepare.resolution=18",
+            "--config.prepare.aspect_ratios=1:1", "--config.prepare.fps=8", "--config.prepare.min_brightness=0",
+            "--config.prepare.min_motion=0", "--config.prepare.cut_threshold=0",
+            "--config.prepare.validation_share=0.3", f"--config.prepare.latents={latents}")
+        run("train", f"--workdir={control}_{latents}", "--config.train.target=control", "--config.data.source=prepared",
+            f"--config.data.directory={data}", "--config.data.image_probability=0", "--config.train.steps=3",
+            "--config.train.learning_rate=1e-2", "--config.train.warmup_steps=0", "--config.train.batch_size=4",
+            "--config.train.ema=0", "--config.train.evaluate_every=3", "--config.train.validation_clips=4",
+            "--config.train.sheet_clips=0")
+    followed = video(tmp_path / "followed", f"--workdir={control}_true", "--config.sample.camera=pan_right")
+    assert np.abs(followed - video(tmp_path / "backbone", f"--workdir={control}_true")).mean() > 0.5
+
+
+@pytest.mark.slow
+def test_a_picture_is_what_the_first_camera_sees_and_the_others_move_from_there() -> None:
+    """sample.image and sample.camera on the package's model, read back from the frames."""
+    picture, model = ROOT / "docs/pages/pictures/green_five.png", sf.load()
+    made = np.stack([model.generate("a green five moves right", image=picture, camera="tilt_down", seed=seed).frames
+                     for seed in range(4)])
+    given = np.asarray(Image.open(picture).convert("RGB").resize(made.shape[3:1:-1], Image.Resampling.BICUBIC))
+    mean_square = ((made[:, 0].astype(float) - given) ** 2).mean()
+    assert 10 * np.log10(255**2 / mean_square) > 25
+    path = read_cameras(made, np.full(len(made), DIRECTION_NAMES.index("right"))).path
+    asked = named_cameras("tilt_down", made.shape[1], 24, 24).world_to_camera_T34
+    np.testing.assert_allclose(path.y_BT[:, -1].mean(), -asked[-1, 1, 3], rtol=0.25)
+    assert abs(path.x_BT[:, -1].mean()) < 0.1
+
+
 @pytest.mark.slow  # quick: tests/data/test_digits_camera_reader.py, and the samples above
 def test_the_evaluation_reads_paths_back(workdir: Path, tmp_path: Path) -> None:
     code, out, err = run_here(["--mode=evaluate", f"--workdir={workdir}", "--config.evaluate.task=camera"])
@@ -171,6 +221,8 @@ def test_the_evaluation_reads_paths_back(workdir: Path, tmp_path: Path) -> None:
              "colour")
     assert all(np.isfinite(found[name]) for name in names)
     assert found["backbone_alone"]["scale_error"] > 0 < found["intervals"]["roll_error_degrees"]
+    assert set(found["backbone_alone"]["intervals"]) == {"digit", "colour", "scale_error", "roll_error_degrees"}
+    assert 0 < found["intervals"]["right_camera_preferred"] < 0.5
     real, turning = found["real_clips"], found["turning_in_the_middle"]
     assert set(turning) == set(real) and turning["correlation_x"] != found["correlation_x"]
     assert set(real["intervals"]) == set(real) - {"intervals"} and 0 < real["intervals"]["correlation_x"] < 0.1
