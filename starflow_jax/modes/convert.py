@@ -84,6 +84,8 @@ def convert(config: Config, workdir: Path) -> None:
             (workdir / UNFINISHED).unlink(missing_ok=True)
     if settings.target:
         config = own_settings(config, workdir)[0]
+        config.convert.require("target", config.train.target != "decoder", f"{workdir} holds a decoder alone, which is "
+                               "used from there (sample.denoise=decoder); name the workdir of a model")
         write = {"lora": write_adapter, "control": write_module}.get(config.train.target, write_released)
         write(config, workdir)
 

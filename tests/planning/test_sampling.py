@@ -18,7 +18,9 @@ from starflow_jax.flow import decode, inversion
 from starflow_jax.model import system
 from starflow_jax.model.beside import fingerprint_of, open_checkpoints
 from starflow_jax.model.lora import fresh_factors
+from starflow_jax.model.store import load_model
 from starflow_jax.model.system import save_system
+from starflow_jax.planning.abstract import abstract_model
 from starflow_jax.planning.program_cost import count
 from starflow_jax.planning.sampling import UPDATES, assumed_updates, filled_share, sampling_programs
 from starflow_jax.sampling import conditions, denoise, generate, likelihood, renoise, shallow, stream
@@ -143,6 +145,24 @@ def test_the_plans_programs_are_those_that_sampling_runs(
     assert all_updates == pytest.approx(step.updates * (one - none), rel=0.02)
     solved = [program for program in programs if "module @jit_invert_shallow" in program.lowered.as_text()] + [step]
     assert {program.updates for program in solved} == {4}  # as many as a frame has tokens, after which it is exact
+
+
+@pytest.mark.parametrize("weights", ["", "int8"])
+def test_a_plan_of_a_lora_workdir_has_the_factors_that_it_samples_with(tmp_path: Path, weights: str) -> None:
+    write_workdir(tmp_path / "model")
+    write_lora(tmp_path / "lora", CONFIG_OF_TEST)
+    config = dataclasses.replace(
+        CONFIG_OF_TEST, train=settings_of.Train(target="lora", init_from=str(tmp_path / "model")),
+        lora=settings_of.Lora(rank=2), sample=dataclasses.replace(
+            CONFIG_OF_TEST.sample, weights=weights, merge_lora=False, lora=f"{tmp_path / 'lora'}:0.5"))
+    mesh = sharding.make_mesh(settings_of.Mesh(data=2, tensor=2))
+    with jax.set_mesh(mesh):
+        planned, loaded = abstract_model(config, mesh)[0], load_model(config, tmp_path / "lora").params
+    adapted = planned["flow"]["deep"]["transformer"]["layers"]["layer"]["qkv"]["kernel"]
+    assert adapted.lora_a.shape[-1] == 4  # its own two and those of sample.lora
+    jax.tree.map(lambda plan, leaf: (
+        np.testing.assert_equal((plan.shape, plan.dtype), (leaf.shape, leaf.dtype)),
+        np.testing.assert_(plan.sharding.is_equivalent_to(leaf.sharding, leaf.ndim))), planned, loaded)
 
 
 def test_larger_blocks_take_more_updates() -> None:
