@@ -128,7 +128,7 @@ def _passes(clips: Clips) -> dict[str, float]:
 
 
 def charts(rows: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
-    """Bits and adherence over sampling time, a series for each way of training; and what drafts save."""
+    """Bits and adherence over sampling time, in a colour for each way of training; and what drafts save."""
     ordered = sorted(rows, key=lambda name: rows[name]["seconds_per_video"])
     seconds = [rows[name]["seconds_per_video"] for name in ordered]
 
@@ -136,7 +136,7 @@ def charts(rows: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
         kinds = dict.fromkeys(rows[name]["kind"] for name in rows)
         return Chart(title, seconds, {kind: series([rows[name][measure] if rows[name]["kind"] == kind else NONE
                                                     for name in ordered]) for kind in kinds},
-                     "seconds a video", level=level)
+                     "seconds a video", level=level, joined=False)
 
     found = [over_time("bits per dimension above the teacher", "bits_above_teacher", level=0.0)]
     found += [over_time(f"{name} read as asked", name) for name in ATTRIBUTES if name in rows[TEACHER]]

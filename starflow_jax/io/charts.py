@@ -20,6 +20,7 @@ class Chart(NamedTuple):
     x_label: str = ""
     log: bool = False  # x on a logarithmic scale
     level: float | None = None  # a line to compare with
+    joined: bool = True  # a series' points over numbers, by a line
 
 
 def series(pairs: Sequence[tuple[float, float]]) -> Series:
@@ -47,13 +48,14 @@ def draw_charts(path: str | os.PathLike[str], charts: Sequence[Chart], headline:
 
 def _draw(axes: Any, chart: Chart) -> None:
     named = isinstance(chart.x[0], str)
+    line = "-" if chart.joined and not named else ""
     places = np.arange(len(chart.x)) if named else np.asarray(chart.x, float)
     if chart.level is not None:
         axes.axhline(chart.level, color="0.6", linestyle="--")
     for label, (means, halves) in chart.series.items():
         there = np.isfinite(np.asarray(means, float))
         axes.errorbar(places[there], np.asarray(means)[there], np.nan_to_num(np.asarray(halves, float))[there],
-                      marker="o", markersize=4, capsize=3, linestyle="" if named else "-", label=label)
+                      marker="o", markersize=4, capsize=3, linestyle=line, label=label)
     if chart.log:
         from matplotlib.ticker import EngFormatter
 

@@ -15,6 +15,9 @@ def test_charts_are_drawn_side_by_side(tmp_path: Path) -> None:
     named = Chart("b", ["first", "second"], {"": ([1.0, 2.0], [0.1, 0.1])}, level=0.0)
     for name, charts in {"one": [one], "five": [one, named, sizes, named, one]}.items():
         draw_charts(tmp_path / f"{name}.png", charts, "headline")
+    draw_charts(tmp_path / "apart.png", [one._replace(joined=False)], "headline")
+    joined, apart = ((read_image(tmp_path / f"{name}.png").min(axis=-1) < 200).sum() for name in ("one", "apart"))
+    assert apart < 0.95 * joined
     small, large = (read_image(tmp_path / f"{name}.png") for name in ("one", "five"))
     assert large.shape[0] > 1.5 * small.shape[0] and large.shape[1] > 2.5 * small.shape[1]
     assert len(np.unique(small.reshape(-1, 3), axis=0)) > 10
