@@ -4,6 +4,7 @@ import dataclasses
 import json
 import tarfile
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -138,6 +139,20 @@ def test_moves_by_name_lie_beside_videos_and_in_lists(folder, tmp_path):
     check_moves(only, 0)
     (only,) = clips.cut(beside, changed(JOB, fps=4))  # moves count the video's own frames
     np.testing.assert_allclose(only.camera.world_to_camera_T34[:5, 0, 3], -0.05 * np.arange(5), atol=1e-6)
+
+
+def test_moves_see_square_pixels_of_a_video_that_is_shown_turned(tmp_path):
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS)
+        stream.height, stream.width = scene(1).shape[1:3]
+        stream.set_display_rotation(90)
+        for frame in scene(20):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    job = dataclasses.replace(JOB, buckets=(*JOB.buckets, Bucket(24, 16, "2:3")))
+    first, _ = clips.cut(Item("clip", str(tmp_path / "clip.mp4"), False, "", "", camera="orbit"), job)
+    assert first.frames_THWC.shape == (FRAMES, 24, 16, 3)
+    np.testing.assert_allclose(first.camera.intrinsics_T4[0], [1.5, 1, 0.5, 0.5], rtol=1e-6)
 
 
 def test_moves_go_on_as_long_as_a_video_does():
