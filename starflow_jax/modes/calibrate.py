@@ -49,17 +49,18 @@ def _calibrate(config: Config, workdir: Path, folder: Path) -> None:
         f"{best.start}, tolerance {best.tolerance}")
     print(f"chosen on {jax.default_backend()}: {how}; written to {folder}")
     asked = config.sample.solver
-    if _of_interest(complete(asked, best, config.model)) != _of_interest(best):
+    if _what_runs(complete(asked, best, config.model)) != _what_runs(best):
         free = [f"--config.sample.solver.{field.name}={field.default}" for field in dataclasses.fields(Solver)
                 if getattr(asked, field.name) != field.default]
         print(f"this config's settings choose another solver; to sample by what was chosen: {' '.join(free)}")
 
 
-def _of_interest(solver: Solver) -> tuple:
+def _what_runs(solver: Solver) -> tuple:
     """What makes two solvers run the same updates."""
     if solver.kind == "sequential":
         return (solver.kind,)
-    return solver.kind, solver.block_size, solver.frames_per_step, solver.start, solver.tolerance, solver.max_steps
+    return (solver.kind, solver.block_size, solver.first_block_size, solver.frames_per_step, solver.start,
+            solver.tolerance, solver.max_steps)
 
 
 def _cells(row: Measured) -> tuple:

@@ -42,9 +42,7 @@ class Poses:
         if seconds_T[0] < first - self._spacing or seconds_T[-1] > last + self._spacing:
             raise Unusable(f"outside the camera's path: its poses are from {first:.3f} to {last:.3f} seconds")
         cameras = self._path.at(seconds_T, self._rate)
-        scale = max(bucket.height / height, bucket.width / width)
-        return dataclasses.replace(cameras, intrinsics_T4=_cropped(
-            cameras.intrinsics_T4, width * scale / bucket.width, height * scale / bucket.height))
+        return dataclasses.replace(cameras, intrinsics_T4=_cropped(cameras.intrinsics_T4, height, width, bucket))
 
 
 class Moves:
@@ -66,13 +64,14 @@ class Moves:
         views = [View(), *moved(steps, View())]
         views += views[-1:] * (last - first + 1 - len(views))  # after the last move it is still
         poses_T34 = np.array([views[frame - first].pose_44[:3] for frame in frames_T], np.float32)
-        scale = max(bucket.height / height, bucket.width / width)
         intrinsics_T4 = np.tile(square_intrinsics(height, width), (len(frames_T), 1))
-        return Cameras(_cropped(intrinsics_T4, width * scale / bucket.width, height * scale / bucket.height), poses_T34)
+        return Cameras(_cropped(intrinsics_T4, height, width, bucket), poses_T34)
 
 
-def _cropped(intrinsics_T4: np.ndarray, wider: float, higher: float) -> np.ndarray:
-    """Of the middle of frames that are so many times as wide and high."""
+def _cropped(intrinsics_T4: np.ndarray, height: float, width: float, bucket: Bucket) -> np.ndarray:
+    """Of the middle of frames of that size, of which the bucket's shape is cut out."""
+    scale = max(bucket.height / height, bucket.width / width)
+    wider, higher = width * scale / bucket.width, height * scale / bucket.height
     fx_T, fy_T, cx_T, cy_T = intrinsics_T4.T
     return np.stack([fx_T * wider, fy_T * higher, (cx_T - 0.5) * wider + 0.5, (cy_T - 0.5) * higher + 0.5],
                     axis=1).astype(np.float32)
