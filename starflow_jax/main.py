@@ -21,6 +21,7 @@ from starflow_jax import modes
 from starflow_jax.config import Config, UserError, from_config_dict, whole_number
 from starflow_jax.io import command_line, supervised
 from starflow_jax.io.files import first_line
+from starflow_jax.io.memory import keep_freed_memory
 from starflow_jax.modes import MODES
 from starflow_jax.settings.help import entry, settings_text
 
@@ -50,6 +51,8 @@ def main(argv: list[str]) -> None:
     if DISTRIBUTED.value not in ALONE:
         coordinator(DISTRIBUTED.value)  # what can't be read needs no child
         supervised.run_in_child()
+    if MODE.value == "train":
+        keep_freed_memory()
     # Imported after the settings are checked: JAX takes longer than everything above.
     from starflow_jax.io.compiled import keep_compiled_programs
 

@@ -129,10 +129,16 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """x, laid out over the current mesh as TABLE says; a batch or rows that do not divide stay whole, heads that do not
     are sharded over mesh.tensor alone."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if on_one_device():
         return x
+    mesh = jax.sharding.get_abstract_mesh()
     return lax.with_sharding_constraint(x, NamedSharding(mesh, spec(_dividing(axes, x.shape, mesh))))
+
+
+def on_one_device() -> bool:
+    """Whether there is no mesh in force, or one of a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
 
 
 def tokens_sharded() -> bool:
@@ -154,9 +160,9 @@ def over_heads(attend: Callable, q_BSHD: jax.Array, k_BSHD: jax.Array, v_BSHD: j
 
     past: (k, v, length), as kernels.attention takes them, or None; whole: what all devices have.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if on_one_device():
         return attend(q_BSHD, k_BSHD, v_BSHD, *whole, past=past)
+    mesh = jax.sharding.get_abstract_mesh()
     array = spec(_dividing(("batch", None, "heads", None), q_BSHD.shape, mesh))
     batch, = _dividing(("batch",), q_BSHD.shape, mesh)
     past_specs = None

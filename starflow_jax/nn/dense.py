@@ -12,11 +12,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from starflow_jax.nn.lora import Adapted, added
+from starflow_jax.nn.products import product
 from starflow_jax.nn.quantized import Quantized, scaled_product
+
+
+def _dot_general(inputs: jax.Array, kernel: jax.Array, _: Any, precision: Any = None) -> jax.Array:
+    """As Linen's layers call it, over the last axis."""
+    return product(inputs, kernel, precision)
 
 
 class Dense(nn.Dense):
     """nn.Dense whose kernel may be Quantized along its input axis, or Adapted."""
+
+    dot_general: Any = _dot_general
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         return super().__call__(inputs) if _is_plain(self) else _product(self, inputs)
@@ -24,6 +32,8 @@ class Dense(nn.Dense):
 
 class DenseGeneral(nn.DenseGeneral):
     """nn.DenseGeneral over the last axis, whose kernel may be Quantized along its input axis, or Adapted."""
+
+    dot_general: Any = _dot_general
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         return super().__call__(inputs) if _is_plain(self) else _product(self, inputs)

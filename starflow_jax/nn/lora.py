@@ -3,8 +3,8 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from starflow_jax.nn.products import product
 from starflow_jax.nn.quantized import Quantized
 
 Kernel = jax.Array | Quantized
@@ -24,14 +24,13 @@ class Adapted(flax.struct.PyTreeNode):
 
 def added(inputs: jax.Array, kernel: Adapted) -> jax.Array:
     """What the two small matrices add to a layer's output, (..., *features) in the dtype of its inputs (..., in)."""
-    along = (((inputs.ndim - 1,), (0,)), ((), ()))
-    low = lax.dot_general(inputs, kernel.lora_a.astype(inputs.dtype), along)
-    return lax.dot_general(low, kernel.lora_b.astype(inputs.dtype), along)
+    low = product(inputs, kernel.lora_a.astype(inputs.dtype))
+    return product(low, kernel.lora_b.astype(inputs.dtype))
 
 
 def merged(base: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
     """base + lora_a @ lora_b of stacked layers, (L, in, *features) in the dtype of `base`; summed in float32 at least.
     """
     dtype = jnp.promote_types(base.dtype, jnp.float32)
-    product = jnp.einsum("lir,lr...->li...", lora_a.astype(dtype), lora_b.astype(dtype), precision="highest")
-    return (base.astype(dtype) + product).astype(base.dtype)
+    change = jnp.einsum("lir,lr...->li...", lora_a.astype(dtype), lora_b.astype(dtype), precision="highest")
+    return (base.astype(dtype) + change).astype(base.dtype)
