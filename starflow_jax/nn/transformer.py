@@ -19,6 +19,7 @@ from starflow_jax.kernels.attention import ATTENTION_RESULTS
 from starflow_jax.kernels.mask import Mask
 from starflow_jax.nn.cache import KVCache
 from starflow_jax.nn.dense import Dense, DenseGeneral
+from starflow_jax.nn.products import product
 from starflow_jax.nn.rope import apply_rope
 from starflow_jax.nn.sequence_parallel import by_tokens, sequence_parallel_attention
 from starflow_jax.sharding import constrain, token_padding, tokens_sharded
@@ -41,9 +42,9 @@ class Control(NamedTuple):
         kernels = {name: part["kernel"].astype(x_BSD.dtype) for name, part in of_layer.items()}
         x = x_BSD.astype(jnp.promote_types(x_BSD.dtype, jnp.float32))
         normed_BSD = (x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)).astype(x_BSD.dtype)
-        steered_BSR = self.tokens_BSC.astype(x_BSD.dtype) @ kernels["tokens"]
-        features_BSR = steered_BSR * (1 + normed_BSD @ kernels["hidden"])
-        return features_BSR @ kernels["out"], jnp.einsum("bsr,rkd->bskd", features_BSR, kernels["qkv"])
+        steered_BSR = product(self.tokens_BSC.astype(x_BSD.dtype), kernels["tokens"])
+        features_BSR = steered_BSR * (1 + product(normed_BSD, kernels["hidden"]))
+        return product(features_BSR, kernels["out"]), product(features_BSR, kernels["qkv"])
 
     def padded(self, before: int, after: int) -> "Control":
         """The same of a sequence with so many more slots, which are not steered."""
