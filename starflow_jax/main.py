@@ -39,6 +39,7 @@ DISTRIBUTED = flags.DEFINE_string(
     "distributed", "", "This is one of several processes of a run: true (TPU pods, Slurm and Kubernetes are detected), "
     "or HOST:PORT,COUNT,INDEX: the first one's address, the number of processes, and which one this is.")
 ALONE = ("", "false")  # of DISTRIBUTED: no others
+REPEATING = ("train", "sample", "evaluate", "calibrate", "benchmark")  # modes that run the same programs again and again
 MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
 
 
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
     if DISTRIBUTED.value not in ALONE:
         coordinator(DISTRIBUTED.value)  # what can't be read needs no child
         supervised.run_in_child()
-    if MODE.value == "train":
+    if MODE.value in REPEATING:
         keep_freed_memory()
     # Imported after the settings are checked: JAX takes longer than everything above.
     from starflow_jax.io.compiled import keep_compiled_programs
