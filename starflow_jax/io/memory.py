@@ -27,9 +27,9 @@ def share_arenas() -> None:
 
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed for what is asked for next, rather than give it back, after which each page must be
-    cleared anew: a step of training on a CPU takes the same gigabytes again and again, and a sixth to a quarter of
-    its time went there. To be called before JAX is imported, whose threads settle where they take memory. Nothing happens where there
-    is an accelerator, and where share_arenas does nothing."""
+    cleared anew: a step of training on a CPU takes the same gigabytes again and again, and a sixth of its time or more
+    went there. To be called before JAX is imported, whose threads settle where they take memory. Nothing happens where
+    there is an accelerator, and where share_arenas does nothing."""
     if not _has_accelerator():
         # One arena: of several, the first one alone can grow beyond 64 MB without mapping.
         _set_allocator({M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
