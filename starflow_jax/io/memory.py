@@ -22,15 +22,16 @@ def share_arenas() -> None:
     """Have all threads take memory from a few of glibc's arenas. It would make some for each core, and what any of them
     has once held it keeps, so that a process of many threads grows for hours. Nothing happens without glibc, and where
     the environment says how many there are to be."""
-    _set_allocator({M_ARENA_MAX: ARENAS})
+    if not any(name in os.environ for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")):
+        _set_allocator({M_ARENA_MAX: ARENAS})
 
 
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed for what is asked for next, rather than give it back, after which each page must be
-    cleared anew: a step of training on a CPU takes the same gigabytes again and again, and a sixth of its time or more
+    cleared anew: a step of training on a CPU takes the same gigabytes again and again, and a sixth of its time
     went there. To be called before JAX is imported, whose threads settle where they take memory. Nothing happens where
-    there is an accelerator, and where share_arenas does nothing."""
-    if not _has_accelerator():
+    there is an accelerator, without glibc, and where the environment says anything of its allocator."""
+    if not _has_accelerator() and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         # One arena: of several, the first one alone can grow beyond 64 MB without mapping.
         _set_allocator({M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
 
@@ -43,7 +44,7 @@ def _has_accelerator() -> bool:
 
 
 def _set_allocator(values: dict[int, int]) -> None:
-    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+    if sys.platform != "linux":
         return
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)

@@ -49,6 +49,7 @@ def arenas(how: str, **environment: str) -> int:
 def test_threads_share_a_few_arenas_or_as_many_as_the_environment_says() -> None:
     assert arenas("") > 3 and arenas("shared") <= 2
     assert arenas("shared", MALLOC_ARENA_MAX="3") == 3
+    assert arenas("shared", MALLOC_TRIM_THRESHOLD_="131072") <= 2
 
 
 FAULTS_OF_TAKING_IT_AGAIN = """
