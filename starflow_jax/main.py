@@ -39,8 +39,8 @@ DISTRIBUTED = flags.DEFINE_string(
     "distributed", "", "This is one of several processes of a run: true (TPU pods, Slurm and Kubernetes are detected), "
     "or HOST:PORT,COUNT,INDEX: the first one's address, the number of processes, and which one this is.")
 ALONE = ("", "false")  # of DISTRIBUTED: no others
-REPEATING = ("train", "benchmark")  # modes that run a step of one size again and again
 MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do.")
+REPEATING = ("train", "benchmark")  # modes that run a step of one size again and again
 
 
 def main(argv: list[str]) -> None:

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -113,6 +114,29 @@ def test_a_process_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
     result = run(tmp_path / "work", tmp_path, "--config.train.batch_size=-3")
     assert result.returncode == 2
     assert result.stderr == "starflow_jax: train.batch_size=-3: must be greater than 0, at most 1000000\n"
+
+
+ALLOCATOR_OF_A_MODE = """
+import sys
+from starflow_jax import main, modes
+from starflow_jax.io import memory
+
+memory._set_allocator = lambda values: print("set, JAX there:", "jax" in sys.modules)
+modes.run = lambda mode, config, workdir: print("runs", mode)
+main.run()
+"""
+
+
+@pytest.mark.parametrize("mode, keeps", [("train", True), ("benchmark", True), ("sample", False)])
+def test_training_and_benchmarks_keep_freed_memory_from_before_jax_is_imported(
+    mode: str, keeps: bool, tmp_path: Path
+) -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", ALLOCATOR_OF_A_MODE, "--config=configs/t2v.py", f"--mode={mode}",
+         f"--workdir={tmp_path}", "--config.sample.prompt=a red seven moves left"],
+        capture_output=True, text=True, check=True, env={**kept, "JAX_PLATFORMS": "cpu"})
+    assert done.stdout.splitlines() == ["set, JAX there: False"] * keeps + [f"runs {mode}"]
 
 
 def test_every_mode_is_a_function_of_its_name() -> None:

@@ -28,9 +28,9 @@ def share_arenas() -> None:
 
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed for what is asked for next, rather than give it back, after which each page must be
-    cleared anew: a step of training on a CPU takes the same gigabytes again and again, and a sixth of its time
-    went there. To be called before JAX is imported, whose threads settle where they take memory. Nothing happens where
-    there is an accelerator, without glibc, and where the environment says anything of its allocator."""
+    cleared anew: a step of training on a CPU takes the same gigabytes again and again, and a sixth of its time went
+    there. To be called before JAX is imported, whose threads settle where they take memory. Nothing happens where there
+    is an accelerator, without glibc, and where the environment says anything of its allocator."""
     if not _has_accelerator() and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         # One arena: of several, the first one alone can grow beyond 64 MB without mapping.
         _set_allocator({M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})

@@ -118,7 +118,7 @@ def forward(q_BSHD, k_BKGD, v_BKGD, mask: Mask, length_B):
 
         rows = jnp.zeros(q_BHSD.shape[:-1], _wide(q_BSHD.dtype))
         start = (jnp.zeros(q_BHSD.shape, rows.dtype), rows + MASKED, rows)
-        out, largest, total = _scan_visible(k_chunk, start, visible_K)
+        out, largest, total = _scan_visible(k_chunk, start, visible_K, blocks.most)
         safe = jnp.where(total > 0, total, 1)
         lse = jnp.where(total > 0, largest + jnp.log(safe), MASKED)
         return None, ((out / safe[..., None]).astype(q_BSHD.dtype), lse)
@@ -149,7 +149,7 @@ def backward(q_BSHD, k_BKGD, v_BKGD, lse_BHS, delta_BHS, dout_BSHD, mask: Mask, 
             return dq + _product(dscores, k_BHKD), dk_NBGKD.at[index].add(dk), dv_NBGKD.at[index].add(dv)
 
         dq = jnp.zeros(q_BHSD.shape, _wide(q_BSHD.dtype))
-        dq, *dkv = _scan_visible(k_chunk, (dq, *dkv), visible_K)
+        dq, *dkv = _scan_visible(k_chunk, (dq, *dkv), visible_K, blocks.most)
         return tuple(dkv), dq.astype(q_BSHD.dtype)
 
     zeros = jnp.zeros(blocks.k_NBGKD.shape, _wide(k_BKGD.dtype))
@@ -171,7 +171,7 @@ class _Blocks:
         visible = visible_blocks(mask, queries, self.keys, Q_CHUNK, K_CHUNK)
         if length_B is not None:
             visible = np.minimum(visible, PARTLY)
-        self.rows = (jnp.arange(len(visible)), jnp.asarray(visible))
+        self.rows, self.most = (jnp.arange(len(visible)), jnp.asarray(visible)), int(visible.max())
         self.length_B111 = self.keys if length_B is None else length_B[:, None, None, None]
 
     def take(self, index):
@@ -193,9 +193,12 @@ class _Blocks:
         return x_NBGKD[index]
 
 
-def _scan_visible(step, carry, visible_K: jax.Array):
-    """step(whether it is seen wholly, carry, index) of the chunks that are seen. visible: HIDDEN, PARTLY or WHOLLY."""
-    ways = (lambda carry, _: carry, partial(step, False), partial(step, True))
+def _scan_visible(step, carry, visible_K: jax.Array, most: int):
+    """The carry after step(whether it is seen wholly, carry, index) of every chunk that is seen.
+
+    visible_K: HIDDEN, PARTLY or WHOLLY, and at most `most`; what no chunk needs is not compiled.
+    """
+    ways = (lambda carry, _: carry, partial(step, False), partial(step, True))[: most + 1]
 
     def visit(carry, xs):
         index, visible = xs

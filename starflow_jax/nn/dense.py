@@ -16,8 +16,10 @@ from starflow_jax.nn.products import product
 from starflow_jax.nn.quantized import Quantized, scaled_product
 
 
-def _dot_general(inputs: jax.Array, kernel: jax.Array, _: Any, precision: Any = None) -> jax.Array:
-    """As Linen's layers call it, over the last axis."""
+def _dot_general(inputs: jax.Array, kernel: jax.Array, dimensions: Any, precision: Any = None) -> jax.Array:
+    """As Linen's layers call it. Raises ValueError for any axis but the last, and for axes of a batch."""
+    if dimensions != (((inputs.ndim - 1,), (0,)), ((), ())):
+        raise ValueError(f"{dimensions}: these layers map the last axis, without axes of a batch")
     return product(inputs, kernel, precision)
 
 

@@ -23,6 +23,13 @@ def test_it_is_the_sum_over_the_inputs(leading: tuple[int, ...], features: tuple
     np.testing.assert_allclose(product(jnp.asarray(x), jnp.asarray(kernel)), expected, atol=1e-5)
 
 
+def test_bfloat16_stays_bfloat16() -> None:
+    x, kernel = normal(2, 3, 8), normal(8, 3, 5)
+    found = product(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), product(x, kernel), atol=0.1)
+
+
 def test_over_a_mesh_clips_and_tokens_stay_axes_of_their_own() -> None:
     x, kernel = normal(*ROWS, 16), normal(16, FEATURES)
 

@@ -92,6 +92,11 @@ def test_a_layer_with_a_float_kernel_is_linens(shape: tuple[int, ...]) -> None:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grads, linens_grads)
 
 
+def test_a_layer_maps_the_last_axis_alone() -> None:
+    with pytest.raises(ValueError, match="last axis"):
+        DenseGeneral(8, axis=0).init(jax.random.key(0), normal(8, 8))
+
+
 def test_it_is_a_pytree_of_both_arrays() -> None:
     leaves = jax.tree.leaves(Quantized(jnp.zeros(2, jnp.int8), jnp.ones(())))
     assert [leaf.dtype for leaf in leaves] == [jnp.int8, jnp.float32]
