@@ -2,6 +2,7 @@
 """
 
 import dataclasses
+import json
 import re
 import zlib
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ import numpy as np
 from etils import epy
 
 from starflow_jax.config import Config, UserError, changed
+from starflow_jax.io.arrays import export_arrays, import_with_metadata
 from starflow_jax.io.checksums import check_file
 from starflow_jax.io.files import read_json
 from starflow_jax.model.parameters import model_fingerprint
@@ -41,6 +43,9 @@ def checksum_of(arrays: Mapping[str, Any]) -> str:
     for name in sorted(arrays):
         found = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), found)
     return f"{found:08x}"
+
+
+SUFFIX = ".safetensors"  # of such parameters in one file, which is named where a workdir of them may be
 
 
 class Kind(NamedTuple):
@@ -172,6 +177,35 @@ def _steps(directory: Path, fingerprint: dict[str, Any], best: bool, metric: str
     steps = checkpoints.steps(best)
     checkpoints.close()
     return steps
+
+
+def save_alone(config: Config, path: Path, params: Mapping[str, Any], backbone: str, dtype: Any = None) -> None:
+    """Write what config.train.target trained as one safetensors file, with the settings that its shapes depend on and a
+    checksum of what it was trained beside. dtype: of floats on disk; None: as they are."""
+    target = config.train.target
+    export_arrays(path, params, dtype, {"target": target, "backbone": backbone,
+                                        "settings": json.dumps(KINDS[target].settings(config))})
+
+
+class Alone(NamedTuple):
+    """What `save_alone` wrote."""
+
+    params: dict[str, Any]  # arrays in host memory, floats of less than 32 bits as float32
+    settings: dict[str, Any]
+    backbone: str
+
+
+def read_alone(path: Path, target: str) -> Alone:
+    """Of such a target. Raises UserError for another file."""
+    params, metadata = import_with_metadata(path)
+    if metadata.get("target") != target:
+        raise UserError(f"{path}: holds no {KINDS[target].words}; write one with --mode=convert --workdir=WORKDIR of "
+                        f"train.target={target} and --config.convert.target={path}")
+    try:
+        settings = json.loads(metadata["settings"])
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: its metadata can't be read ({error}); write it again with --mode=convert") from error
+    return Alone(params, settings, metadata.get("backbone", ""))
 
 
 def settings_beside(config: Config) -> Config:

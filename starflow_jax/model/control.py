@@ -11,12 +11,11 @@ from flax import traverse_util
 from starflow_jax import sharding
 from starflow_jax.config import Config, UserError
 from starflow_jax.flow.control import fresh_control, ray_channels
-from starflow_jax.io.arrays import export_arrays, import_with_metadata
+from starflow_jax.io.arrays import import_with_metadata
 from starflow_jax.io.checksums import checksums_of
-from starflow_jax.model.beside import checksum_of, read_checkpoint
+from starflow_jax.model.beside import SUFFIX, checksum_of, read_checkpoint, save_alone
 from starflow_jax.model.parameters import Params
 
-SUFFIX = ".safetensors"
 PACKAGED, OF_PACKAGE = f"control{SUFFIX}", "the package's control module"
 
 
@@ -78,7 +77,7 @@ def save_module(config: Config, workdir: Path, path: Path, dtype: Any = None) ->
     dtype: None: as it is kept."""
     found = read_module(config, workdir, place=False)
     assert found is not None, config.train.target
-    export_arrays(path, found.params, dtype, {"backbone": found.backbone})
+    save_alone(config, path, found.params, found.backbone, dtype)
     return found.source
 
 

@@ -1,13 +1,17 @@
 """The decoder for noised latents that --config.train.target=decoder trains beside a model that stays as it is."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 from etils import epy
+from flax import traverse_util
 
 from starflow_jax.codec.interface import LatentCodec
-from starflow_jax.config import Config
-from starflow_jax.model.beside import KINDS, whole_beside
+from starflow_jax.config import Config, Decoder, UserError, changed
+from starflow_jax.model.beside import KINDS, checksum_of, read_alone, save_alone, stored_beside, whole_beside
 from starflow_jax.model.parameters import Params
 
 with epy.lazy_imports():
@@ -27,3 +31,59 @@ def read_decoder(config: Config, workdir: Path, codec: LatentCodec, backbone: st
     folder = whole_beside(config, workdir, backbone)
     abstract = jax.eval_shape(lambda: initial_decoder(config, codec, jax.random.key(0)))
     return parameters.restore_params(folder, abstract)["decoder"], folder
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedDecoder:
+    """As it was read from where sample.decoder says, in host memory."""
+
+    params: Params
+    settings: dict[str, Any]  # config.decoder's that its shapes depend on
+    backbone: str  # LoadedModel.weights of the model that it was trained beside
+    source: str
+
+    @property
+    def checksum(self) -> str:
+        """Equal for equal parameters."""
+        return checksum_of(traverse_util.flatten_dict(self.params, sep="/"))
+
+    def check(self, codec: LatentCodec, weights: str, source: str) -> None:
+        """Raises UserError for a codec that can't decode with it, and beside another model. weights, source: of the
+        model, as LoadedModel has them."""
+        def shapes(params: Params) -> dict[str, tuple[int, ...]]:
+            return {name: np.shape(leaf) for name, leaf in traverse_util.flatten_dict(params, sep="/").items()}
+
+        width, layers = (self.settings.get(name, getattr(Decoder, name)) for name in ("width", "layers"))
+        fresh = jax.eval_shape(lambda: codec.fresh_decoder(jax.random.key(0), width, layers))
+        if shapes(self.params) != shapes(fresh):
+            raise UserError(f"{self.source}: this decoder is another codec's")
+        if self.backbone != weights:
+            raise UserError(f"{self.source}: was trained beside other weights (checksum {self.backbone}) than those of "
+                            f"{source} ({weights})")
+
+
+def read_named_decoder(config: Config, own: Config | None) -> NamedDecoder:
+    """That of sample.decoder: what `save_decoder` wrote, or that of a workdir with settings of its own. Raises
+    UserError where it holds none, and where it is damaged."""
+    path = Path(config.sample.decoder)
+    if own is None:
+        return NamedDecoder(*read_alone(path, "decoder"), f"decoder {path}")
+    if own.train.target != "decoder":
+        raise UserError(f"sample.decoder={path}: is no workdir of train.target=decoder")
+    return _stored(changed(own, "sample", {"checkpoint": config.sample.checkpoint}), path)
+
+
+def save_decoder(config: Config, workdir: Path, path: Path, dtype: Any = None) -> str:
+    """Write a workdir's decoder, and a checksum of what it was trained beside, as one safetensors file; returns what it
+    was. dtype: None: as it is kept."""
+    found = _stored(config, workdir)
+    save_alone(config, path, found.params, found.backbone, dtype)
+    return found.source
+
+
+def _stored(own: Config, workdir: Path) -> NamedDecoder:
+    folder, backbone = stored_beside(workdir, own)
+    named = {name.removeprefix("decoder/"): np.asarray(array)
+             for name, array in parameters.stored_params(folder).items()}
+    return NamedDecoder(traverse_util.unflatten_dict(named, sep="/"), KINDS["decoder"].settings(own), backbone,
+                        f"decoder {workdir}, step {folder.name}")

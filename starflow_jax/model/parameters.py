@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epy
 from flax import traverse_util
 
@@ -24,6 +25,7 @@ with epy.lazy_imports():
 
 # {"flow", "denoiser" (where there is one), "text" (where it is trained)}, and beside them "control" and "draft"
 Params = dict[str, Any]
+Convert = Callable[[str, jax.Array], Any]  # (name, parameter) -> what is kept of it
 
 
 def model_fingerprint(config: Config) -> dict[str, Any]:
@@ -98,8 +100,21 @@ def init_params(config: Config, key: jax.Array) -> Params:
     return params
 
 
-def restored_params(config: Config, folder: Path, convert: Callable[[str, jax.Array], Any] | None = None,
-                    named: str = "") -> Params:
+def placed_params(config: Config, params: Params, convert: Convert | None = None) -> Params:
+    """Parameters in host memory on the mesh in force, the layers' matrices in model.dtype. convert: see
+    `restore_params`."""
+    mesh, dtype = current_mesh(), jnp.dtype(config.model.dtype)
+
+    def kept(path: Any, leaf: Any, place: Any) -> Any:
+        name = sharding.parameter_name(path)
+        placed = jax.device_put(np.asarray(leaf, dtype) if sharding.is_layer_matrix(name) else leaf, place)
+        return convert(name, placed) if convert else placed
+
+    places = sharding.parameter_shardings(params, mesh) if mesh else jax.tree.map(lambda _: None, params)
+    return jax.tree_util.tree_map_with_path(kept, params, places)
+
+
+def restored_params(config: Config, folder: Path, convert: Convert | None = None, named: str = "") -> Params:
     """The averaged parameters of a checkpoint whose names ("flow/deep/...") begin as a pattern says, on the mesh in
     force, the layers' matrices in model.dtype. convert, errors: see `restore_params`."""
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

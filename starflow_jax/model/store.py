@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,16 +16,16 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from starflow_jax import sharding
-from starflow_jax.config import Config, UserError
+from starflow_jax.config import Config, Model, UserError
 from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.io.checksums import checksums_of
 from starflow_jax.io.files import write_text
 from starflow_jax.io.tensor_files import open_safetensors
 from starflow_jax.model import control, lora
-from starflow_jax.model.beside import fingerprint_of, whole_beside
+from starflow_jax.model.beside import SUFFIX, fingerprint_of, whole_beside
 from starflow_jax.model.calibration import CALIBRATED, read_calibration
 from starflow_jax.model.codec import FITTED_CODEC
-from starflow_jax.model.decoder import read_decoder
+from starflow_jax.model.decoder import NamedDecoder, read_decoder, read_named_decoder
 from starflow_jax.model.initialise import whole_checkpoint
 from starflow_jax.model.own_settings import (
     DESCRIPTION,
@@ -37,6 +37,7 @@ from starflow_jax.model.own_settings import (
     settings_of,
 )
 from starflow_jax.model.parameters import (
+    Convert,
     Params,
     inference_params,
     init_params,
@@ -44,7 +45,7 @@ from starflow_jax.model.parameters import (
     restored_params,
 )
 from starflow_jax.model.quantize import quantize_param, quantize_params
-from starflow_jax.model.student import Draft, read_draft
+from starflow_jax.model.student import DEEP, Draft, read_draft
 from starflow_jax.model.system import System, load_system, placed, save_system
 from starflow_jax.model.text import TOKENIZER, frozen_encoder_params
 from starflow_jax.nn.lora import Adapted
@@ -53,8 +54,7 @@ with epy.lazy_imports():  # orbax, which the model in the package does not need
     from starflow_jax.checkpoints import checksums, parameters, training
 
 NO_BACKBONE = "train.init_from is empty"
-DEEP, ALL_BUT_DEEP = "flow/deep/", "(?!flow/deep/)"  # names of parameters
-Convert = Callable[[str, jax.Array], Any]  # (name, parameter) -> what is kept of it
+ALL_BUT_DEEP = "(?!flow/deep/)"  # names of parameters
 
 
 class LoadedModel(NamedTuple):
@@ -68,9 +68,9 @@ class LoadedModel(NamedTuple):
 
 def load_model(config: Config, workdir: Path, encoder: bool = True) -> LoadedModel:
     """The workdir's model, or the package's where the workdir holds none, on the mesh in force, with the LoRA factors
-    of sample.lora, the control module of sample.control (the package's has its own) and the draft of sample.draft; its
-    parameters as `inference_params` gives them. Where another train.target made the workdir, the model that it was
-    trained beside, and what was. encoder: with a frozen text encoder, or without.
+    of sample.lora, the control module of sample.control (the package's has its own), the draft of sample.draft and the
+    decoder of sample.decoder; its parameters as `inference_params` gives them. Where another train.target made the
+    workdir, the model that it was trained beside, and what was. encoder: with a frozen text encoder, or without.
 
     Raises UserError where the workdir holds another model, or none and the package has none of this config.
     """
@@ -86,6 +86,8 @@ def load_model(config: Config, workdir: Path, encoder: bool = True) -> LoadedMod
             loaded.system, calibration=read_calibration(workdir / "system", config.model)))
     else:
         loaded = load_trained(config, workdir, convert) or load_pretrained(config, workdir, convert)
+    if decoder := _decoder(config):
+        loaded = _with_named_decoder(decoder, loaded)
     module, draft = _control_module(config, workdir), _draft(config)
     params = {**loaded.params, **(load_encoder(config) if encoder else {})}
     loaded = _named_with([*loras, *([module] if module else []), *([draft] if draft else [])], loaded)
@@ -93,7 +95,7 @@ def load_model(config: Config, workdir: Path, encoder: bool = True) -> LoadedMod
         params["control"] = module.params
     if draft:
         rounded = _as_kept(config.sample.weights, {}, merge=False)
-        params["draft"] = restored_params(draft.config, draft.folder, rounded, DEEP)["flow"]
+        params["draft"] = draft.read(rounded)
     return loaded._replace(params=inference_params(config, params))
 
 
@@ -139,8 +141,31 @@ def has_packaged_module(config: Config) -> bool:
     return not elsewhere and config.train.target != "student" and is_pretrained(config)
 
 
+def _decoder(config: Config) -> NamedDecoder | None:
+    if not config.sample.decoder:
+        return None
+    path = Path(config.sample.decoder)
+    return read_named_decoder(config, None if path.suffix == SUFFIX else settings_of(path))
+
+
+def _with_named_decoder(decoder: NamedDecoder, loaded: LoadedModel) -> LoadedModel:
+    decoder.check(loaded.system.codec, loaded.weights, loaded.source)
+    return loaded._replace(system=placed(dataclasses.replace(loaded.system, decoder=decoder.params)),
+                           source=f"{loaded.source}, with the {decoder.source}",
+                           weights=loaded.weights + decoder.checksum)
+
+
 def _draft(config: Config) -> Draft | None:
-    return read_draft(config, settings_of(Path(config.sample.draft))) if config.sample.draft else None
+    if not config.sample.draft:
+        return None
+    path = Path(config.sample.draft)
+    return read_draft(config, None if path.suffix == SUFFIX else settings_of(path))
+
+
+def drafting_model(config: Config) -> Model:
+    """The sizes of sample.draft's model. Raises UserError as reading it would."""
+    path = Path(config.sample.draft)
+    return read_draft(config, None).model if path.suffix == SUFFIX else settings_of(path).model
 
 
 def load_encoder(config: Config) -> Params:
@@ -304,7 +329,7 @@ def weights_of(config: Config, workdir: Path) -> str:
         weights = _checksum(PRETRAINED / PRETRAINED_WEIGHTS)
     if config.train.target in ("student", "decoder"):
         weights += _checksum(whole_beside(config, workdir, backbone_checksum(config)) / checksums.CHECKSUMS)
-    added = (*lora.read_all(config, workdir), _control_module(config, workdir), _draft(config))
+    added = (_decoder(config), *lora.read_all(config, workdir), _control_module(config, workdir), _draft(config))
     return weights + "".join(one.checksum for one in added if one)
 
 

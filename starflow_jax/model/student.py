@@ -4,6 +4,7 @@ teacher's."""
 
 import dataclasses
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,16 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epy
+from flax import traverse_util
 
 from starflow_jax.config import Config, Model, UserError
 from starflow_jax.flow.starflow import STARFlow
-from starflow_jax.model.beside import stored_beside
-from starflow_jax.model.parameters import Params, init_params
+from starflow_jax.model.beside import checksum_of, read_alone, save_alone, stored_beside
+from starflow_jax.model.parameters import Convert, Params, init_params, placed_params, restored_params
 
 with epy.lazy_imports():
-    from starflow_jax.checkpoints import checksums
+    from starflow_jax.checkpoints import checksums, parameters
 
 Deep = dict[str, Any]  # parameters of a deep block, those of its layers stacked
+DEEP = "flow/deep/"  # begins their names
 
 
 def fresh_block(config: Config, key: jax.Array) -> Params:
@@ -42,10 +45,11 @@ def flow_of(model: Model, deep: Deep) -> STARFlow:
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """A student's block as it lies in its workdir, for the model that it was trained beside to start from."""
+    """A student's block as it lies in its workdir or in a file, for the model that it was trained beside to start from.
+    """
 
-    config: Config  # the student's
-    folder: Path  # the checkpoint
+    model: Model  # its sizes
+    read: Callable[[Convert | None], Params]  # {"deep": parameters}, as `restored_params` gives them
     backbone: str  # beside.fingerprint_of the teacher
     source: str
     checksum: str  # equal for equal parameters
@@ -127,14 +131,42 @@ def cut(deep: Deep, kept: Kept, head_dim: int) -> Deep:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found)
 
 
-def read_draft(config: Config, own: Config) -> Draft:
-    """The block of sample.draft, a workdir with settings of its own. Raises UserError where it holds none, and where
-    all its checkpoints are damaged."""
-    workdir = Path(config.sample.draft)
+def read_draft(config: Config, own: Config | None) -> Draft:
+    """The block of sample.draft, a workdir with settings of its own, or what `save_block` wrote. Raises UserError where
+    it holds none, and where it is damaged."""
+    path, dtype = Path(config.sample.draft), config.model.dtype
+    if own is None:
+        return _draft_in(config, path)
     if own.train.target != "student":
-        raise UserError(f"sample.draft={workdir}: is no workdir of train.target=student")
+        raise UserError(f"sample.draft={path}: is no workdir of train.target=student")
     own = dataclasses.replace(own, sample=dataclasses.replace(own.sample, checkpoint=config.sample.checkpoint),
-                              model=dataclasses.replace(own.model, dtype=config.model.dtype))
-    folder, backbone = stored_beside(workdir, own)
-    return Draft(own, folder, backbone, f"drafts of {workdir}, step {folder.name}",
+                              model=dataclasses.replace(own.model, dtype=dtype))
+    folder, backbone = stored_beside(path, own)
+    return Draft(own.model, lambda convert: restored_params(own, folder, convert, DEEP)["flow"], backbone,
+                 f"drafts of {path}, step {folder.name}",
                  f"{zlib.crc32((folder / checksums.CHECKSUMS).read_bytes()):08x}")
+
+
+def save_block(config: Config, workdir: Path, path: Path, dtype: Any = None) -> str:
+    """Write a workdir's smaller block, and what it was trained beside, as one safetensors file; returns what it was.
+    dtype: None: as it is kept."""
+    folder, backbone = stored_beside(workdir, config)
+    arrays = {name.removeprefix(DEEP): array for name, array in parameters.stored_params(folder).items()}
+    save_alone(config, path, traverse_util.unflatten_dict(arrays, sep="/"), backbone, dtype)
+    return f"{workdir}, step {folder.name}"
+
+
+def _draft_in(config: Config, path: Path) -> Draft:
+    """Of a file."""
+    deep, _, backbone = read_alone(path, "student")
+    try:
+        model = flow_of(config.model, deep).config
+        own = dataclasses.replace(config, model=model)
+        expected = jax.eval_shape(lambda: fresh_block(own, jax.random.key(0)))["flow"]["deep"]
+        fits = jax.tree.map(np.shape, deep) == jax.tree.map(np.shape, expected)
+    except (KeyError, TypeError, IndexError):
+        fits = False
+    if not fits:
+        raise UserError(f"{path}: its smaller deep block belongs to another model")
+    return Draft(model, lambda convert: placed_params(own, {"flow": {"deep": deep}}, convert)["flow"], backbone,
+                 f"drafts of {path}", checksum_of(traverse_util.flatten_dict(deep, sep="/")))

@@ -33,11 +33,13 @@ from starflow_jax.io.tensor_files import StoredArray, check_shapes, write_safete
 from starflow_jax.model.calibration import CALIBRATED
 from starflow_jax.model.codec import FITTED_CODEC, released_codec, sizes_of_codec
 from starflow_jax.model.control import save_module
+from starflow_jax.model.decoder import save_decoder
 from starflow_jax.model.initialise import inherited_arrays, is_ours, whole_checkpoint
 from starflow_jax.model.lora import read_workdir
 from starflow_jax.model.own_settings import PRETRAINED, check_pretrained, own_settings, settings_of
 from starflow_jax.model.parameters import model_fingerprint
 from starflow_jax.model.store import backbone_arrays
+from starflow_jax.model.student import save_block
 from starflow_jax.model.system import save_settings
 from starflow_jax.model.text import TOKENIZER
 from starflow_jax.modes.alone import alone_in
@@ -84,9 +86,10 @@ def convert(config: Config, workdir: Path) -> None:
             (workdir / UNFINISHED).unlink(missing_ok=True)
     if settings.target:
         config = own_settings(config, workdir)[0]
-        config.convert.require("target", config.train.target != "decoder", f"{workdir} holds a decoder alone, which is "
-                               "used from there (sample.denoise=decoder); name the workdir of a model")
-        write = {"lora": write_adapter, "control": write_module}.get(config.train.target, write_released)
+        config.convert.require("alone", not settings.alone or config.train.target == "student",
+                               f"{workdir} holds no smaller deep block (train.target=student)")
+        write = {"lora": write_adapter, "control": write_alone, "decoder": write_alone}.get(
+            config.train.target, write_alone if settings.alone else write_released)
         write(config, workdir)
 
 
@@ -294,14 +297,18 @@ def write_adapter(config: Config, workdir: Path) -> None:
     print(f"{lora.source} -> {target}: {_size(tensors)}; it is added to its model with --config.sample.lora={target}")
 
 
-def write_module(config: Config, workdir: Path) -> None:
-    """The workdir's newest averaged control module, with the checksum of what it was trained beside."""
+def write_alone(config: Config, workdir: Path) -> None:
+    """The workdir's newest averaged control module, decoder or smaller deep block, with the checksum of what it was
+    trained beside."""
     target, dtype = Path(config.convert.target), config.convert.dtype
-    source = save_module(config, workdir, target, None if dtype == "stored" else jnp.dtype(dtype))
+    save, use = {"control": (save_module, "its model follows a camera with it by --config.sample.control={}"),
+                 "student": (save_block, "it drafts for its teacher by --config.sample.draft={}"),
+                 "decoder": (save_decoder, "its model decodes with it by --config.sample.denoise=decoder "
+                                           "--config.sample.decoder={}")}[config.train.target]
+    source = save(config, workdir, target, None if dtype == "stored" else jnp.dtype(dtype))
     if (workdir / KEPT).exists():
         keep_licence((workdir / KEPT).read_text(encoding="utf-8", errors="replace"), beside(target))
-    print(f"{source} -> {target}: {size_in_words(target.stat().st_size)}; its model follows a camera with it by "
-          f"--config.sample.control={target}")
+    print(f"{source} -> {target}: {size_in_words(target.stat().st_size)}; {use.format(target)}")
 
 
 def _write(target: Path, tensors: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from starflow_jax.kernels.attention import ATTENTION_RESULTS
 from starflow_jax.kernels.mask import Mask
 from starflow_jax.nn.cache import KVCache
 from starflow_jax.nn.dense import Dense, DenseGeneral
+from starflow_jax.nn.gelu import gelu
 from starflow_jax.nn.products import product
 from starflow_jax.nn.rope import apply_rope
 from starflow_jax.nn.sequence_parallel import by_tokens, sequence_parallel_attention
@@ -110,7 +111,7 @@ class Layer(nn.Module):
         out = constrain(out.reshape(x_BSD.shape), "batch", "tokens", "hidden")
         x_BSD = _shard_tokens(x_BSD + Dense(width, dtype=self.dtype, name="proj")(out))
         hidden = Dense(4 * width, dtype=self.dtype, name="mlp_in")(self._norm(x_BSD, "mlp_norm"))
-        hidden = nn.gelu(constrain(hidden, "batch", "tokens", "hidden"), approximate=False)
+        hidden = gelu(constrain(hidden, "batch", "tokens", "hidden"))
         return _shard_tokens(x_BSD + Dense(width, dtype=self.dtype, name="mlp_out")(hidden)), (k, v)
 
 

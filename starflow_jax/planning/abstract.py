@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 from starflow_jax import sharding
 from starflow_jax.codec.patch import PatchCodec
 from starflow_jax.config import Config
+from starflow_jax.model.beside import SUFFIX
 from starflow_jax.model.codec import patch_shape
-from starflow_jax.model.control import SUFFIX, fresh_module, packaged_module, read_module
+from starflow_jax.model.control import fresh_module, packaged_module, read_module
 from starflow_jax.model.lora import Factors, adapted_kernels, kernel_shapes, read_named
 from starflow_jax.model.own_settings import PRETRAINED, settings_of
 from starflow_jax.model.quantize import quantize_params
-from starflow_jax.model.store import abstract_params, has_packaged_module
+from starflow_jax.model.store import abstract_params, drafting_model, has_packaged_module
 from starflow_jax.model.text import text_encoder
 from starflow_jax.nn.lora import Adapted
 from starflow_jax.planning import codec as plan_codec
@@ -39,7 +40,7 @@ def abstract_model(config: Config, mesh: Mesh) -> tuple[dict[str, Any], Any]:
     """(parameters as `load_model` places them on the mesh, the codec), in shapes."""
     params = _with_factors(config, abstract_params(config, mesh, config.sample.weights), mesh)
     if config.sample.draft:
-        own = dataclasses.replace(config, model=settings_of(Path(config.sample.draft)).model)
+        own = dataclasses.replace(config, model=drafting_model(config))
         params["draft"] = {"deep": abstract_params(own, mesh, config.sample.weights)["flow"]["deep"]}
     params |= sharding.abstract(_abstract_control(config), mesh)
     if config.text.encoder == "frozen" and config.model.text_length:

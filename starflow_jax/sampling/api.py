@@ -53,7 +53,7 @@ from starflow_jax.sharding import fetch
 # Settings of `sample` that belong to the command line: its files, and what the methods say in other ways.
 OF_THE_COMMAND_LINE = ("offload", "prompt", "prompts_file", "session", "vbench", "stream", "output", "overwrite",
                        "checkpoint")
-OF_LOADING = ("weights", "lora", "merge_lora", "control", "draft")
+OF_LOADING = ("weights", "lora", "merge_lora", "control", "draft", "decoder")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -309,7 +309,8 @@ def _frames(config: Config, video: "Video | str | Path | ArrayLike", keep: str, 
 
 
 def load(source: str | Path = "", *, weights: str = "", lora: str | Path = "", merge_lora: bool | None = None,
-         control: str | Path = "", draft: str | Path = "", mesh: Mapping[str, int] | None = None) -> Model:
+         control: str | Path = "", draft: str | Path = "", decoder: str | Path = "",
+         mesh: Mapping[str, int] | None = None) -> Model:
     """The model in the package; or that of a workdir, which --mode=train or --mode=convert wrote.
 
     weights: what the layers' matrices are kept as, "int8", "int4" or, by default, as the model's own settings say.
@@ -318,7 +319,8 @@ def load(source: str | Path = "", *, weights: str = "", lora: str | Path = "", m
     say.
     control: a workdir of train.target=control, with whose module the model follows a camera; by default the package's
     model has its own.
-    draft: a workdir of train.target=student, whose smaller deep block drafts for the model.
+    draft: a workdir of train.target=student, or a file of its block, which drafts for the model.
+    decoder: a workdir of train.target=decoder, or a file of its decoder, which then takes the denoiser's place.
     mesh: over which of this process's devices it is sharded, the settings of `mesh` under their own names, such as
     {"tensor": 4}; by default over as many as suit it. Programs are compiled once and kept on disk for the next process,
     in the user's cache folder unless jax_compilation_cache_dir names another. Raises UserError where there is no model,
@@ -329,7 +331,8 @@ def load(source: str | Path = "", *, weights: str = "", lora: str | Path = "", m
     workdir = Path(source) if str(source) else PRETRAINED
     config = settings_of(workdir)
     asked = {"weights": weights or None, "lora": str(lora) or None, "merge_lora": merge_lora,
-             "control": str(control) or None, "draft": str(draft) or None}
+             "control": str(control) or None, "draft": str(draft) or None,
+             **({"decoder": str(decoder), "denoise": "decoder", "renoise": False} if str(decoder) else {})}
     config = changed(config, "sample", {name: value for name, value in asked.items() if value is not None})
     # Not the mesh that it was trained on.
     config = changed(config, "mesh", {**dataclasses.asdict(MeshSettings()), **(mesh or {})})

@@ -18,7 +18,7 @@ from starflow_jax.sampling.requests import Request
 # them. What the files that they name hold is in the checksums.
 NOT_IN_THE_VIDEO = ("prompt", "prompts_file", "session", "vbench", "image", "video", "count", "keep", "seed",
                     "batch_size", "devices", "offload", "output", "overwrite", "checkpoint", "lora", "control",
-                    "draft")
+                    "draft", "decoder")
 OF_A_CHOICE = ("count", "keep", "seed")  # which of a prompt's videos is kept depends on which were made
 NOT_IN_THE_MODEL = ("remat", "sequence_parallel", "unroll_layers")
 
@@ -28,7 +28,7 @@ class Recipe:
     """All that makes a video but its prompt and its seed."""
 
     config: Config
-    weights: str  # checksums of the flow's weights with its LoRA factors, control module and draft,
+    weights: str  # checksums of the flow's weights with its LoRA factors, control module, draft, decoder,
     system: str  # of the files of tokenizer, codec, text encoder and calibration,
     given: str  # and of the given frames and the camera's file; "": none
 

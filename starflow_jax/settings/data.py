@@ -55,7 +55,10 @@ class Convert(Settings):
                           "workdir whose model is to grow, or `pretrained`: the model in the package")
     text: str = setting("", "the text encoder's folder; empty: text.weights")
     target: str = setting("", "a .safetensors file under the release's names, from the workdir's newest checkpoint; "
-                          "of LoRA factors under PEFT's, FOLDER/adapter_model.safetensors")
+                          "of LoRA factors under PEFT's, FOLDER/adapter_model.safetensors; of a control module or a "
+                          "decoder it alone")
+    alone: bool = setting(False, "of a student's workdir: its smaller deep block alone, as sample.draft takes it; else "
+                          "the whole model that it is with the rest of its teacher")
     prefix: str = setting("", 'prefix of the names of the flow\'s tensors in the source, such as "model."')
     dtype: str = setting("stored", "dtype of what is written; stored: the source's",
                          one_of("stored", "float32", "bfloat16"))

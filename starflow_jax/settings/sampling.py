@@ -121,8 +121,10 @@ class Sample(Settings):
                                 lambda value: not value or all(map(_names_adapter, names(value)))))
     merge_lora: bool = setting(True, "those of sample.lora, or of the workdir, are added to the matrices when these "
                                "are loaded, before they are rounded (weights); else their products are computed apart")
-    draft: str = setting("", "a workdir of train.target=student: its smaller deep block drafts each step's frames, and "
-                         "the solver starts there; the result is the model's own")
+    decoder: str = setting("", "what sample.denoise=decoder decodes with: a workdir of train.target=decoder, or its "
+                           "decoder as a file; empty: that of --workdir")
+    draft: str = setting("", "a workdir of train.target=student, or its smaller deep block as a file: it drafts each "
+                         "step's frames, and the solver starts there; the result is the model's own")
     draft_tolerance: float = setting(1e-2, "largest relative change at which a draft is solved",
                                      at_least(0, "exact", most=1_000_000))
     cache: str = setting("", "what the deep block's cache is kept as; empty: model.dtype", one_of("", "int8"))

@@ -13,8 +13,9 @@ import starflow_jax as sf
 from starflow_jax.checkpoints.parameters import stored_params
 from starflow_jax.config import Config, Decoder, Train, UserError, changed
 from starflow_jax.evaluation.split import denoise_choices
+from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.model.own_settings import settings_of
-from starflow_jax.model.store import load_model
+from starflow_jax.model.store import load_model, weights_of
 from starflow_jax.modes.evaluate import evaluate
 from starflow_jax.modes.train import train
 from starflow_jax.training.metrics import read_metrics
@@ -118,3 +119,40 @@ def test_what_is_missing_is_said(config: Config, model: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match="sample.denoise=decoder: this model has no decoder for noised latents"):
         sf.load(model).generate(PROMPT, denoise="decoder")
     assert settings_of(model).train.target == "all"
+
+
+def test_a_file_of_the_decoder_alone_decodes_as_its_workdir_does(
+    config: Config, model: Path, workdir: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "decoder.safetensors"
+    code, out, err = run_here(["--mode=convert", f"--workdir={workdir}", f"--config.convert.target={file}"])
+    assert code == 0 and f"--config.sample.denoise=decoder --config.sample.decoder={file}" in out, err
+    own = load_model(settings_of(workdir), workdir)
+    jax.tree.map(np.testing.assert_array_equal, import_arrays(file), own.system.decoder)
+    expected = sf.load(workdir).generate(PROMPT, seed=3).frames
+    for named in (file, workdir):
+        loaded = sf.load(model, decoder=named)
+        assert "with the decoder" in loaded.source
+        np.testing.assert_array_equal(loaded.generate(PROMPT, seed=3).frames, expected)
+        asked = changed(config, "sample", {"decoder": str(named), "denoise": "decoder"})
+        assert load_model(asked, model).weights == weights_of(asked, model) != load_model(config, model).weights
+
+    def line(*arguments: str) -> str:
+        code, _, err = run_here(["--mode=sample", f"--config.sample.prompt={PROMPT}", *arguments])
+        assert code == 2 and "Traceback" not in err
+        return err.splitlines()[-1]
+
+    asked = ("--config.sample.denoise=decoder", f"--config.sample.decoder={file}")
+    other = write_model(config, tmp_path / "other", seed=2)
+    assert "was trained beside other weights" in line(f"--workdir={other}", *asked)
+    assert "sample.decoder" in line(f"--workdir={model}", asked[1]) and "needs sample.denoise=decoder" in line(
+        f"--workdir={model}", asked[1])
+    assert "is no workdir of train.target=decoder" in line(f"--workdir={model}", asked[0],
+                                                           f"--config.sample.decoder={other}")
+    settings = {"decoder": str(file), "denoise": "decoder"}
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="decoder.safetensors: can't be read as safetensors"):
+        load_model(changed(config, "sample", settings), model)
+    export_arrays(file, own.system.decoder)
+    with pytest.raises(UserError, match="decoder.safetensors: holds no decoder; write one with --mode=convert"):
+        load_model(changed(config, "sample", settings), model)

@@ -16,15 +16,20 @@ import starflow_jax as sf
 from starflow_jax import sharding
 from starflow_jax.checkpoints.parameters import stored_params
 from starflow_jax.checkpoints.released import unstack_to_released
-from starflow_jax.config import Config, Student, Train, UserError, changed
+from starflow_jax.config import Config, Mesh, Student, Train, UserError, changed
+from starflow_jax.io.arrays import import_arrays
 from starflow_jax.io.pictures import read_image
 from starflow_jax.io.video import read_video
+from starflow_jax.model.beside import save_alone
 from starflow_jax.model.own_settings import settings_of
-from starflow_jax.model.store import LoadedModel, load_model
+from starflow_jax.model.store import LoadedModel, drafting_model, load_model, weights_of
+from starflow_jax.model.student import save_block
 from starflow_jax.modes.calibrate import calibrate
+from starflow_jax.modes.convert import convert
 from starflow_jax.modes.train import train
 from starflow_jax.sampling.conditions import make_conditions
 from starflow_jax.sampling.generate import deep_frames
+from starflow_jax.sampling.mesh import on_mesh
 from starflow_jax.training.metrics import read_metrics
 from starflow_jax.training.run import open_run
 from tests.helpers import random_params
@@ -217,3 +222,44 @@ def test_students_are_measured_beside_their_teacher(
     code, _, err = run_here([f"--workdir={tmp_path / 'none'}", "--mode=evaluate", "--config=configs/t2v.py",
                              "--config.evaluate.task=students"])
     assert code == 2 and "holds no workdir of train.target=student" in err
+
+
+def test_a_file_of_its_block_alone_drafts_as_its_workdir_does(
+    config: Config, model: Path, workdir: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "block.safetensors"
+    code, out, err = run_here(["--mode=convert", f"--workdir={workdir}", "--config.convert.alone=true",
+                               f"--config.convert.target={file}"])
+    assert code == 0 and f"--config.sample.draft={file}" in out, err
+    asked = [changed(config, "sample", {"draft": str(named)}) for named in (file, workdir)]
+    of_file, of_workdir = (load_model(one, model) for one in asked)
+    jax.tree.map(np.testing.assert_array_equal, of_file.params["draft"], of_workdir.params["draft"])
+    assert of_file.source == f"{model}, step 0, with drafts of {file}"
+    assert of_file.weights == weights_of(asked[0], model)
+    assert drafting_model(asked[0]) == dataclasses.replace(config.model, deep_layers=2, deep_width=20)
+    other = write_model(config, tmp_path / "other", seed=2)
+    with pytest.raises(UserError, match="drafts of .*block.safetensors: was trained beside other weights"):
+        load_model(asked[0], other)
+    with pytest.raises(UserError, match=f"convert.alone=True: {model} holds no smaller deep block"):
+        convert(changed(config, "convert", {"target": str(file), "alone": True}), model)
+    deep = import_arrays(file)
+    del deep["sos"]
+    save_alone(beside(config, model), file, deep, "")
+    with pytest.raises(UserError, match="block.safetensors: its smaller deep block belongs to another model"):
+        load_model(asked[0], model)
+
+
+def test_a_file_of_its_block_is_kept_as_the_layers_are(config: Config, model: Path, workdir: Path, tmp_path: Path
+                                                       ) -> None:
+    """In their dtype, quantized, and over a mesh, as a workdir's."""
+    file = tmp_path / "block.safetensors"
+    save_block(settings_of(workdir), workdir, file)
+    halved = changed(config, "model", {"dtype": "bfloat16"})
+    for one, mesh in ((halved, None), (changed(config, "sample", {"weights": "int8"}), None),
+                      (config, Mesh(data=1, fsdp=2))):
+        with on_mesh(sharding.make_mesh(mesh or Mesh(), jax.devices()[:2 if mesh else 1])):
+            drafts = [load_model(changed(one, "sample", {"draft": str(named)}), model).params["draft"]
+                      for named in (file, workdir)]
+        jax.tree.map(np.testing.assert_array_equal, *drafts)
+        assert jax.tree.map(lambda leaf: (leaf.dtype, leaf.sharding), drafts[0]) == jax.tree.map(
+            lambda leaf: (leaf.dtype, leaf.sharding), drafts[1])
