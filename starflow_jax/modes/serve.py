@@ -31,7 +31,7 @@ def serve(config: Config, workdir: Path) -> None:
     listening = listen(settings)
     share_arenas()
     try:
-        _run(_load(config, workdir), settings, token, listening)
+        _run(load_served(config, workdir), settings, token, listening)
     finally:
         listening.close()
 
@@ -69,7 +69,8 @@ def listen(settings: Serve) -> socket.socket:
     return listening
 
 
-def _load(config: Config, workdir: Path) -> Model:
+def load_served(config: Config, workdir: Path) -> Model:
+    """The model that is served. Raises UserError as `load_model` does."""
     from starflow_jax.model.store import load_model
 
     config = changed(config, "sample", {"stream": True})

@@ -4,6 +4,7 @@ measured, refused."""
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,14 +13,18 @@ from PIL import Image
 
 import starflow_jax as sf
 from starflow_jax.checkpoints.parameters import stored_params
-from starflow_jax.config import Config, Train, UserError, changed
+from starflow_jax.config import Config, Lora, Serve, Train, UserError, changed
 from starflow_jax.data.digits.camera_reader import read_cameras
 from starflow_jax.data.digits.captions import DIRECTION_NAMES
 from starflow_jax.io.arrays import import_arrays
 from starflow_jax.io.cameras import named_cameras
 from starflow_jax.io.video import read_video, write_mp4
 from starflow_jax.model.store import load_model
+from starflow_jax.modes.serve import load_served
 from starflow_jax.modes.train import train
+from starflow_jax.serving.engine import Engine
+from starflow_jax.serving.live import Ended, Frames
+from starflow_jax.serving.metrics import Metrics
 from starflow_jax.training.metrics import read_metrics
 from tests.modes.small_backbone import config_with_data, same_states, stop_and_resume, write_model
 from tests.prepared_input import scene
@@ -227,3 +232,33 @@ def test_the_evaluation_reads_paths_back(workdir: Path, tmp_path: Path) -> None:
     assert set(turning) == set(real) and turning["correlation_x"] != found["correlation_x"]
     assert set(real["intervals"]) == set(real) - {"intervals"} and 0 < real["intervals"]["correlation_x"] < 0.1
     assert real["correlation_x"] > 0.9 and (workdir / "camera.png").exists() and "real clips" in out
+
+
+@pytest.mark.slow  # quick: tests/serving with a module of its own
+def test_the_server_serves_it_with_lora_factors(config: Config, model: Path, workdir: Path, tmp_path: Path) -> None:
+    """Sessions of --mode=serve show what the API streams from the same model, along the camera."""
+    factors = Train(target="lora", init_from=str(model), steps=2, batch_size=4, image_batch_size=4, learning_rate=3e-2,
+                    warmup_steps=1, validation_clips=4, sheet_clips=0)
+    train(dataclasses.replace(config, train=factors, lora=Lora(rank=2)), tmp_path / "lora")
+    added = {"control": str(workdir), "lora": str(tmp_path / "lora")}
+    served = load_served(changed(config, "sample", added), model)
+    assert "LoRA" in served.source and "control module" in served.source
+    engine = Engine(served, Serve(sessions=1), Metrics())
+    engine.start(warm=False)
+    try:
+        live = engine.begin(PROMPT, paced=False, frames=17, seed=3, camera=MOVES)
+        held: list[Any] = []
+        while not (held and isinstance(held[-1], Ended)):
+            events = live.wait(120)
+            assert events
+            held += events
+    finally:
+        engine.stop()
+    shown = np.concatenate([event.frames_THWC for event in held if isinstance(event, Frames)])
+    loaded = sf.load(model, **added)
+    streamed = np.concatenate(list(loaded.stream(PROMPT, frames=17, seed=3, camera=MOVES)))
+    assert np.abs(shown.astype(int) - streamed).max() <= 1
+    for other in (dict(control=added["control"]), dict(lora=added["lora"])):
+        camera = MOVES if "control" in other else ""
+        alone = np.concatenate(list(sf.load(model, **other).stream(PROMPT, frames=17, seed=3, camera=camera)))
+        assert np.abs(shown.astype(int) - alone).max() > 1
