@@ -43,7 +43,7 @@ def import_with_metadata(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         with safe_open(str(path), framework="numpy") as file:
             flat, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, AttributeError, TypeError) as error:  # the last two of dtypes that numpy lacks
         raise UserError(f"{path}: can't be read as safetensors ({error})") from error
     groups = {parent for name in flat for parent in itertools.accumulate(name.split("/")[:-1], "{}/{}".format)}
     if both := sorted(groups & set(flat)):

@@ -2,13 +2,13 @@
 """
 
 import dataclasses
-import json
 import re
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epy
@@ -180,32 +180,21 @@ def _steps(directory: Path, fingerprint: dict[str, Any], best: bool, metric: str
 
 
 def save_alone(config: Config, path: Path, params: Mapping[str, Any], backbone: str, dtype: Any = None) -> None:
-    """Write what config.train.target trained as one safetensors file, with the settings that its shapes depend on and a
-    checksum of what it was trained beside. dtype: of floats on disk; None: as they are."""
-    target = config.train.target
-    export_arrays(path, params, dtype, {"target": target, "backbone": backbone,
-                                        "settings": json.dumps(KINDS[target].settings(config))})
+    """Write what config.train.target trained as one safetensors file, with a checksum of what it was trained beside.
+    dtype: of floats on disk; None: as they are."""
+    export_arrays(path, params, dtype, {"target": config.train.target, "backbone": backbone})
 
 
-class Alone(NamedTuple):
-    """What `save_alone` wrote."""
-
-    params: dict[str, Any]  # arrays in host memory, floats of less than 32 bits as float32
-    settings: dict[str, Any]
-    backbone: str
-
-
-def read_alone(path: Path, target: str) -> Alone:
-    """Of such a target. Raises UserError for another file."""
+def read_alone(path: Path, target: str) -> tuple[dict[str, Any], str]:
+    """(what `save_alone` wrote of such a target, float32 arrays in host memory; that checksum). Raises UserError for
+    another file."""
     params, metadata = import_with_metadata(path)
-    if metadata.get("target") != target:
+    if metadata.get("target") != target or not metadata.get("backbone"):
         raise UserError(f"{path}: holds no {KINDS[target].words}; write one with --mode=convert --workdir=WORKDIR of "
                         f"train.target={target} and --config.convert.target={path}")
-    try:
-        settings = json.loads(metadata["settings"])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: its metadata can't be read ({error}); write it again with --mode=convert") from error
-    return Alone(params, settings, metadata.get("backbone", ""))
+    if any(array.dtype.kind != "f" for array in jax.tree.leaves(params)):
+        raise UserError(f"{path}: holds other numbers than floats; write it again with --mode=convert")
+    return jax.tree.map(np.float32, params), metadata["backbone"]
 
 
 def settings_beside(config: Config) -> Config:

@@ -10,7 +10,7 @@ from etils import epy
 from flax import traverse_util
 
 from starflow_jax.codec.interface import LatentCodec
-from starflow_jax.config import Config, Decoder, UserError, changed
+from starflow_jax.config import Config, UserError, changed
 from starflow_jax.model.beside import KINDS, checksum_of, read_alone, save_alone, stored_beside, whole_beside
 from starflow_jax.model.parameters import Params
 
@@ -38,7 +38,6 @@ class NamedDecoder:
     """As it was read from where sample.decoder says, in host memory."""
 
     params: Params
-    settings: dict[str, Any]  # config.decoder's that its shapes depend on
     backbone: str  # LoadedModel.weights of the model that it was trained beside
     source: str
 
@@ -48,14 +47,17 @@ class NamedDecoder:
         return checksum_of(traverse_util.flatten_dict(self.params, sep="/"))
 
     def check(self, codec: LatentCodec, weights: str, source: str) -> None:
-        """Raises UserError for a codec that can't decode with it, and beside another model. weights, source: of the
-        model, as LoadedModel has them."""
+        """Raises UserError for a codec whose decoders have other shapes, and beside another model. weights, source: of
+        the model that it is to decode for."""
         def shapes(params: Params) -> dict[str, tuple[int, ...]]:
             return {name: np.shape(leaf) for name, leaf in traverse_util.flatten_dict(params, sep="/").items()}
 
-        width, layers = (self.settings.get(name, getattr(Decoder, name)) for name in ("width", "layers"))
-        fresh = jax.eval_shape(lambda: codec.fresh_decoder(jax.random.key(0), width, layers))
-        if shapes(self.params) != shapes(fresh):
+        found = shapes(self.params)
+        # Of a VAE's decoder, whose sizes are the VAE's, these say nothing.
+        width, *_ = found.get("head/kernel") or (1,)
+        layers = len({name.split("/")[0] for name in found if name.startswith("residuals_")})
+        fresh = jax.eval_shape(lambda: codec.fresh_decoder(jax.random.key(0), max(1, width), layers))
+        if found != shapes(fresh):
             raise UserError(f"{self.source}: this decoder is another codec's")
         if self.backbone != weights:
             raise UserError(f"{self.source}: was trained beside other weights (checksum {self.backbone}) than those of "
@@ -67,7 +69,7 @@ def read_named_decoder(config: Config, own: Config | None) -> NamedDecoder:
     UserError where it holds none, and where it is damaged."""
     path = Path(config.sample.decoder)
     if own is None:
-        return NamedDecoder(*read_alone(path, "decoder"), f"decoder {path}")
+        return NamedDecoder(*read_alone(path, "decoder"), source=f"decoder {path}")
     if own.train.target != "decoder":
         raise UserError(f"sample.decoder={path}: is no workdir of train.target=decoder")
     return _stored(changed(own, "sample", {"checkpoint": config.sample.checkpoint}), path)
@@ -85,5 +87,5 @@ def _stored(own: Config, workdir: Path) -> NamedDecoder:
     folder, backbone = stored_beside(workdir, own)
     named = {name.removeprefix("decoder/"): np.asarray(array)
              for name, array in parameters.stored_params(folder).items()}
-    return NamedDecoder(traverse_util.unflatten_dict(named, sep="/"), KINDS["decoder"].settings(own), backbone,
+    return NamedDecoder(traverse_util.unflatten_dict(named, sep="/"), backbone,
                         f"decoder {workdir}, step {folder.name}")

@@ -16,7 +16,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from starflow_jax import sharding
-from starflow_jax.config import Config, Model, UserError
+from starflow_jax.config import Config, Model, UserError, changed
 from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.io.checksums import checksums_of
 from starflow_jax.io.files import write_text
@@ -87,7 +87,8 @@ def load_model(config: Config, workdir: Path, encoder: bool = True) -> LoadedMod
     else:
         loaded = load_trained(config, workdir, convert) or load_pretrained(config, workdir, convert)
     if decoder := _decoder(config):
-        loaded = _with_named_decoder(decoder, loaded)
+        weights = loaded.weights if config.train.target == "all" else backbone_weights(config)
+        loaded = _with_named_decoder(decoder, loaded, weights)
     module, draft = _control_module(config, workdir), _draft(config)
     params = {**loaded.params, **(load_encoder(config) if encoder else {})}
     loaded = _named_with([*loras, *([module] if module else []), *([draft] if draft else [])], loaded)
@@ -144,13 +145,18 @@ def has_packaged_module(config: Config) -> bool:
 def _decoder(config: Config) -> NamedDecoder | None:
     if not config.sample.decoder:
         return None
+    config.sample.require("decoder", config.train.target != "decoder",
+                          "the workdir of train.target=decoder has its own; leave it out")
     path = Path(config.sample.decoder)
     return read_named_decoder(config, None if path.suffix == SUFFIX else settings_of(path))
 
 
-def _with_named_decoder(decoder: NamedDecoder, loaded: LoadedModel) -> LoadedModel:
-    decoder.check(loaded.system.codec, loaded.weights, loaded.source)
-    return loaded._replace(system=placed(dataclasses.replace(loaded.system, decoder=decoder.params)),
+def _with_named_decoder(decoder: NamedDecoder, loaded: LoadedModel, weights: str) -> LoadedModel:
+    """weights: `LoadedModel.weights` of the model that it has to be trained beside."""
+    decoder.check(loaded.system.codec, weights, loaded.source)
+    # It is the system's from here on, whatever way of denoising is asked for then.
+    config = changed(loaded.system.config, "sample", {"decoder": ""})
+    return loaded._replace(system=placed(dataclasses.replace(loaded.system, config=config, decoder=decoder.params)),
                            source=f"{loaded.source}, with the {decoder.source}",
                            weights=loaded.weights + decoder.checksum)
 
@@ -163,9 +169,14 @@ def _draft(config: Config) -> Draft | None:
 
 
 def drafting_model(config: Config) -> Model:
-    """The sizes of sample.draft's model. Raises UserError as reading it would."""
+    """The sizes of sample.draft's model, whose checkpoints need not be there. Raises UserError for what is no student's
+    workdir, or no file of one's block."""
     path = Path(config.sample.draft)
-    return read_draft(config, None).model if path.suffix == SUFFIX else settings_of(path).model
+    if path.suffix == SUFFIX:
+        return read_draft(config, None).model
+    own = settings_of(path)
+    config.sample.require("draft", own.train.target == "student", "is no workdir of train.target=student")
+    return own.model
 
 
 def load_encoder(config: Config) -> Params:

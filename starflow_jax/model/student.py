@@ -158,13 +158,13 @@ def save_block(config: Config, workdir: Path, path: Path, dtype: Any = None) -> 
 
 def _draft_in(config: Config, path: Path) -> Draft:
     """Of a file."""
-    deep, _, backbone = read_alone(path, "student")
+    deep, backbone = read_alone(path, "student")
     try:
         model = flow_of(config.model, deep).config
         own = dataclasses.replace(config, model=model)
         expected = jax.eval_shape(lambda: fresh_block(own, jax.random.key(0)))["flow"]["deep"]
         fits = jax.tree.map(np.shape, deep) == jax.tree.map(np.shape, expected)
-    except (KeyError, TypeError, IndexError):
+    except (KeyError, TypeError, IndexError, AttributeError, UserError):  # of sizes that no model has
         fits = False
     if not fits:
         raise UserError(f"{path}: its smaller deep block belongs to another model")

@@ -123,7 +123,8 @@ class System:
         if denoise != "decoder":
             return self.codec
         if self.decoder is None:
-            raise UserError("sample.denoise=decoder: this model has no decoder for noised latents; train one with "
+            raise UserError("sample.denoise=decoder: this model has no decoder for noised latents; name one with "
+                            "--config.sample.decoder=WORKDIR or FILE (sf.load: decoder), or train one with "
                             "--config.train.target=decoder --config.train.init_from=WORKDIR in a workdir of its own")
         return self.codec.with_decoder(self.decoder)
 

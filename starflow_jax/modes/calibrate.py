@@ -22,7 +22,7 @@ def calibrate(config: Config, workdir: Path) -> None:
 
     Raises UserError for a model whose values are not finite, and where another run has the workdir.
     """
-    for name in ("draft", "lora"):
+    for name in ("draft", "lora", "decoder"):
         config.sample.require(name, not getattr(config.sample, name),
                               "a calibration is of the workdir's own model; leave it out")
     own = (workdir / "system").exists()

@@ -63,6 +63,7 @@ def convert(config: Config, workdir: Path) -> None:
                         "or a file to write them to with --config.convert.target=FILE.safetensors")
     if settings.target and not settings.target.endswith(".safetensors"):
         raise UserError(f"convert.target={settings.target!r}: must end in .safetensors")
+    settings.require("alone", bool(settings.target) or not settings.alone, "needs convert.target")
     if settings.target:
         target = Path(settings.target)
         check_writable(target.parent, "convert.target", [target.name])
@@ -86,8 +87,9 @@ def convert(config: Config, workdir: Path) -> None:
             (workdir / UNFINISHED).unlink(missing_ok=True)
     if settings.target:
         config = own_settings(config, workdir)[0]
-        config.convert.require("alone", not settings.alone or config.train.target == "student",
-                               f"{workdir} holds no smaller deep block (train.target=student)")
+        config.convert.require("alone", not settings.alone or config.train.target != "all",
+                               f"{workdir} holds a whole model; name the workdir of a smaller deep block "
+                               "(train.target=student)")
         write = {"lora": write_adapter, "control": write_alone, "decoder": write_alone}.get(
             config.train.target, write_alone if settings.alone else write_released)
         write(config, workdir)

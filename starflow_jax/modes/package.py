@@ -22,7 +22,8 @@ def package(config: Config, workdir: Path) -> None:
 
     Raises UserError where the workdir holds no checkpoint, and where the package grows too large.
     """
-    config.sample.require("lora", not config.sample.lora, "the package carries a model alone; leave it out")
+    for name in ("lora", "draft", "decoder"):
+        config.sample.require(name, not getattr(config.sample, name), "the package carries a model alone; leave it out")
     config.sample.require("control", not config.sample.control, "name its workdir with --workdir instead")
     config.train.require("target", config.train.target in ("all", "control"),
                          "the package carries a whole model, and a control module beside it")

@@ -39,8 +39,6 @@ def sample(config: Config, workdir: Path) -> None:
 
     Raises UserError for what can't be, and where a video failed, once the others are made.
     """
-    config.sample.require("decoder", not config.sample.decoder or config.sample.denoise == "decoder",
-                          "needs sample.denoise=decoder")
     if config.sample.session:
         return _replay(config, workdir)
     requests = read_requests(config)  # what can't be is found before anything is loaded

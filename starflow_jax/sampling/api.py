@@ -317,8 +317,8 @@ def load(source: str | Path = "", *, weights: str = "", lora: str | Path = "", m
     lora: "FILE[:SCALE],...", LoRA factors that are added to it: workdirs of train.target=lora, or PEFT's files.
     merge_lora: whether they, or a workdir's own, are added to the matrices or kept apart; by default as its settings
     say.
-    control: a workdir of train.target=control, with whose module the model follows a camera; by default the package's
-    model has its own.
+    control: a workdir of train.target=control, or a file of its module, with which the model follows a camera; by
+    default the package's model has its own.
     draft: a workdir of train.target=student, or a file of its block, which drafts for the model.
     decoder: a workdir of train.target=decoder, or a file of its decoder, which then takes the denoiser's place.
     mesh: over which of this process's devices it is sharded, the settings of `mesh` under their own names, such as

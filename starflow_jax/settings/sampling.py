@@ -141,6 +141,7 @@ class Sample(Settings):
                          "needs whole clips; leave it out, or set sample.stream=false")
         self.require("output", not (self.vbench and self.output_file), "sample.vbench names its files; name a folder")
         self.require("keep", not (self.vbench and self.keep), "sample.vbench needs every video; leave one of them out")
+        self.require("decoder", not self.decoder or self.denoise == "decoder", "needs sample.denoise=decoder")
         self.require("draft", not self.draft or self.solver.kind != "sequential",
                      "is where an iteration starts; sample.solver.kind=sequential has none")
         self.require("renoise", not (self.renoise and (self.denoise in ("none", "decoder") or self.as_released)),

@@ -1,5 +1,6 @@
 """--config.train.target=decoder as its users run it: beside a model, resumed, sampled, streamed, measured, refused."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -14,8 +15,10 @@ from starflow_jax.checkpoints.parameters import stored_params
 from starflow_jax.config import Config, Decoder, Train, UserError, changed
 from starflow_jax.evaluation.split import denoise_choices
 from starflow_jax.io.arrays import export_arrays, import_arrays
+from starflow_jax.model.beside import save_alone
 from starflow_jax.model.own_settings import settings_of
 from starflow_jax.model.store import load_model, weights_of
+from starflow_jax.model.system import make_system
 from starflow_jax.modes.evaluate import evaluate
 from starflow_jax.modes.train import train
 from starflow_jax.training.metrics import read_metrics
@@ -133,6 +136,7 @@ def test_a_file_of_the_decoder_alone_decodes_as_its_workdir_does(
     for named in (file, workdir):
         loaded = sf.load(model, decoder=named)
         assert "with the decoder" in loaded.source
+        assert np.abs(loaded.generate(PROMPT, seed=3, denoise="none").frames.astype(int) - expected).max() > 0
         np.testing.assert_array_equal(loaded.generate(PROMPT, seed=3).frames, expected)
         asked = changed(config, "sample", {"decoder": str(named), "denoise": "decoder"})
         assert load_model(asked, model).weights == weights_of(asked, model) != load_model(config, model).weights
@@ -156,3 +160,17 @@ def test_a_file_of_the_decoder_alone_decodes_as_its_workdir_does(
     export_arrays(file, own.system.decoder)
     with pytest.raises(UserError, match="decoder.safetensors: holds no decoder; write one with --mode=convert"):
         load_model(changed(config, "sample", settings), model)
+    with pytest.raises(UserError, match="sample.decoder=.*: the workdir of train.target=decoder has its own"):
+        load_model(changed(settings_of(workdir), "sample", settings), workdir)
+    made_beside, kind = beside(config, model), load_model(config, model).weights
+    other_sizes = make_system(config).codec.fresh_decoder(jax.random.key(0), 4, 2)
+    for params, words in ((jax.tree.map(lambda leaf: np.asarray(leaf, np.int32), own.system.decoder), "than floats"),
+                          (other_sizes, "")):
+        save_alone(made_beside, file, params, kind)
+        with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+            load_model(changed(config, "sample", settings), model)
+    more = {**own.system.decoder, "residuals_9": {"x": np.ones(2)}}
+    for params in ({"head": {"kernel": np.zeros(0, np.float32)}}, more):
+        save_alone(made_beside, file, params, kind)
+        with pytest.raises(UserError, match="decoder.safetensors: this decoder is another codec's"):
+            load_model(changed(config, "sample", settings), model)
