@@ -47,20 +47,21 @@ class LatentCameras(flax.struct.PyTreeNode):
 
 
 def cameras_of_latents(intrinsics_BT4: Any, world_to_camera_BT34: Any, time_stride: int) -> LatentCameras:
-    """From the cameras of 1 + a multiple of time_stride pixel frames, the last row of whose matrices is 0 0 0 1. Raises
-    UserError for another number."""
+    """From the cameras of 1 + a multiple of time_stride pixel frames, whose matrices have 0 0 0 1 as last row; float32,
+    of numpy if they are, so that a frame's are taken from them at no cost. Raises UserError for another number."""
+    xp: Any = jnp if isinstance(intrinsics_BT4, jax.Array) else np
     frames = intrinsics_BT4.shape[1]
     if frames < 1 or (frames - 1) % time_stride:
         raise UserError(f"cameras: {frames} of them; a video has 1 + a multiple of {time_stride} frames")
 
-    def grouped(of_frames_BTX: jax.Array) -> jax.Array:
-        first = jnp.repeat(of_frames_BTX[:, :1], time_stride, axis=1)
-        whole = jnp.concatenate([first, of_frames_BTX[:, 1:]], axis=1)
+    def grouped(of_frames_BTX: Any) -> Any:
+        first = xp.repeat(of_frames_BTX[:, :1], time_stride, axis=1)
+        whole = xp.concatenate([first, of_frames_BTX[:, 1:]], axis=1)
         return whole.reshape(len(whole), -1, time_stride, *whole.shape[2:])
 
-    last_BT14 = jnp.broadcast_to(jnp.array([0.0, 0.0, 0.0, 1.0]), (*world_to_camera_BT34.shape[:2], 1, 4))
-    world_to_camera_BT44 = jnp.concatenate([jnp.asarray(world_to_camera_BT34, jnp.float32), last_BT14], axis=2)
-    return LatentCameras(grouped(jnp.asarray(intrinsics_BT4, jnp.float32)), grouped(world_to_camera_BT44))
+    last_BT14 = xp.broadcast_to(xp.array([0.0, 0.0, 0.0, 1.0], xp.float32), (*world_to_camera_BT34.shape[:2], 1, 4))
+    world_to_camera_BT44 = xp.concatenate([xp.asarray(world_to_camera_BT34, xp.float32), last_BT14], axis=2)
+    return LatentCameras(grouped(xp.asarray(intrinsics_BT4, xp.float32)), grouped(world_to_camera_BT44))
 
 
 def fresh_control(model: Model, width: int, time_stride: int, key: jax.Array) -> dict[str, Any]:

@@ -76,11 +76,14 @@ _unstacked = jax.jit(unstacked)
 
 @jax.jit
 def _one_by_one(stack: Any) -> tuple[Any, ...]:
-    """A control module's stack of layers as a tuple, which it may be already."""
+    """A control module's stack of layers as a tuple, which it may be already; of what features are mapped to, one
+    kernel."""
     if isinstance(stack, tuple):
         return stack
-    return tuple(jax.tree.map(lambda leaf, layer=layer: leaf[layer], stack)
-                 for layer in range(len(jax.tree.leaves(stack)[0])))
+    out, qkv = stack["out"]["kernel"], stack["qkv"]["kernel"]
+    kept = {**{name: stack[name] for name in ("tokens", "hidden")},
+            "out_qkv": {"kernel": jnp.concatenate([out[:, :, None], qkv], axis=2)}}
+    return tuple(jax.tree.map(lambda leaf, layer=layer: leaf[layer], kept) for layer in range(len(out)))
 
 
 def init_params(config: Config, key: jax.Array) -> Params:

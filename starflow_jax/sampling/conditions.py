@@ -216,7 +216,7 @@ def _cameras(system: System, params: Params, settings: Sample, videos: int) -> L
     path = read_cameras(settings.camera, settings.frames or pixel_frames(system.config), height, width)
     of_latents = cameras_of_latents(path.intrinsics_T4[None], path.world_to_camera_T34[None],
                                     system.config.codec.time_stride)
-    return jax.tree.map(lambda one: jnp.repeat(one, videos, axis=0), of_latents)
+    return jax.tree.map(lambda one: np.repeat(one, videos, axis=0), of_latents)
 
 
 def steering(params: Params, model: Model, text: "Text", start: int, first: int, frames: int) -> Steering | None:
