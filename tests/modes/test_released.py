@@ -85,6 +85,7 @@ def test_the_models_settings_win_in_one_line(workdir: Path) -> None:
     assert {path.name for path in (workdir / "other").iterdir()} == {"corgi.mp4", "corgi.png", "corgi.json"}
 
 
+@pytest.mark.slow  # quick: tests/sampling/test_stream.py
 def test_a_stream_has_the_whole_clips_frames(workdir: Path) -> None:
     """Beyond the window, where overlapping frames are denoised already."""
     model = sf.load(workdir)

@@ -249,6 +249,7 @@ def test_a_file_of_its_block_alone_drafts_as_its_workdir_does(
         load_model(asked[0], model)
 
 
+@pytest.mark.slow  # quick: above, of one device
 def test_a_file_of_its_block_is_kept_as_the_layers_are(config: Config, model: Path, workdir: Path, tmp_path: Path
                                                        ) -> None:
     """In their dtype, quantized, and over a mesh, as a workdir's."""

@@ -251,7 +251,8 @@ def test_tokens_are_fitted_to_their_noise() -> None:
     np.testing.assert_allclose(guess(jnp.asarray(z[:5])), u[:5], atol=2e-2)
 
 
-@pytest.mark.parametrize(("few", "weights"), [(True, ""), (True, "int8"), pytest.param(
+@pytest.mark.parametrize(("few", "weights"), [(True, ""), pytest.param(
+    True, "int8", marks=pytest.mark.slow), pytest.param(
     False, "", marks=pytest.mark.slow)], ids=["few", "of int8 weights", "all"])
 def test_calibration_of_a_small_model(system: System, params, monkeypatch, few: bool, weights: str) -> None:
     """Both guesses fitted, each candidate measured against sequential decoding."""

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from starflow_jax.config import REMAT, Train
 from starflow_jax.kernels import attention as core
@@ -55,6 +56,7 @@ def test_bfloat16_gradients_point_as_float32s_and_come_back_in_float32() -> None
     assert np.abs(exact - rough).max() > 0  # computed in another precision
 
 
+@pytest.mark.slow  # quick: tests/flow/test_steering_computed.py, with layers computed again
 def test_rematerialisation_changes_work_and_no_gradient(monkeypatch) -> None:
     """Kept attention results are not computed again; whatever is, the gradients are the same."""
     monkeypatch.setattr(core, "SHORT", 0)  # the way of long sequences, whose backward pass wants the results alone
