@@ -74,11 +74,10 @@ class FlowBlock(nn.Module):
         block, variables = self.unbind()  # a bound module can't be called in a loop of JAX's
         predict_next: Any = partial(block.apply, method=FlowBlock.predict)
         branches = 1 if guidance is None else 2
-        control = None if control is None else control.ahead(branches, self.dtype)
 
         def predict(inputs_BNC: jax.Array, slots: Any, cache: KVCache) -> tuple[Affine, KeyValue]:
             rope_2NE, tokens_BNC = slots
-            steered = None if control is None else Control(tokens_BNC, control.layers)
+            steered = None if control is None else Control(tokens_BNC, control.layers).tiled(branches)
             inputs = jnp.tile(inputs_BNC, (branches, 1, 1))
             affine, kv = predict_next(variables, inputs, rope_2NE, cache, steered)
             if guidance is None:

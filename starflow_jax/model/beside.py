@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epy
+from flax import traverse_util
 
 from starflow_jax.config import Config, UserError, changed
 from starflow_jax.io.arrays import export_arrays, import_with_metadata
@@ -23,6 +24,7 @@ from starflow_jax.sharding import fetch
 with epy.lazy_imports():
     from starflow_jax.checkpoints import checksums, parameters, training
 
+SUFFIX = ".safetensors"  # of such parameters in one file, which is named where a workdir of them may be
 # Small, there in every model, and changed by all of its training.
 FINGERPRINTED = r"flow/deep/(sos|proj_in/kernel|proj_out/kernel|transformer/final_norm/weight)"
 
@@ -45,7 +47,9 @@ def checksum_of(arrays: Mapping[str, Any]) -> str:
     return f"{found:08x}"
 
 
-SUFFIX = ".safetensors"  # of such parameters in one file, which is named where a workdir of them may be
+def shapes_of(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """By name."""
+    return {name: np.shape(leaf) for name, leaf in traverse_util.flatten_dict(params, sep="/").items()}
 
 
 class Kind(NamedTuple):
@@ -134,6 +138,11 @@ class Stored(NamedTuple):
     settings: dict[str, Any]  # of what was trained
     backbone: str
     source: str
+
+    def within(self, prefix: str) -> dict[str, Any]:
+        """The tree of arrays whose names begin so."""
+        return traverse_util.unflatten_dict({name.removeprefix(prefix): array for name, array in self.arrays.items()
+                                             if name.startswith(prefix)}, sep="/")
 
 
 def read_checkpoint(path: Path, best: bool, target: str) -> Stored:

@@ -13,7 +13,7 @@ from starflow_jax.config import Config, UserError
 from starflow_jax.flow.control import fresh_control, ray_channels
 from starflow_jax.io.arrays import import_with_metadata
 from starflow_jax.io.checksums import checksums_of
-from starflow_jax.model.beside import SUFFIX, checksum_of, read_checkpoint, save_alone
+from starflow_jax.model.beside import SUFFIX, checksum_of, read_checkpoint, save_alone, shapes_of
 from starflow_jax.model.parameters import Params
 
 PACKAGED, OF_PACKAGE = f"control{SUFFIX}", "the package's control module"
@@ -53,8 +53,7 @@ def read_module(config: Config, workdir: Path, place: bool = True) -> ControlMod
     if path.suffix == SUFFIX:
         return _module_in(config, path, f"control module {path}", place)
     found = read_checkpoint(path, config.sample.checkpoint == "best", "control")
-    params = traverse_util.unflatten_dict(
-        {tuple(name.split("/"))[1:]: array for name, array in found.arrays.items() if name.startswith("control/")})
+    params = found.within("control/")
     _check_shapes(config, params, found.source)
     return _module(params, found.backbone, f"control module {found.source}", place)
 
@@ -100,9 +99,6 @@ def _on_mesh(params: Params) -> Params:
 
 
 def _check_shapes(config: Config, params: Params, source: str) -> None:
-    def shapes(tree: Any) -> Any:
-        return jax.tree.map(np.shape, tree)
-
     if set(params.get("layers", {})) == {"kernel"}:
         raise UserError(f"{source}: its control module has the form of another version of this program; train it again")
     try:
@@ -112,7 +108,7 @@ def _check_shapes(config: Config, params: Params, source: str) -> None:
             raise UserError(f"{source}: its control module takes {rows} numbers of a token's rays where this model's "
                             f"have {expected}: it is of another model, another codec or another version of this "
                             "program")
-        fits = shapes(params) == shapes(jax.eval_shape(lambda: fresh_control(
+        fits = shapes_of(params) == shapes_of(jax.eval_shape(lambda: fresh_control(
             config.model, width, config.codec.time_stride, jax.random.key(0))))
     except (KeyError, TypeError):
         fits = False

@@ -5,13 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epy
 from flax import traverse_util
 
 from starflow_jax.codec.interface import LatentCodec
-from starflow_jax.config import Config, UserError, changed
-from starflow_jax.model.beside import KINDS, checksum_of, read_alone, save_alone, stored_beside, whole_beside
+from starflow_jax.config import Config, UserError
+from starflow_jax.model.beside import (
+    KINDS,
+    SUFFIX,
+    checksum_of,
+    read_alone,
+    read_checkpoint,
+    save_alone,
+    shapes_of,
+    whole_beside,
+)
 from starflow_jax.model.parameters import Params
 
 with epy.lazy_imports():
@@ -49,30 +57,25 @@ class NamedDecoder:
     def check(self, codec: LatentCodec, weights: str, source: str) -> None:
         """Raises UserError for a codec whose decoders have other shapes, and beside another model. weights, source: of
         the model that it is to decode for."""
-        def shapes(params: Params) -> dict[str, tuple[int, ...]]:
-            return {name: np.shape(leaf) for name, leaf in traverse_util.flatten_dict(params, sep="/").items()}
-
-        found = shapes(self.params)
+        found = shapes_of(self.params)
         # Of a VAE's decoder, whose sizes are the VAE's, these say nothing.
         width, *_ = found.get("head/kernel") or (1,)
         layers = len({name.split("/")[0] for name in found if name.startswith("residuals_")})
         fresh = jax.eval_shape(lambda: codec.fresh_decoder(jax.random.key(0), max(1, width), layers))
-        if found != shapes(fresh):
+        if found != shapes_of(fresh):
             raise UserError(f"{self.source}: this decoder is another codec's")
         if self.backbone != weights:
             raise UserError(f"{self.source}: was trained beside other weights (checksum {self.backbone}) than those of "
                             f"{source} ({weights})")
 
 
-def read_named_decoder(config: Config, own: Config | None) -> NamedDecoder:
-    """That of sample.decoder: what `save_decoder` wrote, or that of a workdir with settings of its own. Raises
-    UserError where it holds none, and where it is damaged."""
+def read_named_decoder(config: Config) -> NamedDecoder:
+    """That of sample.decoder: of a workdir, or what `save_decoder` wrote. Raises UserError where it holds none, and
+    where it is damaged."""
     path = Path(config.sample.decoder)
-    if own is None:
+    if path.suffix == SUFFIX:
         return NamedDecoder(*read_alone(path, "decoder"), source=f"decoder {path}")
-    if own.train.target != "decoder":
-        raise UserError(f"sample.decoder={path}: is no workdir of train.target=decoder")
-    return _stored(changed(own, "sample", {"checkpoint": config.sample.checkpoint}), path)
+    return _stored(config, path)
 
 
 def save_decoder(config: Config, workdir: Path, path: Path, dtype: Any = None) -> str:
@@ -83,9 +86,6 @@ def save_decoder(config: Config, workdir: Path, path: Path, dtype: Any = None) -
     return found.source
 
 
-def _stored(own: Config, workdir: Path) -> NamedDecoder:
-    folder, backbone = stored_beside(workdir, own)
-    named = {name.removeprefix("decoder/"): np.asarray(array)
-             for name, array in parameters.stored_params(folder).items()}
-    return NamedDecoder(traverse_util.unflatten_dict(named, sep="/"), backbone,
-                        f"decoder {workdir}, step {folder.name}")
+def _stored(config: Config, workdir: Path) -> NamedDecoder:
+    found = read_checkpoint(workdir, config.sample.checkpoint == "best", "decoder")
+    return NamedDecoder(found.within("decoder/"), found.backbone, f"decoder {found.source}")

@@ -76,14 +76,11 @@ _unstacked = jax.jit(unstacked)
 
 @jax.jit
 def _one_by_one(stack: Any) -> tuple[Any, ...]:
-    """A control module's stack of layers as a tuple, which it may be already; of what features are mapped to, one
-    kernel."""
+    """A control module's stack of layers as a tuple, which it may be already."""
     if isinstance(stack, tuple):
         return stack
-    out, qkv = stack["out"]["kernel"], stack["qkv"]["kernel"]
-    kept = {**{name: stack[name] for name in ("tokens", "hidden")},
-            "out_qkv": {"kernel": jnp.concatenate([out[:, :, None], qkv], axis=2)}}
-    return tuple(jax.tree.map(lambda leaf, layer=layer: leaf[layer], kept) for layer in range(len(out)))
+    return tuple(jax.tree.map(lambda leaf, layer=layer: leaf[layer], stack)
+                 for layer in range(len(jax.tree.leaves(stack)[0])))
 
 
 def init_params(config: Config, key: jax.Array) -> Params:
@@ -103,10 +100,10 @@ def init_params(config: Config, key: jax.Array) -> Params:
     return params
 
 
-def placed_params(config: Config, params: Params, convert: Convert | None = None) -> Params:
-    """Parameters in host memory on the mesh in force, the layers' matrices in model.dtype. convert: see
-    `restore_params`."""
-    mesh, dtype = current_mesh(), jnp.dtype(config.model.dtype)
+def placed_params(params: Params, convert: Convert | None = None, dtype: Any = None) -> Params:
+    """Parameters in host memory on the mesh in force. convert: see `restore_params`. dtype: of the layers' matrices;
+    None: as they are."""
+    mesh = current_mesh()
 
     def kept(path: Any, leaf: Any, place: Any) -> Any:
         name = sharding.parameter_name(path)

@@ -42,6 +42,7 @@ from starflow_jax.model.parameters import (
     inference_params,
     init_params,
     model_fingerprint,
+    placed_params,
     restored_params,
 )
 from starflow_jax.model.quantize import quantize_param, quantize_params
@@ -147,8 +148,8 @@ def _decoder(config: Config) -> NamedDecoder | None:
         return None
     config.sample.require("decoder", config.train.target != "decoder",
                           "the workdir of train.target=decoder has its own; leave it out")
-    path = Path(config.sample.decoder)
-    return read_named_decoder(config, None if path.suffix == SUFFIX else settings_of(path))
+    _settings_named(config, "decoder", "decoder")
+    return read_named_decoder(config)
 
 
 def _with_named_decoder(decoder: NamedDecoder, loaded: LoadedModel, weights: str) -> LoadedModel:
@@ -164,19 +165,25 @@ def _with_named_decoder(decoder: NamedDecoder, loaded: LoadedModel, weights: str
 def _draft(config: Config) -> Draft | None:
     if not config.sample.draft:
         return None
-    path = Path(config.sample.draft)
-    return read_draft(config, None if path.suffix == SUFFIX else settings_of(path))
+    return read_draft(config, _settings_named(config, "draft", "student"))
 
 
 def drafting_model(config: Config) -> Model:
     """The sizes of sample.draft's model, whose checkpoints need not be there. Raises UserError for what is no student's
     workdir, or no file of one's block."""
-    path = Path(config.sample.draft)
+    own = _settings_named(config, "draft", "student")
+    return own.model if own else read_draft(config, None).model
+
+
+def _settings_named(config: Config, name: str, target: str) -> Config | None:
+    """Those of the workdir that the setting `name` of sample names; None where it names a file. Raises UserError for a
+    workdir that another train.target made."""
+    path = Path(getattr(config.sample, name))
     if path.suffix == SUFFIX:
-        return read_draft(config, None).model
+        return None
     own = settings_of(path)
-    config.sample.require("draft", own.train.target == "student", "is no workdir of train.target=student")
-    return own.model
+    config.sample.require(name, own.train.target == target, f"is no workdir of train.target={target}")
+    return own
 
 
 def load_encoder(config: Config) -> Params:
@@ -319,11 +326,7 @@ def backbone_system(config: Config) -> System:
 def load_pretrained(config: Config, workdir: Path, convert: Convert | None = None) -> LoadedModel:
     """The same of the pretrained model in the package. Raises UserError where that is another config's."""
     check_pretrained(config, f"{workdir} holds no checkpoint")
-    params, mesh = import_arrays(PRETRAINED / PRETRAINED_WEIGHTS), sharding.current_mesh()
-    params = jax.device_put(params, sharding.parameter_shardings(params, mesh) if mesh else None)
-    if convert:
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: convert(sharding.parameter_name(path), leaf), params)
+    params = placed_params(import_arrays(PRETRAINED / PRETRAINED_WEIGHTS), convert)
     return LoadedModel(placed(load_system(config, PRETRAINED)), params, "the pretrained model",
                        _checksum(PRETRAINED / PRETRAINED_WEIGHTS))
 

@@ -16,11 +16,11 @@ from flax import traverse_util
 
 from starflow_jax.config import Config, Model, UserError
 from starflow_jax.flow.starflow import STARFlow
-from starflow_jax.model.beside import checksum_of, read_alone, save_alone, stored_beside
+from starflow_jax.model.beside import checksum_of, read_alone, read_checkpoint, save_alone, shapes_of, stored_beside
 from starflow_jax.model.parameters import Convert, Params, init_params, placed_params, restored_params
 
 with epy.lazy_imports():
-    from starflow_jax.checkpoints import checksums, parameters
+    from starflow_jax.checkpoints import checksums
 
 Deep = dict[str, Any]  # parameters of a deep block, those of its layers stacked
 DEEP = "flow/deep/"  # begins their names
@@ -134,13 +134,11 @@ def cut(deep: Deep, kept: Kept, head_dim: int) -> Deep:
 def read_draft(config: Config, own: Config | None) -> Draft:
     """The block of sample.draft, a workdir with settings of its own, or what `save_block` wrote. Raises UserError where
     it holds none, and where it is damaged."""
-    path, dtype = Path(config.sample.draft), config.model.dtype
+    path = Path(config.sample.draft)
     if own is None:
         return _draft_in(config, path)
-    if own.train.target != "student":
-        raise UserError(f"sample.draft={path}: is no workdir of train.target=student")
     own = dataclasses.replace(own, sample=dataclasses.replace(own.sample, checkpoint=config.sample.checkpoint),
-                              model=dataclasses.replace(own.model, dtype=dtype))
+                              model=dataclasses.replace(own.model, dtype=config.model.dtype))
     folder, backbone = stored_beside(path, own)
     return Draft(own.model, lambda convert: restored_params(own, folder, convert, DEEP)["flow"], backbone,
                  f"drafts of {path}, step {folder.name}",
@@ -150,10 +148,9 @@ def read_draft(config: Config, own: Config | None) -> Draft:
 def save_block(config: Config, workdir: Path, path: Path, dtype: Any = None) -> str:
     """Write a workdir's smaller block, and what it was trained beside, as one safetensors file; returns what it was.
     dtype: None: as it is kept."""
-    folder, backbone = stored_beside(workdir, config)
-    arrays = {name.removeprefix(DEEP): array for name, array in parameters.stored_params(folder).items()}
-    save_alone(config, path, traverse_util.unflatten_dict(arrays, sep="/"), backbone, dtype)
-    return f"{workdir}, step {folder.name}"
+    found = read_checkpoint(workdir, config.sample.checkpoint == "best", "student")
+    save_alone(config, path, found.within(DEEP), found.backbone, dtype)
+    return found.source
 
 
 def _draft_in(config: Config, path: Path) -> Draft:
@@ -163,10 +160,11 @@ def _draft_in(config: Config, path: Path) -> Draft:
         model = flow_of(config.model, deep).config
         own = dataclasses.replace(config, model=model)
         expected = jax.eval_shape(lambda: fresh_block(own, jax.random.key(0)))["flow"]["deep"]
-        fits = jax.tree.map(np.shape, deep) == jax.tree.map(np.shape, expected)
+        fits = shapes_of(deep) == shapes_of(expected)
     except (KeyError, TypeError, IndexError, AttributeError, UserError):  # of sizes that no model has
         fits = False
     if not fits:
         raise UserError(f"{path}: its smaller deep block belongs to another model")
-    return Draft(model, lambda convert: placed_params(own, {"flow": {"deep": deep}}, convert)["flow"], backbone,
+    dtype = jnp.dtype(config.model.dtype)
+    return Draft(model, lambda convert: placed_params({"flow": {"deep": deep}}, convert, dtype)["flow"], backbone,
                  f"drafts of {path}", checksum_of(traverse_util.flatten_dict(deep, sep="/")))

@@ -35,48 +35,17 @@ class Control(NamedTuple):
     hidden states is mapped to what the layer's input gets, and to what its queries, keys and values get; nothing where
     tokens are zero."""
 
-    tokens_BSC: jax.Array  # once `ahead`: their features in all layers, (B, S, L * R)
-    # Kernels "tokens" (L, C, R), "hidden" (L, D, R), "out" (L, R, D), "qkv" (L, R, 3, D), or the last two as one,
-    # "out_qkv" (L, R, 4, D); or a tuple of L such layers.
-    layers: Any
-
-    def ahead(self, branches: int, dtype: Any) -> "Control":
-        """The same of each guidance branch, for a loop over few slots at a time: what all layers take of the tokens is
-        computed once before it."""
-        stack = self.layers if isinstance(self.layers, tuple) else _apart(self.layers)
-        tokens_BSC = self.tokens_BSC.astype(dtype)
-        features = [product(tokens_BSC, of_layer["tokens"]["kernel"].astype(dtype)) for of_layer in stack]
-        left = [{name: part for name, part in of_layer.items() if name != "tokens"} for of_layer in (
-            self.layers if isinstance(self.layers, tuple) else (self.layers,))]
-        return Control(jnp.tile(jnp.concatenate(features, axis=-1), (branches, 1, 1)),
-                       tuple(left) if isinstance(self.layers, tuple) else left[0])
-
-    def by_layer(self) -> Any:
-        """What `added` takes of each layer: a stack, or a tuple of layers."""
-        kernels = self.layers[0] if isinstance(self.layers, tuple) else self.layers
-        if "tokens" in kernels:
-            return self.layers
-        rank = kernels["hidden"]["kernel"].shape[-1]
-        features_BSLR = self.tokens_BSC.reshape(*self.tokens_BSC.shape[:2], -1, rank)
-        if isinstance(self.layers, tuple):
-            return tuple({**of_layer, "steered": features_BSLR[:, :, index]}
-                         for index, of_layer in enumerate(self.layers))
-        return {**self.layers, "steered": jnp.moveaxis(features_BSLR, 2, 0)}
+    tokens_BSC: jax.Array
+    layers: Any  # kernels "tokens" (L, C, R), "hidden" (L, D, R), "out" (L, R, D), "qkv" (L, R, 3, D); or L of each
 
     def added(self, x_BSD: jax.Array, of_layer: Params) -> tuple[jax.Array, jax.Array]:
         """What one layer's input (B, S, D) gets, and its queries, keys and values (B, S, 3, D)."""
-        def kernel(name: str) -> jax.Array:
-            return of_layer[name]["kernel"].astype(x_BSD.dtype)
-
+        kernels = {name: part["kernel"].astype(x_BSD.dtype) for name, part in of_layer.items()}
         x = x_BSD.astype(jnp.promote_types(x_BSD.dtype, jnp.float32))
         normed_BSD = (x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)).astype(x_BSD.dtype)
-        steered_BSR = of_layer["steered"] if "steered" in of_layer else product(
-            self.tokens_BSC.astype(x_BSD.dtype), kernel("tokens"))
-        features_BSR = steered_BSR * (1 + product(normed_BSD, kernel("hidden")))
-        if "out_qkv" in of_layer:
-            both_BS4D = product(features_BSR, kernel("out_qkv"))
-            return both_BS4D[..., 0, :], both_BS4D[..., 1:, :]
-        return product(features_BSR, kernel("out")), product(features_BSR, kernel("qkv"))
+        steered_BSR = product(self.tokens_BSC.astype(x_BSD.dtype), kernels["tokens"])
+        features_BSR = steered_BSR * (1 + product(normed_BSD, kernels["hidden"]))
+        return product(features_BSR, kernels["out"]), product(features_BSR, kernels["qkv"])
 
     def padded(self, before: int, after: int) -> "Control":
         """The same of a sequence with so many more slots, which are not steered."""
@@ -202,7 +171,7 @@ class Transformer(nn.Module):
                     kept: int | None, control: Control | None, count: jax.Array | None) -> tuple[jax.Array, Any]:
         """One layer after the other: of a stack by a loop, unstacked ones each with code of its own."""
         params = self.variables["params"]["layers"]["layer"]
-        steers = None if control is None else control.by_layer()
+        steers = None if control is None else control.layers
 
         def run(x_BSD, params, index, is_first, steer=None):
             x_BSD, steered_BS3D = checkpoint_name(x_BSD, LAYER_INPUT), None
@@ -233,11 +202,6 @@ class Transformer(nn.Module):
 def _at(index: int, stack: Any) -> Any:
     """One layer of a stack, or of a tuple of layers; None of none."""
     return stack[index] if isinstance(stack, tuple) else jax.tree.map(lambda leaf: leaf[index], stack)
-
-
-def _apart(stack: Any) -> list[Any]:
-    """The layers of a stack."""
-    return [_at(index, stack) for index in range(len(jax.tree.leaves(stack)[0]))]
 
 
 def _first_apart(run: Callable, x_BSD: jax.Array, params: Any, layers: int, kept: int) -> tuple[jax.Array, Any]:

@@ -17,7 +17,6 @@ from starflow_jax.flow import generation
 from starflow_jax.flow.control import control_of, fresh_control, window_rays
 from starflow_jax.flow.inversion import SEQUENTIAL
 from starflow_jax.flow.starflow import STARFlow
-from starflow_jax.model.parameters import inference_params
 from starflow_jax.model.quantize import quantize_params
 from starflow_jax.nn.quantized import Quantized
 from starflow_jax.nn.transformer import Control
@@ -26,7 +25,6 @@ from starflow_jax.training.losses import gradients_from_features
 from tests.flow.test_steering import STRIDE, cameras
 from tests.helpers import latents, random_flow, random_variables, text, tiny_model
 from tests.sharded_run import difference
-from tests.small_model import CONFIG
 
 MODEL = tiny_model(frames=3, shallow_layers=(1,))  # 3 slots of text and 18 behind them, which 2 and 4 do not divide
 FLOW, VARIABLES = random_flow(MODEL)
@@ -95,28 +93,6 @@ def test_on_devices_however_they_share(choice: str, mesh: dict[str, int], one_de
 @pytest.mark.parametrize("remat", REMAT[1:])
 def test_with_layers_computed_again(remat: str, one_device: Any) -> None:
     assert difference(found(remat=remat), one_device) < 1e-12
-
-
-@pytest.mark.parametrize("unrolled", [False, True])
-def test_ahead_of_a_loop_each_layer_gets_what_it_gets_without(unrolled: bool) -> None:
-    """Of a stack, and of layers one by one as a CPU samples with them, whose maps are one kernel."""
-    layers = CONTROL["layers"]
-    if unrolled:
-        config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, unroll_layers=True))
-        layers = inference_params(config, {"control": CONTROL})["control"]["layers"]
-        assert isinstance(layers, tuple) and set(layers[0]) == {"tokens", "hidden", "out_qkv"}
-    tokens, x = (jax.random.normal(jax.random.key(size), (CLIPS, 6, size)) for size in (8, MODEL.deep_width))
-    plain, ahead = Control(tokens, CONTROL["layers"]), Control(tokens, layers).ahead(2, jnp.float32)
-    part = Control(ahead.tokens_BSC[:, 1:4], ahead.layers)  # of the slots that one step of the loop works on
-    for index in range(MODEL.deep_layers):
-        expected = plain.added(x, layer_of(CONTROL["layers"], index))
-        both = part.added(jnp.tile(x[:, 1:4], (2, 1, 1)), layer_of(part.by_layer(), index))
-        for got, wanted in zip(both, expected):
-            np.testing.assert_allclose(got, jnp.concatenate([wanted[:, 1:4]] * 2), atol=1e-6)
-
-
-def layer_of(layers: Any, index: int) -> Any:
-    return layers[index] if isinstance(layers, tuple) else jax.tree.map(lambda leaf: leaf[index], layers)
 
 
 def test_steering_a_layer_moves_nothing_among_devices_that_share_heads() -> None:

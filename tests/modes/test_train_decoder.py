@@ -1,6 +1,5 @@
 """--config.train.target=decoder as its users run it: beside a model, resumed, sampled, streamed, measured, refused."""
 
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -16,6 +15,7 @@ from starflow_jax.config import Config, Decoder, Train, UserError, changed
 from starflow_jax.evaluation.split import denoise_choices
 from starflow_jax.io.arrays import export_arrays, import_arrays
 from starflow_jax.model.beside import save_alone
+from starflow_jax.model.decoder import save_decoder
 from starflow_jax.model.own_settings import settings_of
 from starflow_jax.model.store import load_model, weights_of
 from starflow_jax.model.system import make_system
@@ -141,16 +141,22 @@ def test_a_file_of_the_decoder_alone_decodes_as_its_workdir_does(
         asked = changed(config, "sample", {"decoder": str(named), "denoise": "decoder"})
         assert load_model(asked, model).weights == weights_of(asked, model) != load_model(config, model).weights
 
+
+def test_what_is_no_decoder_of_this_model_is_one_line(config: Config, model: Path, workdir: Path, tmp_path: Path
+                                                      ) -> None:
+    file, own = tmp_path / "decoder.safetensors", load_model(settings_of(workdir), workdir)
+    save_decoder(settings_of(workdir), workdir, file)
+
     def line(*arguments: str) -> str:
         code, _, err = run_here(["--mode=sample", f"--config.sample.prompt={PROMPT}", *arguments])
-        assert code == 2 and "Traceback" not in err
-        return err.splitlines()[-1]
+        assert code == 2
+        line, = err.splitlines()
+        return line
 
     asked = ("--config.sample.denoise=decoder", f"--config.sample.decoder={file}")
     other = write_model(config, tmp_path / "other", seed=2)
     assert "was trained beside other weights" in line(f"--workdir={other}", *asked)
-    assert "sample.decoder" in line(f"--workdir={model}", asked[1]) and "needs sample.denoise=decoder" in line(
-        f"--workdir={model}", asked[1])
+    assert f"sample.decoder={str(file)!r}: needs sample.denoise=decoder" in line(f"--workdir={model}", asked[1])
     assert "is no workdir of train.target=decoder" in line(f"--workdir={model}", asked[0],
                                                            f"--config.sample.decoder={other}")
     settings = {"decoder": str(file), "denoise": "decoder"}
@@ -162,15 +168,18 @@ def test_a_file_of_the_decoder_alone_decodes_as_its_workdir_does(
         load_model(changed(config, "sample", settings), model)
     with pytest.raises(UserError, match="sample.decoder=.*: the workdir of train.target=decoder has its own"):
         load_model(changed(settings_of(workdir), "sample", settings), workdir)
-    made_beside, kind = beside(config, model), load_model(config, model).weights
-    other_sizes = make_system(config).codec.fresh_decoder(jax.random.key(0), 4, 2)
-    for params, words in ((jax.tree.map(lambda leaf: np.asarray(leaf, np.int32), own.system.decoder), "than floats"),
-                          (other_sizes, "")):
-        save_alone(made_beside, file, params, kind)
-        with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+    integers = jax.tree.map(lambda leaf: np.asarray(leaf, np.int32), own.system.decoder)
+    empty, more = {"head": {"kernel": np.zeros(0)}}, {**own.system.decoder, "residuals_9": {"x": np.ones(2)}}
+    for params, words in ((integers, "holds other numbers than floats"), (empty, "this decoder is another codec's"),
+                          (more, "this decoder is another codec's")):
+        save_alone(beside(config, model), file, params, load_model(config, model).weights)
+        with pytest.raises(UserError, match=f"decoder.safetensors: {words}"):
             load_model(changed(config, "sample", settings), model)
-    more = {**own.system.decoder, "residuals_9": {"x": np.ones(2)}}
-    for params in ({"head": {"kernel": np.zeros(0, np.float32)}}, more):
-        save_alone(made_beside, file, params, kind)
-        with pytest.raises(UserError, match="decoder.safetensors: this decoder is another codec's"):
-            load_model(changed(config, "sample", settings), model)
+
+
+def test_a_file_of_a_decoder_of_any_size_is_read(config: Config, model: Path, tmp_path: Path) -> None:
+    """Its sizes are its own, not the settings'."""
+    file, params = tmp_path / "decoder.safetensors", make_system(config).codec.fresh_decoder(jax.random.key(0), 4, 2)
+    save_alone(beside(config, model), file, params, load_model(config, model).weights)
+    loaded = load_model(changed(config, "sample", {"decoder": str(file), "denoise": "decoder"}), model)
+    jax.tree.map(np.testing.assert_array_equal, loaded.system.decoder, params)

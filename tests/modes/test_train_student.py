@@ -180,6 +180,15 @@ def test_the_users_commands_from_training_to_videos(
     assert np.abs(alone - teacher).max() > 1
     draft = f"--config.sample.draft={workdir}"
     np.testing.assert_array_equal(teacher, video("drafted", f"--workdir={model}", exact, draft))
+    file = tmp_path / "block.safetensors"
+    code, _, err = run_here([f"--workdir={workdir}", "--mode=convert", "--config.convert.alone=true",
+                             f"--config.convert.target={file}"])
+    assert code == 0, err
+    np.testing.assert_array_equal(teacher, video("drafted_by_file", f"--workdir={model}", exact,
+                                                 f"--config.sample.draft={file}"))
+    steps = [json.loads(next((tmp_path / name).glob("*.json")).read_text())["draft_steps_per_block"]
+             for name in ("drafted", "drafted_by_file")]
+    assert steps[0] == steps[1]
     facts = json.loads(next((tmp_path / "drafted").glob("*.json")).read_text())
     assert len(facts["draft_steps_per_block"]) == len(facts["deep_steps_per_block"])
     own, plain, drafted = sf.load(workdir), sf.load(model), sf.load(model, draft=workdir)
